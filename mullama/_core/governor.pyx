@@ -1,0 +1,213 @@
+"""How many threads the next decode uses, from measured step times.
+
+ggml's threads meet at a spinning barrier after every node, so one thread that loses its core stalls all of them: beside
+a neighbour, two threads can be a hundred times slower than one. The governor sees that in the times of the decodes and
+in the load that other processes put on the machine, drops to fewer threads, and tries more when the machine is free.
+
+No clock and no thread inside: time (ns) and load (cores) are passed in. A change is always a *trial*: some decodes at
+the new count, compared with what the old count costs now; the cheaper one stays.
+"""
+
+from libc.stdint cimport uint64_t
+
+cdef enum:
+    MAX_THREADS = 64
+    N_SHAPES = 16
+    FIRST_LARGE_SHAPE = 8      # shapes of more than 8 tokens hold ns a token
+    TRIAL_DECODES = 3
+    LOOKS_TO_ACT = 2
+
+cdef uint64_t MS = 1000000
+cdef uint64_t LOOK_NS = 100 * MS
+cdef uint64_t MIN_HOLD_NS = 250 * MS
+cdef uint64_t MAX_HOLD_NS = 1000 * MS
+
+
+cdef inline int shape_of(int n_tokens) noexcept nogil:
+    """1 to 8 tokens have a shape each, then one a power of two."""
+    cdef int shape = FIRST_LARGE_SHAPE
+    cdef int upper = 16
+    if n_tokens <= FIRST_LARGE_SHAPE:
+        return n_tokens - 1 if n_tokens > 0 else 0
+    while n_tokens > upper and shape < N_SHAPES - 1:
+        upper *= 2
+        shape += 1
+    return shape
+
+
+cdef inline double unit_of(int n_tokens) noexcept nogil:
+    return 1.0 if n_tokens <= FIRST_LARGE_SHAPE else <double> n_tokens
+
+
+cdef class Governor:
+    """Chooses between 1 and ``n_max`` threads (at most 64). ``fixed`` always answers ``n_max``."""
+
+    def __cinit__(self, int n_max, bint fixed=False):
+        cdef int t, s
+        self.n_max = min(max(n_max, 1), MAX_THREADS)
+        self.threads = self.n_max
+        self.fixed = fixed or self.n_max == 1
+        self.changes = 0
+        self.neighbours = -1.0
+        self.next_look_ns = 0
+        self.crowded_looks = self.free_looks = 0
+        self.trial = self.trial_left = self.trial_from = 0
+        self.hold_until_ns = 0
+        self.hold_ns = MIN_HOLD_NS
+        for t in range(MAX_THREADS + 1):
+            for s in range(N_SHAPES):
+                self.quiet[t][s] = self.recent[t][s] = 0.0
+                self.outliers[t][s] = 0
+
+    # -- the engine's side, without the GIL ----------------------------------------------------------
+
+    cdef int choose(self) noexcept nogil:
+        return self.trial if self.trial != 0 else self.threads
+
+    cdef double expected(self, int n_tokens, int threads) noexcept nogil:
+        """Ns that a decode should cost; 0 when nothing is known of the shape."""
+        return self.quiet[threads][shape_of(n_tokens)] * unit_of(n_tokens)
+
+    cdef uint64_t allowance(self, int n_tokens) noexcept nogil:
+        """Ns after which a decode should be given up and run again with one thread; 0: never."""
+        cdef int threads = self.choose()
+        if self.fixed or threads == 1:
+            return 0
+        cdef double usual = self.expected(n_tokens, threads)
+        if self.trial != 0 and self.recent[self.trial_from][shape_of(n_tokens)] > 0:
+            usual = self.recent[self.trial_from][shape_of(n_tokens)] * unit_of(n_tokens)
+            return <uint64_t> (usual * 1.5) + 2 * MS
+        if usual <= 0:
+            usual = self.expected(n_tokens, 1)
+        if usual <= 0:
+            return 0
+        return <uint64_t> (usual * 3.0) + 10 * MS
+
+    cdef void measured(self, int n_tokens, int threads, uint64_t ns, bint aborted, uint64_t now) noexcept nogil:
+        cdef int s = shape_of(n_tokens)
+        cdef double cost = <double> ns / unit_of(n_tokens)
+        cdef double old = self.quiet[threads][s]
+        cdef bint outlier = old > 0 and cost > 1.6 * old
+        cdef double before
+        if self.fixed:
+            return
+        if aborted:
+            if self.trial != 0:
+                self.end_trial(False, now)
+            if threads == self.threads and threads > 1:
+                # A decode that had to be given up: leave at once, without a trial.
+                self.threads = 1
+                self.changes += 1
+                self.hold_until_ns = now + MIN_HOLD_NS
+                self.free_looks = 0
+            # What is known of this count is out of date; the next allowance goes by one thread's cost.
+            self.quiet[threads][s] = 0.0
+            self.recent[threads][s] = 0.0
+            return
+        self.recent[threads][s] = cost if self.recent[threads][s] == 0 else \
+            self.recent[threads][s] + 0.3 * (cost - self.recent[threads][s])
+        if old == 0:
+            self.quiet[threads][s] = cost
+            self.outliers[threads][s] = 0
+        elif outlier:
+            self.outliers[threads][s] += 1
+            if self.outliers[threads][s] >= 16:
+                # Not a spell: the work itself grew (a longer context).
+                self.quiet[threads][s] = self.recent[threads][s]
+                self.outliers[threads][s] = 0
+        else:
+            self.quiet[threads][s] += 0.1 * (cost - old)
+            self.outliers[threads][s] = 0
+        if self.trial != 0 and threads == self.trial:
+            self.trial_left -= 1
+            if self.trial_left <= 0:
+                before = self.recent[self.trial_from][s]
+                self.end_trial(before == 0 or self.recent[self.trial][s] < before * 0.99, now)
+        elif threads > 1 and threads == self.threads and self.outliers[threads][s] >= 3 and now >= self.hold_until_ns:
+            self.start_trial(1)
+
+    cdef bint wants_look(self, uint64_t now) noexcept nogil:
+        return not self.fixed and now >= self.next_look_ns
+
+    cdef void look(self, double cores, uint64_t now) noexcept nogil:
+        """Take note of the cores that other processes kept busy since the last look; -1 when unknown."""
+        cdef int room
+        self.next_look_ns = now + LOOK_NS
+        self.neighbours = cores
+        if self.trial != 0 or self.fixed:
+            return
+        if cores < 0:
+            room = self.n_max  # nobody says: only trials tell
+        else:
+            room = <int> (self.n_max - cores + 0.5)
+            room = min(max(room, 1), self.n_max)
+        if room < self.threads:
+            self.free_looks = 0
+            self.crowded_looks += 1
+            if self.crowded_looks >= LOOKS_TO_ACT and now >= self.hold_until_ns:
+                self.crowded_looks = 0
+                self.start_trial(room)
+        elif room > self.threads:
+            self.crowded_looks = 0
+            self.free_looks += 1
+            if self.free_looks >= LOOKS_TO_ACT and now >= self.hold_until_ns:
+                self.free_looks = 0
+                self.start_trial(room)
+        else:
+            self.crowded_looks = self.free_looks = 0
+
+    cdef void start_trial(self, int threads) noexcept nogil:
+        cdef int s
+        self.trial = threads
+        self.trial_from = self.threads
+        self.trial_left = TRIAL_DECODES
+        # What this count cost in other times says nothing of now.
+        for s in range(N_SHAPES):
+            self.recent[threads][s] = 0.0
+
+    cdef void end_trial(self, bint keep, uint64_t now) noexcept nogil:
+        if keep:
+            self.threads = self.trial
+            self.changes += 1
+            self.hold_ns = MIN_HOLD_NS
+        else:
+            self.hold_ns = min(self.hold_ns * 2, MAX_HOLD_NS)
+        self.hold_until_ns = now + self.hold_ns
+        self.trial = 0
+        self.crowded_looks = self.free_looks = 0
+
+    # -- for tests and snapshots ----------------------------------------------------------------------
+
+    def pick(self):
+        """Threads for the next decode."""
+        return self.choose()
+
+    def allow(self, int n_tokens):
+        """Ns the next decode of ``n_tokens`` may take before it is given up; 0: any."""
+        return self.allowance(n_tokens)
+
+    def record(self, int n_tokens, int threads, ns, now, *, bint aborted=False):
+        """Report a decode: its tokens, threads, duration and the time it ended, in ns."""
+        if not 1 <= threads <= self.n_max or n_tokens < 1:
+            raise ValueError("threads must be 1 to n_max and n_tokens at least 1")
+        self.measured(n_tokens, threads, ns, aborted, now)
+
+    def see(self, double cores, now):
+        """Report the cores that other processes use (-1: unknown)."""
+        self.look(cores, now)
+
+    def snapshot(self):
+        """Decision and costs (ns a decode up to 8 tokens, ns a token above), for GET /internal/scheduler."""
+        costs = {}
+        cdef int t, s
+        for t in range(1, self.n_max + 1):
+            known = {}
+            for s in range(N_SHAPES):
+                if self.recent[t][s] > 0:
+                    name = str(s + 1) if s < FIRST_LARGE_SHAPE else f"<={16 << (s - FIRST_LARGE_SHAPE)}"
+                    known[name] = int(self.recent[t][s])
+            if known:
+                costs[t] = known
+        return {"threads": self.choose(), "threads_max": self.n_max, "fixed": bool(self.fixed),
+                "changes": self.changes, "on_trial": self.trial != 0,
+                "neighbour_cores": None if self.neighbours < 0 else round(self.neighbours, 2), "cost_ns": costs}

@@ -1,0 +1,47 @@
+// llama.cpp's log lines: errors are kept for the exception that follows, the rest is printed on request.
+#pragma once
+
+#include "llama.h"
+
+#include <cstdio>
+#include <mutex>
+#include <string>
+
+namespace mullama {
+
+struct LogSink {
+    std::mutex mutex;
+    std::string errors; // since the last take_errors(), at most 2,000 characters
+    int print_level = GGML_LOG_LEVEL_NONE; // print lines of this level and above; NONE: nothing
+
+    static LogSink & instance() {
+        static LogSink sink;
+        return sink;
+    }
+
+    static void receive(ggml_log_level level, const char * text, void * user) noexcept {
+        auto & sink = *(LogSink *) user;
+        try {
+            const std::lock_guard<std::mutex> lock(sink.mutex);
+            if (level == GGML_LOG_LEVEL_ERROR && sink.errors.size() < 2000) {
+                sink.errors += text;
+            }
+            if (sink.print_level != GGML_LOG_LEVEL_NONE && (level >= sink.print_level)) {
+                std::fputs(text, stderr);
+            }
+        } catch (...) {
+            // a log line is not worth a crash
+        }
+    }
+
+    static void install() { llama_log_set(receive, &instance()); }
+
+    std::string take_errors() {
+        const std::lock_guard<std::mutex> lock(mutex);
+        std::string res;
+        res.swap(errors);
+        return res;
+    }
+};
+
+} // namespace mullama

@@ -1,0 +1,931 @@
+"""The hot loop: fill a batch, decode, sample, commit text and KV bookkeeping, again, without the GIL.
+
+A Core is one llama.cpp context with its slots. Slot i is llama.cpp's sequence id i. The engine thread owns it: every
+method is called from that thread, except ``interrupt``, ``abort``, ``drain_records`` and ``wake_fd``.
+
+The law of the KV bookkeeping: cells [0, n_past) of a slot hold the KV of its tokens [0, n_past). While a slot decodes,
+tokens has one more entry: the token that was sampled last and is computed in the next step.
+
+    tokens   |0 ....... prompt ....... n_prompt)[ ... generated ... | last)
+    in KV    |0 .......................................... n_past)
+
+Every llama_decode call is one ubatch of one shape: single tokens of a gap-free range of slots, or one prompt chunk.
+"""
+
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.math cimport NAN
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+import os
+
+from mullama._core.sampling cimport Chain, build_chain
+from mullama.errors import ComputeFailed, InvalidRequest, ModelLoadError
+
+cdef enum:
+    RING_BYTES = 1 << 20
+    MAX_PIECE = 512
+
+ERRORS = {
+    CORE_NOT_FINITE: "the model's logits are not finite",
+    CORE_SAMPLER: "the sampler failed",
+    CORE_DECODE: "llama_decode failed",
+    CORE_NO_KV: "there was no room in the KV cache",
+}
+
+# What drain_records() yields first in each tuple.
+TEXT = RECORD_TEXT
+FINISH = RECORD_FINISH
+
+
+cdef class Core:
+
+    def __cinit__(self):
+        self.ctx = NULL
+        self.pool = NULL
+        self.fault_slot = -1
+        memset(&self.batch, 0, sizeof(llama_batch))
+        memset(&self.counters, 0, sizeof(mullama_counters))
+
+    def __init__(self, Model model not None, *, int n_slots, int n_ctx, int n_batch=512, int n_threads=1,
+                 bint threads_fixed=False, flash_attn="auto", page_path=None):
+        """Make a context of ``n_slots`` sequences of ``n_ctx`` tokens each (rounded up to 256 by llama.cpp).
+
+        ``n_batch`` is the most tokens one decode computes. Raises ModelLoadError when it does not fit.
+        """
+        model.check()
+        if model.vocab_only:
+            raise ModelLoadError("this model was loaded without weights")
+        facts = model.facts()
+        if facts["has_encoder"] or not facts["has_decoder"] or facts["is_diffusion"]:
+            raise ModelLoadError(f"{model.path}: only decoder-only text models can be served "
+                                 f"({facts['architecture']} is not one)")
+        if not 1 <= n_slots <= <int> llama_max_parallel_sequences():
+            raise ModelLoadError(f"parallel must be 1 to {llama_max_parallel_sequences()}, got {n_slots}",
+                                 param="parallel")
+        if not 32 <= n_batch <= 1 << 14 or not 16 <= n_ctx <= 1 << 24 or not 1 <= n_threads <= 512:
+            raise ModelLoadError("n_batch must be 32 to 16384, n_ctx 16 to 16777216, n_threads 1 to 512")
+        self.model = model
+        self.n_slots = n_slots
+        self.n_batch = max(n_batch, n_slots)
+        self.n_swa = facts["n_swa"]
+        self.can_trim = not (facts["is_recurrent"] or facts["is_hybrid"])
+        self.can_abort = self.can_trim
+        # An idle pool sleeps at once (poll 0): a spinning one takes the event loop's core.
+        cdef ggml_threadpool_params pool_params = ggml_threadpool_params_default(n_threads)
+        pool_params.poll = 0
+        pool_params.paused = True
+        self.pool_paused = True
+        cdef llama_context_params params = llama_context_default_params()
+        # llama.cpp divides n_ctx by the number of streams and rounds up to 256 cells.
+        n_ctx = (n_ctx + 255) // 256 * 256
+        params.n_ctx = n_ctx * n_slots
+        params.n_batch = params.n_ubatch = self.n_batch
+        params.n_seq_max = n_slots
+        params.n_outputs_max = n_slots
+        params.n_threads = params.n_threads_batch = n_threads
+        params.flash_attn_type = {"auto": LLAMA_FLASH_ATTN_TYPE_AUTO, "on": LLAMA_FLASH_ATTN_TYPE_ENABLED,
+                                  "off": LLAMA_FLASH_ATTN_TYPE_DISABLED}[flash_attn]
+        params.kv_unified = False
+        params.swa_full = False
+        params.no_perf = True
+        params.abort_callback = Deadline.expired
+        params.abort_callback_data = &self.deadline
+        with nogil:
+            self.pool = ggml_threadpool_new(&pool_params)
+        if self.pool is NULL:
+            raise ModelLoadError("the thread pool could not be created")
+        with nogil:
+            self.ctx = llama_init_from_model(model.ptr, params)
+        if self.ctx is NULL:
+            from mullama._core.model import _last_error
+            raise ModelLoadError(f"no context of {n_slots} x {n_ctx} tokens: {_last_error('llama.cpp refused')}")
+        model.n_users += 1
+        self.n_ctx = llama_n_ctx_seq(self.ctx)
+        self.mem = llama_get_memory(self.ctx)
+        llama_attach_threadpool(self.ctx, self.pool, self.pool)
+        self.threads_set = n_threads
+        self.governor = Governor(n_threads, threads_fixed)
+        self.synchronous = not llama_supports_gpu_offload()
+        self.batch = llama_batch_init(self.n_batch, 0, 1)
+        self.slots.resize(n_slots)
+        self.ring.reset(new Ring(RING_BYTES))
+        if not self.wake.open():
+            raise ModelLoadError("no file descriptor left for the wake-up")
+        self.page = Page(n_slots, page_path)
+        cdef llama_token token
+        for token in range(model.n_vocab):
+            if llama_vocab_is_eog(model.vocab, token):
+                self.eog.push_back(token)
+        self.warm_up()
+        self.publish()
+
+    def __dealloc__(self):
+        self.wake.close()
+        if self.ctx is not NULL:
+            llama_free(self.ctx)
+        if self.pool is not NULL:
+            ggml_threadpool_free(self.pool)
+        if self.batch.token is not NULL:
+            llama_batch_free(self.batch)
+
+    def close(self):
+        """Free the context. Idempotent; no other method may be called after it."""
+        cdef size_t i
+        for i in range(self.slots.size()):
+            self.slots[i].end_request()
+        if self.ctx is not NULL:
+            with nogil:
+                llama_free(self.ctx)
+            self.ctx = NULL
+            self.model.n_users -= 1
+        if self.pool is not NULL:
+            with nogil:
+                ggml_threadpool_free(self.pool)
+            self.pool = NULL
+        self.page.close()
+
+    cdef int warm_up(self) except -1:
+        """Fault the weights in and give the governor its first figures: one token at each end of the thread range."""
+        cdef uint64_t ns = 0
+        cdef int threads, i, rc
+        cdef Governor governor = self.governor
+        for threads in sorted({1, governor.n_max}):
+            if governor.fixed and threads != governor.n_max:
+                continue
+            for i in range(3):
+                self.batch.n_tokens = 1
+                self.batch.token[0] = max(llama_vocab_bos(self.model.vocab), 0)
+                self.batch.pos[0] = i
+                self.batch.n_seq_id[0] = 1
+                self.batch.seq_id[0][0] = 0
+                self.batch.logits[0] = 1
+                llama_set_n_threads(self.ctx, threads, threads)
+                ns = now_ns()
+                with nogil:
+                    rc = guarded_decode(self.ctx, self.batch, self.guard)
+                    llama_synchronize(self.ctx)
+                if rc != 0:
+                    raise ModelLoadError(f"the first decode failed with code {rc} {self.guard.message.decode()}")
+                if i > 0:
+                    governor.measured(1, threads, now_ns() - ns, False, now_ns())
+            llama_memory_clear(self.mem, False)
+        llama_set_n_threads(self.ctx, governor.n_max, governor.n_max)
+        self.threads_set = governor.n_max
+        return 0
+
+    # -- instrumentation ------------------------------------------------------------------------------
+
+    cdef void site(self, uint32_t kind, int32_t slot, uint64_t handle, int64_t a, int64_t b) noexcept nogil:
+        """A named call site: writes the event. Hooks attach here and nowhere else."""
+        cdef mullama_event event
+        event.time_ns = now_ns()
+        event.handle = handle
+        event.kind = kind
+        event.slot = slot
+        event.a = a
+        event.b = b
+        self.page.put_event(self.counters.events, event)
+        self.counters.events += 1
+
+    cdef void publish(self) noexcept nogil:
+        """Bring the page up to date: gauges, counters and the rows of open slots."""
+        cdef int i
+        cdef uint64_t running = 0, retained = 0, cells = 0
+        for i in range(self.n_slots):
+            cells += self.slots[i].n_past
+            if self.slots[i].open():
+                running += 1
+            elif self.slots[i].state == MULLAMA_SLOT_RETAINED:
+                retained += 1
+            if self.slots[i].open() or self.slots[i].row.state != self.slots[i].state \
+                    or self.slots[i].row.cells != <uint32_t> self.slots[i].n_past or self.slots[i].row.slot != i:
+                self.slots[i].row.state = self.slots[i].state
+                self.slots[i].row.slot = i
+                self.slots[i].row.cells = self.slots[i].n_past
+                self.page.put_row(i, self.slots[i].row)
+        self.counters.running = running
+        self.counters.retained = retained
+        self.counters.cells_used = cells
+        self.counters.waiting = self.waiting
+        self.counters.threads = self.threads_set
+        self.counters.thread_changes = self.governor.changes
+        self.counters.graphs_reused = llama_perf_context(self.ctx).n_reused
+        self.counters.heartbeat_ns = now_ns()
+        self.page.put_counters(self.counters)
+
+    def note_plan(self, uint64_t plan_ns, uint64_t waiting, int n_decode, int n_prefill):
+        """Account a plan the scheduler made, and the length of the admission queue."""
+        self.counters.plans += 1
+        self.counters.plan_ns += plan_ns
+        self.waiting = waiting
+        self.site(MULLAMA_SITE_PLAN, -1, 0, n_decode, n_prefill)
+
+    def note_idle(self, uint64_t ns, uint64_t waiting):
+        """Account a wait for commands; keeps the heartbeat fresh."""
+        self.waiting = waiting
+        self.site(MULLAMA_SITE_IDLE, -1, 0, ns, 0)
+        self.publish()
+
+    # -- records: from the engine thread to its one reader ----------------------------------------------
+
+    cdef bint push(self, const RecordHeader & header, const void * body, uint32_t n, const void * tail,
+                   uint32_t n_tail) noexcept nogil:
+        """Put a record into the ring; a full ring stalls the engine (counted), it never drops. False: told to stop."""
+        cdef uint64_t start
+        self.pushed = True
+        if self.ring.get().push(header, body, n, tail, n_tail):
+            return True
+        start = now_ns()
+        self.counters.ring_stalls += 1
+        while not self.ring.get().push(header, body, n, tail, n_tail):
+            if self.deadline.stop.get():
+                return False
+            self.wake.signal()
+            sleep_us(100)
+        self.counters.ring_stall_ns += now_ns() - start
+        self.site(MULLAMA_SITE_RING_STALL, -1, header.handle, now_ns() - start, 0)
+        return True
+
+    cdef void flush_text(self, Slot * s, int n_tokens) noexcept nogil:
+        cdef RecordHeader header
+        header.kind = RECORD_TEXT
+        header.n_tokens = n_tokens
+        header.handle = s.handle
+        # Records are padded to 8 bytes, so the text's own length goes first.
+        cdef uint32_t size = <uint32_t> s.pending_text.size()
+        self.push(header, &size, sizeof(size), s.pending_text.data(), size)
+        s.pending_text.clear()
+
+    def wake_fd(self):
+        """File descriptor that becomes readable when records wait."""
+        return self.wake.read_fd
+
+    def drain_records(self, int limit=4096):
+        """Take records off the ring; call from one reader at a time. Returns a list of tuples:
+
+        (TEXT, handle, text, n_tokens) and (FINISH, handle, reason, stop_index, error, row as bytes).
+        """
+        self.wake.clear()
+        out = []
+        cdef const RecordHeader * header
+        cdef const char * body
+        cdef const FinishBody * finish
+        cdef Py_ssize_t n
+        while len(out) < limit:
+            header = self.ring.get().peek()
+            if header is NULL:
+                break
+            body = <const char *> header + sizeof(RecordHeader)
+            if header.kind == RECORD_TEXT:
+                n = (<const uint32_t *> body)[0]
+                out.append((TEXT, header.handle, PyUnicode_DecodeUTF8(body + 4, n, "replace"), header.n_tokens))
+            else:
+                finish = <const FinishBody *> body
+                out.append((FINISH, header.handle, finish.reason, finish.stop_index, finish.error,
+                            (body + sizeof(FinishBody))[:sizeof(mullama_row)]))
+            self.ring.get().pop()
+        if len(out) == limit:
+            self.wake.signal()
+        return out
+
+    # -- control from other threads ----------------------------------------------------------------------
+
+    def interrupt(self):
+        """Make ``run`` return after the current step. Any thread."""
+        self.interrupted.set(1)
+
+    def abort(self):
+        """Give up the running decode and every stall; ``run`` returns at once and must not be called again."""
+        self.deadline.stop.set(1)
+        self.interrupted.set(1)
+
+    # -- slots ---------------------------------------------------------------------------------------------
+
+    cdef int check_slot(self, int slot) except -1:
+        if self.ctx is NULL:
+            raise RuntimeError("this core was closed")
+        if not 0 <= slot < self.n_slots:
+            raise ValueError(f"slot {slot} is out of range (0 to {self.n_slots - 1})")
+        return 0
+
+    def states(self):
+        """State number of every slot (see abi.SLOT_STATES)."""
+        return [self.slots[i].state for i in range(self.n_slots)]
+
+    def slot_info(self, int slot):
+        """(state, handle, n_past, tokens, last_used) of a slot; tokens as a list."""
+        self.check_slot(slot)
+        return (self.slots[slot].state, self.slots[slot].handle, self.slots[slot].n_past,
+                list(self.slots[slot].tokens), self.slots[slot].last_used)
+
+    def match(self, prompt):
+        """The retained slot whose prefix saves most of ``prompt``, and the number of tokens it saves.
+
+        (-1, 0) when none does. At least one token of the prompt is always left to compute. Sliding-window caches only
+        serve a prefix whose window is still whole, recurrent ones only a whole retained sequence.
+        """
+        cdef vector[llama_token] tokens = prompt
+        cdef int best = -1, best_n = 0, i, n, limit
+        cdef llama_pos pos_min
+        cdef Slot * s
+        for i in range(self.n_slots):
+            s = &self.slots[i]
+            if s.state != MULLAMA_SLOT_RETAINED:
+                continue
+            limit = min(s.n_past, <int> tokens.size() - 1)
+            n = 0
+            while n < limit and s.tokens[n] == tokens[n]:
+                n += 1
+            if n < s.n_past:
+                if not self.can_trim:
+                    n = 0
+                elif self.n_swa > 0:
+                    pos_min = llama_memory_seq_pos_min(self.mem, i)
+                    if pos_min > 0 and pos_min >= max(0, n - self.n_swa):
+                        n = 0
+            if n > best_n:
+                best, best_n = i, n
+        return best, best_n
+
+    def open(self, int slot, uint64_t handle, prompt, params, *, int reuse=0, int evicted=0, uint64_t arrival_ns=0,
+             int priority=0):
+        """Start a request in a free or retained slot, keeping ``reuse`` tokens of what the slot retains.
+
+        ``evicted``: cached tokens of others that were given up for it (for its profile). Raises InvalidRequest for
+        numbers out of range, and leaves the slot as it was.
+        """
+        self.check_slot(slot)
+        cdef Slot * s = &self.slots[slot]
+        if s.open():
+            raise RuntimeError(f"slot {slot} is in use")
+        cdef vector[llama_token] tokens = prompt
+        cdef vector[llama_logit_bias] bias
+        cdef vector[string] stops
+        cdef size_t i
+        if tokens.empty() or <int> tokens.size() >= self.n_ctx + 1:
+            raise InvalidRequest(f"a prompt must have 1 to {self.n_ctx} tokens, got {tokens.size()}", param="prompt")
+        for i in range(tokens.size()):
+            if not 0 <= tokens[i] < self.model.n_vocab:
+                raise InvalidRequest(f"token id {tokens[i]} is outside the vocabulary (0 to {self.model.n_vocab - 1})",
+                                     param="prompt")
+        if not 0 <= reuse < <int> tokens.size() or reuse > s.n_past:
+            raise ValueError("reuse must leave one token to compute and be no more than the slot retains")
+        for i in range(reuse):
+            if s.tokens[i] != tokens[i]:
+                raise ValueError("the retained tokens are not a prefix of the prompt")
+        for stop in params.stop:
+            stops.push_back(stop.encode("utf-8", "surrogatepass"))
+        cdef Chain chain = build_chain(self.model, params, self.n_ctx, bias)
+        if s.n_past > reuse:
+            if reuse == 0 or not llama_memory_seq_rm(self.mem, slot, reuse, -1):
+                llama_memory_seq_rm(self.mem, slot, -1, -1)
+                reuse = 0
+        s.n_past = reuse
+        s.tokens.swap(tokens)
+        s.state = MULLAMA_SLOT_PREFILL
+        s.handle = handle
+        s.n_prompt = <int32_t> s.tokens.size()
+        s.n_generated = 0
+        room = self.n_ctx - s.n_prompt + 1
+        s.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        s.min_tokens = min(params.min_tokens, s.max_tokens)
+        s.ignore_eos = params.ignore_eos
+        s.poisoned = False
+        s.chain = chain.ptr
+        s.greedy = chain.greedy
+        s.top_k_first = chain.top_k_first
+        s.bias.swap(bias)
+        s.gate.stops.swap(stops)
+        if s.chain is not NULL:
+            for i in range(s.tokens.size()):
+                llama_sampler_accept(s.chain, s.tokens[i])
+        memset(&s.row, 0, sizeof(mullama_row))
+        s.row.handle = handle
+        s.row.arrival_ns = arrival_ns
+        s.row.opened_ns = now_ns()
+        s.row.prompt_tokens = s.n_prompt
+        s.row.kv_cache_hit = reuse
+        s.row.kv_cache_miss = s.n_prompt - reuse
+        s.row.kv_cache_evict = evicted
+        s.row.priority = priority
+        self.counters.opened += 1
+        self.counters.kv_hit_tokens += reuse
+        self.counters.kv_miss_tokens += s.n_prompt - reuse
+        self.site(MULLAMA_SITE_OPEN, slot, handle, s.n_prompt, reuse)
+
+    def cancel(self, int slot):
+        """End the request in a slot (finish record CANCELLED) and free its cells. Harmless when it has ended."""
+        self.check_slot(slot)
+        cdef Slot * s = &self.slots[slot]
+        if s.state == MULLAMA_SLOT_PREFILL or s.state == MULLAMA_SLOT_DECODE:
+            self.finish(slot, MULLAMA_FINISH_CANCELLED, -1, 0)
+            self.wake.signal()
+        if s.state == MULLAMA_SLOT_DONE:
+            self.clear_slot(slot)
+            self.publish()
+
+    def close_slot(self, int slot, *, bint retain=True):
+        """After a finish: keep the slot's KV as a prefix for later prompts, or free it. Returns tokens retained."""
+        self.check_slot(slot)
+        cdef Slot * s = &self.slots[slot]
+        if s.state != MULLAMA_SLOT_DONE:
+            raise RuntimeError(f"slot {slot} has no finished request")
+        cdef uint64_t handle = s.handle
+        if retain and not s.poisoned and s.n_past > 0:
+            s.tokens.resize(s.n_past)
+            s.end_request()
+            s.state = MULLAMA_SLOT_RETAINED
+            s.last_used = self.counters.steps
+        else:
+            self.clear_slot(slot)
+        self.site(MULLAMA_SITE_CLOSE, slot, handle, s.n_past, 0)
+        return s.n_past
+
+    cdef void clear_slot(self, int slot) noexcept nogil:
+        cdef Slot * s = &self.slots[slot]
+        llama_memory_seq_rm(self.mem, slot, -1, -1)
+        s.tokens.clear()
+        s.n_past = 0
+        s.end_request()
+        s.state = MULLAMA_SLOT_FREE
+
+    def evict(self, int slot):
+        """Drop a retained prefix. Returns the number of tokens (cells) freed."""
+        self.check_slot(slot)
+        cdef Slot * s = &self.slots[slot]
+        cdef int n = s.n_past
+        if s.state != MULLAMA_SLOT_RETAINED:
+            return 0
+        self.clear_slot(slot)
+        self.counters.kv_evict_tokens += n
+        self.site(MULLAMA_SITE_EVICT, slot, 0, n, 0)
+        return n
+
+    def exchange(self, int a, int b):
+        """Swap the contents of two slots, whatever they hold; KV is copied bit by bit. Returns bytes moved.
+
+        Running slots have to be a gap-free range of the lowest ids for a decode to be one ubatch.
+        Raises ComputeFailed when llama.cpp does not take the state back; the sequences involved are then lost.
+        """
+        self.check_slot(a)
+        self.check_slot(b)
+        if a == b:
+            return 0
+        cdef uint64_t start = now_ns()
+        cdef size_t n_a = 0, n_b = 0
+        cdef bint ok = True
+        with nogil:
+            if self.slots[a].n_past > 0:
+                n_a = llama_state_seq_get_size(self.ctx, a)
+                if self.state_a.size() < n_a:
+                    self.state_a.resize(n_a)
+                n_a = llama_state_seq_get_data(self.ctx, self.state_a.data(), n_a, a)
+                ok = ok and n_a > 0
+            if self.slots[b].n_past > 0:
+                n_b = llama_state_seq_get_size(self.ctx, b)
+                if self.state_b.size() < n_b:
+                    self.state_b.resize(n_b)
+                n_b = llama_state_seq_get_data(self.ctx, self.state_b.data(), n_b, b)
+                ok = ok and n_b > 0
+            llama_memory_seq_rm(self.mem, a, -1, -1)
+            llama_memory_seq_rm(self.mem, b, -1, -1)
+            if n_a > 0:
+                ok = llama_state_seq_set_data(self.ctx, self.state_a.data(), n_a, b) == n_a and ok
+            if n_b > 0:
+                ok = llama_state_seq_set_data(self.ctx, self.state_b.data(), n_b, a) == n_b and ok
+        swap_slots(self.slots[a], self.slots[b])
+        if not ok:
+            for slot in (a, b):
+                if self.slots[slot].state == MULLAMA_SLOT_PREFILL or self.slots[slot].state == MULLAMA_SLOT_DECODE:
+                    self.finish(slot, MULLAMA_FINISH_ERROR, -1, CORE_NO_KV)
+                    self.slots[slot].poisoned = True
+                elif self.slots[slot].state == MULLAMA_SLOT_RETAINED:
+                    self.clear_slot(slot)
+            raise ComputeFailed("a sequence's KV could not be moved to another slot")
+        for slot in (a, b):
+            if self.slots[slot].open():
+                self.slots[slot].row.moves += 1
+        self.counters.kv_moves += 1
+        self.counters.kv_move_bytes += n_a + n_b
+        self.counters.kv_move_ns += now_ns() - start
+        self.site(MULLAMA_SITE_MOVE, a, self.slots[a].handle, b, n_a + n_b)
+        return n_a + n_b
+
+    # -- the loop --------------------------------------------------------------------------------------------
+
+    def run(self, decode, prefill, max_steps=0):
+        """Carry out a plan: one token of every slot in ``decode``, then the chunks (slot, n tokens) of ``prefill``.
+
+        A plan without chunks is repeated until a sequence changes its state, ``interrupt`` is called, or ``max_steps``
+        (0: no limit) are done. Returns True when a sequence changed its state.
+        Raises ValueError for a plan that does not fit the slots' states.
+        """
+        self.plan_decode.clear()
+        self.plan_prefill.clear()
+        self.plan_chunk.clear()
+        last = -1
+        for slot in sorted(decode):
+            self.check_slot(slot)
+            if slot == last or self.slots[slot].state != MULLAMA_SLOT_DECODE:
+                raise ValueError(f"slot {slot} cannot decode (listed twice, or not in that state)")
+            last = slot
+            self.plan_decode.push_back(slot)
+        seen = set()
+        for slot, n in prefill:
+            self.check_slot(slot)
+            left = self.slots[slot].n_prompt - self.slots[slot].n_past
+            if slot in seen or self.slots[slot].state != MULLAMA_SLOT_PREFILL or not 1 <= n <= min(left, self.n_batch):
+                raise ValueError(f"slot {slot} cannot prefill {n} tokens")
+            seen.add(slot)
+            self.plan_prefill.push_back(slot)
+            self.plan_chunk.push_back(n)
+        if self.plan_decode.empty() and self.plan_prefill.empty():
+            return False
+        cdef uint64_t limit = max_steps
+        cdef uint64_t released_at
+        self.changed = False
+        with nogil:
+            self.steps(limit)
+            released_at = now_ns()
+        self.counters.gil_wait_ns += now_ns() - released_at
+        return self.changed
+
+    cdef void steps(self, uint64_t max_steps) noexcept nogil:
+        cdef size_t i, j
+        cdef uint64_t done = 0, start, now
+        if self.pool_paused:
+            ggml_threadpool_resume(self.pool)
+            self.pool_paused = False
+        self.interrupted.set(0)
+        start = now_ns()
+        while True:
+            i = 0
+            while i < self.plan_decode.size():
+                j = i + 1
+                while j < self.plan_decode.size() and self.plan_decode[j] == self.plan_decode[j - 1] + 1:
+                    j += 1
+                if i > 0:
+                    self.counters.split_ubatches += 1
+                self.decode_rows(i, j)
+                i = j
+            for i in range(self.plan_prefill.size()):
+                if self.deadline.stop.get():
+                    break
+                self.prefill(self.plan_prefill[i], self.plan_chunk[i])
+            self.counters.steps += 1
+            done += 1
+            now = now_ns()
+            self.counters.busy_ns += now - start
+            start = now
+            self.publish()
+            if self.pushed:
+                self.pushed = False
+                self.counters.wakeups += 1
+                self.wake.signal()
+            if self.governor.wants_look(now):
+                self.governor.look(self.neighbours.read(), now)
+            if self.changed or not self.plan_prefill.empty() or self.interrupted.get() or done == max_steps:
+                return
+
+    cdef int compute(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil:
+        """Decode the batch, which is one ubatch. 0, or llama_decode's code; 2 only when told to stop."""
+        cdef int rc, threads
+        cdef uint64_t start, end, allowance
+        cdef bint retry = False
+        self.batch.n_tokens = n_tokens
+        ns[0] = 0
+        while True:
+            threads = 1 if retry else self.governor.choose()
+            if threads != self.threads_set:
+                self.site(MULLAMA_SITE_THREADS, -1, 0, threads, self.threads_set)
+                llama_set_n_threads(self.ctx, threads, threads)
+                self.threads_set = threads
+            allowance = self.governor.allowance(n_tokens) if self.can_abort and not retry else 0
+            self.site(MULLAMA_SITE_UBATCH_BEGIN, self.batch.seq_id[0][0], 0, n_tokens, n_seqs)
+            start = now_ns()
+            self.deadline.at_ns = start + allowance if allowance != 0 else 0
+            rc = guarded_decode(self.ctx, self.batch, self.guard)
+            if not self.synchronous:
+                llama_synchronize(self.ctx)
+            end = now_ns()
+            ns[0] += end - start
+            self.counters.decode_ns += end - start
+            self.site(MULLAMA_SITE_UBATCH_END, self.batch.seq_id[0][0], 0, end - start, rc)
+            if rc == 2 and not self.deadline.stop.get():
+                # Given up at its deadline: somebody took a core. llama.cpp removed the ubatch's cells again.
+                self.counters.decode_retries += 1
+                self.governor.measured(n_tokens, threads, end - start, True, end)
+                retry = True
+                continue
+            if rc == 0:
+                self.governor.measured(n_tokens, threads, end - start, False, end)
+                self.counters.ubatches += 1
+            return rc
+
+    cdef void decode_rows(self, size_t first, size_t last) noexcept nogil:
+        """One token of each slot in plan_decode[first:last), a gap-free range of slots."""
+        cdef size_t i
+        cdef int row, rc, slot
+        cdef Slot * s
+        cdef uint64_t ns, now
+        cdef int n = <int> (last - first)
+        if self.deadline.stop.get():
+            return
+        for i in range(first, last):
+            row = <int> (i - first)
+            slot = self.plan_decode[i]
+            s = &self.slots[slot]
+            self.batch.token[row] = s.tokens[s.n_past]
+            self.batch.pos[row] = s.n_past
+            self.batch.n_seq_id[row] = 1
+            self.batch.seq_id[row][0] = slot
+            self.batch.logits[row] = 1
+        rc = self.compute(n, n, &ns)
+        if rc != 0:
+            self.fail_rows(&self.plan_decode[first], n, rc)
+            return
+        self.counters.decode_tokens += n
+        for i in range(first, last):
+            s = &self.slots[self.plan_decode[i]]
+            s.n_past += 1
+            s.row.decode_ns += ns
+            s.row.ubatches += 1
+            s.row.batch_sum += n
+            s.row.threads_min = min(s.row.threads_min, <uint32_t> self.threads_set)
+            s.row.threads_max = max(s.row.threads_max, <uint32_t> self.threads_set)
+        for i in range(first, last):
+            self.commit(self.plan_decode[i], <int> (i - first))
+
+    cdef void prefill(self, int slot, int n) noexcept nogil:
+        """The next ``n`` prompt tokens of a slot; samples the first token when they are the last."""
+        cdef Slot * s = &self.slots[slot]
+        cdef int i, rc
+        cdef uint64_t ns, now
+        cdef int32_t which = slot
+        cdef bint complete = s.n_past + n == s.n_prompt
+        for i in range(n):
+            self.batch.token[i] = s.tokens[s.n_past + i]
+            self.batch.pos[i] = s.n_past + i
+            self.batch.n_seq_id[i] = 1
+            self.batch.seq_id[i][0] = slot
+            self.batch.logits[i] = 0
+        if complete:
+            self.batch.logits[n - 1] = 1
+        if s.row.started_ns == 0:
+            s.row.started_ns = now_ns()
+        rc = self.compute(n, 1, &ns)
+        if rc != 0:
+            self.fail_rows(&which, 1, rc)
+            return
+        self.counters.prefill_tokens += n
+        s.n_past += n
+        s.row.prefill_ns += ns
+        s.row.ubatches += 1
+        s.row.batch_sum += 1
+        if s.row.threads_min == 0:
+            s.row.threads_min = self.threads_set
+        s.row.threads_min = min(s.row.threads_min, <uint32_t> self.threads_set)
+        s.row.threads_max = max(s.row.threads_max, <uint32_t> self.threads_set)
+        if complete:
+            s.state = MULLAMA_SLOT_DECODE
+            self.changed = True
+            self.commit(slot, n - 1)
+
+    cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil:
+        """A decode failed for good: its sequences end with an error, nobody else notices."""
+        cdef size_t i
+        if rc == 2:
+            return  # told to stop: the engine ends everything itself
+        for i in range(n):
+            self.slots[which[i]].poisoned = True
+            self.finish(which[i], MULLAMA_FINISH_ERROR, -1, CORE_NO_KV if rc == 1 else CORE_DECODE)
+
+    cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil:
+        """Sample from the logits of a batch row. -1 with ``error`` set when that is not possible."""
+        cdef Slot * s = &self.slots[slot]
+        cdef float * logits = llama_get_logits_ith(self.ctx, row)
+        cdef llama_token_data_array array
+        cdef int32_t n
+        cdef size_t i
+        cdef llama_token token
+        error[0] = CORE_NOT_FINITE
+        if logits is NULL:
+            error[0] = CORE_DECODE
+            return -1
+        if self.fault_slot == slot:
+            self.fault_slot = -1
+            logits[self.model.n_vocab // 2] = NAN
+        # The row is ours until the next decode, so biases go straight into it.
+        if s.ignore_eos or s.n_generated < s.min_tokens:
+            for i in range(self.eog.size()):
+                logits[self.eog[i]] = -1e30
+        for i in range(s.bias.size()):
+            logits[s.bias[i].token] += s.bias[i].bias
+        if s.greedy:
+            return scan_argmax(logits, self.model.n_vocab)
+        if s.top_k_first > 0:
+            n = scan_top_k(logits, self.model.n_vocab, s.top_k_first, self.candidates)
+        else:
+            n = scan_all(logits, self.model.n_vocab, self.candidates)
+        if n < 0:
+            return -1
+        array.data = self.candidates.data()
+        array.size = n
+        array.selected = -1
+        array.sorted = s.top_k_first > 0
+        token = guarded_sample(s.chain, &array, self.guard)
+        if token < 0:
+            error[0] = CORE_SAMPLER
+        return token
+
+    cdef void commit(self, int slot, int row) noexcept nogil:
+        """Sample the next token of a slot and let its text out; decides whether the request ends with it."""
+        cdef Slot * s = &self.slots[slot]
+        cdef int error = 0, stop = -1
+        cdef uint64_t start = now_ns(), sampled, end
+        cdef llama_token token = self.choose(slot, row, &error)
+        cdef char piece[MAX_PIECE]
+        cdef int32_t n = 0
+        cdef size_t i
+        cdef bint eog = False
+        sampled = now_ns()
+        s.row.sample_ns += sampled - start
+        self.counters.sample_ns += sampled - start
+        if token < 0:
+            s.poisoned = True
+            self.finish(slot, MULLAMA_FINISH_ERROR, -1, error)
+            return
+        self.counters.sampled_tokens += 1
+        self.site(MULLAMA_SITE_SAMPLE, slot, s.handle, token, sampled - start)
+        s.tokens.push_back(token)
+        s.n_generated += 1
+        s.row.completion_tokens += 1
+        s.row.last_token_ns = sampled
+        if s.row.first_token_ns == 0:
+            s.row.first_token_ns = sampled
+        for i in range(self.eog.size()):
+            if self.eog[i] == token:
+                eog = True
+                break
+        if not eog:
+            n = llama_token_to_piece(self.model.vocab, token, piece, MAX_PIECE, 0, False)
+            stop = s.gate.push(piece, max(n, 0), s.n_generated >= s.min_tokens, self.released)
+            s.pending_text.append(self.released)
+        if eog or stop >= 0:
+            self.finish(slot, MULLAMA_FINISH_STOP, stop, 0)
+        elif s.n_generated >= s.max_tokens:
+            self.finish(slot, MULLAMA_FINISH_LENGTH, -1, 0)
+        else:
+            self.flush_text(s, 1)
+        end = now_ns()
+        self.counters.commit_ns += end - sampled
+
+    cdef void finish(self, int slot, uint32_t reason, int stop_index, int error) noexcept nogil:
+        """End a request: let its last text out and hand over its row, whole, with the finish record."""
+        cdef Slot * s = &self.slots[slot]
+        cdef RecordHeader header
+        cdef FinishBody body
+        if reason == MULLAMA_FINISH_STOP or reason == MULLAMA_FINISH_LENGTH:
+            if stop_index < 0:
+                s.gate.flush(self.released)
+                s.pending_text.append(self.released)
+            self.flush_text(s, 1)
+        s.state = MULLAMA_SLOT_DONE
+        self.changed = True
+        s.row.state = MULLAMA_SLOT_DONE
+        s.row.slot = slot
+        s.row.cells = s.n_past
+        s.row.finish_reason = reason
+        s.row.finished_ns = now_ns()
+        if reason == MULLAMA_FINISH_STOP:
+            self.counters.finished_stop += 1
+        elif reason == MULLAMA_FINISH_LENGTH:
+            self.counters.finished_length += 1
+        elif reason == MULLAMA_FINISH_CANCELLED:
+            self.counters.cancelled += 1
+        else:
+            self.counters.failed += 1
+        header.kind = RECORD_FINISH
+        header.n_tokens = 0
+        header.handle = s.handle
+        body.reason = reason
+        body.stop_index = stop_index
+        body.error = error
+        body.unused = 0
+        self.push(header, &body, sizeof(FinishBody), &s.row, sizeof(mullama_row))
+        self.site(MULLAMA_SITE_FINISH, slot, s.handle, reason, s.n_generated)
+
+    def pause(self):
+        """Put the compute threads to sleep; ``run`` wakes them."""
+        if not self.pool_paused:
+            with nogil:
+                ggml_threadpool_pause(self.pool)
+            self.pool_paused = True
+
+    # -- seen from outside -------------------------------------------------------------------------------------
+
+    def counters_dict(self):
+        """The counters as the engine thread has them now."""
+        self.publish()
+        from mullama.abi import Reader, as_dict
+        return as_dict(Reader(self.page.buffer()).counters())
+
+    def cells(self):
+        """llama.cpp's own count of KV cells, by slot: {"size", "caches", "used": [..a slot..], "recurrent": [..]}.
+
+        ``used`` counts the full-attention cache (the sliding-window one holds fewer), ``recurrent`` the live states.
+        """
+        cdef int i, cache
+        cdef int n_caches = llama_cells_n_caches(self.ctx)
+        cdef vector[llama_seq_id] owner
+        used = [0] * self.n_slots
+        window = [0] * self.n_slots
+        for i in range(self.n_slots):
+            if n_caches > 0:
+                used[i] = llama_cells_used(self.ctx, 0, i, i)
+            if n_caches > 1:
+                window[i] = llama_cells_used(self.ctx, 1, i, i)
+        owner.resize(1024)
+        n = llama_cells_recurrent(self.ctx, owner.data(), <uint32_t> owner.size())
+        return {"caches": n_caches, "size": llama_cells_size(self.ctx, 0) if n_caches > 0 else 0,
+                "used": used, "window": window, "recurrent": [owner[i] for i in range(n)]}
+
+    def cell_map(self, int slot, int cache=0):
+        """(position, owner) of every cell of a slot's stream; (-1, -1) for an empty one."""
+        self.check_slot(slot)
+        cdef uint32_t size = llama_cells_size(self.ctx, cache)
+        cdef vector[llama_pos] pos
+        cdef vector[llama_seq_id] owner
+        pos.resize(size)
+        owner.resize(size)
+        cdef uint32_t n = llama_cells_read(self.ctx, cache, slot, pos.data(), owner.data(), size)
+        return [(pos[i], owner[i]) for i in range(n)]
+
+    def audit(self):
+        """Compare the bookkeeping with llama.cpp's cells. Returns a list of differences, empty when all agree."""
+        found = []
+        truth = self.cells()
+        for i in range(self.n_slots):
+            n = self.slots[i].n_past
+            if truth["caches"] > 0 and truth["used"][i] != n:
+                found.append(f"slot {i}: {n} tokens are accounted for, llama.cpp holds {truth['used'][i]} cells")
+            if self.slots[i].state == MULLAMA_SLOT_FREE and n != 0:
+                found.append(f"slot {i} is free but has {n} tokens")
+            if n > <int> self.slots[i].tokens.size():
+                found.append(f"slot {i}: KV of {n} tokens, {self.slots[i].tokens.size()} known")
+        return found
+
+    def state_bytes(self, int slot):
+        """Bytes that moving a slot's KV would copy."""
+        self.check_slot(slot)
+        cdef size_t n
+        with nogil:
+            n = llama_state_seq_get_size(self.ctx, slot)
+        return n
+
+    def inject_nan(self, int slot):
+        """Fault injection for tests: the next logits of this slot hold a NaN."""
+        self.check_slot(slot)
+        self.fault_slot = slot
+
+    def ring_usage(self):
+        """(bytes used, capacity) of the token ring."""
+        return self.ring.get().used(), self.ring.get().capacity()
+
+
+cdef class StopText:
+    """The text gate alone, for tests: pieces in, final bytes out."""
+
+    cdef TextGate gate
+
+    def __init__(self, stops=()):
+        for stop in stops:
+            if not stop:
+                raise ValueError("a stop string needs a character")
+            self.gate.stops.push_back(stop.encode("utf-8"))
+
+    def push(self, bytes piece, *, bint check_stops=True):
+        """Returns (final bytes, index of the stop string completed or -1)."""
+        cdef string released
+        cdef const char * data = piece
+        cdef int which = self.gate.push(data, len(piece), check_stops, released)
+        return <bytes> released, which
+
+    def flush(self):
+        """End of text: the bytes still held back."""
+        cdef string released
+        self.gate.flush(released)
+        return <bytes> released
+
+
+def scan(logits, int k=0):
+    """The scans alone, for tests: argmax of a sequence of floats (k = 0), else the ids of the k largest, or None."""
+    cdef vector[float] x = logits
+    cdef vector[llama_token_data] out
+    cdef int32_t n
+    if k == 0:
+        n = scan_argmax(x.data(), <int32_t> x.size())
+        return None if n < 0 else n
+    n = scan_top_k(x.data(), <int32_t> x.size(), k, out)
+    return None if n < 0 else [out[i].id for i in range(n)]

@@ -1,0 +1,25 @@
+from libcpp.memory cimport unique_ptr
+from libcpp.string cimport string
+from libcpp cimport bool as cbool
+
+from mullama._core.llama cimport llama_model, llama_vocab
+
+
+cdef extern from "chat_shim.h" namespace "mullama" nogil:
+    cppclass ChatTemplate:
+        ChatTemplate(const llama_model * model, const string & override_source) except +
+        string apply(const string & messages_json, cbool add_generation_prompt) except +
+        string source() except +
+        cbool is_explicit() except +
+
+
+cdef class Model:
+    cdef llama_model * ptr
+    cdef const llama_vocab * vocab
+    cdef unique_ptr[ChatTemplate] chat
+    cdef readonly str path
+    cdef readonly int n_vocab
+    cdef readonly bint vocab_only
+    cdef int n_users  # contexts on it: it cannot be closed before them
+
+    cdef int check(self) except -1

@@ -1,0 +1,356 @@
+"""Weights and vocabulary: load, tokenise, detokenise, chat template.
+
+A Model is immutable once loaded; its methods may be called from any thread. Long work releases the GIL.
+"""
+
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize
+from libc.stdint cimport int32_t
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+import os
+import sys
+import threading
+
+from mullama._core.llama cimport *
+from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError
+
+
+cdef extern from "log_sink.h" namespace "mullama" nogil:
+    cppclass LogSink:
+        int print_level
+        string take_errors() except +
+        @staticmethod
+        LogSink & instance()
+        @staticmethod
+        void install()
+
+
+_backend_lock = threading.Lock()
+_backend_ready = False
+
+
+def init_backend():
+    """Start llama.cpp's backends once a process. Called by everything here that needs them."""
+    global _backend_ready
+    cdef bytes path
+    cdef const char * c_path
+    with _backend_lock:
+        if _backend_ready:
+            return
+        LogSink.install()
+        # Backends built as plugins (portable wheels) lie beside the libraries, not beside the executable.
+        folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "lib")
+        path = os.fsencode(folder)
+        c_path = path
+        if ggml_backend_dev_count() == 0 and os.path.isdir(folder):
+            ggml_backend_load_all_from_path(c_path)
+        with nogil:
+            llama_backend_init()
+        _backend_ready = True
+
+
+def set_log_level(level):
+    """Print llama.cpp's own lines of this level and above to stderr: 'debug', 'info', 'warning', 'error' or 'none'."""
+    levels = {"none": 0, "debug": 1, "info": 2, "warning": 3, "error": 4}
+    LogSink.instance().print_level = levels[level]
+
+
+def devices():
+    """Compute devices llama.cpp knows: dicts of name, description, type, memory_free and memory_total in bytes."""
+    init_backend()
+    kinds = {
+        <int> GGML_BACKEND_DEVICE_TYPE_CPU: "cpu",
+        <int> GGML_BACKEND_DEVICE_TYPE_GPU: "gpu",
+        <int> GGML_BACKEND_DEVICE_TYPE_IGPU: "igpu",
+        <int> GGML_BACKEND_DEVICE_TYPE_ACCEL: "accel",
+    }
+    cdef ggml_backend_dev_t device
+    cdef size_t free_bytes, total_bytes
+    found = []
+    for i in range(ggml_backend_dev_count()):
+        device = ggml_backend_dev_get(i)
+        free_bytes = total_bytes = 0
+        ggml_backend_dev_memory(device, &free_bytes, &total_bytes)
+        found.append({
+            "name": ggml_backend_dev_name(device).decode(),
+            "description": ggml_backend_dev_description(device).decode("utf-8", "replace"),
+            "type": kinds.get(<int> ggml_backend_dev_get_type(device), "other"),
+            "memory_free": free_bytes,
+            "memory_total": total_bytes,
+        })
+    return found
+
+
+def system_info():
+    """llama.cpp's line about compiled features."""
+    init_backend()
+    return llama_print_system_info().decode("utf-8", "replace").strip()
+
+
+def llama_cpp_version():
+    return llama_version().decode()
+
+
+cdef cbool _on_progress(float progress, void * user_data) noexcept with gil:
+    """Forward to Python; an exception or a False cancels the load."""
+    state = <object> user_data
+    try:
+        if state["callback"](progress) is False:
+            state["cancelled"] = True
+            return False
+        return True
+    except BaseException as error:
+        state["error"] = error
+        return False
+
+
+cdef class Model:
+    """A GGUF model. ``vocab_only`` loads no weights: enough to tokenise and to read metadata."""
+
+    def __cinit__(self):
+        self.ptr = NULL
+        self.vocab = NULL
+        self.n_users = 0
+
+    def __init__(self, path, *, gpu_layers=-1, devices=(), split_mode="layer", tensor_split=(), mmap=True,
+                 vocab_only=False, chat_template="", progress=None):
+        """Load. ``progress(fraction)`` is called as it goes; returning False cancels (LoadCancelled).
+
+        ``gpu_layers`` -1 puts all layers on the GPU, if there is one. Raises ModelLoadError with llama.cpp's reason.
+        """
+        init_backend()
+        self.path = os.fspath(path)
+        self.vocab_only = vocab_only
+        if not os.path.isfile(self.path):
+            raise ModelLoadError(f"{self.path}: no such file")
+        cdef llama_model_params params = llama_model_default_params()
+        cdef vector[ggml_backend_dev_t] device_list
+        cdef vector[float] split
+        cdef bytes encoded
+        cdef const char * c_name
+        params.n_gpu_layers = gpu_layers
+        params.vocab_only = vocab_only
+        params.load_mode = LLAMA_LOAD_MODE_MMAP if mmap else LLAMA_LOAD_MODE_NONE
+        params.split_mode = {"none": LLAMA_SPLIT_MODE_NONE, "layer": LLAMA_SPLIT_MODE_LAYER,
+                             "row": LLAMA_SPLIT_MODE_ROW}[split_mode]
+        if devices:
+            for name in devices:
+                encoded = name.encode()
+                c_name = encoded
+                if ggml_backend_dev_by_name(c_name) is NULL:
+                    known = ", ".join(d["name"] for d in globals()["devices"]())
+                    raise ModelLoadError(f"no device named '{name}'; there are: {known}", param="device")
+                device_list.push_back(ggml_backend_dev_by_name(c_name))
+            device_list.push_back(NULL)
+            params.devices = device_list.data()
+        if tensor_split:
+            if len(tensor_split) > llama_max_devices():
+                raise ModelLoadError(f"tensor_split names more than {llama_max_devices()} devices", param="tensor_split")
+            split.resize(llama_max_devices(), 0.0)
+            for i, share in enumerate(tensor_split):
+                split[i] = share
+            params.tensor_split = split.data()
+        state = {"callback": progress, "cancelled": False, "error": None}
+        if progress is not None:
+            params.progress_callback = _on_progress
+            params.progress_callback_user_data = <void *> state
+        encoded = os.fsencode(self.path)
+        cdef const char * c_path = encoded
+        LogSink.instance().take_errors()
+        with nogil:
+            self.ptr = llama_model_load_from_file(c_path, params)
+        if self.ptr is NULL:
+            if state["error"] is not None:
+                raise state["error"]
+            if state["cancelled"]:
+                raise LoadCancelled(f"{self.path}: loading was cancelled")
+            raise ModelLoadError(f"{self.path}: {_last_error('llama.cpp could not load it')}")
+        self.vocab = llama_model_get_vocab(self.ptr)
+        self.n_vocab = llama_vocab_n_tokens(self.vocab)
+        cdef string source = chat_template.encode("utf-8")
+        try:
+            self.chat.reset(new ChatTemplate(self.ptr, source))
+        except RuntimeError as error:
+            if chat_template:
+                raise ModelLoadError(f"the chat template does not parse: {error}", param="chat_template") from None
+            # The model's own template is broken: completions still work, chats get ChatML.
+            source = b"chatml"
+            self.chat.reset(new ChatTemplate(self.ptr, source))
+
+    def __dealloc__(self):
+        self.chat.reset()
+        if self.ptr is not NULL:
+            llama_model_free(self.ptr)
+            self.ptr = NULL
+
+    cdef int check(self) except -1:
+        if self.ptr is NULL:
+            raise ModelLoadError("this model was closed")
+        return 0
+
+    def close(self):
+        """Free the weights. Contexts on it must be closed before."""
+        if self.n_users:
+            raise RuntimeError("a context still uses this model")
+        self.chat.reset()
+        if self.ptr is not NULL:
+            with nogil:
+                llama_model_free(self.ptr)
+            self.ptr = NULL
+
+    # -- facts ------------------------------------------------------------------------------------
+
+    def facts(self):
+        """What llama.cpp knows of the model, as a dict."""
+        self.check()
+        cdef char buf[256]
+        llama_model_desc(self.ptr, buf, sizeof(buf))
+        meta = self.metadata()
+        return {
+            "description": buf.decode("utf-8", "replace"),
+            "architecture": meta.get("general.architecture", ""),
+            "n_params": llama_model_n_params(self.ptr),
+            "size_bytes": llama_model_size(self.ptr),
+            "n_vocab": self.n_vocab,
+            "n_ctx_train": llama_model_n_ctx_train(self.ptr),
+            "n_layer": llama_model_n_layer(self.ptr),
+            "n_embd": llama_model_n_embd(self.ptr),
+            "n_swa": llama_model_n_swa(self.ptr),
+            "has_chat_template": self.chat.get().is_explicit(),
+            "has_encoder": llama_model_has_encoder(self.ptr),
+            "has_decoder": llama_model_has_decoder(self.ptr),
+            "is_recurrent": llama_model_is_recurrent(self.ptr),
+            "is_hybrid": llama_model_is_hybrid(self.ptr),
+            "is_diffusion": llama_model_is_diffusion(self.ptr),
+        }
+
+    def metadata(self):
+        """The GGUF's scalar key/value pairs as texts."""
+        self.check()
+        cdef char key[256]
+        cdef vector[char] value
+        cdef int32_t i, n
+        found = {}
+        value.resize(1024)
+        for i in range(llama_model_meta_count(self.ptr)):
+            if llama_model_meta_key_by_index(self.ptr, i, key, sizeof(key)) < 0:
+                continue
+            n = llama_model_meta_val_str_by_index(self.ptr, i, value.data(), value.size())
+            if n >= <int32_t> value.size():
+                value.resize(n + 1)
+                n = llama_model_meta_val_str_by_index(self.ptr, i, value.data(), value.size())
+            if n >= 0:
+                found[key.decode("utf-8", "replace")] = value.data()[:n].decode("utf-8", "replace")
+        return found
+
+    def is_eog(self, int token):
+        """Whether a token ends generation."""
+        self.check_token(token)
+        return llama_vocab_is_eog(self.vocab, token)
+
+    def check_token(self, token, param=None):
+        """Raise InvalidRequest unless ``token`` is an id of this vocabulary. Returns it as an int."""
+        self.check()
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise InvalidRequest(f"a token id must be a whole number, got {type(token).__name__}", param=param)
+        if not 0 <= token < self.n_vocab:
+            raise InvalidRequest(f"token id {token} is outside the vocabulary (0 to {self.n_vocab - 1})", param=param)
+        return int(token)
+
+    # -- text -------------------------------------------------------------------------------------
+
+    def tokenize(self, str text, *, bint add_special=True, bint parse_special=True):
+        """Token ids of a text; the GIL is released. Raises InvalidRequest for lone surrogates."""
+        self.check()
+        cdef Py_ssize_t size
+        cdef const char * data
+        try:
+            data = PyUnicode_AsUTF8AndSize(text, &size)
+        except UnicodeEncodeError:
+            raise InvalidRequest("the text holds a lone surrogate, which is not valid Unicode") from None
+        if size > 0x7FFFFFF0:
+            raise InvalidRequest("the text is longer than 2 GiB")
+        cdef vector[llama_token] tokens
+        cdef int32_t n = 0
+        with nogil:
+            tokens.resize(size + 2)
+            n = llama_tokenize(self.vocab, data, <int32_t> size, tokens.data(), <int32_t> tokens.size(),
+                               add_special, parse_special)
+            if n < 0:
+                tokens.resize(-n)
+                n = llama_tokenize(self.vocab, data, <int32_t> size, tokens.data(), <int32_t> tokens.size(),
+                                   add_special, parse_special)
+        if n < 0:
+            raise InvalidRequest("the text could not be tokenised")
+        return [tokens[i] for i in range(n)]
+
+    def detokenize(self, tokens, *, bint special=False):
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD. ``special`` shows control tokens."""
+        return self.detokenize_bytes(tokens, special=special).decode("utf-8", "replace")
+
+    def detokenize_bytes(self, tokens, *, bint special=False):
+        """The bytes behind ``detokenize``."""
+        cdef vector[llama_token] ids
+        for token in tokens:
+            ids.push_back(self.check_token(token))
+        cdef vector[char] text
+        cdef int32_t n
+        with nogil:
+            text.resize(ids.size() * 8 + 16)
+            n = llama_detokenize(self.vocab, ids.data(), <int32_t> ids.size(), text.data(), <int32_t> text.size(),
+                                 False, special)
+            if n < 0:
+                text.resize(-n)
+                n = llama_detokenize(self.vocab, ids.data(), <int32_t> ids.size(), text.data(),
+                                     <int32_t> text.size(), False, special)
+        return text.data()[:max(n, 0)]
+
+    def piece(self, token, *, bint special=False):
+        """The bytes one token stands for."""
+        cdef llama_token id = self.check_token(token)
+        cdef vector[char] buf
+        buf.resize(64)
+        cdef int32_t n = llama_token_to_piece(self.vocab, id, buf.data(), <int32_t> buf.size(), 0, special)
+        if n < 0:
+            buf.resize(-n)
+            n = llama_token_to_piece(self.vocab, id, buf.data(), <int32_t> buf.size(), 0, special)
+        return buf.data()[:max(n, 0)]
+
+    # -- chat -------------------------------------------------------------------------------------
+
+    def render_chat(self, bytes messages_json, *, bint add_generation_prompt=True):
+        """The prompt of a chat (a JSON array of OpenAI messages); the GIL is released.
+
+        Tokenise the result with ``add_special=True``: a BOS that the vocabulary adds by itself is left out here.
+        Raises InvalidRequest when the template refuses the messages.
+        """
+        self.check()
+        cdef string source = messages_json
+        cdef string prompt
+        try:
+            with nogil:
+                prompt = self.chat.get().apply(source, add_generation_prompt)
+        except RuntimeError as error:
+            raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
+        return prompt.decode("utf-8", "replace")
+
+    def chat_template(self):
+        """Source of the template in use."""
+        self.check()
+        return self.chat.get().source().decode("utf-8", "replace")
+
+
+def _last_error(default):
+    """llama.cpp's last error line, tidied to one line."""
+    text = LogSink.instance().take_errors().decode("utf-8", "replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if "failed to load model" not in line] or lines
+    if not lines:
+        return default
+    line = lines[0]
+    # "llama_model_load: error loading model: tensor …" says the same without its head
+    for head in ("error loading model: ", "gguf_init_from_file_ptr: ", "gguf_init_from_reader: "):
+        if head in line:
+            line = line.split(head, 1)[1]
+    return line

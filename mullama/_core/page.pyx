@@ -1,0 +1,121 @@
+"""The writing side of the instrumentation page (layout and law: abi.h; reading side: abi.py)."""
+
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.string cimport memset
+
+import mmap
+import os
+import time
+
+from mullama.abi cimport *
+
+
+cdef extern from "page_write.h" namespace "mullama" nogil:
+    void publish[Block](Block * out, const Block & values)
+    void publish_event(mullama_event * ring, uint32_t n_events, uint64_t index, const mullama_event & event)
+    ctypedef struct FieldInfo:
+        const char * block
+        const char * name
+        uint32_t offset
+        uint32_t size
+    const FieldInfo * fields(size_t & n)
+    ctypedef struct SiteInfo:
+        const char * name
+        uint32_t number
+        const char * doc
+    const SiteInfo * sites(size_t & n)
+
+
+def layout():
+    """Every field as the compiler laid it out: (block, name, offset, size) in declaration order."""
+    cdef size_t n = 0
+    cdef const FieldInfo * table = fields(n)
+    return [(table[i].block.decode(), table[i].name.decode(), table[i].offset, table[i].size) for i in range(n)]
+
+
+def block_sizes():
+    """Bytes of each block."""
+    return {"header": sizeof(mullama_header), "counters": sizeof(mullama_counters), "row": sizeof(mullama_row),
+            "event": sizeof(mullama_event)}
+
+
+def site_table():
+    """The named call sites: {name: (number, what a and b hold)}."""
+    cdef size_t n = 0
+    cdef const SiteInfo * table = sites(n)
+    return {table[i].name.decode(): (table[i].number, table[i].doc.decode()) for i in range(n)}
+
+
+cdef class Page:
+    """A shared mapping (a file when ``path`` is given, else private memory) of counters, rows and events."""
+
+    def __init__(self, int n_rows, path=None, int n_events=8192):
+        if n_rows < 1 or n_events < 1 or n_events & (n_events - 1):
+            raise ValueError("n_rows must be positive and n_events a power of two")
+        cdef size_t counters_at, rows_at, events_at, size
+        counters_at = _aligned(sizeof(mullama_header))
+        rows_at = counters_at + _aligned(sizeof(mullama_counters))
+        events_at = rows_at + _aligned(n_rows * sizeof(mullama_row))
+        size = events_at + n_events * sizeof(mullama_event)
+        self.path = ""
+        if path is None:
+            self.mapping = mmap.mmap(-1, size)
+        else:
+            self.path = os.fspath(path)
+            # Only the owner may read what requests cost.
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
+            try:
+                os.ftruncate(fd, size)
+                self.mapping = mmap.mmap(fd, size)
+            finally:
+                os.close(fd)
+        self.view = memoryview(self.mapping)
+        cdef unsigned char[::1] raw = self.view
+        cdef unsigned char * base = &raw[0]
+        memset(base, 0, size)
+        cdef mullama_header * header = <mullama_header *> base
+        header.version = MULLAMA_ABI_VERSION
+        header.header_size = sizeof(mullama_header)
+        header.page_size = size
+        header.counters_offset = counters_at
+        header.counters_size = sizeof(mullama_counters)
+        header.rows_offset = rows_at
+        header.row_size = sizeof(mullama_row)
+        header.n_rows = n_rows
+        header.events_offset = events_at
+        header.event_size = sizeof(mullama_event)
+        header.n_events = n_events
+        header.pid = os.getpid()
+        header.created_ns = time.monotonic_ns()
+        header.magic = MULLAMA_ABI_MAGIC  # last: a reader that sees it may read the rest
+        self.counters = <mullama_counters *> (base + counters_at)
+        self.rows = <mullama_row *> (base + rows_at)
+        self.events = <mullama_event *> (base + events_at)
+        self.n_rows = n_rows
+        self.n_events = n_events
+
+    cdef void put_counters(self, const mullama_counters & values) noexcept nogil:
+        publish[mullama_counters](self.counters, values)
+
+    cdef void put_row(self, uint32_t index, const mullama_row & values) noexcept nogil:
+        publish[mullama_row](&self.rows[index], values)
+
+    cdef void put_event(self, uint64_t index, const mullama_event & event) noexcept nogil:
+        publish_event(self.events, self.n_events, index, event)
+
+    def buffer(self):
+        """The page as a read-only memoryview, for mullama.abi.Reader."""
+        return self.view.toreadonly()
+
+    def close(self):
+        """Remove the file. The memory itself goes when the last reader lets go of it."""
+        if self.path:
+            try:
+                os.unlink(self.path)
+            except FileNotFoundError:
+                pass
+            self.path = ""
+
+
+cdef size_t _aligned(size_t n) noexcept:
+    return (n + 63) // 64 * 64

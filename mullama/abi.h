@@ -1,0 +1,164 @@
+/* The instrumentation page: one shared mapping a model, written by its engine thread only.
+ *
+ * Layout rules: fixed-width integers, no pointers, little-endian, append-only; a change that moves a field
+ * raises MULLAMA_ABI_VERSION. abi.py mirrors this file with ctypes and a test compares every offset.
+ *
+ * Reading without locks: counters and rows open with a sequence counter that is odd while the writer is inside,
+ * and close with a checksum (sum of the 64-bit words between). A reader copies, then accepts the copy only if
+ * the counter was even, did not change, and the checksum fits; this holds also where the processor reorders stores.
+ * An event is valid when its `seq` equals its index + 1 before and after the copy.
+ *
+ * Times are nanoseconds of CLOCK_MONOTONIC.
+ */
+#ifndef MULLAMA_ABI_H
+#define MULLAMA_ABI_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define MULLAMA_ABI_MAGIC   0x00414D414C4C554Dull /* "MULLAMA\0", little-endian */
+#define MULLAMA_ABI_VERSION 1u
+
+/* F(type, name): every field is named once, here. */
+#define MULLAMA_HEADER_FIELDS(F)                                                              \
+    F(uint64_t, magic)                                                                        \
+    F(uint32_t, version)                                                                      \
+    F(uint32_t, header_size)                                                                  \
+    F(uint64_t, page_size)        /* bytes of the whole mapping */                            \
+    F(uint32_t, counters_offset)                                                              \
+    F(uint32_t, counters_size)                                                                \
+    F(uint32_t, rows_offset)                                                                  \
+    F(uint32_t, row_size)                                                                     \
+    F(uint32_t, n_rows)           /* one a slot; row i describes slot i */                    \
+    F(uint32_t, events_offset)                                                                \
+    F(uint32_t, event_size)                                                                   \
+    F(uint32_t, n_events)         /* a power of two */                                        \
+    F(uint64_t, pid)                                                                          \
+    F(uint64_t, created_ns)
+
+#define MULLAMA_COUNTER_FIELDS(F)                                                             \
+    F(uint64_t, lock)             /* odd while the writer is inside */                        \
+    F(uint64_t, heartbeat_ns)     /* last time the engine finished a step or a wait */        \
+    F(uint64_t, steps)            /* rounds over the plan */                                  \
+    F(uint64_t, ubatches)         /* successful llama_decode calls, one ubatch each */        \
+    F(uint64_t, split_ubatches)   /* extra ones because decoding slots had a hole */          \
+    F(uint64_t, decode_ns)        /* wall time inside llama_decode */                         \
+    F(uint64_t, busy_ns)          /* wall time with a sequence running */                     \
+    F(uint64_t, sample_ns)                                                                    \
+    F(uint64_t, commit_ns)        /* text assembly and ring */                                \
+    F(uint64_t, plans)                                                                        \
+    F(uint64_t, plan_ns)                                                                      \
+    F(uint64_t, gil_wait_ns)      /* waiting for the GIL after a run */                       \
+    F(uint64_t, prefill_tokens)                                                               \
+    F(uint64_t, decode_tokens)                                                                \
+    F(uint64_t, sampled_tokens)                                                               \
+    F(uint64_t, graphs_reused)    /* llama_perf_context().n_reused */                         \
+    F(uint64_t, ring_stalls)                                                                  \
+    F(uint64_t, ring_stall_ns)                                                                \
+    F(uint64_t, wakeups)          /* signals to the reader of the token ring */               \
+    F(uint64_t, events)           /* events written so far; the ring keeps the last n_events */ \
+    F(uint64_t, opened)                                                                       \
+    F(uint64_t, finished_stop)                                                                \
+    F(uint64_t, finished_length)                                                              \
+    F(uint64_t, cancelled)                                                                    \
+    F(uint64_t, failed)                                                                       \
+    F(uint64_t, kv_hit_tokens)                                                                \
+    F(uint64_t, kv_miss_tokens)                                                               \
+    F(uint64_t, kv_evict_tokens)                                                              \
+    F(uint64_t, kv_moves)                                                                     \
+    F(uint64_t, kv_move_bytes)                                                                \
+    F(uint64_t, kv_move_ns)                                                                   \
+    F(uint64_t, decode_retries)   /* decodes given up at their deadline and run again */      \
+    F(uint64_t, thread_changes)                                                               \
+    F(uint64_t, threads)          /* gauge: threads of the last decode */                     \
+    F(uint64_t, running)          /* gauge: open sequences */                                 \
+    F(uint64_t, waiting)          /* gauge: requests in the admission queue */                \
+    F(uint64_t, retained)         /* gauge: slots that keep a finished prefix */              \
+    F(uint64_t, cells_used)       /* gauge: tokens in the KV cache */                         \
+    F(uint64_t, checksum)
+
+/* A row is copied whole into the finish record, so that profiles lose nothing. */
+#define MULLAMA_ROW_FIELDS(F)                                                                 \
+    F(uint64_t, lock)                                                                         \
+    F(uint64_t, handle)           /* 0: nothing was ever here */                              \
+    F(uint32_t, state)            /* MULLAMA_SLOT_* */                                        \
+    F(int32_t,  slot)                                                                         \
+    F(uint64_t, arrival_ns)                                                                   \
+    F(uint64_t, opened_ns)        /* got its slot */                                          \
+    F(uint64_t, started_ns)       /* first decode that held one of its tokens */              \
+    F(uint64_t, first_token_ns)                                                               \
+    F(uint64_t, last_token_ns)                                                                \
+    F(uint64_t, finished_ns)                                                                  \
+    F(uint32_t, prompt_tokens)                                                                \
+    F(uint32_t, completion_tokens)                                                            \
+    F(uint32_t, kv_cache_hit)                                                                 \
+    F(uint32_t, kv_cache_miss)                                                                \
+    F(uint32_t, kv_cache_evict)                                                               \
+    F(uint32_t, cells)            /* tokens of it in the KV cache now */                      \
+    F(uint32_t, ubatches)                                                                     \
+    F(uint32_t, finish_reason)    /* MULLAMA_FINISH_* */                                      \
+    F(uint64_t, batch_sum)        /* sequences of those ubatches, summed */                   \
+    F(uint64_t, prefill_ns)                                                                   \
+    F(uint64_t, decode_ns)                                                                    \
+    F(uint64_t, sample_ns)                                                                    \
+    F(uint32_t, threads_min)                                                                  \
+    F(uint32_t, threads_max)                                                                  \
+    F(int32_t,  priority)                                                                     \
+    F(uint32_t, moves)            /* times its KV went to another slot */                     \
+    F(uint64_t, checksum)
+
+#define MULLAMA_EVENT_FIELDS(F)                                                               \
+    F(uint64_t, seq)              /* index of the event + 1; 0 while it is written */         \
+    F(uint64_t, time_ns)                                                                      \
+    F(uint64_t, handle)                                                                       \
+    F(uint32_t, kind)             /* MULLAMA_SITE_* */                                        \
+    F(int32_t,  slot)                                                                         \
+    F(int64_t,  a)                                                                            \
+    F(int64_t,  b)
+
+#define MULLAMA_DECLARE(type, name) type name;
+typedef struct mullama_header   { MULLAMA_HEADER_FIELDS(MULLAMA_DECLARE) } mullama_header;
+typedef struct mullama_counters { MULLAMA_COUNTER_FIELDS(MULLAMA_DECLARE) } mullama_counters;
+typedef struct mullama_row      { MULLAMA_ROW_FIELDS(MULLAMA_DECLARE) } mullama_row;
+typedef struct mullama_event    { MULLAMA_EVENT_FIELDS(MULLAMA_DECLARE) } mullama_event;
+#undef MULLAMA_DECLARE
+
+enum {
+    MULLAMA_SLOT_FREE     = 0,
+    MULLAMA_SLOT_RETAINED = 1, /* finished; its tokens may serve as a prefix */
+    MULLAMA_SLOT_PREFILL  = 2,
+    MULLAMA_SLOT_DECODE   = 3,
+    MULLAMA_SLOT_DONE     = 4  /* finished inside a run; the engine has not closed it yet */
+};
+
+enum {
+    MULLAMA_FINISH_NONE      = 0,
+    MULLAMA_FINISH_STOP      = 1,
+    MULLAMA_FINISH_LENGTH    = 2,
+    MULLAMA_FINISH_CANCELLED = 3,
+    MULLAMA_FINISH_ERROR     = 4
+};
+
+/* The call sites where events are written and where hooks attach. S(NAME, number, what a and b hold). */
+#define MULLAMA_SITES(S)                                                                      \
+    S(OPEN,    1, "a = prompt tokens, b = reused tokens")                                     \
+    S(PLAN,    2, "a = decoding sequences, b = prompt tokens")                                \
+    S(UBATCH_BEGIN, 3, "a = tokens, b = sequences")                                           \
+    S(UBATCH_END,   4, "a = nanoseconds, b = llama_decode's return code")                     \
+    S(SAMPLE,  5, "a = token, b = nanoseconds")                                               \
+    S(FINISH,  6, "a = reason, b = completion tokens")                                        \
+    S(CLOSE,   7, "a = tokens retained")                                                      \
+    S(MOVE,    8, "a = other slot, b = bytes")                                                \
+    S(EVICT,   9, "a = tokens")                                                               \
+    S(THREADS, 10, "a = new count, b = old count")                                            \
+    S(RING_STALL, 11, "a = nanoseconds")                                                      \
+    S(IDLE,    12, "a = nanoseconds waited")
+
+enum {
+#define MULLAMA_SITE_ENUM(name, number, doc) MULLAMA_SITE_##name = number,
+    MULLAMA_SITES(MULLAMA_SITE_ENUM)
+#undef MULLAMA_SITE_ENUM
+    MULLAMA_SITE_COUNT = 13
+};
+
+#endif

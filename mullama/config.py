@@ -1,0 +1,175 @@
+"""One configuration: flags, ``MULLAMA_*`` environment variables and a TOML file, described once, here.
+
+``ServeConfig`` is the single list of server options. The CLI makes its flags from it, ``load_config`` reads the
+environment and the file by the same names, and docs/configuration.md is generated from it (a test compares).
+Precedence: flag, environment, file, default.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mullama.errors import ConfigError
+
+ENV_PREFIX = "MULLAMA_"
+DEFAULT_MODEL = "smollm2:135m"
+_MANY = 1 << 30  # fits the C side's 32-bit integers
+_SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - the field's own word
+    """A dataclass field with its documentation. ``metavar``, ``choices``, ``minimum``, ``maximum``, ``pattern`` (of
+    the whole text; shown by the metavar), ``secret``."""
+    meta = {"help": help, **metadata}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(slots=True)
+class ServeConfig:
+    """Options of ``mullama serve``. A field ``ctx_size`` is ``--ctx-size``, ``MULLAMA_CTX_SIZE`` and ``ctx_size =``."""
+
+    model: list[str] = option([], "model to serve, as REFERENCE or NAME=REFERENCE; repeatable", metavar="MODEL")
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8080, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
+
+    ctx_size: int = option(0, "tokens one request may use, prompt and completion; 0: automatic", minimum=0, maximum=_MANY)
+    parallel: int = option(0, "requests that run at once; 0: automatic", minimum=0, maximum=256)
+    threads: int = option(0, "most CPU threads for compute; 0: all cores this process may use", minimum=0, maximum=512)
+    threads_fixed: bool = option(False, "keep that number of threads, switch the governor off")
+    batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384)
+    prefill_budget: int = option(512, "most prompt tokens one step computes while others decode", minimum=1, maximum=_MANY)
+    max_queue: int = option(256, "requests that may wait; one more is answered 503", minimum=0, maximum=_MANY)
+    flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))
+    mmap: bool = option(True, "map the model file instead of reading it")
+    chat_template: str = option("", "a Jinja chat template, or @FILE, instead of the model's own", metavar="TEMPLATE")
+
+    gpu_layers: str = option(
+        "auto", "layers on the GPU: auto (what fits) or a number", metavar="auto|N", pattern=r"auto|\d{1,4}"
+    )
+    device: list[str] = option([], "device to use, by llama.cpp's name; repeatable", metavar="DEVICE")
+    split_mode: str = option("layer", "how to split over GPUs", choices=("none", "layer", "row"))
+    tensor_split: str = option("", "share of each GPU, such as 3,1", metavar="N,N,…", pattern=_SPLIT)
+
+    api_key: str = option("", "key that clients must send as a bearer token", secret=True)
+    admin_key: str = option("", "key for writes under /internal; needed when not on loopback", secret=True)
+    allowed_host: list[str] = option([], "extra Host header to accept; repeatable; * accepts all", metavar="HOST")
+    max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY)
+    drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
+    profile_log: str = option("", "append every request's profile to this JSONL file", metavar="FILE")
+    page_dir: str = option("", "folder of the instrumentation pages; default: the runtime folder", metavar="DIR")
+    log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
+
+
+def options() -> list[Field[Any]]:
+    """The options in their documented order."""
+    return list(fields(ServeConfig))
+
+
+def option_type(opt: Field[Any]) -> Any:
+    """The Python type of an option: str, int, float, bool, or list[str]."""
+    return _types()[opt.name]
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(ServeConfig)
+
+
+def default_of(opt: Field[Any]) -> Any:
+    return opt.default if opt.default is not MISSING else opt.default_factory()  # type: ignore[misc]
+
+
+def load_config(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> ServeConfig:
+    """Merge flags over environment over file over defaults, and check every value.
+
+    ``flags`` holds only what the user gave. Raises ConfigError naming the option, where it came from, and what
+    would be right.
+    """
+    env = os.environ if env is None else env
+    known = {opt.name: opt for opt in options()}
+    values: dict[str, Any] = {}
+    if file is None and env.get(f"{ENV_PREFIX}CONFIG"):
+        file = Path(env[f"{ENV_PREFIX}CONFIG"])
+    if file is not None:
+        for name, value in _read_file(file).items():
+            key = name.replace("-", "_")
+            if key not in known:
+                raise ConfigError(f"{file}: unknown option '{name}'", param=name)
+            values[key] = _convert(known[key], value, f"{file}: {name}")
+    for key, opt in known.items():
+        text = env.get(f"{ENV_PREFIX}{key.upper()}")
+        if text is not None:
+            values[key] = _convert(opt, text, f"{ENV_PREFIX}{key.upper()}")
+    for key, value in (flags or {}).items():
+        values[key] = _convert(known[key], value, f"--{key.replace('_', '-')}")
+    return ServeConfig(**values)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from None
+
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+def _convert(opt: Field[Any], value: Any, source: str) -> Any:
+    """Check one value and bring it to the option's type."""
+    wanted = option_type(opt)
+    meta = opt.metadata
+    if wanted is bool:
+        if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
+            value = value.lower() in _TRUE
+        if not isinstance(value, bool):
+            raise ConfigError(f"{source}: '{value}' is not true or false", param=opt.name)
+    elif wanted in (int, float):
+        try:
+            # A TOML file may say 4096.5 or inf; int() would cut the one and choke on the other.
+            if isinstance(value, bool) or (wanted is int and isinstance(value, float) and not value.is_integer()):
+                raise ValueError
+            value = wanted(value)
+        except (TypeError, ValueError, OverflowError):
+            kind = "a whole number" if wanted is int else "a number"
+            raise ConfigError(f"{source}: '{value}' is not {kind}", param=opt.name) from None
+        low, high = meta.get("minimum"), meta.get("maximum")
+        if value != value or (low is not None and value < low) or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise ConfigError(f"{source}: {value} is out of range; it must be {bounds}", param=opt.name)
+    elif wanted == list[str]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
+            raise ConfigError(f"{source}: expected a list of texts", param=opt.name)
+        value = list(value)
+    elif not isinstance(value, str):
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        else:
+            raise ConfigError(f"{source}: expected a text", param=opt.name)
+    pattern = meta.get("pattern")
+    if pattern and not re.fullmatch(pattern, value):
+        raise ConfigError(f"{source}: '{value}' does not fit; it must look like {meta['metavar']}", param=opt.name)
+    choices = meta.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"{source}: '{value}' is not one of {', '.join(choices)}", param=opt.name)
+    return value

@@ -1,0 +1,87 @@
+"""What the rooms above (web, cli) may ask of an engine. A real engine and the tests' fake one both have this shape.
+
+No compiled code is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Protocol
+
+from mullama.types import Delta, Finish, ModelInfo, Request
+
+
+class Generation(Protocol):
+    """One submitted request. ``finish`` is set once it ended, whatever the reason."""
+
+    id: str
+    finish: Finish | None
+
+    def cancel(self) -> None:
+        """Stop it from any thread; its KV is free within one step. Harmless when it has ended."""
+
+
+class AsyncGeneration(Generation, Protocol):
+    """Yields Deltas and stops after the last one; then ``finish`` is set.
+
+    Deltas that piled up while nobody read are handed over merged. An error does not raise: it is in ``finish``.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+    async def __anext__(self) -> Delta: ...
+
+
+class SyncGeneration(Generation, Protocol):
+    """The same for threads."""
+
+    def __iter__(self) -> Iterator[Delta]: ...
+
+    def __next__(self) -> Delta: ...
+
+
+class EngineClient(Protocol):
+    """A loaded model that generates. Every method may be called from any thread unless it says otherwise."""
+
+    info: ModelInfo
+
+    def is_ready(self) -> bool:
+        """Loaded, and the engine thread makes progress (or has nothing to do)."""
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text. The GIL is released while it works. Raises InvalidRequest for lone surrogates."""
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
+
+    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
+        """The prompt of a chat, by the model's template (ChatML when it has none).
+
+        ``messages_json`` is the JSON array of OpenAI messages. The GIL is released while it works.
+        Raises InvalidRequest when the template refuses the messages.
+        """
+
+    def submit(self, request: Request) -> AsyncGeneration:
+        """Queue a request; call on the event loop that will read it.
+
+        Raises QueueFull, ShuttingDown, EngineDead, ContextLengthExceeded (prompt leaves no room for one token),
+        InvalidRequest (empty prompt, token ids outside the vocabulary). ``max_tokens`` is cut to what fits.
+        """
+
+    def submit_sync(self, request: Request) -> SyncGeneration:
+        """The same for a caller without an event loop."""
+
+    def scheduler_snapshot(self) -> dict[str, Any]:
+        """GET /internal/scheduler: policy, params, waiting and running sequences, step counters."""
+
+    async def kv_snapshot(self) -> dict[str, Any]:
+        """GET /internal/kv: layout, cells used and free, by whom; retained prefixes. Asked at a step boundary."""
+
+    async def drop_retained(self) -> int:
+        """Drop every retained prefix (POST /internal/kv/drop); returns the number of cells freed."""
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests, wait for running ones up to ``timeout`` seconds, cancel the rest. True: none was cut."""
+
+    def close(self) -> None:
+        """Stop the engine thread and free the context and the model. Idempotent."""

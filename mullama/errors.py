@@ -1,0 +1,151 @@
+"""Every error mullama raises on purpose, with its HTTP status and its OpenAI error object.
+
+The web layer turns any :class:`MullamaError` into ``{"error": {"message", "type", "param", "code"}}``;
+the CLI prints ``str(error)`` as one line. Nothing else may reach a user as a traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MullamaError(Exception):
+    """Base of all errors that are reported to a user.
+
+    ``param`` names the request field at fault (or ``None``), ``retry_after`` is in seconds.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after
+
+    def to_openai(self) -> dict[str, dict[str, str | None]]:
+        """The error object as OpenAI's clients parse it."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(MullamaError):
+    """A field has a wrong type, range or value."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt does not fit the context one request may use."""
+
+    code = "context_length_exceeded"
+
+
+class AuthenticationError(MullamaError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDenied(MullamaError):
+    """A host that is not allowed, or a write without the admin key."""
+
+    status = 403
+    type = "permission_error"
+
+
+class NotFound(MullamaError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class PayloadTooLarge(MullamaError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(MullamaError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
+
+
+class QueueFull(MullamaError):
+    """The admission queue is at its limit; ``retry_after`` says when to come back."""
+
+    status = 503
+    type = "overloaded_error"
+    code = "queue_full"
+
+
+class ShuttingDown(MullamaError):
+    status = 503
+    type = "overloaded_error"
+    code = "shutting_down"
+
+
+class EngineDead(MullamaError):
+    """The engine thread stopped; the reason is in the message."""
+
+    status = 503
+    type = "server_error"
+    code = "engine_dead"
+
+
+class ComputeFailed(MullamaError):
+    """llama.cpp could not compute this request (for example logits that are not finite)."""
+
+    status = 500
+    code = "compute_failed"
+
+
+class ModelLoadError(MullamaError):
+    """A model file is missing, damaged, or does not fit."""
+
+    status = 500
+    code = "model_load_failed"
+
+
+class LoadCancelled(ModelLoadError):
+    code = "model_load_cancelled"
+
+
+class ReferenceNotFound(ModelLoadError):
+    """A model reference names nothing that can be found."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class StoreError(MullamaError):
+    """The model store could not keep its promises: disk full, wrong checksum, interrupted download."""
+
+    code = "store_error"
+
+
+class ConfigError(MullamaError):
+    """A flag, an environment variable or a line of the TOML file is wrong."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "bad_config"
+
+
+class PluginError(MullamaError):
+    """A registered plugin could not be loaded or broke its contract."""
+
+    code = "plugin_error"
+
+
+class AbiMismatch(MullamaError):
+    """An instrumentation page was written by an incompatible version."""
+
+    code = "abi_mismatch"

