@@ -24,6 +24,7 @@ VERSION = 1
 
 u32, i32, u64, i64 = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int64
 
+FREE, RETAINED, PREFILL, DECODE, DONE = range(5)  # MULLAMA_SLOT_*
 SLOT_STATES = {0: "free", 1: "retained", 2: "prefill", 3: "decode", 4: "done"}
 FINISH_REASONS = {0: "none", 1: "stop", 2: "length", 3: "cancelled", 4: "error"}
 SITES = {

@@ -20,6 +20,17 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class SeqState(enum.StrEnum):
+    """Where a sequence is in its life; the legal moves are in engine/lifecycle.py."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    PREEMPTED = "preempted"  # its KV is in host memory, or dropped
+    MIGRATING = "migrating"  # a swap moves it to other weights
+    DONE = "done"
+
+
 @dataclass(slots=True, frozen=True)
 class SamplingParams:
     """How tokens are chosen. Defaults are llama.cpp's own (``common_params_sampling``).

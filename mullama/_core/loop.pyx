@@ -295,6 +295,10 @@ cdef class Core:
         """Make ``run`` return after the current step. Any thread."""
         self.interrupted.set(1)
 
+    def rearm(self):
+        """Forget an interrupt. Call before looking for commands, so that one that comes meanwhile is not lost."""
+        self.interrupted.set(0)
+
     def abort(self):
         """Give up the running decode and every stall; ``run`` returns at once and must not be called again."""
         self.deadline.stop.set(1)
@@ -312,6 +316,28 @@ cdef class Core:
     def states(self):
         """State number of every slot (see abi.SLOT_STATES)."""
         return [self.slots[i].state for i in range(self.n_slots)]
+
+    def progress(self):
+        """(state, tokens generated) of every slot."""
+        return [(self.slots[i].state, self.slots[i].n_generated) for i in range(self.n_slots)]
+
+    def retained(self, int slot):
+        """(tokens, step of last use) of the prefix a slot retains; (0, 0) when it retains none."""
+        self.check_slot(slot)
+        if self.slots[slot].state != MULLAMA_SLOT_RETAINED:
+            return 0, 0
+        return self.slots[slot].n_past, self.slots[slot].last_used
+
+    def gap_cost_ns(self, int slot):
+        """What a gap in the decoding slots will cost at most while the sequence in ``slot`` runs, in ns.
+
+        Each step pays for one more pass over the weights, estimated as half of a one-token decode. The look-ahead is
+        bounded: a sequence may end at any token.
+        """
+        self.check_slot(slot)
+        cdef Slot * s = &self.slots[slot]
+        steps = min(max(s.max_tokens - s.n_generated, 0), 64)
+        return 0.5 * self.governor.expected(1, self.governor.threads) * steps
 
     def slot_info(self, int slot):
         """(state, handle, n_past, tokens, last_used) of a slot; tokens as a list."""
@@ -557,7 +583,6 @@ cdef class Core:
         if self.pool_paused:
             ggml_threadpool_resume(self.pool)
             self.pool_paused = False
-        self.interrupted.set(0)
         start = now_ns()
         while True:
             i = 0

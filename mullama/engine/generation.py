@@ -1,0 +1,121 @@
+"""The reader's end of a request: text as it becomes final, then how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from mullama.types import Delta, Finish
+
+
+class BaseGeneration:
+    """What both kinds share. ``deliver`` and ``end`` are called by the engine's reader only."""
+
+    def __init__(self, request_id: str, handle: int, cancel: Callable[[int], None]) -> None:
+        self.id = request_id
+        self.handle = handle
+        self.finish: Finish | None = None
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Stop it from any thread. Harmless when it has ended."""
+        if self.finish is None:
+            self._cancel(self.handle)
+
+    def deliver(self, text: str, n_tokens: int) -> None:
+        raise NotImplementedError
+
+    def end(self, finish: Finish) -> None:
+        raise NotImplementedError
+
+
+class AsyncGeneration(BaseGeneration):
+    """Read on one event loop. Deltas that pile up while nobody reads are merged."""
+
+    def __init__(
+        self, request_id: str, handle: int, cancel: Callable[[int], None], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(request_id, handle, cancel)
+        self._loop = loop
+        self._thread = threading.get_ident()
+        self._parts: list[str] = []
+        self._n_tokens = 0
+        self._ending: Finish | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def deliver(self, text: str, n_tokens: int) -> None:
+        if threading.get_ident() == self._thread:
+            self._put(text, n_tokens)
+        else:
+            self._call(self._put, text, n_tokens)
+
+    def end(self, finish: Finish) -> None:
+        if threading.get_ident() == self._thread:
+            self._finish(finish)
+        else:
+            self._call(self._finish, finish)
+
+    def _call(self, callback: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            return  # the loop is closed: nobody reads any more
+
+    def _put(self, text: str, n_tokens: int) -> None:
+        self._parts.append(text)
+        self._n_tokens += n_tokens
+        self._wake()
+
+    def _finish(self, finish: Finish) -> None:
+        self._ending = finish
+        self.finish = finish
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._parts:
+            if self._ending is not None:
+                raise StopAsyncIteration
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        delta = Delta("".join(self._parts), self._n_tokens)
+        self._parts.clear()
+        self._n_tokens = 0
+        return delta
+
+
+class SyncGeneration(BaseGeneration):
+    """Read by one thread."""
+
+    def __init__(self, request_id: str, handle: int, cancel: Callable[[int], None]) -> None:
+        super().__init__(request_id, handle, cancel)
+        self._queue: queue.SimpleQueue[Delta | Finish] = queue.SimpleQueue()
+
+    def deliver(self, text: str, n_tokens: int) -> None:
+        self._queue.put(Delta(text, n_tokens))
+
+    def end(self, finish: Finish) -> None:
+        self._queue.put(finish)
+
+    def __iter__(self) -> Iterator[Delta]:
+        return self
+
+    def __next__(self) -> Delta:
+        if self.finish is not None:
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, Delta):
+            return item
+        self.finish = item
+        raise StopIteration

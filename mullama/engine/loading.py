@@ -1,0 +1,130 @@
+"""From a model file and a configuration to a Model and a Core."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mullama import abi
+from mullama._core import Core, Model, devices
+from mullama.config import ServeConfig
+from mullama.engine import sizing
+from mullama.errors import ConfigError, ModelLoadError
+from mullama.types import ModelInfo
+
+log = logging.getLogger("mullama.engine")
+
+
+def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float], bool | None] | None) -> Model:
+    """Load the weights. Raises ModelLoadError with the reason."""
+    gpus = [d for d in devices() if d["type"] in ("gpu", "igpu") and (not config.device or d["name"] in config.device)]
+    gpu_layers = -1
+    if config.gpu_layers != "auto" or gpus:
+        with_gpu = sum(d["memory_free"] for d in gpus) if gpus else None
+        vocab = Model(path, vocab_only=True)
+        meta = vocab.metadata()
+        n_layer = int(meta.get(f"{meta.get('general.architecture')}.block_count", 1))
+        vocab.close()
+        kv = sizing.kv_bytes_per_token(meta) * (config.ctx_size or sizing.DEFAULT_CTX) * (config.parallel or 1)
+        gpu_layers = sizing.fit_gpu_layers(config.gpu_layers, n_layer, Path(path).stat().st_size, kv, with_gpu)
+    try:
+        split = [float(part) for part in config.tensor_split.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"tensor_split must be numbers such as 3,1; got '{config.tensor_split}'") from None
+    return Model(
+        path,
+        gpu_layers=gpu_layers,
+        devices=config.device,
+        split_mode=config.split_mode,
+        tensor_split=split,
+        mmap=config.mmap,
+        chat_template=_chat_template(config.chat_template),
+        progress=progress,
+    )
+
+
+def _chat_template(value: str) -> str:
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {value[1:]}: {error}") from None
+
+
+def make_core(model: Model, name: str, config: ServeConfig) -> Core:
+    """A context that fits memory, with its instrumentation page in the runtime folder."""
+    facts = model.facts()
+    sizes = sizing.fit_sizes(
+        config.ctx_size,
+        config.parallel,
+        facts["n_ctx_train"],
+        sizing.kv_bytes_per_token(model.metadata()),
+        sizing.available_memory(),
+    )
+    if facts["n_ctx_train"] and sizes.n_ctx > facts["n_ctx_train"]:
+        log.warning("%s was trained on %d tokens of context, %d were asked for", name, facts["n_ctx_train"], sizes.n_ctx)
+    return Core(
+        model,
+        n_slots=sizes.n_parallel,
+        n_ctx=sizes.n_ctx,
+        n_batch=config.batch_size,
+        n_threads=config.threads or sizing.usable_cores(),
+        threads_fixed=config.threads_fixed,
+        flash_attn=config.flash_attn,
+        page_path=_page_path(name, config.page_dir),
+    )
+
+
+def _page_path(name: str, folder: str) -> str | None:
+    """Where the page goes; None (a private page) when no such folder can be made."""
+    base = Path(folder) if folder else abi.runtime_dir()
+    try:
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _sweep(base)
+    except OSError as error:
+        if folder:
+            raise ModelLoadError(f"cannot use the page folder {base}: {error.strerror}") from None
+        return None
+    return str(base / f"{os.getpid()}-{re.sub(r'[^a-zA-Z0-9._-]', '_', name)}-{time.monotonic_ns():x}.page")
+
+
+def _sweep(base: Path) -> None:
+    """Remove pages of processes that are gone (a killed server leaves its file behind)."""
+    for file in base.glob("*.page"):
+        pid = file.name.split("-", 1)[0]
+        if not pid.isdigit():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)
+        except OSError:
+            continue
+
+
+def info_of(model: Model, core: Core, name: str) -> ModelInfo:
+    facts = model.facts()
+    return ModelInfo(
+        name=name,
+        path=model.path,
+        description=facts["description"],
+        architecture=facts["architecture"],
+        n_params=facts["n_params"],
+        size_bytes=facts["size_bytes"],
+        n_vocab=facts["n_vocab"],
+        n_ctx_train=facts["n_ctx_train"],
+        n_ctx=core.n_ctx,
+        n_parallel=core.n_slots,
+        n_layer=facts["n_layer"],
+        n_embd=facts["n_embd"],
+        n_swa=facts["n_swa"],
+        has_chat_template=facts["has_chat_template"],
+        is_recurrent=facts["is_recurrent"],
+        is_hybrid=facts["is_hybrid"],
+        created=int(time.time()),
+    )

@@ -1,0 +1,174 @@
+"""From the token ring to the requests' readers: one reader at a time, an event loop or a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import threading
+from typing import TYPE_CHECKING
+
+from mullama import abi
+from mullama.engine.generation import BaseGeneration
+from mullama.errors import ComputeFailed
+from mullama.types import Finish, FinishReason, Profile
+
+if TYPE_CHECKING:
+    from mullama._core import Core
+
+log = logging.getLogger("mullama.engine")
+
+REASONS = {
+    1: FinishReason.STOP,
+    2: FinishReason.LENGTH,
+    3: FinishReason.CANCELLED,
+    4: FinishReason.ERROR,
+}
+
+# CoreError of _core/guard.h
+ERROR_TEXTS = {
+    1: "the model's logits are not finite",
+    2: "the sampler failed",
+    3: "llama_decode failed",
+    4: "there was no room in the KV cache",
+}
+
+
+def profile_of(row: abi.Row) -> Profile:
+    """The request's profile, made of its row and of nothing else."""
+
+    def ms(start: int, end: int) -> float:
+        return (end - start) / 1e6 if end >= start > 0 else 0.0
+
+    return Profile(
+        prompt_tokens=row.prompt_tokens,
+        completion_tokens=row.completion_tokens,
+        kv_cache_hit=row.kv_cache_hit,
+        kv_cache_miss=row.kv_cache_miss,
+        kv_cache_evict=row.kv_cache_evict,
+        queue_ms=ms(row.arrival_ns, row.started_ns or row.finished_ns),
+        prefill_ms=row.prefill_ns / 1e6,
+        decode_ms=row.decode_ns / 1e6,
+        sample_ms=row.sample_ns / 1e6,
+        time_to_first_token_ms=ms(row.arrival_ns, row.first_token_ns) if row.first_token_ns else None,
+        total_ms=ms(row.arrival_ns, row.finished_ns),
+        steps=row.ubatches,
+        mean_batch_size=row.batch_sum / row.ubatches if row.ubatches else 0.0,
+        threads_min=row.threads_min,
+        threads_max=row.threads_max,
+    )
+
+
+class Reader:
+    """Hands records to generations. Attaches itself to the first event loop that submits, else runs a thread."""
+
+    def __init__(self, core: Core, text_kind: int) -> None:
+        self._core = core
+        self._text_kind = text_kind
+        self._generations: dict[int, BaseGeneration] = {}
+        self._stops: dict[int, tuple[str, ...]] = {}
+        self._lock = threading.Lock()  # one reader of the ring at a time
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._generations)
+
+    def add(self, generation: BaseGeneration, stops: tuple[str, ...]) -> None:
+        self._stops[generation.handle] = stops
+        self._generations[generation.handle] = generation
+
+    def discard(self, handle: int) -> None:
+        self._generations.pop(handle, None)
+        self._stops.pop(handle, None)
+
+    def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read on this loop from now on; call on it."""
+        if self._loop is loop or self._thread is not None:
+            return
+        self._detach_loop()
+        loop.add_reader(self._core.wake_fd(), self.read)
+        self._loop = loop
+
+    def attach_thread(self) -> None:
+        """Read on a thread, unless a live event loop reads already."""
+        if self._thread is not None or (self._loop is not None and self._loop.is_running()):
+            return
+        self._detach_loop()
+        self._thread = threading.Thread(target=self._run, name="mullama-reader", daemon=True)
+        self._thread.start()
+
+    def _detach_loop(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._core.wake_fd())
+        self._loop = None
+
+    def _run(self) -> None:
+        fd = self._core.wake_fd()
+        while not self._closed:
+            ready, _, _ = select.select([fd], [], [], 0.2)
+            if ready:
+                self.read()
+
+    def read(self) -> None:
+        """Take all records off the ring."""
+        with self._lock:
+            if self._closed:
+                return
+            for record in self._core.drain_records():
+                handle = record[1]
+                generation = self._generations.get(handle)
+                if record[0] == self._text_kind:
+                    if generation is not None:
+                        generation.deliver(record[2], record[3])
+                    continue
+                stops = self._stops.get(handle, ())
+                self.discard(handle)
+                if generation is not None:
+                    generation.end(self._finish(record, stops))
+
+    def _finish(self, record: tuple[int, int, int, int, int, bytes], stops: tuple[str, ...]) -> Finish:
+        _, _, reason, stop_index, error, row = record
+        failure = None
+        if reason == 4:
+            failure = ComputeFailed(f"the request failed: {ERROR_TEXTS.get(error, f'core error {error}')}")
+        return Finish(
+            reason=REASONS[reason],
+            profile=profile_of(abi.Row.from_buffer_copy(row)),
+            stop_string=stops[stop_index] if 0 <= stop_index < len(stops) else None,
+            error=failure,
+        )
+
+    def end_directly(self, handle: int, finish: Finish) -> None:
+        """End a request that never reached the core, or whose core is gone."""
+        generation = self._generations.get(handle)
+        self.discard(handle)
+        if generation is not None:
+            generation.end(finish)
+
+    def end_all(self, error: Exception) -> None:
+        for handle in list(self._generations):
+            self.end_directly(handle, Finish(FinishReason.ERROR, Profile(), error=error))
+
+    def close(self) -> None:
+        """Stop reading. Call from the loop's thread, or when the loop has ended."""
+        with self._lock:
+            self._closed = True
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._thread = None
+        loop, self._loop = self._loop, None
+        if loop is None or loop.is_closed():
+            return
+        fd = self._core.wake_fd()
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is loop or not loop.is_running():
+            loop.remove_reader(fd)
+        else:
+            done = threading.Event()
+            loop.call_soon_threadsafe(lambda: (loop.remove_reader(fd), done.set()))
+            done.wait(5)

@@ -1,0 +1,96 @@
+"""Automatic sizes: context, parallel requests, GPU layers. Pure arithmetic on what is measured elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mullama.errors import ModelLoadError
+
+DEFAULT_CTX = 4096
+DEFAULT_PARALLEL = 8
+KV_SHARE = 0.5  # of the free memory, at most
+
+
+def kv_bytes_per_token(meta: Mapping[str, str]) -> int:
+    """Bytes of f16 keys and values a token, from GGUF metadata; an upper bound where heads differ by layer."""
+    arch = meta.get("general.architecture", "")
+
+    def number(key: str, default: int = 0) -> int:
+        try:
+            return int(meta.get(f"{arch}.{key}", default))
+        except ValueError:
+            return default
+
+    layers = number("block_count", 1)
+    heads = number("attention.head_count", 1)
+    heads_kv = number("attention.head_count_kv", heads) or heads
+    width = number("embedding_length", 1) // max(heads, 1)
+    key = number("attention.key_length", width) or width
+    value = number("attention.value_length", width) or width
+    return layers * heads_kv * (key + value) * 2
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be used without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+@dataclass(slots=True, frozen=True)
+class Sizes:
+    n_ctx: int
+    n_parallel: int
+
+
+def fit_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, memory: int | None) -> Sizes:
+    """Context and parallelism, 0 meaning automatic. Explicit values are kept, or refused when they cannot fit.
+
+    Raises ModelLoadError when what was asked for needs more memory than there is.
+    """
+    n_ctx = ctx_size or min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
+    n_parallel = parallel or DEFAULT_PARALLEL
+    if memory is not None and token_bytes > 0:
+        room = max(int(memory * KV_SHARE) // token_bytes, 256)  # tokens of KV
+        if not parallel:
+            n_parallel = max(1, min(n_parallel, room // n_ctx))
+        if not ctx_size:
+            n_ctx = max(256, min(n_ctx, room // n_parallel // 256 * 256))
+        needed = n_ctx * n_parallel * token_bytes
+        if needed > memory:
+            raise ModelLoadError(
+                f"{n_parallel} x {n_ctx} tokens of context need {needed >> 20} MiB of KV cache, "
+                f"{memory >> 20} MiB of memory are free; lower --ctx-size or --parallel"
+            )
+    return Sizes(n_ctx, n_parallel)
+
+
+def fit_gpu_layers(asked: str, n_layer: int, model_bytes: int, kv_bytes: int, free_bytes: int | None) -> int:
+    """Layers for the GPU: -1 all, 0 none. ``asked`` is 'auto' or a number; ``free_bytes`` None: there is no GPU."""
+    if asked != "auto":
+        try:
+            return int(asked)
+        except ValueError:
+            raise ModelLoadError(f"gpu_layers must be 'auto' or a number, got '{asked}'", param="gpu_layers") from None
+    if free_bytes is None:
+        return 0
+    # Compute buffers and the runtime itself take some: leave a tenth and half a gigabyte.
+    room = int(free_bytes * 0.9) - (512 << 20)
+    a_layer = max((model_bytes + kv_bytes) // max(n_layer + 1, 1), 1)
+    fits = room // a_layer
+    return -1 if fits > n_layer else max(0, fits)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1

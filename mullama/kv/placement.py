@@ -1,0 +1,63 @@
+"""Which slot a request takes, and which retained prefix makes room. Sans-I/O.
+
+A decode is one ubatch only over a gap-free range of slots, and each ubatch reads all weights again. So running
+sequences live on the lowest slots and retained prefixes above them: a new request takes the lowest slot that is not
+running, and what it displaces moves to where there is room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, frozen=True)
+class SlotView:
+    """A slot: running, or retaining ``tokens`` tokens (0: empty) last used at step ``last_used``."""
+
+    running: bool
+    tokens: int = 0
+    last_used: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class Placement:
+    """Evict ``evict`` (or None), then exchange ``exchange`` (or None), then open the request in ``slot``."""
+
+    slot: int
+    reuse: int  # tokens of the retained prefix to continue
+    evict: int | None = None
+    exchange: tuple[int, int] | None = None
+
+
+def place(slots: Sequence[SlotView], match_slot: int, match_tokens: int) -> Placement | None:
+    """Decide where a request goes that matches ``match_tokens`` of ``match_slot`` (-1: none). None: all slots run."""
+    idle = [i for i, slot in enumerate(slots) if not slot.running]
+    if not idle:
+        return None
+    target = idle[0]
+    if match_slot >= 0 and match_tokens > 0:
+        # Continue in place; what the target retained changes places with it.
+        return Placement(target, match_tokens, exchange=None if match_slot == target else (match_slot, target))
+    if slots[target].tokens == 0:
+        return Placement(target, 0)
+    empty = [i for i in idle if slots[i].tokens == 0]
+    if empty:
+        return Placement(target, 0, exchange=(target, empty[0]))
+    victim = min(idle, key=lambda i: (slots[i].last_used, i))
+    return Placement(target, 0, evict=victim, exchange=None if victim == target else (target, victim))
+
+
+def holes(running: Sequence[bool]) -> list[tuple[int, int]]:
+    """Exchanges (hole, highest running slot) that make the running slots a gap-free range of the lowest ids."""
+    state = list(running)
+    moves = []
+    for low in range(len(state)):
+        if state[low]:
+            continue
+        high = max((i for i, on in enumerate(state) if on), default=-1)
+        if high < low:
+            break
+        moves.append((low, high))
+        state[low], state[high] = True, False
+    return moves
