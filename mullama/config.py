@@ -42,12 +42,16 @@ class ServeConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8080, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
 
-    ctx_size: int = option(0, "tokens one request may use, prompt and completion; 0: automatic", minimum=0, maximum=_MANY)
+    ctx_size: int = option(
+        0, "tokens one request may use, prompt and completion; 0: automatic", minimum=0, maximum=_MANY
+    )
     parallel: int = option(0, "requests that run at once; 0: automatic", minimum=0, maximum=256)
     threads: int = option(0, "most CPU threads for compute; 0: all cores this process may use", minimum=0, maximum=512)
     threads_fixed: bool = option(False, "keep that number of threads, switch the governor off")
     batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384)
-    prefill_budget: int = option(512, "most prompt tokens one step computes while others decode", minimum=1, maximum=_MANY)
+    prefill_budget: int = option(
+        512, "most prompt tokens one step computes while others decode", minimum=1, maximum=_MANY
+    )
     max_queue: int = option(256, "requests that may wait; one more is answered 503", minimum=0, maximum=_MANY)
     flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))
     mmap: bool = option(True, "map the model file instead of reading it")
@@ -86,7 +90,8 @@ def _types() -> dict[str, Any]:
 
 
 def default_of(opt: Field[Any]) -> Any:
-    return opt.default if opt.default is not MISSING else opt.default_factory()  # type: ignore[misc]
+    """A fresh default; lists are not shared."""
+    return list(opt.default_factory()) if opt.default_factory is not MISSING else opt.default
 
 
 def load_config(

@@ -210,7 +210,8 @@ cdef extern from "llama.h" nogil:
     llama_sampler * llama_sampler_init_xtc(float p, float t, size_t min_keep, uint32_t seed)
     llama_sampler * llama_sampler_init_mirostat(int32_t n_vocab, uint32_t seed, float tau, float eta, int32_t m)
     llama_sampler * llama_sampler_init_mirostat_v2(uint32_t seed, float tau, float eta)
-    llama_sampler * llama_sampler_init_penalties(int32_t n_vocab, int32_t last_n, float repeat, float freq, float present)
+    llama_sampler * llama_sampler_init_penalties(int32_t n_vocab, int32_t last_n, float repeat, float freq,
+                                                 float present)
     llama_sampler * llama_sampler_init_dry(const llama_vocab * vocab, float multiplier, float base,
                                            int32_t allowed_length, int32_t last_n, const char ** breakers, size_t n)
 

@@ -79,6 +79,7 @@ cdef extern from "clock.h" namespace "mullama" nogil:
     cppclass Deadline:
         uint64_t at_ns
         Flag stop
+
         @staticmethod
         cbool expired(void * self) noexcept
 

@@ -14,10 +14,8 @@ Every llama_decode call is one ubatch of one shape: single tokens of a gap-free 
 
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport NAN
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memset
-
-import os
 
 from mullama._core.sampling cimport Chain, build_chain
 from mullama.errors import ComputeFailed, InvalidRequest, ModelLoadError
@@ -653,7 +651,7 @@ cdef class Core:
         cdef size_t i
         cdef int row, rc, slot
         cdef Slot * s
-        cdef uint64_t ns, now
+        cdef uint64_t ns
         cdef int n = <int> (last - first)
         if self.deadline.stop.get():
             return
@@ -686,7 +684,7 @@ cdef class Core:
         """The next ``n`` prompt tokens of a slot; samples the first token when they are the last."""
         cdef Slot * s = &self.slots[slot]
         cdef int i, rc
-        cdef uint64_t ns, now
+        cdef uint64_t ns
         cdef int32_t which = slot
         cdef bint complete = s.n_past + n == s.n_prompt
         for i in range(n):
@@ -861,7 +859,7 @@ cdef class Core:
 
         ``used`` counts the full-attention cache (the sliding-window one holds fewer), ``recurrent`` the live states.
         """
-        cdef int i, cache
+        cdef int i
         cdef int n_caches = llama_cells_n_caches(self.ctx)
         cdef vector[llama_seq_id] owner
         used = [0] * self.n_slots

@@ -9,7 +9,6 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 import os
-import sys
 import threading
 
 from mullama._core.llama cimport *
@@ -146,7 +145,8 @@ cdef class Model:
             params.devices = device_list.data()
         if tensor_split:
             if len(tensor_split) > llama_max_devices():
-                raise ModelLoadError(f"tensor_split names more than {llama_max_devices()} devices", param="tensor_split")
+                raise ModelLoadError(f"tensor_split names more than {llama_max_devices()} devices",
+                                     param="tensor_split")
             split.resize(llama_max_devices(), 0.0)
             for i, share in enumerate(tensor_split):
                 split[i] = share

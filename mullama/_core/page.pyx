@@ -1,6 +1,6 @@
 """The writing side of the instrumentation page (layout and law: abi.h; reading side: abi.py)."""
 
-from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 import mmap

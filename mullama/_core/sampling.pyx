@@ -7,7 +7,6 @@ candidates to be built.
 """
 
 from libc.stdint cimport int32_t, uint32_t
-from libcpp cimport bool as cbool
 from libcpp.vector cimport vector
 
 import math

@@ -25,6 +25,7 @@ class AsyncGeneration(Generation, Protocol):
     """Yields Deltas and stops after the last one; then ``finish`` is set.
 
     Deltas that piled up while nobody read are handed over merged. An error does not raise: it is in ``finish``.
+    A cancelled wait loses nothing: the next one goes on. One reader at a time.
     """
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
@@ -58,6 +59,7 @@ class EngineClient(Protocol):
         """The prompt of a chat, by the model's template (ChatML when it has none).
 
         ``messages_json`` is the JSON array of OpenAI messages. The GIL is released while it works.
+        Tokenise the result with ``add_special=True``: a BOS that the vocabulary adds by itself is left out here.
         Raises InvalidRequest when the template refuses the messages.
         """
 
@@ -79,6 +81,9 @@ class EngineClient(Protocol):
 
     async def drop_retained(self) -> int:
         """Drop every retained prefix (POST /internal/kv/drop); returns the number of cells freed."""
+
+    def counters(self) -> dict[str, int]:
+        """The engine's counters, one consistent copy of its instrumentation page (names: abi.h)."""
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, wait for running ones up to ``timeout`` seconds, cancel the rest. True: none was cut."""

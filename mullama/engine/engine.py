@@ -216,7 +216,7 @@ class Engine:
             return False
         if self._idle:
             return True
-        return (time.monotonic_ns() - self._page.counters().heartbeat_ns) < STALLED_SECONDS * 1e9
+        return time.monotonic_ns() - int(self._page.counters().heartbeat_ns) < STALLED_SECONDS * 1e9
 
     def counters(self) -> dict[str, int]:
         """The engine's counters as its page shows them (see abi.h)."""

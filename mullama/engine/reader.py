@@ -170,5 +170,10 @@ class Reader:
             loop.remove_reader(fd)
         else:
             done = threading.Event()
-            loop.call_soon_threadsafe(lambda: (loop.remove_reader(fd), done.set()))
+
+            def remove() -> None:
+                loop.remove_reader(fd)
+                done.set()
+
+            loop.call_soon_threadsafe(remove)
             done.wait(5)

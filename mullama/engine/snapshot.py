@@ -60,7 +60,7 @@ def scheduler(
 def kv(info: ModelInfo, core: Core, slots: Sequence[int]) -> dict[str, Any]:
     """Cells used and by whom, from llama.cpp's own cells. Engine thread only."""
     truth = core.cells()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for slot in range(core.n_slots):
         state, handle, n_past, _, last_used = core.slot_info(slot)
         rows.append(

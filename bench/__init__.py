@@ -1,0 +1,1 @@
+"""Benchmarks of mullama and of its peers. They use the public Python API or HTTP only; README.md says how."""

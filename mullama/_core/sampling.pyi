@@ -1,0 +1,3 @@
+from mullama.types import SamplingParams
+
+def check_params(params: SamplingParams) -> None: ...

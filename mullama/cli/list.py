@@ -1,0 +1,28 @@
+"""``mullama list``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from mullama.cli.options import echo_json, json_option
+
+
+@click.command(short_help="List the models in the store.")
+@json_option
+def command(as_json: bool) -> None:
+    """List the models in the store."""
+    from mullama.cli.table import human_size, print_table
+    from mullama.models.store import Store
+
+    store = Store()
+    entries = store.list()
+    if as_json:
+        echo_json([{"name": e.key, **asdict(e), "path": str(store.path_of(e))} for e in entries])
+        return
+    if not entries:
+        click.echo("the store is empty; fetch a model with: mullama pull smollm2:135m", err=True)
+        return
+    rows = [(e.key, human_size(e.size), e.sha256[:12], e.license or "-", e.pulled_at[:10]) for e in entries]
+    print_table(("NAME", "SIZE", "SHA256", "LICENCE", "PULLED"), rows)

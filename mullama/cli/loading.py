@@ -1,0 +1,36 @@
+"""From a reference to an engine, with progress on stderr; shared by ``serve`` and ``run``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mullama.cli.interrupt import on_interrupt
+from mullama.cli.progress import LoadProgress, PullProgress
+from mullama.errors import LoadCancelled
+
+if TYPE_CHECKING:
+    from mullama.config import ServeConfig
+    from mullama.engine.engine import Engine
+    from mullama.models.resolve import ResolvedModel
+    from mullama.models.store import Store
+
+
+def find_model(text: str, store: Store | None = None) -> ResolvedModel:
+    """Resolve a reference, pulling it when it is not here, and check the file's header."""
+    from mullama.models.resolve import resolve_model
+
+    with PullProgress(text) as progress:
+        return resolve_model(text, store=store, progress=progress)
+
+
+def load_engine(model: ResolvedModel, config: ServeConfig) -> Engine:
+    """Load a model. Ctrl-C gives the load up and raises KeyboardInterrupt."""
+    from mullama.engine.engine import Engine
+
+    with LoadProgress(model.name) as progress, on_interrupt(progress.cancel):
+        try:
+            return Engine.load(model.path, name=model.name, config=config, progress=progress)
+        except LoadCancelled:
+            if progress.is_cancelled:
+                raise KeyboardInterrupt from None
+            raise

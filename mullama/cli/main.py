@@ -1,0 +1,64 @@
+"""The program ``mullama``: finds the command, and turns every error into one line and an exit status.
+
+0: done. 1: it failed, one line on stderr says why. 2: wrong usage or configuration. 130: Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+import click
+
+from mullama.errors import ConfigError, MullamaError
+
+#: In the order ``mullama --help`` shows them; each is the module ``mullama.cli.NAME``.
+COMMANDS = ("serve", "run", "pull", "list", "show", "rm", "version")
+
+
+class Commands(click.Group):
+    """Imports the module of a command when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        return cast(click.Command, importlib.import_module(f"mullama.cli.{name}").command)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Serve GGUF models with llama.cpp, with every decision of the server visible and replaceable."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status. Errors of mullama never become a traceback."""
+    try:
+        status = cli.main(args=None if argv is None else list(argv), prog_name="mullama", standalone_mode=False)
+    except click.Abort:  # click's form of KeyboardInterrupt
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except MullamaError as error:
+        return _fail(error.message, 2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:  # the machine's fault, not the program's
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str, status: int) -> int:
+    line = " ".join(message.split())
+    click.echo(f"{click.style('error:', fg='red')} {line}", err=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""click options made from ``ServeConfig``, so that a flag is described in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from mullama.config import ENV_PREFIX, ServeConfig, default_of, load_config, option_type, options
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def flag_name(opt: Field[Any]) -> str:
+    return f"--{opt.name.replace('_', '-')}"
+
+
+def config_options(names: Iterable[str] | None = None) -> Callable[[F], F]:
+    """Decorate a command with the options of ``ServeConfig`` (all, or those in ``names``) and ``--config``.
+
+    Values are passed on as texts, and only if given: ``load_config`` is the one that checks them.
+    """
+    wanted = None if names is None else set(names)
+
+    def decorate(function: F) -> F:
+        for opt in reversed(options()):
+            if wanted is None or opt.name in wanted:
+                function = _option(opt)(function)
+        file = click.Path(path_type=Path, dir_okay=False)
+        text = f"TOML file with these options.  [env: {ENV_PREFIX}CONFIG]"
+        return click.option("--config", "config_file", metavar="FILE", type=file, help=text)(function)
+
+    return decorate
+
+
+def config_from(params: Mapping[str, Any]) -> ServeConfig:
+    """The configuration of a command decorated with :func:`config_options`. Raises ConfigError."""
+    known = {opt.name for opt in options()}
+    given = {name: value for name, value in params.items() if name in known and value is not None and value != ()}
+    return load_config(given, file=params.get("config_file"))
+
+
+def _option(opt: Field[Any]) -> Callable[[F], F]:
+    kind, flag, meta = option_type(opt), flag_name(opt), opt.metadata
+    help_text = f"{meta['help']}.  {_origin(opt)}"
+    if kind is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", opt.name, default=None, help=help_text)
+    metavar = meta.get("metavar") or "|".join(meta.get("choices", ())) or {int: "N", float: "SECONDS"}.get(kind, "TEXT")
+    return click.option(flag, opt.name, multiple=kind == list[str], default=None, metavar=metavar, help=help_text)
+
+
+def _origin(opt: Field[Any]) -> str:
+    default = default_of(opt)
+    shown = "" if default in ("", []) else f"default: {str(default).lower() if default in (True, False) else default}; "
+    return f"[{shown}env: {ENV_PREFIX}{opt.name.upper()}]"
+
+
+def json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def echo_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,80 @@
+"""Entry-point groups: how schedulers, model sources and KV policies are found by name.
+
+A built-in is declared in the same form as a third party's entry point (``"package.module:attribute"``) and is
+imported only when its name is asked for. A room that offers a seam owns one :class:`PluginGroup`::
+
+    SOURCES = PluginGroup("mullama.sources", "model source", {"pypi": "mullama.models.pypi:PypiSource"})
+    SOURCES.load("pypi")
+
+A third party adds a name in its own ``pyproject.toml``::
+
+    [project.entry-points."mullama.sources"]
+    mine = "my_package:MySource"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mullama.errors import PluginError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+
+class PluginGroup:
+    """The names of one entry-point group, loaded on demand.
+
+    Built-in names are reserved: an installed package cannot change what ``pypi:`` or ``fcfs`` mean. Two packages
+    that offer the same name make that name (and no other) an error, because picking one would be chance.
+    """
+
+    def __init__(self, group: str, noun: str, builtins: Mapping[str, str]) -> None:
+        self.group = group
+        self.noun = noun
+        self._builtins = dict(builtins)
+        self._loaded: dict[str, Any] = {}
+
+    def names(self) -> list[str]:
+        """Every name that :meth:`load` knows, built-ins first. Reads the metadata of the installed packages."""
+        return [*self._builtins, *sorted({entry.name for entry in self._installed()} - self._builtins.keys())]
+
+    def has(self, name: str) -> bool:
+        """Whether :meth:`load` knows the name. Nothing is imported; a built-in costs no look at the disk."""
+        return name in self._builtins or name in self._loaded or any(e.name == name for e in self._installed())
+
+    def load(self, name: str) -> Any:
+        """The object registered under a name, imported at the first call.
+
+        Raises PluginError: unknown name, a name offered twice, or an import that failed (the reason is in it).
+        """
+        if name not in self._loaded:
+            self._loaded[name] = self._import(self._entry(name))
+        return self._loaded[name]
+
+    def _installed(self) -> list[EntryPoint]:
+        # Imported here: importlib.metadata costs more than most commands that never ask for a third party.
+        from importlib.metadata import entry_points
+
+        return list(entry_points(group=self.group))
+
+    def _entry(self, name: str) -> EntryPoint:
+        from importlib.metadata import EntryPoint
+
+        if name in self._builtins:
+            return EntryPoint(name, self._builtins[name], self.group)
+        found = {entry.value: entry for entry in self._installed() if entry.name == name}
+        if not found:
+            raise PluginError(f"there is no {self.noun} '{name}'; there are {', '.join(self.names())}")
+        if len(found) > 1:
+            raise PluginError(f"several packages offer the {self.noun} '{name}': {', '.join(sorted(found))}")
+        return next(iter(found.values()))
+
+    def _import(self, entry: EntryPoint) -> Any:
+        try:
+            return entry.load()
+        # A plugin is foreign code: whatever its import raises is reported as its fault.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise PluginError(f"cannot load the {self.noun} '{entry.name}' ({entry.value}): {reason}") from error

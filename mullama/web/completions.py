@@ -1,0 +1,64 @@
+"""``POST /v1/completions``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import falcon.asgi
+
+from mullama.web.generations import Group, Reply
+from mullama.web.request import Request
+from mullama.web.responding import new_id, respond
+from mullama.web.schemas import CompletionCall, parse_completion
+from mullama.web.security import Access
+from mullama.web.services import LARGE_TEXT, Services
+
+
+class Completions:
+    access = Access.CLIENT
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
+        services = self._services
+        call = await services.parse(req, partial(parse_completion, models=services.models))
+        size = sum(len(prompt) for prompt in call.prompts)
+        prompts = await services.offload(size > LARGE_TEXT, partial(_tokens, call))
+        echoes = await services.offload(size > LARGE_TEXT, partial(_echoes, call)) if call.echo else None
+        group = Group(
+            services,
+            call.engine,
+            request_id=new_id("cmpl"),
+            model=call.model,
+            endpoint="completions",
+            prompts=prompts,
+            options=call.options,
+            arrival_ns=req.arrival_ns,
+        )
+
+        def choice(index: int, reply: Reply) -> dict[str, Any]:
+            return {
+                "index": index,
+                "text": (echoes[index] if echoes else "") + reply.text,
+                "logprobs": None,
+                "finish_reason": reply.finish.reason,
+            }
+
+        await respond(req, resp, services, group, call.options, is_chat=False, choice=choice, echoes=echoes)
+
+
+def _tokens(call: CompletionCall) -> list[list[int]]:
+    tokenize = call.engine.tokenize
+    return [
+        tokenize(prompt, add_special=True, parse_special=True) if isinstance(prompt, str) else prompt
+        for prompt in call.prompts
+    ]
+
+
+def _echoes(call: CompletionCall) -> list[str]:
+    """The text of every choice's prompt."""
+    texts = [prompt if isinstance(prompt, str) else call.engine.detokenize(prompt) for prompt in call.prompts]
+    return [text for text in texts for _ in range(call.options.n)]

@@ -1,0 +1,212 @@
+"""The generations behind one HTTP request: submitted together, watched, collected or streamed, always cleaned up.
+
+A client that goes away cancels all of them at once. Falcon notices a disconnect only when something is sent or
+received, so every group has a watcher: a task that sits in ASGI ``receive``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mullama.engine.client import AsyncGeneration, EngineClient
+from mullama.types import Delta, Finish, Request
+from mullama.web import request as web_request
+from mullama.web.errors import finish_error, internal_error
+from mullama.web.schemas import Options
+from mullama.web.services import Services
+
+log = logging.getLogger(__name__)
+
+#: A choice and its next text, or None when that choice has ended.
+Event = tuple[int, Delta | None]
+
+
+@dataclass(slots=True, frozen=True)
+class Reply:
+    """One finished choice."""
+
+    text: str
+    finish: Finish
+
+
+class Group:
+    """One generation a choice; choice ``prompt * n + i`` is the i-th of its prompt.
+
+    Construct on the event loop. Call ``close`` in a ``finally``, whatever happened.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        engine: EngineClient,
+        *,
+        request_id: str,
+        model: str,
+        endpoint: str,
+        prompts: Sequence[Sequence[int]],
+        options: Options,
+        arrival_ns: int,
+    ) -> None:
+        """Submit every choice, or none: raises what ``EngineClient.submit`` raises."""
+        self.id = request_id
+        self.model = model
+        self.n = options.n
+        self.prompt_lengths = [len(prompt) for prompt in prompts]
+        self.disconnected = False
+        self.generations: list[AsyncGeneration] = []
+        self._labels = {"model": model, "endpoint": endpoint, "stream": options.stream, "user": options.user}
+        self._services = services
+        self._watcher: asyncio.Task[None] | None = None
+        self._closed = False
+        num_choices = len(prompts) * options.n
+        try:
+            for index in range(num_choices):
+                request = Request(
+                    id=request_id if num_choices == 1 else f"{request_id}-{index}",
+                    prompt=prompts[index // options.n],
+                    sampling=options.of_choice(index % options.n),
+                    arrival_ns=arrival_ns,
+                    priority=options.priority,
+                    user=options.user,
+                )
+                self.generations.append(engine.submit(request))
+        except BaseException:
+            self.close()
+            raise
+
+    def watch(self, receive: web_request.Receive) -> None:
+        """Cancel everything once ``receive`` reports that the client is gone."""
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
+
+    async def _watch(self, receive: web_request.Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        # NOTE: uvicorn reports the end of the response the same way; cancelling what has ended does no harm.
+        self.disconnected = True
+        self.cancel()
+
+    def cancel(self) -> None:
+        for generation in self.generations:
+            if generation.finish is None:
+                generation.cancel()
+
+    async def collect(self) -> list[Reply]:
+        """Wait for every choice. Raises the first error among them."""
+        replies = []
+        # Reading one after the other is enough: what the others produce meanwhile piles up and comes merged.
+        for generation in self.generations:
+            parts = [delta.text async for delta in generation]
+            replies.append(Reply("".join(parts), self.finished(generation)))
+        return replies
+
+    def finished(self, generation: AsyncGeneration) -> Finish:
+        """The finish of a generation that has stopped. Raises its error."""
+        finish = generation.finish
+        if finish is None:
+            log.error("generation %s stopped without a finish", generation.id)
+            raise internal_error()
+        error = finish_error(finish)
+        if error is not None:
+            raise error
+        return finish
+
+    def close(self) -> None:
+        """Stop the watcher, cancel what still runs, log the profiles. Idempotent, never waits."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self.cancel()
+        if self._services.profile_log is not None:
+            for generation in self.generations:
+                if generation.finish is not None:
+                    self._log(generation)
+                else:
+                    self._services.keep(asyncio.get_running_loop().create_task(self._log_late(generation)))
+
+    async def _log_late(self, generation: AsyncGeneration) -> None:
+        """A cancelled generation has its profile one step later."""
+        async for _ in generation:
+            pass
+        self._log(generation)
+
+    def _log(self, generation: AsyncGeneration) -> None:
+        if self._services.profile_log is not None and generation.finish is not None:
+            self._services.profile_log.write({"id": generation.id, **self._labels}, generation.finish)
+
+
+class Single:
+    """The events of a group with one choice. PERF: no task, no queue."""
+
+    def __init__(self, generation: AsyncGeneration) -> None:
+        self._next = generation.__anext__
+
+    async def next(self) -> list[Event]:
+        try:
+            return [(0, await self._next())]
+        except StopAsyncIteration:
+            return [(0, None)]
+
+    def close(self) -> None:
+        pass
+
+
+class Merged:
+    """The events of several generations, in the order they arrive; ``next`` hands over all that are there.
+
+    A task a generation moves its deltas to a bounded list; when the client is slow the tasks wait and the
+    generations merge what comes. Cancelling ``next`` loses nothing.
+    """
+
+    def __init__(self, generations: Sequence[AsyncGeneration]) -> None:
+        self._events: list[Event] = []
+        self._limit = 2 * len(generations)
+        self._failure: BaseException | None = None
+        self._some = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        loop = asyncio.get_running_loop()
+        self._pumps = [loop.create_task(self._pump(i, generation)) for i, generation in enumerate(generations)]
+        for pump in self._pumps:
+            pump.add_done_callback(self._pump_done)
+
+    async def _pump(self, index: int, generation: AsyncGeneration) -> None:
+        async for delta in generation:
+            self._put((index, delta))
+            if not self._room.is_set():
+                await self._room.wait()
+        self._put((index, None))
+
+    def _pump_done(self, pump: asyncio.Task[None]) -> None:
+        if not pump.cancelled() and pump.exception() is not None:
+            self._failure = pump.exception()
+            self._some.set()
+
+    def _put(self, event: Event) -> None:
+        self._events.append(event)
+        self._some.set()
+        if len(self._events) >= self._limit:
+            self._room.clear()
+
+    async def next(self) -> list[Event]:
+        """Raises what a generation raised."""
+        await self._some.wait()
+        if self._failure is not None:
+            raise self._failure
+        events, self._events = self._events, []
+        self._some.clear()
+        self._room.set()
+        return events
+
+    def close(self) -> None:
+        for pump in self._pumps:
+            pump.cancel()
+
+
+def events_of(group: Group) -> Single | Merged:
+    generations = group.generations
+    return Single(generations[0]) if len(generations) == 1 else Merged(generations)

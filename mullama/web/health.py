@@ -1,0 +1,37 @@
+"""``GET /health``: the process answers. ``GET /ready``: every model is loaded and makes progress."""
+
+from __future__ import annotations
+
+import falcon.asgi
+import orjson
+
+from mullama.web.models import Models
+from mullama.web.request import Request
+from mullama.web.security import Access
+
+
+class Health:
+    access = Access.OPEN
+
+    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
+        resp.data = b'{"status":"ok"}'
+
+    on_head = on_get  # probes use it
+
+
+class Ready:
+    access = Access.OPEN
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """200 when ready, else 503 with Retry-After; the body says which model is not."""
+        ready = self._models.ready
+        if not ready:
+            resp.status = 503
+            resp.set_header("Retry-After", "1")
+        states = {name: engine.is_ready() for name, engine in self._models.items()}
+        resp.data = orjson.dumps({"status": "ready" if ready else "not ready", "models": states})
+
+    on_head = on_get

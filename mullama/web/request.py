@@ -1,0 +1,50 @@
+"""The request type: Falcon's, with the arrival time and the raw ASGI ``receive``; and the bounded body reader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import falcon.asgi
+
+from mullama.errors import PayloadTooLarge
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+
+class Request(falcon.asgi.Request):
+    """``arrival_ns`` is stamped before any middleware ran (monotonic nanoseconds).
+
+    ``receive`` is the ASGI callable: once the body is read, the only thing it still reports is a disconnect.
+    """
+
+    def __init__(self, scope: dict[str, Any], receive: Receive, *args: Any, **kwargs: Any) -> None:
+        self.arrival_ns = time.monotonic_ns()
+        self.receive = receive
+        super().__init__(scope, receive, *args, **kwargs)
+
+
+async def read_body(req: Request, limit: int) -> bytes:
+    """The whole request body. Raises PayloadTooLarge beyond ``limit`` bytes, whether or not a length was announced.
+
+    The rest of an oversized body is left to uvicorn, which discards it: closing at once would reset the connection
+    of a client that is still sending, and it would never see the answer.
+    """
+    length = req.content_length
+    if length is not None:
+        if length > limit:
+            raise _too_large(limit)
+        return await req.stream.readall()
+    chunks: list[bytes] = []
+    total = 0
+    async for chunk in req.stream:
+        total += len(chunk)
+        if total > limit:
+            raise _too_large(limit)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _too_large(limit: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the request body is larger than {limit} bytes, the limit set by --max-body-bytes")

@@ -1,0 +1,74 @@
+"""What chat and completions share: a new id, and the response of a group, streamed or whole."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import falcon.asgi
+import orjson
+
+from mullama.web.generations import Group, Reply
+from mullama.web.request import Request
+from mullama.web.schemas import Options
+from mullama.web.services import Services
+from mullama.web.streaming import ChunkFormat, EventStream, start_stream
+from mullama.web.usage import profile_fields, usage
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def wants_profile(req: Request) -> bool:
+    return (req.get_header("X-Profile") or "").strip().lower() in ("true", "1")
+
+
+async def respond(
+    req: Request,
+    resp: falcon.asgi.Response,
+    services: Services,
+    group: Group,
+    options: Options,
+    *,
+    is_chat: bool,
+    choice: Callable[[int, Reply], dict[str, Any]],
+    echoes: Sequence[str] | None = None,
+) -> None:
+    """Answer with the group's choices; it is closed here, or by the stream. Raises the error of a generation."""
+    streaming = False
+    try:
+        created = int(time.time())
+        group.watch(req.receive)
+        if options.stream:
+            chunks = ChunkFormat(
+                group, created=created, is_chat=is_chat, include_usage=options.include_usage, echoes=echoes
+            )
+            stream = EventStream(
+                group,
+                chunks,
+                include_usage=options.include_usage,
+                with_profile=wants_profile(req),
+                ping_seconds=services.ping_seconds,
+            )
+            start_stream(resp, stream)
+            streaming = True
+            return
+        replies = await group.collect()
+        finishes = [reply.finish for reply in replies]
+        body = {
+            "id": group.id,
+            "object": "chat.completion" if is_chat else "text_completion",
+            "created": created,
+            "model": group.model,
+            "choices": [choice(index, reply) for index, reply in enumerate(replies)],
+            "usage": usage(group.prompt_lengths, group.n, finishes),
+        }
+        if wants_profile(req):
+            body |= profile_fields(finishes)
+        resp.data = orjson.dumps(body)
+    finally:
+        if not streaming:
+            group.close()

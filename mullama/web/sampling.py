@@ -1,0 +1,163 @@
+"""Numbers from JSON to SamplingParams: the one table of ranges, and the checks that need the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mullama.errors import InvalidRequest
+from mullama.types import ModelInfo
+
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024  # characters; every token's text is held against every stop string
+MAX_BREAKERS = 64
+SEED_MODULUS = 0xFFFFFFFF  # llama.cpp seeds are 32 bits, and the largest one means "random"
+
+_TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A closed interval, open at ``low`` if ``above``; ``high`` None: no upper bound."""
+
+    low: float
+    high: float | None = None
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (value > self.low if self.above else value >= self.low) and (self.high is None or value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"greater than {self.low}" if self.above else f"at least {self.low}"
+        if self.above:
+            return f"greater than {self.low} and at most {self.high}"
+        return f"between {self.low} and {self.high}"
+
+
+#: The field of the request -> what it may be. docs/api.md lists the same (a test compares).
+RANGES: dict[str, Range] = {
+    "n": Range(1, 128),
+    "max_tokens": Range(1),
+    "max_completion_tokens": Range(1),
+    "min_tokens": Range(0),
+    "temperature": Range(0, 2),
+    "top_k": Range(-1),
+    "top_p": Range(0, 1),
+    "min_p": Range(0, 1),
+    "typical_p": Range(0, 1),
+    "repeat_penalty": Range(0, 100, above=True),
+    "repetition_penalty": Range(0, 100, above=True),
+    "repeat_last_n": Range(-1),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "dry_multiplier": Range(0, 100),
+    "dry_base": Range(1, 100),
+    "dry_allowed_length": Range(0),
+    "dry_penalty_last_n": Range(-1),
+    "xtc_probability": Range(0, 1),
+    "xtc_threshold": Range(0, 1),
+    "mirostat": Range(0, 2),
+    "mirostat_tau": Range(0, 100),
+    "mirostat_eta": Range(0, 1),
+    "seed": Range(-(2**63), 2**63 - 1),
+    "priority": Range(-(2**31), 2**31 - 1),
+}
+
+#: Several spellings of one sampling parameter; the first that is given counts.
+_SPELLINGS = {
+    "max_tokens": ("max_completion_tokens", "max_tokens"),
+    "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
+}
+_PARAMS = (
+    *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty"),
+    *("repeat_last_n", "presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length"),
+    *("dry_penalty_last_n", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta"),
+)
+#: Counts of tokens: beyond the context they mean the context, and C code gets no number it cannot hold.
+_COUNTS = {"max_tokens", "min_tokens", "repeat_last_n", "dry_allowed_length", "dry_penalty_last_n"}
+
+
+def check_range(name: str, value: float | None) -> None:
+    """Raises InvalidRequest naming the field, its value and what it may be."""
+    if value is not None and value not in RANGES[name]:
+        raise InvalidRequest(f"{name}: {value} is out of range; it must be {RANGES[name]}", param=name)
+
+
+def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
+    """The SamplingParams fields that the request gives, checked and cut to what the model can mean."""
+    values: dict[str, Any] = {}
+    for param in _PARAMS:
+        for field in _SPELLINGS.get(param, (param,)):
+            value = getattr(body, field, None)
+            check_range(field, value)
+            if value is not None and param not in values:
+                values[param] = min(value, info.n_ctx) if param in _COUNTS else value
+    if "top_k" in values:
+        values["top_k"] = min(max(values["top_k"], 0), info.n_vocab)  # -1 switches it off, as in vLLM
+    if values.get("min_tokens", 0) > values.get("max_tokens", info.n_ctx):
+        raise InvalidRequest("min_tokens: it must not be greater than max_tokens", param="min_tokens")
+    return values
+
+
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Raises InvalidRequest for too many, too long or empty ones."""
+    if stop is None:
+        return ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"stop: {len(stops)} strings are too many; at most {MAX_STOPS} are taken", param="stop")
+    for text in stops:
+        if not text:
+            raise InvalidRequest("stop: a stop string must not be empty", param="stop")
+        if len(text) > MAX_STOP_LENGTH:
+            raise InvalidRequest(f"stop: a stop string has at most {MAX_STOP_LENGTH} characters", param="stop")
+    return stops
+
+
+def breakers(texts: Sequence[str]) -> tuple[str, ...]:
+    """DRY sequence breakers. Raises InvalidRequest for too many, too long or empty ones."""
+    name = "dry_sequence_breakers"
+    if len(texts) > MAX_BREAKERS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in texts):
+        raise InvalidRequest(
+            f"{name}: it takes at most {MAX_BREAKERS} texts of 1 to {MAX_STOP_LENGTH} characters", param=name
+        )
+    return tuple(texts)
+
+
+def logit_biases(biases: Mapping[str, float] | None, info: ModelInfo) -> tuple[tuple[int, float], ...]:
+    """OpenAI's ``{"token id": bias}``. Raises InvalidRequest for other keys, ids outside the vocabulary, biases
+    outside -100..100."""
+    checked = []
+    for key, bias in (biases or {}).items():
+        if not _TOKEN_ID.fullmatch(key):
+            raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id; it must be a number", param="logit_bias")
+        token = int(key)
+        if token >= info.n_vocab:
+            raise InvalidRequest(f"logit_bias: {outside_vocabulary(token, info)}", param="logit_bias")
+        if not -100 <= bias <= 100:
+            raise InvalidRequest(
+                f"logit_bias: the bias {bias} of token {token} is out of range; it must be between -100 and 100",
+                param="logit_bias",
+            )
+        checked.append((token, float(bias)))
+    return tuple(checked)
+
+
+def check_tokens(tokens: Sequence[int], name: str, info: ModelInfo) -> None:
+    """Raises InvalidRequest for ids outside the vocabulary; ``name`` is the field. Linear, at C speed."""
+    if tokens and not (min(tokens) >= 0 and max(tokens) < info.n_vocab):
+        at, token = next((i, t) for i, t in enumerate(tokens) if not 0 <= t < info.n_vocab)
+        raise InvalidRequest(f"{name}[{at}]: {outside_vocabulary(token, info)}", param=f"{name}[{at}]")
+
+
+def outside_vocabulary(token: int, info: ModelInfo) -> str:
+    return f"token id {token} is outside the vocabulary; it must be between 0 and {info.n_vocab - 1}"
+
+
+def seed_of(seed: int | None) -> int | None:
+    """A 32-bit seed that llama.cpp takes as it is; None and -1 ask for a random one."""
+    check_range("seed", seed)
+    return None if seed is None or seed == -1 else seed % SEED_MODULUS

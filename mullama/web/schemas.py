@@ -1,0 +1,302 @@
+"""The bodies of ``/v1/chat/completions`` and ``/v1/completions``: their fields, and what is wrong with them.
+
+msgspec checks the types while it decodes; the ranges are in ``sampling.py``. Unknown fields are ignored. Every
+``parse_*`` may run in a thread and raises InvalidRequest or ModelNotFound with ``param`` naming the field.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from mullama.engine.client import EngineClient
+from mullama.errors import InvalidRequest
+from mullama.types import ModelInfo, SamplingParams
+from mullama.web import sampling
+from mullama.web.models import Models
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAX_CHOICES = 1024  # prompts times n, in one request
+
+S = TypeVar("S")
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    type: str = "text"
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """What both endpoints take. None (also JSON's null) leaves a default in place."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repeat_penalty: float | None = None
+    repetition_penalty: float | None = None
+    repeat_last_n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: list[str] | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    logit_bias: dict[str, float] | None = None
+    user: str | None = None
+    priority: int | None = None
+    response_format: ResponseFormat | None = None
+
+
+class ContentPart(msgspec.Struct):
+    type: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """A message; its other fields go to the chat template as they came."""
+
+    role: str | UnsetType = UNSET
+    content: str | list[ContentPart] | UnsetType | None = UNSET
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    function_call: dict[str, Any] | None = None
+    reasoning_content: str | None = None
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    messages: list[Message] | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    prompt: str | list[str | int | list[int]] | None = None
+    echo: bool | None = None
+    logprobs: int | bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Options:
+    """What a request asks for, checked, whatever its endpoint."""
+
+    sampling: SamplingParams
+    n: int
+    stream: bool
+    include_usage: bool
+    user: str | None
+    priority: int
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """The sampling of choice ``index`` of a prompt: its seed follows the request's."""
+        seed = self.sampling.seed
+        if index == 0 or seed is None:
+            return self.sampling
+        return replace(self.sampling, seed=(seed + index) % sampling.SEED_MODULUS)
+
+
+@dataclass(slots=True, frozen=True)
+class ChatCall:
+    model: str  # the served name
+    engine: EngineClient
+    options: Options
+    messages_json: bytes
+
+
+@dataclass(slots=True, frozen=True)
+class CompletionCall:
+    model: str  # the served name
+    engine: EngineClient
+    options: Options
+    prompts: list[str | list[int]]
+    echo: bool
+
+
+_chat_decoder = msgspec.json.Decoder(ChatBody)
+_completion_decoder = msgspec.json.Decoder(CompletionBody)
+
+
+def parse_chat(data: bytes, models: Models) -> ChatCall:
+    body = _decode(_chat_decoder, data)
+    model, engine = models.resolve(body.model)
+    _refuse_unsupported(body)
+    _refuse(bool(body.tools or body.functions), "tools" if body.tools else "functions", "tool calls")
+    _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
+    _refuse(any(kind != "text" for kind in body.modalities or ()), "modalities", "anything but text")
+    _refuse(bool(body.logprobs), "logprobs", "log-probabilities")
+    _refuse(bool(body.top_logprobs), "top_logprobs", "log-probabilities")
+    messages = msgspec.json.encode(_normalise(body.messages))
+    return ChatCall(model, engine, _options(body, engine.info), messages)
+
+
+def parse_completion(data: bytes, models: Models) -> CompletionCall:
+    body = _decode(_completion_decoder, data)
+    model, engine = models.resolve(body.model)
+    _refuse_unsupported(body)
+    _refuse(body.logprobs is not None and body.logprobs is not False, "logprobs", "log-probabilities")
+    _refuse(bool(body.suffix), "suffix", "filling in the middle")
+    _refuse(body.best_of is not None and body.best_of != (body.n or 1), "best_of", "best_of other than n")
+    options = _options(body, engine.info)
+    prompts = _prompts(body.prompt, engine.info)
+    if len(prompts) * options.n > MAX_CHOICES:
+        raise InvalidRequest(f"prompt: prompts times n must be at most {MAX_CHOICES}", param="prompt")
+    return CompletionCall(model, engine, options, prompts, bool(body.echo))
+
+
+def _options(body: GenerationBody, info: ModelInfo) -> Options:
+    for name in ("n", "priority"):
+        sampling.check_range(name, getattr(body, name))
+    values = sampling.sampler_values(body, info)
+    if body.dry_sequence_breakers is not None:
+        values["dry_sequence_breakers"] = sampling.breakers(body.dry_sequence_breakers)
+    params = SamplingParams(
+        **values,
+        stop=sampling.stop_strings(body.stop),
+        seed=sampling.seed_of(body.seed),
+        logit_bias=sampling.logit_biases(body.logit_bias, info),
+        ignore_eos=bool(body.ignore_eos),
+    )
+    return Options(
+        sampling=params,
+        n=1 if body.n is None else body.n,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        user=body.user,
+        priority=body.priority or 0,
+    )
+
+
+def _refuse(asked: bool, field: str, what: str) -> None:
+    if asked:
+        raise InvalidRequest(f"{field}: this server does not support {what} yet; leave the field out", param=field)
+
+
+def _refuse_unsupported(body: GenerationBody) -> None:
+    """What would change the answer is refused rather than ignored."""
+    kind = body.response_format.type if body.response_format else "text"
+    _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
+
+
+def _normalise(messages: list[Message] | None) -> list[Message]:
+    """Check every message and join its content parts to one text (with newlines, as llama-server and vLLM do)."""
+    if not messages:
+        raise InvalidRequest("messages: it must be a list with at least one message", param="messages")
+    for i, message in enumerate(messages):
+        role, content = message.role, message.content
+        if role is UNSET or role not in ROLES:
+            got = "the role is missing" if role is UNSET else f"{role[:40]!r} is not a role"
+            field = f"messages[{i}].role"
+            raise InvalidRequest(f"{field}: {got}; it must be one of {', '.join(ROLES)}", param=field)
+        if isinstance(content, list):
+            message.content = "\n".join([_part(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)])
+        elif not isinstance(content, str) and role != "assistant":
+            field = f"messages[{i}].content"
+            raise InvalidRequest(f"{field}: it is missing; it must be a text or a list of text parts", param=field)
+        elif content is UNSET:
+            message.content = None
+    return messages
+
+
+def _part(part: ContentPart, field: str) -> str:
+    if part.type != "text":
+        got = "missing" if part.type is UNSET else repr(part.type[:40])
+        raise InvalidRequest(f"{field}.type: it is {got}, but this model takes text only", param=f"{field}.type")
+    if part.text is UNSET:
+        raise InvalidRequest(f"{field}.text: it is missing; it must be a string", param=f"{field}.text")
+    return part.text
+
+
+def _prompts(prompt: str | list[str | int | list[int]] | None, info: ModelInfo) -> list[str | list[int]]:
+    """One entry a prompt: a text, or token ids that are in the vocabulary."""
+    if prompt is None:
+        raise InvalidRequest("prompt: it is missing; it must be a text or a list of token ids", param="prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = set(map(type, prompt))
+    if len(kinds) != 1:
+        wrong = "is empty" if not kinds else "mixes texts and token ids"
+        raise InvalidRequest(f"prompt: the list {wrong}; it must hold only texts or only token ids", param="prompt")
+    if kinds == {int}:
+        tokens: list[int] = prompt  # type: ignore[assignment]
+        sampling.check_tokens(tokens, "prompt", info)
+        return [tokens]
+    for i, one in enumerate(prompt):
+        if isinstance(one, list):
+            if not one:
+                raise InvalidRequest(f"prompt[{i}]: it holds no token", param=f"prompt[{i}]")
+            sampling.check_tokens(one, f"prompt[{i}]", info)
+    return prompt  # type: ignore[return-value]
+
+
+def _decode(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
+    """Raises InvalidRequest with ``param`` set when a field has the wrong type."""
+    if not data.strip(b" \t\r\n"):
+        raise InvalidRequest("the body is empty; it must be a JSON object")
+    try:
+        if not data.isascii():
+            data.decode()  # msgspec does not look into strings that it skips
+        return decoder.decode(data)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not valid UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise InvalidRequest("the body is JSON nested too deeply") from None
+    except msgspec.ValidationError as error:
+        raise _type_error(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+
+
+_AT_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+_EXPECTED = re.compile(r"^Expected `(?P<wanted>[^`]*)`, got `(?P<got>[^`]*)`$")
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def _type_error(text: str) -> InvalidRequest:
+    """msgspec's message in the words of JSON: "Expected `int`, got `str` - at `$.n`" names the field ``n``."""
+    match = _AT_PATH.match(text)
+    what, path = (match["what"], match["path"]) if match else (text, None)
+    param = path.replace("[...]", "") if path else None
+    expected = _EXPECTED.match(what)
+    if expected:
+        wanted = [_WORDS.get(word, word) for word in expected["wanted"].split(" | ") if word != "null"]
+        what = f"expected {' or '.join(wanted)}, got {_WORDS.get(expected['got'], expected['got'])}"
+    return InvalidRequest(f"{param or 'the body'}: {what}", param=param)

@@ -1,0 +1,160 @@
+"""Running the app: one process, one event loop, uvicorn with uvloop and httptools.
+
+``bind`` comes first, before the slow model load, so that a port in use is known at once. SIGTERM and SIGINT stop
+accepting, let running requests end (``--drain-timeout``), and return; a second SIGINT does not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import importlib.util
+import ipaddress
+import logging
+import math
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+
+from mullama.config import ServeConfig
+from mullama.errors import ConfigError
+from mullama.web.app import create_app
+from mullama.web.models import Models
+from mullama.web.services import Services
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE = 75  # seconds; longer than clients keep an idle connection, so that they close it and not we
+GRACE = 5  # seconds after the drain in which cut requests still get their last bytes
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """Listen on ``config.host`` and ``config.port``. Clients that connect before ``run_server`` wait for it.
+
+    Raises ConfigError, one line, when the address cannot be had.
+    """
+    where = f"{config.host}:{config.port}"
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise ConfigError(f"cannot listen on {where}: '{config.host}' is no address here", param="host") from None
+    # A name such as localhost has several addresses; most clients expect the IPv4 one.
+    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, protocol)
+    try:
+        if sys.platform != "win32":  # there it would let two servers share the port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        reason = _reason(error)
+        raise ConfigError(f"cannot listen on {where}: {reason}", param="port") from None
+    return sock
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "the port is in use; choose another one with --port, or 0 for a free one"
+    if error.errno == errno.EACCES:
+        return "permission denied; ports below 1024 are reserved"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return "this machine does not have that address"
+    return error.strerror or str(error)
+
+
+def url_of(config: ServeConfig, sock: socket.socket) -> str:
+    """Where a client on this machine reaches the socket; the real port when a free one was asked for."""
+    port = sock.getsockname()[1]
+    host = config.host
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:
+            host = "localhost"
+        elif address.version == 6:
+            host = f"[{host}]"
+    return f"http://{host}:{port}"
+
+
+def run_server(config: ServeConfig, models: Models, sock: socket.socket | None = None) -> None:
+    """Serve until a signal comes, then drain and return. Blocks; call from the main thread.
+
+    Prints one line when clients are answered. Raises ConfigError before anything is started when the port or the
+    profile log cannot be had. The caller closes ``models``.
+    """
+    sock = sock or bind(config)
+    try:
+        services = Services(config, models)
+    except BaseException:
+        sock.close()
+        raise
+    try:
+        server = Server(config, services, sock)
+        server.run(sockets=[sock])
+    finally:
+        sock.close()
+        services.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with our signals, our ready line, and the engines' drain at the end."""
+
+    def __init__(self, config: ServeConfig, services: Services, sock: socket.socket) -> None:
+        fast = importlib.util.find_spec("uvloop") is not None  # there is none for Windows
+        super().__init__(
+            uvicorn.Config(
+                create_app(config, services.models, services),
+                loop="uvloop" if fast else "asyncio",
+                http="httptools",
+                ws="none",
+                lifespan="off",  # run_server closes what lifespan would
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=math.ceil(config.drain_timeout) + GRACE,
+            )
+        )
+        self._drain_timeout = config.drain_timeout
+        self._services = services
+        self._url = url_of(config, sock)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"mullama ready on {self._url}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, drain the engines, wait for the connections to have their last bytes."""
+        # The task starts at the first await of uvicorn's own shutdown: after the listener was closed.
+        drain = asyncio.get_running_loop().create_task(self._services.models.drain(self._drain_timeout))
+        try:
+            await super().shutdown(sockets)
+            if not self.force_exit and not await drain:
+                log.warning("requests were cut after %g s of draining", self._drain_timeout)
+            await self._services.settle()
+        finally:
+            drain.cancel()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn raises the signal again after its shutdown, which would end the process with a signal, not 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handled = [signal.SIGINT, signal.SIGTERM]
+        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
