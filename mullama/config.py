@@ -5,6 +5,8 @@ environment and the file by the same names, and docs/configuration.md is generat
 Precedence: flag, environment, file, default.
 """
 
+# ruff: noqa: RUF009 - option() makes dataclass fields, so that each default is made anew
+
 from __future__ import annotations
 
 import functools

@@ -14,6 +14,8 @@ A third party adds a name in its own ``pyproject.toml``::
 
 from __future__ import annotations
 
+import importlib
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +52,8 @@ class PluginGroup:
         Raises PluginError: unknown name, a name offered twice, or an import that failed (the reason is in it).
         """
         if name not in self._loaded:
-            self._loaded[name] = self._import(self._entry(name))
+            value = self._builtins.get(name) or self._installed_value(name)
+            self._loaded[name] = self._import(name, value)
         return self._loaded[name]
 
     def _installed(self) -> list[EntryPoint]:
@@ -59,22 +62,22 @@ class PluginGroup:
 
         return list(entry_points(group=self.group))
 
-    def _entry(self, name: str) -> EntryPoint:
-        from importlib.metadata import EntryPoint
-
-        if name in self._builtins:
-            return EntryPoint(name, self._builtins[name], self.group)
-        found = {entry.value: entry for entry in self._installed() if entry.name == name}
+    def _installed_value(self, name: str) -> str:
+        """The ``module:attribute`` of a third party."""
+        found = sorted({entry.value for entry in self._installed() if entry.name == name})
         if not found:
             raise PluginError(f"there is no {self.noun} '{name}'; there are {', '.join(self.names())}")
         if len(found) > 1:
-            raise PluginError(f"several packages offer the {self.noun} '{name}': {', '.join(sorted(found))}")
-        return next(iter(found.values()))
+            raise PluginError(f"several packages offer the {self.noun} '{name}': {', '.join(found)}")
+        return found[0]
 
-    def _import(self, entry: EntryPoint) -> Any:
+    def _import(self, name: str, value: str) -> Any:
+        # An entry point may end in "[extra]", which says nothing to an importer.
+        module, _, attribute = value.partition("[")[0].partition(":")
         try:
-            return entry.load()
+            found: Any = importlib.import_module(module.strip())
+            return operator.attrgetter(attribute.strip())(found) if attribute else found
         # A plugin is foreign code: whatever its import raises is reported as its fault.
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            raise PluginError(f"cannot load the {self.noun} '{entry.name}' ({entry.value}): {reason}") from error
+            raise PluginError(f"cannot load the {self.noun} '{name}' ({value}): {reason}") from error

@@ -36,11 +36,11 @@ cdef extern from "ggml-backend.h" nogil:
     ggml_backend_dev_type ggml_backend_dev_get_type "ggml_backend_dev_type" (ggml_backend_dev_t device)
     void ggml_backend_load_all_from_path(const char * dir_path)
 
-cdef extern from "ggml-cpu.h" nogil:
-    ggml_threadpool_t ggml_threadpool_new(ggml_threadpool_params * params)
-    void ggml_threadpool_free(ggml_threadpool_t threadpool)
-    void ggml_threadpool_pause(ggml_threadpool_t threadpool)
-    void ggml_threadpool_resume(ggml_threadpool_t threadpool)
+cdef extern from "pool.h" namespace "mullama" nogil:
+    ggml_threadpool_t pool_new(ggml_threadpool_params * params)
+    void pool_free(ggml_threadpool_t pool)
+    void pool_pause(ggml_threadpool_t pool)
+    void pool_resume(ggml_threadpool_t pool)
 
 cdef extern from "llama.h" nogil:
     ctypedef struct llama_model:

@@ -90,7 +90,7 @@ cdef class Core:
         params.abort_callback = Deadline.expired
         params.abort_callback_data = &self.deadline
         with nogil:
-            self.pool = ggml_threadpool_new(&pool_params)
+            self.pool = pool_new(&pool_params)
         if self.pool is NULL:
             raise ModelLoadError("the thread pool could not be created")
         with nogil:
@@ -123,7 +123,7 @@ cdef class Core:
         if self.ctx is not NULL:
             llama_free(self.ctx)
         if self.pool is not NULL:
-            ggml_threadpool_free(self.pool)
+            pool_free(self.pool)
         if self.batch.token is not NULL:
             llama_batch_free(self.batch)
 
@@ -139,7 +139,7 @@ cdef class Core:
             self.model.n_users -= 1
         if self.pool is not NULL:
             with nogil:
-                ggml_threadpool_free(self.pool)
+                pool_free(self.pool)
             self.pool = NULL
         self.page.close()
 
@@ -579,7 +579,7 @@ cdef class Core:
         cdef size_t i, j
         cdef uint64_t done = 0, start, now
         if self.pool_paused:
-            ggml_threadpool_resume(self.pool)
+            pool_resume(self.pool)
             self.pool_paused = False
         start = now_ns()
         while True:
@@ -843,7 +843,7 @@ cdef class Core:
         """Put the compute threads to sleep; ``run`` wakes them."""
         if not self.pool_paused:
             with nogil:
-                ggml_threadpool_pause(self.pool)
+                pool_pause(self.pool)
             self.pool_paused = True
 
     # -- seen from outside -------------------------------------------------------------------------------------

@@ -9,7 +9,11 @@ from mullama.cli.options import echo_json, json_option
 
 @click.command(short_help="Fetch a model into the store.")
 @click.argument("reference")
-@click.option("--force", is_flag=True, help="Verify it again if it is here; fetch it again if it is damaged or no checksum is known.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Verify it again if it is here; fetch it again if it is damaged or no checksum is known.",
+)
 @json_option
 def command(reference: str, force: bool, as_json: bool) -> None:
     """Fetch a model into the store, verified by its checksum.

@@ -153,9 +153,9 @@ def read_header(path: str | Path, *, label: str | None = None) -> Header:
     label = str(path) if label is None else label
     try:
         # Before the file is opened: opening a pipe would wait for its writer.
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not stat.S_ISREG(Path(path).stat().st_mode):
             raise ModelLoadError(f"{label}: not a regular file")
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             info = os.fstat(file.fileno())
             if info.st_size < 24:
                 raise ModelLoadError(f"{label}: too short to be a GGUF file ({info.st_size} bytes)")

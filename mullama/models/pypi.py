@@ -265,7 +265,7 @@ def _folder_size(folder: Path) -> int:
     for root, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.stat(os.path.join(root, name)).st_size
+                total += Path(root, name).stat().st_size
             except OSError:  # gone since the listing
                 continue
     return total
