@@ -154,6 +154,7 @@ class Connection:
         ``into`` receives the packets while they arrive, for callers that cancel this call.
         """
         call = RawCall(0) if into is None else into
+        reused = self._wire is not None and not self._wire.closed
         try:
             wire = await self._connected()
         except OSError as error:
@@ -168,6 +169,11 @@ class Connection:
         try:
             async with asyncio.timeout(limit_s):
                 await done
+            if not wire.complete and reused and not wire.packets:
+                # llama-server closes its connections after a streamed answer, and the request crossed with that.
+                # As HTTP clients do: send it again on a fresh one (the clock starts again, in the server's favour).
+                self._wire = None
+                return await self.call(request, limit_s=limit_s, into=call)
             if not wire.complete:
                 call.error = "the connection was closed before the end of the answer"
         except TimeoutError:

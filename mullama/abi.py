@@ -103,6 +103,8 @@ class Reader:
     def attach(cls, path: str | os.PathLike[str]) -> Reader:
         """Map the page of a running engine, read-only."""
         with Path(path).open("rb") as file:
+            if os.fstat(file.fileno()).st_size < ctypes.sizeof(Header):
+                raise AbiError("too short to be an instrumentation page")
             return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def counters(self) -> Counters:
@@ -119,7 +121,7 @@ class Reader:
     def events(self, since: int = 0) -> Iterator[Event]:
         """Events with index >= since that the ring still holds, oldest first. ``event.seq`` is the next ``since``."""
         total = self.counters().events
-        for index in range(max(since, total - self.header.n_events), total):
+        for index in range(max(since, total - self.header.n_events, 0), total):
             at = self.header.events_offset + (index & (self.header.n_events - 1)) * self.header.event_size
             event = Event.from_buffer_copy(self._view[at : at + ctypes.sizeof(Event)])
             again = struct.unpack_from("=Q", self._view, at)[0]

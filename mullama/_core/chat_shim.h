@@ -15,9 +15,10 @@ class ChatTemplate {
     ChatTemplate(const llama_model * model, const std::string & override_source);
     ~ChatTemplate();
 
-    // Render OpenAI messages (a JSON array). Throws std::runtime_error when the template refuses them.
+    // Render OpenAI messages (a JSON array). False, with the reason in `error` (any bytes), when they are refused.
     // A leading BOS is left out where the vocabulary adds one itself: tokenise with add_special.
-    std::string apply(const std::string & messages_json, bool add_generation_prompt) const;
+    bool apply(const std::string & messages_json, bool add_generation_prompt, std::string & prompt,
+               std::string & error) const noexcept;
 
     std::string source() const;
     bool is_explicit() const; // false: the model has none and ChatML is used

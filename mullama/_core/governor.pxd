@@ -22,6 +22,7 @@ cdef class Governor:
 
     cdef int choose(self) noexcept nogil
     cdef double expected(self, int n_tokens, int threads) noexcept nogil
+    cdef double single_bound(self, int n_tokens) noexcept nogil
     cdef uint64_t allowance(self, int n_tokens) noexcept nogil
     cdef void measured(self, int n_tokens, int threads, uint64_t ns, bint aborted, uint64_t now) noexcept nogil
     cdef bint wants_look(self, uint64_t now) noexcept nogil

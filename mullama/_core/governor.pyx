@@ -80,17 +80,20 @@ cdef class Governor:
         if usual <= 0:
             usual = self.expected(n_tokens, 1)
         if usual <= 0:
-            return 0
+            # Nothing is known of this shape: so many single tokens on one thread cost no less.
+            return <uint64_t> (self.single_bound(n_tokens) * 1.5) + (10 * MS if self.single_bound(n_tokens) > 0 else 0)
         return <uint64_t> (usual * 3.0) + 10 * MS
+
+    cdef double single_bound(self, int n_tokens) noexcept nogil:
+        """Ns that ``n_tokens`` one-token decodes on one thread take: no decode of them should take longer."""
+        return self.quiet[1][0] * n_tokens
 
     cdef void measured(self, int n_tokens, int threads, uint64_t ns, bint aborted, uint64_t now) noexcept nogil:
         cdef int s = shape_of(n_tokens)
         cdef double cost = <double> ns / unit_of(n_tokens)
         cdef double old = self.quiet[threads][s]
         cdef bint outlier = old > 0 and cost > 1.6 * old
-        cdef double before
-        if self.fixed:
-            return
+        cdef double before, single
         if aborted:
             if self.trial != 0:
                 self.end_trial(False, now)
@@ -118,13 +121,17 @@ cdef class Governor:
         else:
             self.quiet[threads][s] += 0.1 * (cost - old)
             self.outliers[threads][s] = 0
+        if self.fixed:
+            return
         if self.trial != 0 and threads == self.trial:
             self.trial_left -= 1
             if self.trial_left <= 0:
                 before = self.recent[self.trial_from][s]
                 self.end_trial(before == 0 or self.recent[self.trial][s] < before * 0.99, now)
-        elif threads > 1 and threads == self.threads and self.outliers[threads][s] >= 3 and now >= self.hold_until_ns:
-            self.start_trial(1)
+        elif threads > 1 and threads == self.threads and now >= self.hold_until_ns:
+            single = self.quiet[1][s] if self.quiet[1][s] > 0 else self.single_bound(n_tokens) / unit_of(n_tokens)
+            if self.outliers[threads][s] >= 3 or (single > 0 and self.recent[threads][s] > 1.3 * single):
+                self.start_trial(1)
 
     cdef bint wants_look(self, uint64_t now) noexcept nogil:
         return not self.fixed and now >= self.next_look_ns

@@ -14,6 +14,8 @@ struct LogSink {
     std::string errors; // since the last take_errors(), at most 2,000 characters
     int print_level = GGML_LOG_LEVEL_NONE; // print lines of this level and above; NONE: nothing
 
+    int last_level = GGML_LOG_LEVEL_NONE;
+
     static LogSink & instance() {
         static LogSink sink;
         return sink;
@@ -26,7 +28,10 @@ struct LogSink {
             if (level == GGML_LOG_LEVEL_ERROR && sink.errors.size() < 2000) {
                 sink.errors += text;
             }
-            if (sink.print_level != GGML_LOG_LEVEL_NONE && (level >= sink.print_level)) {
+            // A continuation (progress dots) has the level of what it continues.
+            const int effective = level == GGML_LOG_LEVEL_CONT ? sink.last_level : (int) level;
+            sink.last_level = effective;
+            if (sink.print_level != GGML_LOG_LEVEL_NONE && effective >= sink.print_level) {
                 std::fputs(text, stderr);
             }
         } catch (...) {

@@ -126,6 +126,8 @@ cdef class Core:
     cdef vector[uint8_t] state_a
     cdef vector[uint8_t] state_b
     cdef string released
+    cdef vector[char] long_piece
+    cdef bint counted                  # among the model's users
     cdef vector[int32_t] plan_decode
     cdef vector[int32_t] plan_prefill
     cdef vector[int32_t] plan_chunk
@@ -139,6 +141,7 @@ cdef class Core:
     cdef bint changed                  # a sequence changed its state
     cdef int fault_slot                # fault injection: this slot's next logits become NaN
     cdef uint64_t waiting
+    cdef uint64_t busy_since           # end of the last step; 0 after idling
 
     cdef void site(self, uint32_t kind, int32_t slot, uint64_t handle, int64_t a, int64_t b) noexcept nogil
     cdef void publish(self) noexcept nogil
@@ -155,4 +158,7 @@ cdef class Core:
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil
     cdef int check_slot(self, int slot) except -1
     cdef void clear_slot(self, int slot) noexcept nogil
+    cdef void lose(self, int slot) noexcept nogil
+    cdef int set_up(self, int n_threads, bint threads_fixed, page_path) except -1
+    cdef void release(self) noexcept
     cdef int warm_up(self) except -1

@@ -1,7 +1,7 @@
 """The hot loop: fill a batch, decode, sample, commit text and KV bookkeeping, again, without the GIL.
 
 A Core is one llama.cpp context with its slots. Slot i is llama.cpp's sequence id i. The engine thread owns it: every
-method is called from that thread, except ``interrupt``, ``abort``, ``drain_records`` and ``wake_fd``.
+method is called from that thread, except ``interrupt``, ``abort``, ``wake_reader``, ``drain_records`` and ``wake_fd``.
 
 The law of the KV bookkeeping: cells [0, n_past) of a slot hold the KV of its tokens [0, n_past). While a slot decodes,
 tokens has one more entry: the token that was sampled last and is computed in the next step.
@@ -12,6 +12,7 @@ tokens has one more entry: the token that was sampled last and is computed in th
 Every llama_decode call is one ubatch of one shape: single tokens of a gap-free range of slots, or one prompt chunk.
 """
 
+cimport cython
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport NAN
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
@@ -36,6 +37,7 @@ TEXT = RECORD_TEXT
 FINISH = RECORD_FINISH
 
 
+@cython.no_gc_clear  # the context must be freed before the model that it points into
 cdef class Core:
 
     def __cinit__(self):
@@ -99,6 +101,16 @@ cdef class Core:
             from mullama._core.model import _last_error
             raise ModelLoadError(f"no context of {n_slots} x {n_ctx} tokens: {_last_error('llama.cpp refused')}")
         model.n_users += 1
+        self.counted = True
+        try:
+            self.set_up(n_threads, threads_fixed, page_path)
+        except BaseException:
+            self.close()
+            raise
+
+    cdef int set_up(self, int n_threads, bint threads_fixed, page_path) except -1:
+        """The rest of __init__, once the context exists."""
+        cdef Model model = self.model
         self.n_ctx = llama_n_ctx_seq(self.ctx)
         self.mem = llama_get_memory(self.ctx)
         llama_attach_threadpool(self.ctx, self.pool, self.pool)
@@ -106,29 +118,34 @@ cdef class Core:
         self.governor = Governor(n_threads, threads_fixed)
         self.synchronous = not llama_supports_gpu_offload()
         self.batch = llama_batch_init(self.n_batch, 0, 1)
-        self.slots.resize(n_slots)
+        self.slots.resize(self.n_slots)
         self.ring.reset(new Ring(RING_BYTES))
         if not self.wake.open():
             raise ModelLoadError("no file descriptor left for the wake-up")
-        self.page = Page(n_slots, page_path)
+        try:
+            self.page = Page(self.n_slots, page_path)
+        except OSError as error:
+            raise ModelLoadError(f"the instrumentation page {page_path} cannot be made: {error.strerror}") from None
         cdef llama_token token
         for token in range(model.n_vocab):
             if llama_vocab_is_eog(model.vocab, token):
                 self.eog.push_back(token)
         self.warm_up()
         self.publish()
+        return 0
 
     def __dealloc__(self):
-        self.wake.close()
-        if self.ctx is not NULL:
-            llama_free(self.ctx)
-        if self.pool is not NULL:
-            pool_free(self.pool)
+        self.release()
         if self.batch.token is not NULL:
             llama_batch_free(self.batch)
 
     def close(self):
-        """Free the context. Idempotent; no other method may be called after it."""
+        """Free the context, the threads and the descriptors. Idempotent; no other method may be called after it."""
+        self.release()
+        if self.page is not None:
+            self.page.close()
+
+    cdef void release(self) noexcept:
         cdef size_t i
         for i in range(self.slots.size()):
             self.slots[i].end_request()
@@ -136,15 +153,20 @@ cdef class Core:
             with nogil:
                 llama_free(self.ctx)
             self.ctx = NULL
-            self.model.n_users -= 1
         if self.pool is not NULL:
             with nogil:
                 pool_free(self.pool)
             self.pool = NULL
-        self.page.close()
+        if self.counted:
+            self.counted = False
+            self.model.n_users -= 1
+        self.wake.close()
 
     cdef int warm_up(self) except -1:
-        """Fault the weights in and give the governor its first figures: one token at each end of the thread range."""
+        """Fault the weights in and give the governor its first figures: single tokens, on one thread and on all.
+
+        One thread comes first and needs no luck; its cost is the measure that all threads must keep, also here.
+        """
         cdef uint64_t ns = 0
         cdef int threads, i, rc
         cdef Governor governor = self.governor
@@ -152,24 +174,28 @@ cdef class Core:
             if governor.fixed and threads != governor.n_max:
                 continue
             for i in range(3):
-                self.batch.n_tokens = 1
                 self.batch.token[0] = max(llama_vocab_bos(self.model.vocab), 0)
                 self.batch.pos[0] = i
                 self.batch.n_seq_id[0] = 1
                 self.batch.seq_id[0][0] = 0
                 self.batch.logits[0] = 1
                 llama_set_n_threads(self.ctx, threads, threads)
+                self.threads_set = threads
+                self.batch.n_tokens = 1
                 ns = now_ns()
+                self.deadline.at_ns = ns + governor.allowance(1) if threads > 1 and governor.allowance(1) else 0
                 with nogil:
                     rc = guarded_decode(self.ctx, self.batch, self.guard)
                     llama_synchronize(self.ctx)
+                self.deadline.at_ns = 0
+                if rc == 2 and threads > 1:
+                    governor.measured(1, threads, now_ns() - ns, True, now_ns())
+                    break
                 if rc != 0:
                     raise ModelLoadError(f"the first decode failed with code {rc} {self.guard.message.decode()}")
                 if i > 0:
                     governor.measured(1, threads, now_ns() - ns, False, now_ns())
             llama_memory_clear(self.mem, False)
-        llama_set_n_threads(self.ctx, governor.n_max, governor.n_max)
-        self.threads_set = governor.n_max
         return 0
 
     # -- instrumentation ------------------------------------------------------------------------------
@@ -222,6 +248,7 @@ cdef class Core:
     def note_idle(self, uint64_t ns, uint64_t waiting):
         """Account a wait for commands; keeps the heartbeat fresh."""
         self.waiting = waiting
+        self.busy_since = 0
         self.site(MULLAMA_SITE_IDLE, -1, 0, ns, 0)
         self.publish()
 
@@ -288,6 +315,10 @@ cdef class Core:
         return out
 
     # -- control from other threads ----------------------------------------------------------------------
+
+    def wake_reader(self):
+        """Make ``wake_fd`` readable. Any thread."""
+        self.wake.signal()
 
     def interrupt(self):
         """Make ``run`` return after the current step. Any thread."""
@@ -411,7 +442,7 @@ cdef class Core:
         s.handle = handle
         s.n_prompt = <int32_t> s.tokens.size()
         s.n_generated = 0
-        room = self.n_ctx - s.n_prompt + 1
+        room = max(1, self.n_ctx - s.n_prompt)
         s.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         s.min_tokens = min(params.min_tokens, s.max_tokens)
         s.ignore_eos = params.ignore_eos
@@ -443,8 +474,9 @@ cdef class Core:
         self.check_slot(slot)
         cdef Slot * s = &self.slots[slot]
         if s.state == MULLAMA_SLOT_PREFILL or s.state == MULLAMA_SLOT_DECODE:
-            self.finish(slot, MULLAMA_FINISH_CANCELLED, -1, 0)
-            self.wake.signal()
+            with nogil:  # a full ring waits for its reader, who needs the GIL
+                self.finish(slot, MULLAMA_FINISH_CANCELLED, -1, 0)
+                self.wake.signal()
         if s.state == MULLAMA_SLOT_DONE:
             self.clear_slot(slot)
             self.publish()
@@ -499,6 +531,7 @@ cdef class Core:
         cdef uint64_t start = now_ns()
         cdef size_t n_a = 0, n_b = 0
         cdef bint ok = True
+        cdef int i
         with nogil:
             if self.slots[a].n_past > 0:
                 n_a = llama_state_seq_get_size(self.ctx, a)
@@ -520,21 +553,28 @@ cdef class Core:
                 ok = llama_state_seq_set_data(self.ctx, self.state_b.data(), n_b, a) == n_b and ok
         swap_slots(self.slots[a], self.slots[b])
         if not ok:
-            for slot in (a, b):
-                if self.slots[slot].state == MULLAMA_SLOT_PREFILL or self.slots[slot].state == MULLAMA_SLOT_DECODE:
-                    self.finish(slot, MULLAMA_FINISH_ERROR, -1, CORE_NO_KV)
-                    self.slots[slot].poisoned = True
-                elif self.slots[slot].state == MULLAMA_SLOT_RETAINED:
-                    self.clear_slot(slot)
+            for i in (a, b):
+                with nogil:
+                    self.lose(i)
             raise ComputeFailed("a sequence's KV could not be moved to another slot")
-        for slot in (a, b):
-            if self.slots[slot].open():
-                self.slots[slot].row.moves += 1
+        for i in (a, b):
+            if self.slots[i].open():
+                self.slots[i].row.moves += 1
         self.counters.kv_moves += 1
         self.counters.kv_move_bytes += n_a + n_b
         self.counters.kv_move_ns += now_ns() - start
         self.site(MULLAMA_SITE_MOVE, a, self.slots[a].handle, b, n_a + n_b)
         return n_a + n_b
+
+    cdef void lose(self, int slot) noexcept nogil:
+        """The KV of a slot is gone: its request fails, a retained prefix is forgotten."""
+        cdef Slot * s = &self.slots[slot]
+        if s.state == MULLAMA_SLOT_PREFILL or s.state == MULLAMA_SLOT_DECODE:
+            s.poisoned = True
+            self.finish(slot, MULLAMA_FINISH_ERROR, -1, CORE_NO_KV)
+            self.wake.signal()
+        elif s.state == MULLAMA_SLOT_RETAINED:
+            self.clear_slot(slot)
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -578,10 +618,12 @@ cdef class Core:
     cdef void steps(self, uint64_t max_steps) noexcept nogil:
         cdef size_t i, j
         cdef uint64_t done = 0, start, now
+        cdef bint fresh = self.busy_since == 0
         if self.pool_paused:
             pool_resume(self.pool)
             self.pool_paused = False
-        start = now_ns()
+        # Plans and waits for the GIL between two runs are busy time too; only idling is not.
+        start = now_ns() if fresh else self.busy_since
         while True:
             i = 0
             while i < self.plan_decode.size():
@@ -600,7 +642,7 @@ cdef class Core:
             done += 1
             now = now_ns()
             self.counters.busy_ns += now - start
-            start = now
+            start = self.busy_since = now
             self.publish()
             if self.pushed:
                 self.pushed = False
@@ -608,7 +650,9 @@ cdef class Core:
                 self.wake.signal()
             if self.governor.wants_look(now):
                 self.governor.look(self.neighbours.read(), now)
-            if self.changed or not self.plan_prefill.empty() or self.interrupted.get() or done == max_steps:
+            if self.changed or not self.plan_prefill.empty() or done == max_steps:
+                return
+            if self.interrupted.get() or self.deadline.stop.get():
                 return
 
     cdef int compute(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil:
@@ -793,7 +837,13 @@ cdef class Core:
                 break
         if not eog:
             n = llama_token_to_piece(self.model.vocab, token, piece, MAX_PIECE, 0, False)
-            stop = s.gate.push(piece, max(n, 0), s.n_generated >= s.min_tokens, self.released)
+            if n < 0:
+                # A piece longer than any sane one: the negated length is what it needs.
+                self.long_piece.resize(-n)
+                n = llama_token_to_piece(self.model.vocab, token, &self.long_piece[0], -n, 0, False)
+                stop = s.gate.push(&self.long_piece[0], max(n, 0), s.n_generated >= s.min_tokens, self.released)
+            else:
+                stop = s.gate.push(piece, n, s.n_generated >= s.min_tokens, self.released)
             s.pending_text.append(self.released)
         if eog or stop >= 0:
             self.finish(slot, MULLAMA_FINISH_STOP, stop, 0)

@@ -8,7 +8,7 @@ from mullama._core.llama cimport llama_model, llama_vocab
 cdef extern from "chat_shim.h" namespace "mullama" nogil:
     cppclass ChatTemplate:
         ChatTemplate(const llama_model * model, const string & override_source) except +
-        string apply(const string & messages_json, cbool add_generation_prompt) except +
+        cbool apply(const string & messages_json, cbool add_generation_prompt, string & prompt, string & error)
         string source() except +
         cbool is_explicit() except +
 

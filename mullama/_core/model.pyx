@@ -327,12 +327,13 @@ cdef class Model:
         """
         self.check()
         cdef string source = messages_json
-        cdef string prompt
-        try:
-            with nogil:
-                prompt = self.chat.get().apply(source, add_generation_prompt)
-        except RuntimeError as error:
-            raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from None
+        cdef string prompt, error
+        cdef cbool ok
+        with nogil:
+            ok = self.chat.get().apply(source, add_generation_prompt, prompt, error)
+        if not ok:
+            reason = error.decode("utf-8", "replace")[:300]
+            raise InvalidRequest(f"the chat template refuses these messages: {reason}", param="messages")
         return prompt.decode("utf-8", "replace")
 
     def chat_template(self):

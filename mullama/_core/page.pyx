@@ -105,16 +105,29 @@ cdef class Page:
 
     def buffer(self):
         """The page as a read-only memoryview, for mullama.abi.Reader."""
+        if self.view is None:
+            raise ValueError("this page was closed")
         return self.view.toreadonly()
 
     def close(self):
-        """Remove the file. The memory itself goes when the last reader lets go of it."""
+        """Remove the file and let go of the mapping; it goes when the last reader in this process lets go too."""
         if self.path:
             try:
                 os.unlink(self.path)
             except FileNotFoundError:
                 pass
             self.path = ""
+        if self.view is not None:
+            self.counters = NULL
+            self.rows = NULL
+            self.events = NULL
+            self.view.release()
+            self.view = None
+            try:
+                self.mapping.close()
+            except BufferError:
+                pass  # somebody reads: the last reader's end closes it
+            self.mapping = None
 
 
 cdef size_t _aligned(size_t n) noexcept:

@@ -33,6 +33,16 @@ def check_params(params):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a whole number from {low} to {high}, got {value!r}", param=name)
 
+    def texts(name, values):
+        for value in values:
+            if not isinstance(value, str) or not value:
+                raise InvalidRequest(f"every text in {name} must have at least one character", param=name)
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise InvalidRequest(f"a text in {name} holds a lone surrogate, which is not valid Unicode",
+                                     param=name) from None
+
     number("temperature", 0, 100)
     whole("top_k", -1, 1 << 30)
     number("top_p", 0, 1)
@@ -56,8 +66,17 @@ def check_params(params):
         whole("max_tokens", 1, 1 << 30)
     if params.seed is not None:
         whole("seed", -(1 << 63), (1 << 64) - 1)
-    if any(not isinstance(stop, str) or not stop for stop in params.stop):
-        raise InvalidRequest("every stop string must be a text of at least one character", param="stop")
+    texts("stop", params.stop)
+    texts("dry_sequence_breakers", params.dry_sequence_breakers)
+    try:
+        pairs = [(token, value) for token, value in params.logit_bias]
+    except (TypeError, ValueError):
+        raise InvalidRequest("logit_bias must be pairs of a token id and a number", param="logit_bias") from None
+    for token, value in pairs:
+        if isinstance(token, bool) or not isinstance(token, int) or isinstance(value, bool) \
+                or not isinstance(value, (int, float)) or math.isnan(value) or value > 1e4:
+            raise InvalidRequest(f"logit_bias must pair token ids with numbers up to 10000, got {token!r}: {value!r}",
+                                 param="logit_bias")
 
 
 cdef Chain build_chain(Model model, object params, int32_t n_ctx, vector[llama_logit_bias] & bias) except *:
@@ -71,9 +90,6 @@ cdef Chain build_chain(Model model, object params, int32_t n_ctx, vector[llama_l
     bias.clear()
     for token, value in params.logit_bias:
         entry.token = model.check_token(token, param="logit_bias")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > 1e4:
-            raise InvalidRequest(f"logit_bias of token {token} must be a number up to 100, got {value!r}",
-                                 param="logit_bias")
         entry.bias = max(value, -1e9)
         bias.push_back(entry)
 
@@ -87,7 +103,8 @@ cdef Chain build_chain(Model model, object params, int32_t n_ctx, vector[llama_l
         chain.greedy = True
         return chain
 
-    cdef uint32_t seed = (secrets.randbits(32) if params.seed is None else params.seed) & 0xFFFFFFFF
+    # 2^32 - 1 is llama.cpp's word for "a fresh one" (LLAMA_DEFAULT_SEED), so no seed may become it.
+    cdef uint32_t seed = (secrets.randbits(32) if params.seed is None else params.seed) % 0xFFFFFFFF
     cdef vector[const char *] breakers
     cdef llama_sampler * ptr = llama_sampler_chain_init(llama_sampler_chain_default_params())
     if penalties:

@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    line = " ".join(message.split())
+    from mullama.cli.table import printable
+
+    line = printable(" ".join(message.split()))
     click.echo(f"{click.style('error:', fg='red')} {line}", err=True)
     return status
 

@@ -73,6 +73,7 @@ class Engine:
         self._slots: list[int] = [0] * core.n_slots  # handle of the running sequence, 0: none
         self._wait = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
+        self._calls: set[Future[Any]] = set()  # of call(), not answered yet
         self._n_waiting = 0
         self._idle = False
         self._draining = False
@@ -199,6 +200,8 @@ class Engine:
         future: Future[T] = Future()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked has gone
             try:
                 future.set_result(function())
             except BaseException as error:
@@ -207,6 +210,8 @@ class Engine:
         with self._wait:
             if self._failure is not None or self._closed:
                 raise EngineDead(f"the engine of '{self.info.name}' is not running")
+            self._calls.add(future)
+            future.add_done_callback(self._calls.discard)
             self._post(command)
         return future
 
@@ -269,7 +274,8 @@ class Engine:
             self._core.abort()
             self._wait.notify()
         self._thread.join()
-        self._reader.read()
+        while self._reader.read():
+            pass  # what was finished before is not lost
         self._reader.close()
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
         self._core.close()
@@ -285,8 +291,11 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
+            while True:
                 self._core.rearm()
+                # In this order: close() sets the flag before it aborts, so that a rearm never hides an abort.
+                if self._stopping:
+                    break
                 self._take_commands()
                 if self._seqs:
                     self._step()
@@ -297,6 +306,11 @@ class Engine:
             with self._wait:
                 self._failure = f"{type(error).__name__}: {error}"
             self._reader.end_all(EngineDead(f"the engine of '{self.info.name}' stopped: {self._failure}"))
+        finally:
+            # Nobody posts any more: close() and a failure are both seen under the lock.
+            for future in list(self._calls):
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(EngineDead(f"the engine of '{self.info.name}' is not running"))
 
     def _take_commands(self) -> None:
         while self._commands:
@@ -372,7 +386,10 @@ class Engine:
                 arrival_ns=seq.view.arrival_ns,
                 priority=request.priority,
             )
-        except MullamaError as error:
+        except Exception as error:
+            # Whatever one request holds, the others go on.
+            if not isinstance(error, MullamaError):
+                error = InvalidRequest(f"the request could not be started: {error}")
             self._forget(seq)
             self._reader.end_directly(seq.view.id, Finish(FinishReason.ERROR, Profile(), error=error))
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -75,7 +76,8 @@ class AsyncGeneration(BaseGeneration):
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            with contextlib.suppress(RuntimeError):  # the loop was closed while somebody waited
+                self._waiter.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import select
+import selectors
 import threading
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,11 @@ def profile_of(row: abi.Row) -> Profile:
 
 
 class Reader:
-    """Hands records to generations. Attaches itself to the first event loop that submits, else runs a thread."""
+    """Hands records to generations.
+
+    An event loop that is the only reader reads by itself. As soon as there is another one (a second loop, a thread
+    without a loop), a thread reads for all of them: nobody depends on how long somebody else's loop lives.
+    """
 
     def __init__(self, core: Core, text_kind: int) -> None:
         self._core = core
@@ -68,6 +73,7 @@ class Reader:
         self._generations: dict[int, BaseGeneration] = {}
         self._stops: dict[int, tuple[str, ...]] = {}
         self._lock = threading.Lock()  # one reader of the ring at a time
+        self._attaching = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -84,49 +90,76 @@ class Reader:
         self._stops.pop(handle, None)
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Read on this loop from now on; call on it."""
+        """See that what this loop submits is read; call on it."""
         if self._loop is loop or self._thread is not None:
             return
-        self._detach_loop()
-        loop.add_reader(self._core.wake_fd(), self.read)
-        self._loop = loop
+        with self._attaching:
+            if self._thread is not None:
+                return
+            if self._loop is not None and not self._loop.is_closed():
+                self._start_thread()
+            else:
+                self._loop = loop
+                loop.add_reader(self._core.wake_fd(), self._read_on, loop)
 
     def attach_thread(self) -> None:
-        """Read on a thread, unless a live event loop reads already."""
-        if self._thread is not None or (self._loop is not None and self._loop.is_running()):
-            return
-        self._detach_loop()
+        """See that what a thread without an event loop submits is read."""
+        if self._thread is None:
+            with self._attaching:
+                if self._thread is None:
+                    self._start_thread()
+
+    def _start_thread(self) -> None:
         self._thread = threading.Thread(target=self._run, name="mullama-reader", daemon=True)
+        self._detach_loop()
         self._thread.start()
 
     def _detach_loop(self) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self._core.wake_fd())
-        self._loop = None
+        """Stop reading on the loop, from any thread."""
+        loop, self._loop = self._loop, None
+        if loop is None:
+            return
+        with contextlib.suppress(RuntimeError):  # it is closed: nothing to stop
+            loop.call_soon_threadsafe(loop.remove_reader, self._core.wake_fd())
 
     def _run(self) -> None:
         fd = self._core.wake_fd()
-        while not self._closed:
-            ready, _, _ = select.select([fd], [], [], 0.2)
-            if ready:
-                self.read()
+        with selectors.DefaultSelector() as selector:
+            selector.register(fd, selectors.EVENT_READ)
+            while not self._closed:
+                if selector.select(0.2):
+                    self.read()
 
-    def read(self) -> None:
-        """Take all records off the ring."""
+    def _read_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Read on a loop, unless the reading went to a thread meanwhile: deltas would overtake each other."""
         with self._lock:
-            if self._closed:
+            if self._loop is loop:
+                self._read()
                 return
-            for record in self._core.drain_records():
-                handle = record[1]
-                generation = self._generations.get(handle)
-                if record[0] == self._text_kind:
-                    if generation is not None:
-                        generation.deliver(record[2], record[3])
-                    continue
-                stops = self._stops.get(handle, ())
-                self.discard(handle)
+        loop.remove_reader(self._core.wake_fd())
+
+    def read(self) -> int:
+        """Take the records that wait off the ring (a few thousand at most) and return their number."""
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> int:
+        """The caller holds the lock."""
+        if self._closed:
+            return 0
+        records = self._core.drain_records()
+        for record in records:
+            handle = record[1]
+            generation = self._generations.get(handle)
+            if record[0] == self._text_kind:
                 if generation is not None:
-                    generation.end(self._finish(record, stops))
+                    generation.deliver(record[2], record[3])
+                continue
+            stops = self._stops.get(handle, ())
+            self.discard(handle)
+            if generation is not None:
+                generation.end(self._finish(record, stops))
+        return len(records)
 
     def _finish(self, record: tuple[int, int, int, int, int, bytes], stops: tuple[str, ...]) -> Finish:
         _, _, reason, stop_index, error, row = record

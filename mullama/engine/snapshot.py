@@ -81,7 +81,7 @@ def kv(info: ModelInfo, core: Core, slots: Sequence[int]) -> dict[str, Any]:
         "cells_per_slot": truth["size"],
         "cells_total": total,
         "cells_used": used,
-        "cells_free": total - used,
+        "cells_free": max(total - used, 0),  # a recurrent model has states, no cells
         "cells_running": sum(row["cells"] for row in rows if row["state"] not in ("free", "retained")),
         "cells_retained": sum(row["cells"] for row in rows if row["state"] == "retained"),
         "slots": rows,

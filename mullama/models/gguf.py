@@ -177,8 +177,16 @@ def check(path: str | Path, *, label: str | None = None) -> Header:
         size = tensor.size
         missing = tensor.offset + (size or 0) - room
         if missing > 0:
-            raise ModelLoadError(f"{label}: truncated: the tensor '{tensor.name}' ends {missing} bytes behind the file")
+            raise ModelLoadError(
+                f"{label}: truncated: the tensor {_shown(tensor.name)} ends {missing} bytes behind the file"
+            )
     return header
+
+
+def _shown(text: str) -> str:
+    """A text of the file for a message. SAFETY: a damaged one may be long, have lines, or steer a terminal."""
+    text = text if len(text) <= 64 else text[:63] + "…"
+    return "'" + "".join(c if c.isprintable() else "\ufffd" for c in text) + "'"
 
 
 class _Damaged(Exception):
@@ -223,7 +231,7 @@ class _Reader:
         for _ in range(n_tensors):
             tensor = self.tensor(alignment)
             if tensor.name in names:
-                raise _Damaged(f"two tensors are called '{tensor.name}'")
+                raise _Damaged(f"two tensors are called {_shown(tensor.name)}")
             names.add(tensor.name)
             header.tensors.append(tensor)
         header.data_start = -(-self.at // alignment) * alignment
@@ -232,7 +240,7 @@ class _Reader:
     def entry(self, metadata: dict[str, Any]) -> None:
         key = self.string(65535)
         if not key or key in metadata:
-            raise _Damaged(f"the metadata key '{key}' is {'there twice' if key else 'empty'}")
+            raise _Damaged(f"the metadata key {_shown(key)} is {'there twice' if key else 'empty'}")
         metadata[key] = self.value(self.u32(), key)
 
     def value(self, kind: int, key: str) -> Any:
@@ -246,7 +254,7 @@ class _Reader:
             return Summary("string", length)
         if kind == _ARRAY:
             return self.array(key)
-        raise _Damaged(f"the metadata key '{key}' has the unknown type {kind}")
+        raise _Damaged(f"the metadata key {_shown(key)} has the unknown type {kind}")
 
     def array(self, key: str) -> Summary:
         kind, count = self.u32(), self.u64()
@@ -257,9 +265,9 @@ class _Reader:
             head = struct.unpack_from(f"<{min(count, _HEAD)}{code}", self.data, start)
             return Summary(name, count, head)
         if kind != _STRING:
-            raise _Damaged(f"the metadata key '{key}' is an array of the unknown type {kind}")
+            raise _Damaged(f"the metadata key {_shown(key)} is an array of the unknown type {kind}")
         if count > min(_MAX_STRINGS, (self.size - self.at) // 8):
-            raise _Damaged(f"the metadata key '{key}' claims {count} texts")
+            raise _Damaged(f"the metadata key {_shown(key)} claims {count} texts")
         head = tuple(self.string(_MAX_TEXT) for _ in range(min(count, _HEAD)))
         # PERF: a vocabulary is here, so this loop is the cost of the whole reader (50 ns an element).
         # Lengths are unchecked inside it: one that leaves the file makes the next unpack_from fail.
@@ -273,23 +281,25 @@ class _Reader:
     def alignment(self, metadata: dict[str, Any]) -> int:
         value = metadata.get(ALIGNMENT_KEY, 32)
         if type(value) is not int or value <= 0 or value & (value - 1) or value > 1 << 20:
-            raise _Damaged(f"{ALIGNMENT_KEY} is {value!r}, which is no power of two")
+            raise _Damaged(f"{ALIGNMENT_KEY} is {_shown(str(value))}, which is no power of two")
         return value
 
     def tensor(self, alignment: int) -> Tensor:
         name = self.string(_MAX_TENSOR_NAME)
         n_dims = self.u32()
         if n_dims > _MAX_DIMS:
-            raise _Damaged(f"the tensor '{name}' has {n_dims} dimensions")
+            raise _Damaged(f"the tensor {_shown(name)} has {n_dims} dimensions")
         shape = tuple(self.u64() for _ in range(n_dims))
         tensor = Tensor(name, shape, self.u32(), self.u64())
         if tensor.n_elements >= 1 << 63:
-            raise _Damaged(f"the tensor '{name}' has the impossible shape {shape}")
+            raise _Damaged(f"the tensor {_shown(name)} has the impossible shape {shape}")
         if tensor.offset % alignment:
-            raise _Damaged(f"the tensor '{name}' lies at the offset {tensor.offset}, which is not aligned")
+            raise _Damaged(f"the tensor {_shown(name)} lies at the offset {tensor.offset}, which is not aligned")
         known = TENSOR_TYPES.get(tensor.type_id)
         if known and shape and shape[0] % known[1]:
-            raise _Damaged(f"the tensor '{name}' of type {known[0]} has rows of {shape[0]}, no multiple of {known[1]}")
+            raise _Damaged(
+                f"the tensor {_shown(name)} of type {known[0]} has rows of {shape[0]}, no multiple of {known[1]}"
+            )
         return tensor
 
     # -- primitives; struct.error at the end of the file

@@ -210,8 +210,10 @@ class Store:
                 os.fsync(file.fileno())
             _verify(reference, sink)
             header = gguf.check(part, label=reference.key)
-            if reference.license is None and isinstance(header.get("general.license"), str):
-                reference = replace(reference, license=header.get("general.license")[:100])
+            licence = header.get("general.license")
+            if reference.license is None and isinstance(licence, str):
+                # It is printed later; the file must not steer the terminal then.
+                reference = replace(reference, license="".join(filter(str.isprintable, licence[:100])) or None)
             with self._store_lock():
                 blob = self._blobs / f"sha256-{sink.sha256}.gguf"
                 # One that is there already is replaced, for it may be damaged; who has it open keeps the old one.

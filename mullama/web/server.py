@@ -25,13 +25,14 @@ from mullama.config import ServeConfig
 from mullama.errors import ConfigError
 from mullama.web.app import create_app
 from mullama.web.models import Models
+from mullama.web.protocol import Protocol
 from mullama.web.services import Services
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEEP_ALIVE = 75  # seconds; longer than clients keep an idle connection, so that they close it and not we
-GRACE = 5  # seconds after the drain in which cut requests still get their last bytes
+GRACE = 5  # seconds after the drain in which clients may still take their last bytes
 
 
 def bind(config: ServeConfig) -> socket.socket:
@@ -112,7 +113,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 create_app(config, services.models, services),
                 loop="uvloop" if fast else "asyncio",
-                http="httptools",
+                http=Protocol,
                 ws="none",
                 lifespan="off",  # run_server closes what lifespan would
                 log_config=None,
@@ -122,7 +123,8 @@ class Server(uvicorn.Server):
                 server_header=False,
                 backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=math.ceil(config.drain_timeout) + GRACE,
+                # Never reached: what is left after GRACE is aborted (uvicorn would log a traceback for each).
+                timeout_graceful_shutdown=math.ceil(config.drain_timeout) + 2 * GRACE,
             )
         )
         self._drain_timeout = config.drain_timeout
@@ -136,14 +138,32 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, drain the engines, wait for the connections to have their last bytes."""
         # The task starts at the first await of uvicorn's own shutdown: after the listener was closed.
-        drain = asyncio.get_running_loop().create_task(self._services.models.drain(self._drain_timeout))
+        ending = asyncio.get_running_loop().create_task(self._end_requests(self._drain_timeout, GRACE))
         try:
             await super().shutdown(sockets)
-            if not self.force_exit and not await drain:
+            if self.force_exit:
+                ending.cancel()
+                await self._end_requests(0.0, 0.5)
+            elif not await ending:
                 log.warning("requests were cut after %g s of draining", self._drain_timeout)
             await self._services.settle()
         finally:
-            drain.cancel()
+            ending.cancel()
+
+    async def _end_requests(self, drain_timeout: float, grace: float) -> bool:
+        """Let requests end, cut them after ``drain_timeout``; clients that do not take what is theirs, or do not
+        finish what they were sending, are left after ``grace`` seconds more. True: no request was cut."""
+        drained = await self._services.models.drain(drain_timeout)
+        tasks = self.server_state.tasks
+        if tasks:
+            await asyncio.wait(list(tasks), timeout=grace)
+        for connection in list(self.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None:
+                transport.abort()
+        if tasks:
+            await asyncio.wait(list(tasks), timeout=1.0)
+        return drained
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,0 +1,192 @@
+"""Every public ``def`` of the compiled modules is called, so that a wrong attribute cannot hide in one until a user
+finds it. The list is made by introspection: a new ``def`` without a call here fails the test.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import mullama._core
+from mullama import abi
+from mullama._core import Core, Governor, Model, Page, StopText
+from mullama.types import SamplingParams
+
+MODULES = [m.name for m in pkgutil.iter_modules(mullama._core.__path__, "mullama._core.")]
+
+
+def compiled_modules() -> list[ModuleType]:
+    found = [importlib.import_module(name) for name in MODULES]
+    return [module for module in found if str(module.__file__).endswith((".so", ".pyd"))]
+
+
+def public_defs() -> Iterator[str]:
+    """``module.function`` and ``module.Class.method`` of everything public that is a def or a readable attribute."""
+    for module in compiled_modules():
+        short = module.__name__.rpartition(".")[2]
+        for name, item in vars(module).items():
+            if name.startswith("_") or getattr(item, "__module__", None) != module.__name__:
+                continue
+            if isinstance(item, type):
+                yield f"{short}.{name}"
+                yield from (f"{short}.{name}.{member}" for member in vars(item) if not member.startswith("_"))
+            elif callable(item):
+                yield f"{short}.{name}"
+
+
+def running(core: Core) -> Core:
+    core.open(0, 1, [104, 105], SamplingParams(temperature=0, ignore_eos=True, max_tokens=8))
+    core.run([], [(0, 2)])
+    core.run([0], [], 1)
+    return core
+
+
+def ended(core: Core) -> Core:
+    running(core).run([0], [])
+    return core
+
+
+def retained(core: Core) -> Core:
+    ended(core).close_slot(0)
+    return core
+
+
+# Each gets a fresh object of its class (functions get nothing) and returns whether the result is what it should be.
+CALLS: dict[str, Callable[..., bool]] = {
+    "governor.Governor": lambda: Governor(2, False) is not None,
+    "governor.Governor.n_max": lambda g: g.n_max == 2,
+    "governor.Governor.threads": lambda g: g.threads == 2,
+    "governor.Governor.fixed": lambda g: g.fixed is False,
+    "governor.Governor.changes": lambda g: g.changes == 0,
+    "governor.Governor.neighbours": lambda g: g.neighbours < 0,
+    "governor.Governor.pick": lambda g: g.pick() == 2,
+    "governor.Governor.allow": lambda g: g.allow(1) == 0,
+    "governor.Governor.record": lambda g: g.record(1, 2, 1000, 1000) is None,
+    "governor.Governor.see": lambda g: g.see(0.5, 1000) is None and g.neighbours == 0.5,
+    "governor.Governor.snapshot": lambda g: g.snapshot()["threads"] == 2,
+    "page.Page": lambda: Page(1) is not None,
+    "page.Page.path": lambda p: p.path == "",
+    "page.Page.buffer": lambda p: abi.Reader(p.buffer()).header.n_rows == 2,
+    "page.Page.close": lambda p: p.close() is None,
+    "page.layout": lambda: len(mullama._core.page.layout()) > 50,
+    "page.block_sizes": lambda: set(mullama._core.page.block_sizes()) == {"header", "counters", "row", "event"},
+    "page.site_table": lambda: "OPEN" in mullama._core.page.site_table(),
+    "model.init_backend": lambda: mullama._core.model.init_backend() is None,
+    "model.set_log_level": lambda: mullama._core.set_log_level("none") is None,
+    "model.devices": lambda: any(d["type"] == "cpu" for d in mullama._core.devices()),
+    "model.system_info": lambda: "CPU" in mullama._core.system_info(),
+    "model.llama_cpp_version": lambda: bool(mullama._core.llama_cpp_version()),
+    "model.Model": lambda m: isinstance(m, Model),
+    "model.Model.path": lambda m: Path(m.path).is_file(),
+    "model.Model.n_vocab": lambda m: m.n_vocab > 256,
+    "model.Model.vocab_only": lambda m: m.vocab_only is False,
+    "model.Model.close": lambda m: m.close() is None and m.close() is None,
+    "model.Model.facts": lambda m: m.facts()["architecture"] == "llama",
+    "model.Model.metadata": lambda m: m.metadata()["general.name"] == "tiny-llama",
+    "model.Model.is_eog": lambda m: m.is_eog(0) is False,
+    "model.Model.check_token": lambda m: m.check_token(5) == 5,
+    "model.Model.tokenize": lambda m: m.tokenize("hi") == [104, 105],
+    "model.Model.detokenize": lambda m: m.detokenize([104, 105]) == "hi",
+    "model.Model.detokenize_bytes": lambda m: m.detokenize_bytes([104, 105]) == b"hi",
+    "model.Model.piece": lambda m: m.piece(104) == b"h",
+    "model.Model.render_chat": lambda m: "hi" in m.render_chat(b'[{"role":"user","content":"hi"}]'),
+    "model.Model.chat_template": lambda m: "messages" in m.chat_template(),
+    "sampling.check_params": lambda: mullama._core.check_params(SamplingParams()) is None,
+    "loop.scan": lambda: mullama._core.loop.scan([1.0, 3.0, 2.0]) == 1,
+    "loop.StopText": lambda: StopText(["x"]) is not None,
+    "loop.StopText.push": lambda t: t.push(b"abc") == (b"abc", -1),
+    "loop.StopText.flush": lambda t: t.flush() == b"",
+    "loop.Core": lambda c: isinstance(c, Core),
+    "loop.Core.model": lambda c: isinstance(c.model, Model),
+    "loop.Core.page": lambda c: isinstance(c.page, Page),
+    "loop.Core.governor": lambda c: isinstance(c.governor, Governor),
+    "loop.Core.n_slots": lambda c: c.n_slots == 2,
+    "loop.Core.n_ctx": lambda c: c.n_ctx == 256,
+    "loop.Core.n_batch": lambda c: c.n_batch == 64,
+    "loop.Core.close": lambda c: c.close() is None and c.close() is None,
+    "loop.Core.note_plan": lambda c: c.note_plan(100, 3, 1, 2) is None and c.counters_dict()["waiting"] == 3,
+    "loop.Core.note_idle": lambda c: c.note_idle(100, 2) is None and c.counters_dict()["waiting"] == 2,
+    "loop.Core.counters_dict": lambda c: running(c).counters_dict()["running"] == 1,
+    "loop.Core.wake_fd": lambda c: c.wake_fd() >= 0,
+    "loop.Core.drain_records": lambda c: len(running(c).drain_records()) == 2,
+    "loop.Core.interrupt": lambda c: c.interrupt() is None,
+    "loop.Core.rearm": lambda c: c.rearm() is None,
+    "loop.Core.abort": lambda c: c.abort() is None,
+    "loop.Core.pause": lambda c: running(c).pause() is None and c.pause() is None,
+    "loop.Core.states": lambda c: running(c).states() == [abi.DECODE, abi.FREE],
+    "loop.Core.progress": lambda c: running(c).progress() == [(abi.DECODE, 2), (abi.FREE, 0)],
+    "loop.Core.retained": lambda c: retained(c).retained(0) == (9, 8) and c.retained(1) == (0, 0),
+    "loop.Core.gap_cost_ns": lambda c: running(c).gap_cost_ns(0) >= 0,
+    "loop.Core.slot_info": lambda c: running(c).slot_info(0)[:3] == (abi.DECODE, 1, 3),
+    "loop.Core.match": lambda c: retained(c).match([104, 105, 106]) == (0, 2),
+    "loop.Core.open": lambda c: running(c) is c,
+    "loop.Core.cancel": lambda c: running(c).cancel(0) is None and c.states()[0] == abi.FREE,
+    "loop.Core.close_slot": lambda c: ended(c).close_slot(0, retain=False) == 0,
+    "loop.Core.evict": lambda c: retained(c).evict(0) == 9 and c.evict(0) == 0,
+    "loop.Core.exchange": lambda c: running(c).exchange(0, 1) > 0 and c.states() == [abi.FREE, abi.DECODE],
+    "loop.Core.run": lambda c: c.run([], []) is False and running(c).run([0], []) is True,
+    "loop.Core.cells": lambda c: running(c).cells()["used"] == [3, 0],
+    "loop.Core.cell_map": lambda c: [p for p, owner in running(c).cell_map(0) if owner == 0] == [0, 1, 2],
+    "loop.Core.audit": lambda c: running(c).audit() == [],
+    "loop.Core.state_bytes": lambda c: running(c).state_bytes(0) > c.state_bytes(1),
+    "loop.Core.inject_nan": lambda c: c.inject_nan(0) is None,
+    "loop.Core.ring_usage": lambda c: 0 < running(c).ring_usage()[0] < c.ring_usage()[1],
+}
+
+
+def test_there_are_compiled_modules() -> None:
+    assert {m.__name__.rpartition(".")[2] for m in compiled_modules()} == {
+        "governor",
+        "loop",
+        "model",
+        "page",
+        "sampling",
+    }
+
+
+def test_every_public_def_has_a_call() -> None:
+    assert sorted(public_defs()) == sorted(CALLS), "give the new def a call in CALLS"
+
+
+@pytest.fixture
+def subject(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
+    kind = request.param.split(".")[1]
+    model = Model(tiny_model()) if kind in ("Model", "Core") else None
+    core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind == "Core" else None
+    arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Core": (core,)}
+    if request.param.count(".") == 2:
+        arguments |= {"Governor": (Governor(2),), "Page": (Page(2),), "StopText": (StopText(),)}
+    yield arguments.get(kind, ())
+    if core is not None:
+        core.close()
+    if model is not None:
+        model.close()
+
+
+@pytest.mark.parametrize(("name", "subject"), [(name, name) for name in CALLS], indirect=["subject"], ids=list(CALLS))
+def test_call(name: str, subject: tuple[Any, ...]) -> None:
+    assert CALLS[name](*subject)
+
+
+def test_the_package_exports_what_it_says() -> None:
+    for name in mullama._core.__all__:
+        assert hasattr(mullama._core, name)
+
+
+def test_every_def_has_a_docstring() -> None:
+    missing = []
+    for name in public_defs():
+        module, *path = name.split(".")
+        item: Any = importlib.import_module(f"mullama._core.{module}")
+        for part in path:
+            item = getattr(item, part)
+        signature, _, text = str(item.__doc__ or "").partition("\n")  # embedsignature puts the signature first
+        if callable(item) and not isinstance(item, type) and not text.strip():
+            missing.append(name)
+    assert missing == ["model.llama_cpp_version"], "only this one's name says everything"

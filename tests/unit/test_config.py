@@ -1,0 +1,135 @@
+"""Flags over environment over file over defaults, every value checked; and the page made from the same list."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mullama.config import ServeConfig, default_of, load_config, option_type, options
+from mullama.config_docs import configuration_page
+from mullama.errors import ConfigError
+
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+
+
+def file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mullama.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_defaults_are_those_of_the_class() -> None:
+    assert load_config({}, env={}) == ServeConfig()
+
+
+def test_every_default_passes_its_own_check() -> None:
+    assert load_config({opt.name: default_of(opt) for opt in options()}, env={}) == ServeConfig()
+
+
+def test_precedence(tmp_path: Path) -> None:
+    path = file(tmp_path, "port = 1\nparallel = 2\nthreads = 3\n")
+    env = {"MULLAMA_PORT": "10", "MULLAMA_PARALLEL": "20"}
+    config = load_config({"port": "100"}, env=env, file=path)
+    assert (config.port, config.parallel, config.threads) == (100, 20, 3)
+
+
+def test_the_environment_names_the_file(tmp_path: Path) -> None:
+    path = file(tmp_path, 'ctx-size = 4096\nmodel = ["a", "b=c"]\nmmap = false\ndrain_timeout = 2\n')
+    config = load_config(env={"MULLAMA_CONFIG": str(path)})
+    assert (config.ctx_size, config.model, config.mmap, config.drain_timeout) == (4096, ["a", "b=c"], False, 2.0)
+
+
+@pytest.mark.parametrize(("text", "value"), [("yes", True), ("ON", True), ("1", True), ("0", False), ("False", False)])
+def test_switches_in_the_environment(text: str, value: bool) -> None:
+    assert load_config(env={"MULLAMA_MMAP": text}).mmap is value
+
+
+def test_lists_in_the_environment_are_split_at_commas() -> None:
+    assert load_config(env={"MULLAMA_MODEL": "a, b=c,,"}).model == ["a", "b=c"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"port": "x"}, "--port: 'x' is not a whole number"),
+        ({"port": "65536"}, "--port: 65536 is out of range; it must be between 0 and 65535"),
+        ({"ctx_size": -1}, "--ctx-size: -1 is out of range"),
+        ({"ctx_size": 1 << 40}, "--ctx-size: 1099511627776 is out of range"),
+        ({"ctx_size": 4096.5}, "--ctx-size: '4096.5' is not a whole number"),
+        ({"ctx_size": math.inf}, "--ctx-size: 'inf' is not a whole number"),
+        ({"ctx_size": True}, "--ctx-size: 'True' is not a whole number"),
+        ({"drain_timeout": "nan"}, "--drain-timeout: nan is out of range"),
+        ({"mmap": "perhaps"}, "--mmap: 'perhaps' is not true or false"),
+        ({"flash_attn": "maybe"}, "--flash-attn: 'maybe' is not one of auto, on, off"),
+        ({"gpu_layers": "all"}, "it must look like auto|N"),
+        ({"gpu_layers": "-1"}, "it must look like auto|N"),
+        ({"tensor_split": "1;2"}, "it must look like N,N"),
+        ({"model": [1]}, "--model: expected a list of texts"),
+        ({"host": 1.5}, "--host: expected a text"),
+    ],
+)
+def test_wrong_values_name_the_option_and_what_is_right(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(flags, env={})
+    assert message in raised.value.message
+    assert raised.value.param == next(iter(flags))
+
+
+@pytest.mark.parametrize(("flags", "value"), [({"gpu_layers": 12}, "12"), ({"gpu_layers": "auto"}, "auto")])
+def test_layers_on_the_gpu(flags: dict[str, Any], value: str) -> None:
+    assert load_config(flags, env={}).gpu_layers == value
+
+
+@pytest.mark.parametrize("value", ["", "1", "3,1", "0.5,0.25,0.25"])
+def test_tensor_splits(value: str) -> None:
+    assert load_config({"tensor_split": value}, env={}).tensor_split == value
+
+
+def test_the_source_of_a_wrong_value_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^MULLAMA_PORT: 'x'"):
+        load_config(env={"MULLAMA_PORT": "x"})
+    path = file(tmp_path, "port = 'x'")
+    with pytest.raises(ConfigError, match=f"^{path}: port: 'x'"):
+        load_config(env={}, file=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prot = 1", "unknown option 'prot'"),
+        ("port = ", "not valid TOML"),
+        ("[server]\nport = 1", "unknown option 'server'"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(env={}, file=file(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(env={}, file=tmp_path / "absent.toml")
+    (tmp_path / "latin.toml").write_bytes(b"host = '\xe9'")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(env={}, file=tmp_path / "latin.toml")
+
+
+def test_every_option_has_a_type_that_is_understood_and_a_help() -> None:
+    for opt in options():
+        assert option_type(opt) in (str, int, float, bool, list[str])
+        assert opt.metadata["help"]
+        assert "pattern" not in opt.metadata or "metavar" in opt.metadata
+
+
+def test_lists_are_not_shared() -> None:
+    load_config(env={}).model.append("x")
+    assert load_config(env={}).model == []
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == configuration_page(), (
+        "run: python -m mullama.config_docs docs/configuration.md"
+    )

@@ -1,0 +1,94 @@
+"""What must import without compiled code: a tool that reads pages, a policy under test, the types."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BLOCKER = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Blocker(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "mullama._core" or name.startswith("mullama._core."):
+            raise ImportError(f"{name} is blocked by the test")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+PURE = [
+    "mullama",
+    "mullama.abi",
+    "mullama.config",
+    "mullama.errors",
+    "mullama.types",
+    "mullama.scheduling",
+    "mullama.scheduling.fcfs",
+    "mullama.kv",
+    "mullama.kv.placement",
+    "mullama.engine",
+    "mullama.engine.client",
+    "mullama.engine.lifecycle",
+    "mullama.engine.sizing",
+    "mullama.engine.generation",
+    "mullama.engine.reader",
+    "mullama.engine.snapshot",
+]
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_pure_modules_import_without_the_core(tmp_path: Path) -> None:
+    imports = "\n".join(f"import {name}" for name in PURE)
+    done = run(f"{BLOCKER}\n{imports}\nassert 'mullama._core' not in sys.modules", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_blocker_blocks(tmp_path: Path) -> None:
+    done = run(f"{BLOCKER}\nimport mullama._core", tmp_path)
+    assert "is blocked by the test" in done.stderr
+
+
+def test_import_mullama_is_lazy(tmp_path: Path) -> None:
+    code = "import sys, mullama\nassert not any(n in sys.modules for n in ('mullama._core', 'numpy', 'asyncio', 'falcon'))"
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_of_the_package_without_the_core(tmp_path: Path) -> None:
+    """Only ``Engine`` needs compiled code."""
+    code = """
+import mullama
+assert mullama.SamplingParams().top_k == 40
+for name in mullama.__all__:
+    if name != "Engine":
+        getattr(mullama, name)
+"""
+    done = run(BLOCKER + code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run(f"{BLOCKER}\nimport mullama\nmullama.Engine", tmp_path)
+    assert "is blocked by the test" in done.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import mullama
+
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = mullama.nonsense  # type: ignore[attr-defined]
+
+
+def test_abi_stands_alone(tmp_path: Path) -> None:
+    """A copy of the one file works with no mullama in sight."""
+    import mullama.abi
+
+    assert mullama.abi.__file__
+    (tmp_path / "abi.py").write_text(Path(mullama.abi.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    code = "import sys; sys.path.insert(0, '.'); import abi; assert 'mullama' not in sys.modules; abi.runtime_dir()"
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr

