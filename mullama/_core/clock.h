@@ -54,6 +54,9 @@ class NeighbourLoad {
 #endif
     }
 
+    // Time since the last read().
+    uint64_t age_ns() const { return last_time == 0 ? 0 : now_ns() - last_time; }
+
   private:
     uint64_t last_time = 0, last_busy = 0, last_own = 0;
 

@@ -25,6 +25,7 @@ cdef class Governor:
     cdef double single_bound(self, int n_tokens) noexcept nogil
     cdef uint64_t allowance(self, int n_tokens) noexcept nogil
     cdef void measured(self, int n_tokens, int threads, uint64_t ns, bint aborted, uint64_t now) noexcept nogil
+    cdef void awake(self, double cores, uint64_t now) noexcept nogil
     cdef bint wants_look(self, uint64_t now) noexcept nogil
     cdef void look(self, double cores, uint64_t now) noexcept nogil
     cdef void start_trial(self, int threads) noexcept nogil

@@ -85,8 +85,26 @@ cdef class Governor:
         return <uint64_t> (usual * 3.0) + 10 * MS
 
     cdef double single_bound(self, int n_tokens) noexcept nogil:
-        """Ns that ``n_tokens`` one-token decodes on one thread take: no decode of them should take longer."""
-        return self.quiet[1][0] * n_tokens
+        """Ns that ``n_tokens`` should cost at most, by the nearest smaller shape known on one thread; 0: none is."""
+        cdef int s = shape_of(n_tokens)
+        while s >= 0:
+            if self.quiet[1][s] > 0:
+                return self.quiet[1][s] / (s + 1.0 if s < FIRST_LARGE_SHAPE else 1.0) * n_tokens
+            s -= 1
+        return 0.0
+
+    cdef void awake(self, double cores, uint64_t now) noexcept nogil:
+        """Work begins after idling: start from what others used meanwhile (-1: unknown), without a trial."""
+        cdef int room
+        if self.fixed or cores < 0 or self.trial != 0:
+            return
+        self.neighbours = cores
+        self.next_look_ns = now + LOOK_NS
+        room = min(max(<int> (self.n_max - cores + 0.5), 1), self.n_max)
+        self.crowded_looks = self.free_looks = 0
+        if room != self.threads:
+            self.threads = room
+            self.changes += 1
 
     cdef void measured(self, int n_tokens, int threads, uint64_t ns, bint aborted, uint64_t now) noexcept nogil:
         cdef int s = shape_of(n_tokens)
@@ -202,6 +220,10 @@ cdef class Governor:
     def see(self, double cores, now):
         """Report the cores that other processes use (-1: unknown)."""
         self.look(cores, now)
+
+    def wake(self, double cores, now):
+        """Report the cores that others used while there was nothing to do (-1: unknown)."""
+        self.awake(cores, now)
 
     def snapshot(self):
         """Decision and costs (ns a decode up to 8 tokens, ns a token above), for GET /internal/scheduler."""

@@ -76,6 +76,7 @@ cdef extern from "clock.h" namespace "mullama" nogil:
         int get()
     cppclass NeighbourLoad:
         double read()
+        uint64_t age_ns()
     cppclass Deadline:
         uint64_t at_ns
         Flag stop
@@ -162,3 +163,4 @@ cdef class Core:
     cdef int set_up(self, int n_threads, bint threads_fixed, page_path) except -1
     cdef void release(self) noexcept
     cdef int warm_up(self) except -1
+    cdef bint try_threads(self, int threads, int pos, int n_tokens, bint note) except? True

@@ -24,6 +24,10 @@ from mullama.errors import ComputeFailed, InvalidRequest, ModelLoadError
 cdef enum:
     RING_BYTES = 1 << 20
     MAX_PIECE = 512
+    WARM_UP_PREFILL = 16       # tokens
+
+# A shorter idle time says too little of what others do.
+cdef uint64_t IDLE_LOOK_NS = 50 * 1000 * 1000
 
 ERRORS = {
     CORE_NOT_FINITE: "the model's logits are not finite",
@@ -167,36 +171,49 @@ cdef class Core:
 
         One thread comes first and needs no luck; its cost is the measure that all threads must keep, also here.
         """
-        cdef uint64_t ns = 0
-        cdef int threads, i, rc
         cdef Governor governor = self.governor
-        for threads in sorted({1, governor.n_max}):
-            if governor.fixed and threads != governor.n_max:
-                continue
+        cdef int i
+        self.neighbours.read()
+        if not governor.fixed:
             for i in range(3):
-                self.batch.token[0] = max(llama_vocab_bos(self.model.vocab), 0)
-                self.batch.pos[0] = i
-                self.batch.n_seq_id[0] = 1
-                self.batch.seq_id[0][0] = 0
-                self.batch.logits[0] = 1
-                llama_set_n_threads(self.ctx, threads, threads)
-                self.threads_set = threads
-                self.batch.n_tokens = 1
-                ns = now_ns()
-                self.deadline.at_ns = ns + governor.allowance(1) if threads > 1 and governor.allowance(1) else 0
-                with nogil:
-                    rc = guarded_decode(self.ctx, self.batch, self.guard)
-                    llama_synchronize(self.ctx)
-                self.deadline.at_ns = 0
-                if rc == 2 and threads > 1:
-                    governor.measured(1, threads, now_ns() - ns, True, now_ns())
-                    break
-                if rc != 0:
-                    raise ModelLoadError(f"the first decode failed with code {rc} {self.guard.message.decode()}")
-                if i > 0:
-                    governor.measured(1, threads, now_ns() - ns, False, now_ns())
+                self.try_threads(1, i, 1, i > 0)
+            self.try_threads(1, 3, min(WARM_UP_PREFILL, self.n_batch), True)
             llama_memory_clear(self.mem, False)
+        for i in range(3):
+            if not self.try_threads(governor.n_max, i, 1, i > 0):
+                break
+        llama_memory_clear(self.mem, False)
         return 0
+
+    cdef bint try_threads(self, int threads, int pos, int n_tokens, bint note) except? True:
+        """Decode ``n_tokens`` from ``pos`` on in slot 0. False: given up, since it took too long on these threads."""
+        cdef int i, rc
+        cdef uint64_t start, end
+        for i in range(n_tokens):
+            self.batch.token[i] = max(llama_vocab_bos(self.model.vocab), 0)
+            self.batch.pos[i] = pos + i
+            self.batch.n_seq_id[i] = 1
+            self.batch.seq_id[i][0] = 0
+            self.batch.logits[i] = i == n_tokens - 1
+        self.batch.n_tokens = n_tokens
+        llama_set_n_threads(self.ctx, threads, threads)
+        self.threads_set = threads
+        start = now_ns()
+        cdef uint64_t allowance = self.governor.allowance(n_tokens) if threads > 1 and self.can_abort else 0
+        self.deadline.at_ns = start + allowance if allowance != 0 else 0
+        with nogil:
+            rc = guarded_decode(self.ctx, self.batch, self.guard)
+            llama_synchronize(self.ctx)
+        end = now_ns()
+        self.deadline.at_ns = 0
+        if rc == 2 and allowance != 0:
+            self.governor.measured(n_tokens, threads, end - start, True, end)
+            return False
+        if rc != 0:
+            raise ModelLoadError(f"the first decode failed with code {rc} {self.guard.message.decode()}")
+        if note:
+            self.governor.measured(n_tokens, threads, end - start, False, end)
+        return True
 
     # -- instrumentation ------------------------------------------------------------------------------
 
@@ -624,6 +641,8 @@ cdef class Core:
             self.pool_paused = False
         # Plans and waits for the GIL between two runs are busy time too; only idling is not.
         start = now_ns() if fresh else self.busy_since
+        if fresh and self.neighbours.age_ns() > IDLE_LOOK_NS:
+            self.governor.awake(self.neighbours.read(), start)
         while True:
             i = 0
             while i < self.plan_decode.size():

@@ -100,7 +100,8 @@ class Reader:
                 self._start_thread()
             else:
                 self._loop = loop
-                loop.add_reader(self._core.wake_fd(), self._read_on, loop)
+                fd = self._core.wake_fd()
+                loop.add_reader(fd, self._read_on, loop, fd)
 
     def attach_thread(self) -> None:
         """See that what a thread without an event loop submits is read."""
@@ -127,16 +128,16 @@ class Reader:
         with selectors.DefaultSelector() as selector:
             selector.register(fd, selectors.EVENT_READ)
             while not self._closed:
-                if selector.select(0.2):
-                    self.read()
+                selector.select()
+                self.read()
 
-    def _read_on(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _read_on(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
         """Read on a loop, unless the reading went to a thread meanwhile: deltas would overtake each other."""
         with self._lock:
             if self._loop is loop:
                 self._read()
                 return
-        loop.remove_reader(self._core.wake_fd())
+        loop.remove_reader(fd)
 
     def read(self) -> int:
         """Take the records that wait off the ring (a few thousand at most) and return their number."""
@@ -189,6 +190,7 @@ class Reader:
         with self._lock:
             self._closed = True
         if self._thread is not None and self._thread is not threading.current_thread():
+            self._core.wake_reader()
             self._thread.join()
         self._thread = None
         loop, self._loop = self._loop, None

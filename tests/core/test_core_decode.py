@@ -141,7 +141,6 @@ def test_the_context_may_be_filled_to_the_last_cell(make_core: Callable[..., Dri
     assert driver.generate([65] * 256, greedy(10)).facts.completion_tokens == 1
 
 
-@pytest.mark.xfail(strict=True, reason="one token more than the context: room = n_ctx - n_prompt + 1")
 def test_prompt_and_completion_fit_the_context(make_core: Callable[..., Driver], model: Model) -> None:
     driver = make_core(model, n_ctx=256, n_batch=256)
     output = driver.generate([65] * 200, greedy(10_000))

@@ -115,6 +115,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.Core.counters_dict": lambda c: running(c).counters_dict()["running"] == 1,
     "loop.Core.wake_fd": lambda c: c.wake_fd() >= 0,
     "loop.Core.drain_records": lambda c: len(running(c).drain_records()) == 2,
+    "loop.Core.wake_reader": lambda c: c.wake_reader() is None,
     "loop.Core.interrupt": lambda c: c.interrupt() is None,
     "loop.Core.rearm": lambda c: c.rearm() is None,
     "loop.Core.abort": lambda c: c.abort() is None,

@@ -97,7 +97,6 @@ def test_slots_out_of_range(core: Driver, a: int, b: int) -> None:
             call(a if not 0 <= a < 4 else b)
 
 
-@pytest.mark.xfail(strict=True, reason="a fixed governor never learns a cost, so a gap seems free")
 def test_a_gap_costs_something_with_fixed_threads(core: Driver) -> None:
     core.open(PROMPT, greedy(40))
     core.prefill()

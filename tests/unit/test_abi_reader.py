@@ -203,7 +203,6 @@ def test_attach_to_what_is_not_a_page(tmp_path: Path) -> None:
         abi.Reader.attach(tmp_path / "text.page")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="mmap's ValueError escapes: a page that is just being created")
 def test_attach_to_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "empty.page").touch()
     with pytest.raises(abi.AbiError):

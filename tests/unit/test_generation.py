@@ -41,6 +41,9 @@ class FakeCore:
             records.append(self.ring.popleft())
         return records
 
+    def wake_reader(self) -> None:
+        os.write(self.write_fd, b"1")
+
     def text(self, handle: int, text: str, n_tokens: int = 1) -> None:
         self.ring.append((TEXT, handle, text, n_tokens))
         os.write(self.write_fd, b"1")
