@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -19,6 +23,14 @@ LARGE_BODY = 256 << 10
 #: Texts above this many characters are rendered and tokenised in the pool: below, it takes less than a millisecond.
 LARGE_TEXT = 2000
 POOL_THREADS = 2
+POOL_NICE = 10  # about a tenth of a core's time beside a busy compute thread
+
+
+def _step_back() -> None:
+    """Run this thread at low priority: one that tokenises a long text must not take a core from running decodes."""
+    if sys.platform == "linux":  # elsewhere priorities belong to processes
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), POOL_NICE)
 
 
 class Services:
@@ -33,7 +45,7 @@ class Services:
         self.models = models
         self.ping_seconds = ping_seconds
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
-        self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="mullama-web")
+        self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="mullama-web", initializer=_step_back)
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def offload(self, is_large: bool, work: Callable[[], T]) -> T:

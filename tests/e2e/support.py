@@ -27,8 +27,11 @@ STOP_SECONDS = 60.0
 
 #: Every field an answer's profile has at least.
 PROFILE_FIELDS = frozenset(
-    "prompt_tokens completion_tokens kv_cache_hit kv_cache_miss kv_cache_evict time_to_first_token_ms total_ms queue_ms "
-    "prefill_ms decode_ms sample_ms steps mean_batch_size".split()
+    (
+        *("prompt_tokens", "completion_tokens", "kv_cache_hit", "kv_cache_miss", "kv_cache_evict"),
+        *("time_to_first_token_ms", "total_ms", "queue_ms", "prefill_ms", "decode_ms", "sample_ms"),
+        *("steps", "mean_batch_size"),
+    )
 )
 
 

@@ -86,7 +86,6 @@ def test_the_context_s_limit(start: Start) -> None:
     running.assert_kv_sound()
 
 
-@pytest.mark.xfail(strict=True, reason="the core gives prompt + completion one token more than --ctx-size says")
 def test_prompt_and_completion_stay_within_the_context(start: Start) -> None:
     running = start("--parallel", "1", "--ctx-size", "256")
     for size in (1, 200, 255):

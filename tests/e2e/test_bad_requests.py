@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from .support import CHAT, COMPLETIONS, Raw, ServerProcess, connect, request_bytes, wait_until
@@ -156,6 +158,93 @@ def test_wrong_methods_and_paths(server: ServerProcess) -> None:
         assert reply.status_code == 404 and reply.json()["error"]["message"]
 
 
+# -- odd, but JSON ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [r"\ud800", r"\u0000", r"\udc00\ud800", r"\ufffe", r"\u202e", "\U0001f642"])
+def test_odd_texts(server: ServerProcess, text: str) -> None:
+    """Wherever a text may be: an answer or a 400, never a 500, and no end of the process."""
+    for path, fields in (
+        (COMPLETIONS, '"prompt": "%s"'),
+        (COMPLETIONS, '"prompt": ["%s", "x"]'),
+        (COMPLETIONS, '"prompt": "x", "stop": "%s"'),
+        (COMPLETIONS, '"prompt": "x", "user": "%s"'),
+        (COMPLETIONS, '"prompt": "x", "dry_multiplier": 1, "dry_sequence_breakers": ["%s"]'),
+        (COMPLETIONS, '"prompt": "x", "logit_bias": {"%s": 1}'),
+        (COMPLETIONS, '"prompt": "x", "%s": 1'),
+        (COMPLETIONS, '"prompt": "x", "model": "%s"'),
+        (CHAT, '"messages": [{"role": "user", "content": "%s"}]'),
+        (CHAT, '"messages": [{"role": "user", "content": [{"type": "text", "text": "%s"}]}]'),
+        (CHAT, '"messages": [{"role": "user", "name": "%s", "content": "x"}]'),
+        (CHAT, '"messages": [{"role": "%s", "content": "x"}]'),
+        (CHAT, '"messages": [{"role": "assistant", "tool_calls": [{"%s": 1}]}]'),
+    ):
+        body = "{" + fields % text + ', "max_tokens": 1}'
+        for stream in (False, True):
+            reply = server.post(path, f'{{"stream": {json.dumps(stream)}, {body[1:]}'.encode())
+            assert reply.status_code in (200, 400, 404), (body, reply.text)
+            assert b'data: {"error"' not in reply.content, body
+
+
+@pytest.mark.parametrize("depth", [10, 150, 500, 900, 5000, 100_000])
+def test_nested_messages(server: ServerProcess, depth: int) -> None:
+    """What passes the JSON decoder reaches the chat template, which must survive it too."""
+    for opening, closing in (("[", "]"), ('{"a":', "}")):
+        nested = opening * depth + "1" + closing * depth
+        for field in ('"tool_calls": [{"function": %s}]', '"function_call": {"a": %s}', '"content": %s'):
+            message = '{"role": "assistant", ' + field % nested + "}"
+            body = '{"max_tokens": 1, "messages": [{"role": "user", "content": "x"}, ' + message + "]}"
+            reply = server.post(CHAT, body.encode())
+            assert reply.status_code in (200, 400), reply.text
+            assert len(reply.content) < 10_000, "an error does not repeat the request"
+
+
+def mutate(value: Any, rng: random.Random) -> Any:
+    """The same JSON with something wrong in it."""
+    odd = [None, True, -1, 0, 1.5, 10**40, 1e308, "", "x" * 100, [], {}, [[]], [None], {"a": {}}, "\ud7ff", -(2**63)]
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return {**value, key: mutate(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        return [*value[:at], mutate(value[at], rng), *value[at + 1 :]]
+    return rng.choice(odd)
+
+
+def test_a_thousand_odd_bodies(server: ServerProcess) -> None:
+    rng = random.Random(1)
+    seeds: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "ann"},
+                {"role": "assistant", "content": "x", "tool_calls": [{"id": "1", "function": {"name": "f"}}]},
+                {"role": "tool", "content": "1", "tool_call_id": "1"},
+            ],
+            "stream_options": {"include_usage": True}, "response_format": {"type": "text"}, "stop": ["."],
+        }),
+        (COMPLETIONS, {"prompt": [[1, 2], [3]], "echo": True, "n": 2, "best_of": 2, "suffix": ""}),
+    ]  # fmt: skip
+    samplers = {
+        "temperature": 0.5, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9, "repeat_penalty": 1.1,
+        "repeat_last_n": 8, "presence_penalty": 0.1, "frequency_penalty": 0.1, "dry_multiplier": 0.5, "dry_base": 1.5,
+        "dry_allowed_length": 2, "dry_penalty_last_n": 8, "dry_sequence_breakers": ["."], "xtc_probability": 0.1,
+        "xtc_threshold": 0.1, "mirostat": 2, "mirostat_tau": 5.0, "mirostat_eta": 0.1, "logit_bias": {"5": 1},
+        "seed": 1, "min_tokens": 1, "ignore_eos": False, "user": "ann", "priority": 0,
+    }  # fmt: skip
+    seen = set()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for i in range(1000):
+            path, seed = seeds[i % 2]
+            body = mutate({**seed, **samplers}, rng)
+            if isinstance(body, dict):  # mutated or not, it has to end soon
+                body |= {"max_tokens": 1, "max_completion_tokens": 1, "min_tokens": 0}
+            reply = client.post(path, content=json.dumps(body).encode())
+            seen.add(reply.status_code)
+            assert reply.status_code in (200, 400), (body, reply.text)
+    assert seen == {200, 400}
+
+
 # -- below HTTP -------------------------------------------------------------------------------------------------------
 
 GARBAGE = [
@@ -233,5 +322,3 @@ def test_pipelined_requests_are_answered_in_order(server: ServerProcess) -> None
             status, headers = raw.head()
             assert status == 200
             assert json.loads(raw.file.read(int(headers["content-length"])))["usage"]["completion_tokens"] == 2
-
-

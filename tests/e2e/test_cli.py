@@ -94,7 +94,7 @@ def test_wrong_uses_of_run(smollm2: Path, tmp_path: Path) -> None:
     for args in (("--temperature", "9"), ("--max-tokens", "0"), ("--top-p", "x")):
         done = run_mullama("run", str(smollm2), "x", *args)
         assert done.returncode == 2 and b"Traceback" not in done.stderr
-    assert "context" in fails("run", str(smollm2), "word " * 2000, "--ctx-size", "256", "--threads", "1")
+    assert "256" in fails("run", str(smollm2), "word " * 2000, "--ctx-size", "256", "--threads", "1")
 
 
 # -- a terminal -------------------------------------------------------------------------------------------------------
@@ -132,6 +132,12 @@ class Terminal:
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
+
+    def say(self, line: str) -> str:
+        """Type a line; what appears between it and the next prompt."""
+        self.type(line + "\r")
+        self.expect(re.escape(line) + r"\s*\n")
+        return self.expect(">>>")
 
     def expect(self, pattern: str, seconds: float = 60.0) -> str:
         """Wait until the output holds ``pattern``; returns what came before it, and takes both off."""
@@ -171,31 +177,22 @@ def chat(smollm2: Path, tmp_path: Path) -> Iterator[Terminal]:
     args = ("run", str(smollm2), "--temperature", "0", "--threads", "1", "--ctx-size", "4096")
     with Terminal(mullama(*args), MULLAMA_HOME=str(tmp_path / "home")) as terminal:
         terminal.expect(r"tokens of context\)")
-        terminal.expect(">>> ")
+        terminal.expect(">>>")
         yield terminal
 
 
 def test_a_chat(chat: Terminal, tmp_path: Path) -> None:
-    chat.type("/set max_tokens 12\r")
-    chat.expect("max_tokens is 12")
-    chat.expect(">>> ")
-    chat.type("Why is the sky blue?\r")
-    chat.expect("The sky")
-    chat.expect(">>> ")
-    chat.type("And the sea?\r")
-    chat.expect(r"\n")
-    assert chat.expect(">>> ").strip()
-    chat.type("/show\r")
-    assert "turns     2" in chat.expect("last ")
-    (cached,) = re.findall(r"\((\d+) cached\)", chat.expect(">>> "))
+    assert "max_tokens is 12" in chat.say("/set max_tokens 12")
+    assert "The sky" in chat.say("Why is the sky blue?")
+    assert chat.say("And the sea?").strip()
+    shown = chat.say("/show")
+    assert "turns     2" in shown
+    (cached,) = re.findall(r"\((\d+) cached\)", shown)
     assert int(cached) > 30, "the second turn went on from the first"
-    chat.type("/save " + str(tmp_path / "chat.json") + "\r")
-    chat.expect("saved to")
+    assert "saved to" in chat.say(f"/save {tmp_path / 'chat.json'}")
     saved: dict[str, Any] = json.loads((tmp_path / "chat.json").read_text())
     assert [message["role"] for message in saved["messages"]] == ["user", "assistant"] * 2
-    chat.type("/nonsense\r")
-    chat.expect("there is no command")
-    chat.expect(">>> ")
+    assert "there is no command" in chat.say("/nonsense")
     chat.type("/exit\r")
     assert chat.wait() == 0
     assert "Traceback" not in chat.seen
@@ -203,20 +200,16 @@ def test_a_chat(chat: Terminal, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_program(chat: Terminal) -> None:
-    chat.type("Write a very long story about the sea and everybody who lives in it.\r")
-    chat.expect(r"\n\S+ \S+ \S+ ")  # some words of the reply
+    chat.type("Write a very long story about the sea and everybody in it.\r")
+    chat.expect(r"in it\.\s*\n\S+ \S+ ")  # some words of the reply
     chat.type("\x03")
     chat.expect(r"\(stopped\)")
-    chat.expect(">>> ")
+    chat.expect(">>>")
     chat.type("\x03")  # at the prompt it does not leave either
     chat.expect("Ctrl-D or /exit")
-    chat.expect(">>> ")
-    chat.type("/set max_tokens 3\r")
-    chat.expect("max_tokens is 3")
-    chat.expect(">>> ")
-    chat.type("Hello\r")
-    chat.expect(r"\n")
-    chat.expect(">>> ")
+    chat.expect(">>>")
+    chat.say("/set max_tokens 3")
+    assert chat.say("Hello").strip(), "it goes on as before"
     chat.type("\x04")
     assert chat.wait() == 0
     assert "Traceback" not in chat.seen
@@ -278,7 +271,7 @@ def test_list_shows_what_is_in_the_store(tmp_path: Path, smollm2: Path) -> None:
     shown = json.loads(run("show", "smollm2:135m", "--json", MULLAMA_HOME=home))
     assert (shown["name"], shown["sha256"]) == ("smollm2:135m", alias.sha256)
     assert run("run", "smollm2:135m", "Hi", *GREEDY, "--max-tokens", "2", MULLAMA_HOME=home).strip()
-    assert "smollm2" in run("rm", "smollm2:135m", "--yes", MULLAMA_HOME=home) or True
+    run("rm", "smollm2:135m", MULLAMA_HOME=home)
     assert json.loads(run("list", "--json", MULLAMA_HOME=home)) == []
     assert smollm2.exists()
 

@@ -221,7 +221,7 @@ def test_cached_tokens(server: ServerProcess, client: openai.OpenAI) -> None:
     first = completion(client, "A prompt that nobody has sent before today", max_tokens=4).usage
     again = completion(client, "A prompt that nobody has sent before today", max_tokens=4).usage
     assert first.prompt_tokens_details.cached_tokens == 0
-    assert again.prompt_tokens_details.cached_tokens == again.prompt_tokens - 1, "the last one is computed for its logits"
+    assert again.prompt_tokens_details.cached_tokens == again.prompt_tokens - 1, "all but the last"
 
 
 def test_errors(client: openai.OpenAI) -> None:

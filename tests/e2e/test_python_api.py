@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import threading
@@ -143,8 +142,9 @@ def test_errors(engine: Engine, tmp_path: Path) -> None:
     assert engine.generate(STORY, max_tokens=2)
 
 
-def native_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+def own(what: str) -> int:
+    """How many of them this process has."""
+    return len(list(Path(f"/proc/self/{what}").iterdir()))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what the process holds through /proc")
@@ -157,15 +157,12 @@ def test_a_closed_engine_leaves_nothing(smollm2: Path, tmp_path: Path) -> None:
         assert list(tmp_path.glob("*.page")) == []
 
     one_life()  # what the first engine of a process sets up for good
-    names, native, fds = {t.name for t in threading.enumerate()}, native_threads(), len(os.listdir("/proc/self/fd"))
+    names, native, fds = {t.name for t in threading.enumerate()}, own("task"), own("fd")
     for _ in range(3):
         one_life()
     assert {t.name for t in threading.enumerate()} <= names
-    wait_until(lambda: native_threads() <= native)
-    import gc
-
-    gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= fds
+    wait_until(lambda: own("task") <= native)
+    assert own("fd") <= fds
 
 
 def test_closing_ends_what_runs(smollm2: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_reply_has_openai_s_shape(client: Client, engine: FakeEngine) -> None:
             "finish_reason": "stop",
         }
     ]
-    n_prompt = len("<user>hi<assistant>")
+    n_prompt = 1 + len("<user>hi<assistant>")  # the fake vocabulary adds a BOS
     assert body["usage"] == {
         "prompt_tokens": n_prompt,
         "completion_tokens": 4,
@@ -41,7 +41,7 @@ def test_a_reply_has_openai_s_shape(client: Client, engine: FakeEngine) -> None:
     assert "profile" not in body
 
 
-def test_the_rendered_template_is_tokenised_without_special_tokens_added(client: Client, engine: FakeEngine) -> None:
+def test_the_rendered_template_is_tokenised_with_the_bos_that_rendering_leaves_out(client: Client, engine: FakeEngine) -> None:
     client.post(URL, {"messages": [USER]})
     assert list(engine.requests[0].prompt) == engine.tokenize("<user>hi<assistant>")
 

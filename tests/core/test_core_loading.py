@@ -1,0 +1,236 @@
+"""Model files that are not what they should be: one line, a ModelLoadError, and a process that lives on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mullama._core import Core, Model, set_log_level, system_info
+from mullama.config import ServeConfig
+from mullama.engine.engine import Engine
+from mullama.errors import ConfigError, LoadCancelled, ModelLoadError
+
+
+def refused(path: object, **options: Any) -> str:
+    with pytest.raises(ModelLoadError) as error:
+        Model(path, **options)  # type: ignore[arg-type]
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 400
+    assert str(path) in message
+    return message
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert "no such file" in refused(tmp_path / "none.gguf")
+    assert "no such file" in refused("")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    refused(tmp_path)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty.gguf").touch()
+    refused(tmp_path / "empty.gguf")
+
+
+@pytest.mark.parametrize("content", [b"G", b"GGUF", b"GGUF\x03\0\0\0", b"hello, world " * 1000, b"\0" * 4096, b"\xff" * 4096])
+def test_what_is_not_a_model(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    refused(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("name", ["with space.gguf", "ünïcode😀.gguf", "new\nline.gguf"])
+def test_odd_names_of_good_files(tiny_model: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(tiny_model().read_bytes())
+    Model(path).close()
+    Model(str(path)).close()
+
+
+# Damage may meet an assertion of llama.cpp's, which ends the process: so each kind runs in a process of its own.
+DAMAGE = """
+import sys
+from pathlib import Path
+from mullama._core import Core, Model
+from mullama.errors import ModelLoadError
+good, kind, folder = Path(sys.argv[1]).read_bytes(), sys.argv[2], Path(sys.argv[3])
+n = len(good)
+if kind == "truncated":
+    points = {*range(0, 64), *range(64, n, n // 150), n - 1, n - 32, n - 33}
+    cases = [good[:point] for point in sorted(points) if 0 <= point < n]
+else:
+    first, last = (0, 64) if kind == "head" else (64, 8000)
+    step = 1 if kind == "head" else 41
+    cases = [good[:at] + bytes([good[at] ^ flip]) + good[at + 1:]
+             for at in range(first, last, step) for flip in (0xFF, 0x80, 0x01)]
+refused = loaded = 0
+for number, data in enumerate(cases):
+    path = folder / "x.gguf"
+    path.write_bytes(data)
+    print("case", number, flush=True)
+    try:
+        model = Model(path)
+    except ModelLoadError as error:
+        assert "\\n" not in str(error) and str(path) in str(error), str(error)
+        refused += 1
+        continue
+    loaded += 1
+    model.close()
+print("end", refused, loaded)
+"""
+
+
+@pytest.mark.parametrize(("kind", "min_refused"), [("truncated", 150), ("head", 60), ("metadata", 20)])
+def test_damage(tiny_model: Callable[..., Path], tmp_path: Path, kind: str, min_refused: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", DAMAGE, str(tiny_model()), kind, str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 0, f"died at {last}: {done.stderr[-500:]}"
+    word, n_refused, n_loaded = last.split()
+    assert word == "end" and int(n_refused) >= min_refused
+    if kind == "truncated":
+        assert int(n_loaded) == 0
+    assert done.stderr == "", "nothing but the exception"
+
+
+def test_loading_reports_its_progress(tiny_model: Callable[..., Path]) -> None:
+    seen: list[float] = []
+    Model(tiny_model(), progress=seen.append).close()
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0 and all(0 <= fraction <= 1 for fraction in seen)
+
+
+def test_loading_can_be_cancelled(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(LoadCancelled, match="cancelled"):
+        Model(tiny_model(), progress=lambda fraction: False)
+    Model(tiny_model(), progress=lambda fraction: None).close()
+
+
+def test_an_error_in_the_progress_callback_comes_out(tiny_model: Callable[..., Path]) -> None:
+    def fail(fraction: float) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Model(tiny_model(), progress=fail)
+
+
+def test_a_vocabulary_alone_has_no_core(tiny_model: Callable[..., Path]) -> None:
+    model = Model(tiny_model(), vocab_only=True)
+    assert model.vocab_only
+    assert model.tokenize("HI") == [72, 73]
+    assert model.metadata()["general.architecture"] == "llama"
+    with pytest.raises(ModelLoadError, match="without weights"):
+        Core(model, n_slots=1, n_ctx=512)
+    model.close()
+
+
+def test_without_mmap(tiny_model: Callable[..., Path]) -> None:
+    model = Model(tiny_model(), mmap=False)
+    assert model.tokenize("HI") == [72, 73]
+    model.close()
+
+
+def test_devices_that_do_not_exist(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(ModelLoadError, match="no device named 'nonsense'; there are") as error:
+        Model(tiny_model(), devices=["nonsense"])
+    assert error.value.param == "device"
+    with pytest.raises(ModelLoadError) as error:
+        Model(tiny_model(), tensor_split=[1.0] * 1000)
+    assert error.value.param == "tensor_split"
+
+
+def test_an_error_of_one_load_is_not_told_of_the_next(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"nonsense" * 100)
+    refused(tmp_path / "bad.gguf")
+    Model(tiny_model()).close()
+    assert "nonsense" not in refused(tmp_path / "none.gguf")
+
+
+def test_log_lines_go_to_stderr_on_request_only(tiny_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    Model(tiny_model()).close()
+    assert capfd.readouterr().err == ""
+    try:
+        set_log_level("debug")
+        Model(tiny_model()).close()
+    finally:
+        set_log_level("none")
+    assert "llama" in capfd.readouterr().err
+    with pytest.raises(KeyError):
+        set_log_level("loud")
+
+
+def test_the_build_says_what_it_is() -> None:
+    assert "CPU" in system_info()
+
+
+# -- Engine.load
+
+
+def load(path: Path, **options: Any) -> Engine:
+    return Engine.load(path, config=ServeConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"chat_template": "{% nonsense %}"}, ModelLoadError, "does not parse"),
+        ({"chat_template": "@/none.jinja"}, ConfigError, "cannot read the chat template"),
+        ({"ctx_size": 1 << 24, "parallel": 256}, ModelLoadError, "lower --ctx-size or --parallel"),
+        ({"device": ["nonsense"]}, ModelLoadError, "no device named"),
+        ({"page_dir": "/proc/nonsense"}, ModelLoadError, "cannot use the page folder"),
+        ({"tensor_split": "a,b"}, ConfigError, "tensor_split"),
+    ],
+)
+def test_an_engine_that_cannot_be_made(
+    tiny_model: Callable[..., Path], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as refused:
+        load(tiny_model(), **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_engine_of_a_bad_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no such file"):
+        load(tmp_path / "none.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(ModelLoadError):
+        load(tmp_path / "bad.gguf")
+
+
+def test_loading_an_engine_can_be_cancelled(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(LoadCancelled):
+        Engine.load(tiny_model(), progress=lambda fraction: False)
+
+
+def test_what_is_known_of_a_loaded_model(make_engine: Callable[..., Engine], tiny_model: Callable[..., Path]) -> None:
+    info = make_engine(tiny_model("gemma3"), ctx_size=300, parallel=3).info
+    assert (info.architecture, info.n_layer, info.n_embd, info.n_swa) == ("gemma3", 3, 64, 32)
+    assert info.n_ctx >= 300 and info.n_parallel == 3
+    assert info.has_chat_template and not info.is_recurrent and not info.is_hybrid
+    assert info.name == Path(info.path).stem.lower()
+    assert make_engine(tiny_model("mamba")).info.is_recurrent
+    assert make_engine(tiny_model("lfm2")).info.is_hybrid
+
+
+def test_the_page_of_a_dead_process_is_swept(make_engine: Callable[..., Engine], tmp_path: Path) -> None:
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (pages / f"{gone.stdout.strip()}-x-1.page").touch()
+    (pages / "1-init-1.page").touch()
+    (pages / "notes.page").touch()
+    engine = make_engine()
+    assert sorted(p.name for p in pages.iterdir() if p.name != Path(engine.page_path()).name) == [
+        "1-init-1.page",
+        "notes.page",
+    ]
+    engine.close()
+    assert not Path(engine.page_path() or "/nonexistent").is_file()
