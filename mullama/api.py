@@ -1,10 +1,10 @@
 """The Python API: ``from mullama import Engine``.
 
-    with Engine.load("smollm2:135m") as engine:
-        print(engine.generate("The sky is", max_tokens=16))
-        for piece in engine.stream("The sky is"):
-            print(piece, end="")
-        print(engine.chat([{"role": "user", "content": "Why is the sky blue?"}]))
+with Engine.load("smollm2:135m") as engine:
+    print(engine.generate("The sky is", max_tokens=16))
+    for piece in engine.stream("The sky is"):
+        print(piece, end="")
+    print(engine.chat([{"role": "user", "content": "Why is the sky blue?"}]))
 """
 
 from __future__ import annotations

@@ -17,10 +17,14 @@ cdef class Governor:
     cdef int trial                     # thread count on trial, 0: none
     cdef int trial_left                # decodes of the trial still to come
     cdef int trial_from                # the count to go back to
-    cdef uint64_t hold_until_ns        # no trial before
-    cdef uint64_t hold_ns
+    cdef uint64_t hold_until_ns        # no trial of more threads before
+    cdef uint64_t hold_down_until_ns   # no trial of fewer before
+    cdef uint64_t hold_up_ns
+    cdef uint64_t last_abort_ns
+    cdef uint64_t hold_down_ns
 
-    cdef int choose(self) noexcept nogil
+    cdef int choose(self, int n_tokens) noexcept nogil
+    cdef int room(self, double cores) noexcept nogil
     cdef double expected(self, int n_tokens, int threads) noexcept nogil
     cdef double single_bound(self, int n_tokens) noexcept nogil
     cdef uint64_t allowance(self, int n_tokens) noexcept nogil

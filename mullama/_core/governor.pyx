@@ -18,9 +18,12 @@ cdef enum:
     LOOKS_TO_ACT = 2
 
 cdef uint64_t MS = 1000000
-cdef uint64_t LOOK_NS = 100 * MS
+# The system counts CPU time in ticks of some 10 ms: a shorter window between looks would show noise.
+cdef uint64_t LOOK_NS = 200 * MS
+cdef uint64_t STRIKE_NS = 500 * MS
 cdef uint64_t MIN_HOLD_NS = 250 * MS
-cdef uint64_t MAX_HOLD_NS = 1000 * MS
+cdef uint64_t MAX_HOLD_UP_NS = 1000 * MS     # a neighbour that left is noticed within two seconds
+cdef uint64_t MAX_HOLD_DOWN_NS = 16000 * MS  # a neighbour that does no harm is not asked about again and again
 
 
 cdef inline int shape_of(int n_tokens) noexcept nogil:
@@ -53,7 +56,9 @@ cdef class Governor:
         self.crowded_looks = self.free_looks = 0
         self.trial = self.trial_left = self.trial_from = 0
         self.hold_until_ns = 0
-        self.hold_ns = MIN_HOLD_NS
+        self.hold_down_until_ns = 0
+        self.last_abort_ns = 0
+        self.hold_up_ns = self.hold_down_ns = MIN_HOLD_NS
         for t in range(MAX_THREADS + 1):
             for s in range(N_SHAPES):
                 self.quiet[t][s] = self.recent[t][s] = 0.0
@@ -61,8 +66,15 @@ cdef class Governor:
 
     # -- the engine's side, without the GIL ----------------------------------------------------------
 
-    cdef int choose(self) noexcept nogil:
-        return self.trial if self.trial != 0 else self.threads
+    cdef int choose(self, int n_tokens) noexcept nogil:
+        # PERF: fewer threads are tried with single tokens only; a prompt chunk on one thread can cost half a second.
+        if self.trial > self.threads or (self.trial != 0 and n_tokens <= FIRST_LARGE_SHAPE):
+            return self.trial
+        return self.threads
+
+    cdef int room(self, double cores) noexcept nogil:
+        """Threads that have a core each beside a load of ``cores``; small loads (clients, the system) are shared."""
+        return min(max(self.n_max - <int> (cores + 0.35), 1), self.n_max)
 
     cdef double expected(self, int n_tokens, int threads) noexcept nogil:
         """Ns that a decode should cost; 0 when nothing is known of the shape."""
@@ -70,11 +82,11 @@ cdef class Governor:
 
     cdef uint64_t allowance(self, int n_tokens) noexcept nogil:
         """Ns after which a decode should be given up and run again with one thread; 0: never."""
-        cdef int threads = self.choose()
+        cdef int threads = self.choose(n_tokens)
         if self.fixed or threads == 1:
             return 0
         cdef double usual = self.expected(n_tokens, threads)
-        if self.trial != 0 and self.recent[self.trial_from][shape_of(n_tokens)] > 0:
+        if threads == self.trial and self.recent[self.trial_from][shape_of(n_tokens)] > 0:
             usual = self.recent[self.trial_from][shape_of(n_tokens)] * unit_of(n_tokens)
             return <uint64_t> (usual * 1.5) + 2 * MS
         if usual <= 0:
@@ -94,16 +106,18 @@ cdef class Governor:
         return 0.0
 
     cdef void awake(self, double cores, uint64_t now) noexcept nogil:
-        """Work begins after idling: start from what others used meanwhile (-1: unknown), without a trial."""
-        cdef int room
+        """Work begins after idling, while others used ``cores`` (-1: unknown): take all the threads there was room for.
+
+        Never fewer: who was busy a moment ago may have waited for this very answer. If they are busy still, the first
+        decode's allowance tells.
+        """
         if self.fixed or cores < 0 or self.trial != 0:
             return
         self.neighbours = cores
         self.next_look_ns = now + LOOK_NS
-        room = min(max(<int> (self.n_max - cores + 0.5), 1), self.n_max)
         self.crowded_looks = self.free_looks = 0
-        if room != self.threads:
-            self.threads = room
+        if self.room(cores) > self.threads:
+            self.threads = self.room(cores)
             self.changes += 1
 
     cdef void measured(self, int n_tokens, int threads, uint64_t ns, bint aborted, uint64_t now) noexcept nogil:
@@ -115,15 +129,14 @@ cdef class Governor:
         if aborted:
             if self.trial != 0:
                 self.end_trial(False, now)
-            if threads == self.threads and threads > 1:
-                # A decode that had to be given up: leave at once, without a trial.
+            if threads == self.threads and threads > 1 and now - self.last_abort_ns < STRIKE_NS:
+                # Given up twice in a short time: leave at once, without a trial. Once may be anything.
                 self.threads = 1
                 self.changes += 1
                 self.hold_until_ns = now + MIN_HOLD_NS
                 self.free_looks = 0
-            # What is known of this count is out of date; the next allowance goes by one thread's cost.
-            self.quiet[threads][s] = 0.0
-            self.recent[threads][s] = 0.0
+                self.quiet[threads][s] = self.recent[threads][s] = 0.0  # out of date
+            self.last_abort_ns = now
             return
         self.recent[threads][s] = cost if self.recent[threads][s] == 0 else \
             self.recent[threads][s] + 0.3 * (cost - self.recent[threads][s])
@@ -146,7 +159,7 @@ cdef class Governor:
             if self.trial_left <= 0:
                 before = self.recent[self.trial_from][s]
                 self.end_trial(before == 0 or self.recent[self.trial][s] < before * 0.99, now)
-        elif threads > 1 and threads == self.threads and now >= self.hold_until_ns:
+        elif self.trial == 0 and threads > 1 and threads == self.threads and now >= self.hold_down_until_ns:
             single = self.quiet[1][s] if self.quiet[1][s] > 0 else self.single_bound(n_tokens) / unit_of(n_tokens)
             if self.outliers[threads][s] >= 3 or (single > 0 and self.recent[threads][s] > 1.3 * single):
                 self.start_trial(1)
@@ -161,15 +174,11 @@ cdef class Governor:
         self.neighbours = cores
         if self.trial != 0 or self.fixed:
             return
-        if cores < 0:
-            room = self.n_max  # nobody says: only trials tell
-        else:
-            room = <int> (self.n_max - cores + 0.5)
-            room = min(max(room, 1), self.n_max)
+        room = self.n_max if cores < 0 else self.room(cores)  # unknown: only trials tell
         if room < self.threads:
             self.free_looks = 0
             self.crowded_looks += 1
-            if self.crowded_looks >= LOOKS_TO_ACT and now >= self.hold_until_ns:
+            if self.crowded_looks >= LOOKS_TO_ACT and now >= self.hold_down_until_ns:
                 self.crowded_looks = 0
                 self.start_trial(room)
         elif room > self.threads:
@@ -194,18 +203,21 @@ cdef class Governor:
         if keep:
             self.threads = self.trial
             self.changes += 1
-            self.hold_ns = MIN_HOLD_NS
+            self.hold_up_ns = self.hold_down_ns = MIN_HOLD_NS
+        elif self.trial > self.trial_from:
+            self.hold_up_ns = min(self.hold_up_ns * 2, MAX_HOLD_UP_NS)
         else:
-            self.hold_ns = min(self.hold_ns * 2, MAX_HOLD_NS)
-        self.hold_until_ns = now + self.hold_ns
+            self.hold_down_ns = min(self.hold_down_ns * 2, MAX_HOLD_DOWN_NS)
+        self.hold_until_ns = now + self.hold_up_ns
+        self.hold_down_until_ns = now + self.hold_down_ns
         self.trial = 0
         self.crowded_looks = self.free_looks = 0
 
     # -- for tests and snapshots ----------------------------------------------------------------------
 
-    def pick(self):
-        """Threads for the next decode."""
-        return self.choose()
+    def pick(self, int n_tokens=1):
+        """Threads for the next decode, of ``n_tokens``."""
+        return self.choose(n_tokens)
 
     def allow(self, int n_tokens):
         """Ns the next decode of ``n_tokens`` may take before it is given up; 0: any."""
@@ -237,6 +249,6 @@ cdef class Governor:
                     known[name] = int(self.recent[t][s])
             if known:
                 costs[t] = known
-        return {"threads": self.choose(), "threads_max": self.n_max, "fixed": bool(self.fixed),
+        return {"threads": self.threads, "threads_max": self.n_max, "fixed": bool(self.fixed),
                 "changes": self.changes, "on_trial": self.trial != 0,
                 "neighbour_cores": None if self.neighbours < 0 else round(self.neighbours, 2), "cost_ns": costs}

@@ -27,7 +27,7 @@ cdef enum:
     WARM_UP_PREFILL = 16       # tokens
 
 # A shorter idle time says too little of what others do.
-cdef uint64_t IDLE_LOOK_NS = 50 * 1000 * 1000
+cdef uint64_t IDLE_LOOK_NS = 200 * 1000 * 1000
 
 ERRORS = {
     CORE_NOT_FINITE: "the model's logits are not finite",
@@ -682,7 +682,7 @@ cdef class Core:
         self.batch.n_tokens = n_tokens
         ns[0] = 0
         while True:
-            threads = 1 if retry else self.governor.choose()
+            threads = 1 if retry else self.governor.choose(n_tokens)
             if threads != self.threads_set:
                 self.site(MULLAMA_SITE_THREADS, -1, 0, threads, self.threads_set)
                 llama_set_n_threads(self.ctx, threads, threads)

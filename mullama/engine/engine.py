@@ -173,9 +173,7 @@ class Engine:
                 param="prompt",
             )
         if min(request.prompt) < 0 or max(request.prompt) >= self.info.n_vocab:
-            raise InvalidRequest(
-                f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt"
-            )
+            raise InvalidRequest(f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt")
         check_params(request.sampling)
 
     def _check_alive(self) -> None:
@@ -353,9 +351,7 @@ class Engine:
                 decode.append(seq.slot)
             else:
                 prefill.append((seq.slot, min(n, seq.view.prefill_left)))
-        self._core.note_plan(
-            time.monotonic_ns() - start, self._n_waiting, len(decode), sum(n for _, n in prefill)
-        )
+        self._core.note_plan(time.monotonic_ns() - start, self._n_waiting, len(decode), sum(n for _, n in prefill))
         self._core.run(decode, prefill, plan.repeat)
         for slot, n in prefill:
             self._seqs[self._slots[slot]].view.prefill_left -= n

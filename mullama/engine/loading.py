@@ -67,7 +67,9 @@ def make_core(model: Model, name: str, config: ServeConfig) -> Core:
         sizing.available_memory(),
     )
     if facts["n_ctx_train"] and sizes.n_ctx > facts["n_ctx_train"]:
-        log.warning("%s was trained on %d tokens of context, %d were asked for", name, facts["n_ctx_train"], sizes.n_ctx)
+        log.warning(
+            "%s was trained on %d tokens of context, %d were asked for", name, facts["n_ctx_train"], sizes.n_ctx
+        )
     return Core(
         model,
         n_slots=sizes.n_parallel,

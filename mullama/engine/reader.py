@@ -91,7 +91,7 @@ class Reader:
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that what this loop submits is read; call on it."""
-        if self._loop is loop or self._thread is not None:
+        if self._loop is loop or self._thread is not None or self._closed:
             return
         with self._attaching:
             if self._thread is not None:
@@ -105,7 +105,7 @@ class Reader:
 
     def attach_thread(self) -> None:
         """See that what a thread without an event loop submits is read."""
-        if self._thread is None:
+        if self._thread is None and not self._closed:
             with self._attaching:
                 if self._thread is None:
                     self._start_thread()

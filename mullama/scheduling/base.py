@@ -91,4 +91,3 @@ def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> 
         raise PluginError(f"the plan admits {admitted} sequences, {state.free_slots} slots are free")
     if prefill > state.max_prefill:
         raise PluginError(f"the plan computes {prefill} prompt tokens, {state.max_prefill} are allowed")
-

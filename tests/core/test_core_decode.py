@@ -162,7 +162,7 @@ def test_rows_add_up(make_core: Callable[..., Driver], model: Model) -> None:
         assert row.ubatches == -(-row.prompt_tokens // 5) + row.completion_tokens - 1
         assert row.ubatches <= row.batch_sum <= 4 * row.ubatches
         assert row.threads_min == row.threads_max == 1
-        assert 0 < row.prefill_ns and 0 < row.decode_ns and 0 < row.sample_ns
+        assert row.prefill_ns > 0 and row.decode_ns > 0 and row.sample_ns > 0
     assert counters["sampled_tokens"] == sum(row.completion_tokens for row in rows)
     assert counters["prefill_tokens"] == sum(row.kv_cache_miss for row in rows) == counters["kv_miss_tokens"]
     assert counters["decode_tokens"] == sum(row.completion_tokens - 1 for row in rows)

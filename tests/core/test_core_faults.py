@@ -118,7 +118,10 @@ SCRIPTS = {
     "cancel on a full ring": """
 driver = Driver(Core(model, n_slots=1, n_ctx=4096, n_batch=64))
 fill_ring(driver, 200)
-reader = threading.Thread(target=lambda: [driver.read_records(driver.core.drain_records()) for _ in iter(done.is_set, True)])
+def drain():
+    while not done.is_set():
+        driver.read_records(driver.core.drain_records())
+reader = threading.Thread(target=drain)
 reader.start()
 driver.core.cancel(0)
 done.set()
@@ -196,7 +199,7 @@ def test_in_a_process_of_its_own(name: str, tiny_model: Callable[..., Path], tmp
     """What would hang or crash takes nobody along."""
     folder = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", HEAD + SCRIPTS[name] + "print('well')", str(tiny_model()), str(folder), str(folder.parent)],
+        [sys.executable, "-c", f"{HEAD}{SCRIPTS[name]}print('well')", *map(str, (tiny_model(), folder, folder.parent))],
         cwd=tmp_path, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")

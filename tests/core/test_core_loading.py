@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,7 +40,9 @@ def test_an_empty_file(tmp_path: Path) -> None:
     refused(tmp_path / "empty.gguf")
 
 
-@pytest.mark.parametrize("content", [b"G", b"GGUF", b"GGUF\x03\0\0\0", b"hello, world " * 1000, b"\0" * 4096, b"\xff" * 4096])
+@pytest.mark.parametrize(
+    "content", [b"G", b"GGUF", b"GGUF\x03\0\0\0", b"hello, world " * 1000, b"\0" * 4096, b"\xff" * 4096]
+)
 def test_what_is_not_a_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     refused(tmp_path / "x.gguf")
@@ -57,25 +60,26 @@ def test_odd_names_of_good_files(tiny_model: Callable[..., Path], tmp_path: Path
 DAMAGE = """
 import sys
 from pathlib import Path
-from mullama._core import Core, Model
+from mullama.config import ServeConfig
+from mullama.engine.loading import load_model
 from mullama.errors import ModelLoadError
-good, kind, folder = Path(sys.argv[1]).read_bytes(), sys.argv[2], Path(sys.argv[3])
+good, kind, path = Path(sys.argv[1]).read_bytes(), sys.argv[2], Path(sys.argv[3])
 n = len(good)
+def flipped(places):
+    return [good[:at] + bytes([good[at] ^ flip]) + good[at + 1:] for at in places for flip in (0xFF, 0x80, 0x01)]
 if kind == "truncated":
     points = {*range(0, 64), *range(64, n, n // 150), n - 1, n - 32, n - 33}
     cases = [good[:point] for point in sorted(points) if 0 <= point < n]
+elif kind == "head":
+    cases = flipped(range(24))
 else:
-    first, last = (0, 64) if kind == "head" else (64, 8000)
-    step = 1 if kind == "head" else 41
-    cases = [good[:at] + bytes([good[at] ^ flip]) + good[at + 1:]
-             for at in range(first, last, step) for flip in (0xFF, 0x80, 0x01)]
+    cases = flipped([*range(24, 500, 3), *range(500, 12_000, 101)])
 refused = loaded = 0
 for number, data in enumerate(cases):
-    path = folder / "x.gguf"
     path.write_bytes(data)
     print("case", number, flush=True)
     try:
-        model = Model(path)
+        model = load_model(path, ServeConfig(), None)
     except ModelLoadError as error:
         assert "\\n" not in str(error) and str(path) in str(error), str(error)
         refused += 1
@@ -86,19 +90,36 @@ print("end", refused, loaded)
 """
 
 
-@pytest.mark.parametrize(("kind", "min_refused"), [("truncated", 150), ("head", 60), ("metadata", 20)])
-def test_damage(tiny_model: Callable[..., Path], tmp_path: Path, kind: str, min_refused: int) -> None:
+def damage(kind: str, good: Path, folder: Path) -> tuple[int, int]:
+    """Load files with that kind of damage; how many were refused and how many loaded all the same."""
     done = subprocess.run(
-        [sys.executable, "-c", DAMAGE, str(tiny_model()), kind, str(tmp_path)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", DAMAGE, str(good), kind, str(folder / "x.gguf")],
+        cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, "GGML_NO_BACKTRACE": "1"},
     )  # fmt: skip
     last = done.stdout.splitlines()[-1]
     assert done.returncode == 0, f"died at {last}: {done.stderr[-500:]}"
-    word, n_refused, n_loaded = last.split()
-    assert word == "end" and int(n_refused) >= min_refused
-    if kind == "truncated":
-        assert int(n_loaded) == 0
     assert done.stderr == "", "nothing but the exception"
+    word, refused, loaded = last.split()
+    assert word == "end"
+    return int(refused), int(loaded)
+
+
+def test_a_file_truncated_anywhere(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    refused, loaded = damage("truncated", tiny_model(), tmp_path)
+    assert refused > 150 and loaded == 0
+
+
+def test_a_damaged_head(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Magic, version and counts; a flipped version bit may still be a version that llama.cpp reads."""
+    refused, loaded = damage("head", tiny_model(), tmp_path)
+    assert refused > 60 and loaded < 8
+
+
+@pytest.mark.xfail(strict=True, reason="a token twice, or a layer count of 0, meets an assertion of llama.cpp's")
+def test_damaged_metadata(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A name or a text may change without harm; nothing may end the process."""
+    refused, loaded = damage("metadata", tiny_model(), tmp_path)
+    assert refused > 100 and loaded > 0
 
 
 def test_loading_reports_its_progress(tiny_model: Callable[..., Path]) -> None:
@@ -154,7 +175,9 @@ def test_an_error_of_one_load_is_not_told_of_the_next(tiny_model: Callable[..., 
     assert "nonsense" not in refused(tmp_path / "none.gguf")
 
 
-def test_log_lines_go_to_stderr_on_request_only(tiny_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_go_to_stderr_on_request_only(
+    tiny_model: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     Model(tiny_model()).close()
     assert capfd.readouterr().err == ""
     try:

@@ -234,7 +234,8 @@ EXTREMES: list[dict[str, Any]] = [
     {"mirostat": 1, "mirostat_tau": 0.0}, {"mirostat": 1, "mirostat_tau": 1000.0, "mirostat_eta": 1.0},
     {"mirostat": 2, "mirostat_tau": 0.0}, {"mirostat": 2, "mirostat_tau": 1000.0, "mirostat_eta": 0.0},
     {"mirostat": 1, "temperature": 1e-38}, {"mirostat": 2, "temperature": 1e-38},
-    {"logit_bias": tuple((token, 1e4) for token in range(tiny.N_VOCAB))}, {"logit_bias": tuple((t, -1e30) for t in range(290))},
+    {"logit_bias": tuple((token, 1e4) for token in range(tiny.N_VOCAB))},
+    {"logit_bias": tuple((t, -1e30) for t in range(290))},
 ]  # fmt: skip
 
 
@@ -281,7 +282,9 @@ def test_numbers_are_checked(name: str) -> None:
 
 
 @pytest.mark.xfail(strict=True, raises=OverflowError, reason="math.isfinite and math.isnan of a huge int")
-@pytest.mark.parametrize(("name", "value"), [("temperature", 10**400), ("logit_bias", ((5, 10**400),))], ids=["temperature", "logit_bias"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", 10**400), ("logit_bias", ((5, 10**400),))], ids=["temperature", "logit_bias"]
+)
 def test_huge_integers_are_refused(name: str, value: Any) -> None:
     refused(name, value)
 

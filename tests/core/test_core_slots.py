@@ -382,7 +382,9 @@ actions = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(actions)
-def test_any_sequence_of_operations_keeps_the_law(models: Callable[..., Model], plan: list[tuple[str, int, int]]) -> None:
+def test_any_sequence_of_operations_keeps_the_law(
+    models: Callable[..., Model], plan: list[tuple[str, int, int]]
+) -> None:
     """A random user of the slots: texts stay what they are alone, the bookkeeping agrees with llama.cpp throughout."""
     driver = Driver(Core(models("llama"), n_slots=4, n_ctx=256, n_batch=64))
     prompts = ["ABC", "ABCDEFG", "ABX", "QRS tuv wxyz"]

@@ -42,7 +42,9 @@ def reference(stops: list[str], pieces: list[bytes]) -> tuple[bytes, int]:
 
 letters = st.text("ab", max_size=12)
 odd = st.text("ab€😀é\n", max_size=12)
-stop_lists = st.lists(st.one_of(st.text("ab", min_size=1, max_size=4), st.text("ab€😀é\n", min_size=1, max_size=3)), max_size=4)
+stop_lists = st.lists(
+    st.one_of(st.text("ab", min_size=1, max_size=4), st.text("ab€😀é\n", min_size=1, max_size=3)), max_size=4
+)
 places = st.lists(st.integers(0, 60), max_size=12)
 
 

@@ -227,6 +227,4 @@ def test_bos_is_not_doubled(models: Callable[..., Model]) -> None:
 @pytest.mark.model
 def test_the_template_of_smollm2(real_model: Model) -> None:
     text = chat(real_model, {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
-    assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")

@@ -211,7 +211,7 @@ def mutate(value: Any, rng: random.Random) -> Any:
     return rng.choice(odd)
 
 
-def test_a_thousand_odd_bodies(server: ServerProcess) -> None:
+def test_many_odd_bodies(server: ServerProcess) -> None:
     rng = random.Random(1)
     seeds: list[tuple[str, dict[str, Any]]] = [
         (CHAT, {
@@ -234,7 +234,7 @@ def test_a_thousand_odd_bodies(server: ServerProcess) -> None:
     }  # fmt: skip
     seen = set()
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        for i in range(1000):
+        for i in range(600):
             path, seed = seeds[i % 2]
             body = mutate({**seed, **samplers}, rng)
             if isinstance(body, dict):  # mutated or not, it has to end soon

@@ -128,7 +128,8 @@ def test_everybody_is_served_in_order(work: list[Arrival], n_slots: int, budget:
         plan = policy.plan(now)
         check_plan(plan, live, now)
         assert bool(plan.tokens) == bool(live), "with work to do there is a plan that does some"
-        assert {s.id for s in running if s.state is SeqState.DECODE} <= set(plan.tokens), "nobody who decodes is left out"
+        decoding = {s.id for s in running if s.state is SeqState.DECODE}
+        assert decoding <= set(plan.tokens), "nobody who decodes is left out"
         for number, n in plan.tokens.items():
             view = live[number]
             if view.state is SeqState.WAITING:

@@ -41,7 +41,9 @@ def test_a_reply_has_openai_s_shape(client: Client, engine: FakeEngine) -> None:
     assert "profile" not in body
 
 
-def test_the_rendered_template_is_tokenised_with_the_bos_that_rendering_leaves_out(client: Client, engine: FakeEngine) -> None:
+def test_the_rendered_template_is_tokenised_with_the_bos_that_rendering_leaves_out(
+    client: Client, engine: FakeEngine
+) -> None:
     client.post(URL, {"messages": [USER]})
     assert list(engine.requests[0].prompt) == engine.tokenize("<user>hi<assistant>")
 
@@ -118,7 +120,7 @@ def test_what_is_off_may_be_said(client: Client) -> None:
 def test_a_long_chat_goes_through_the_pool(client: Client, engine: FakeEngine) -> None:
     text = "x" * 3000
     assert client.post(URL, {"messages": [{"role": "user", "content": text}]}).status == 200
-    assert len(engine.requests[0].prompt) == 3000 + len("<user><assistant>")
+    assert len(engine.requests[0].prompt) == 1 + 3000 + len("<user><assistant>")
 
 
 def test_a_large_body_goes_through_the_pool(client: Client, engine: FakeEngine) -> None:
