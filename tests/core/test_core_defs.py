@@ -187,7 +187,7 @@ def test_every_def_has_a_docstring() -> None:
         item: Any = importlib.import_module(f"mullama._core.{module}")
         for part in path:
             item = getattr(item, part)
-        signature, _, text = str(item.__doc__ or "").partition("\n")  # embedsignature puts the signature first
+        _signature, _, text = str(item.__doc__ or "").partition("\n")  # embedsignature puts the signature first
         if callable(item) and not isinstance(item, type) and not text.strip():
             missing.append(name)
     assert missing == ["model.llama_cpp_version"], "only this one's name says everything"

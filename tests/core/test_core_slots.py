@@ -191,7 +191,7 @@ def test_a_sliding_window_serves_only_what_it_still_holds(
         driver.generate("A" * 20 + "B" * 20, greedy(700), retain=True)
         prompt = whole[:n] + driver.tokenize("### other")
         fresh = driver.generate(prompt, greedy(12), slot=1, chunk=32)
-        slot, reuse = driver.core.match(prompt)
+        _slot, reuse = driver.core.match(prompt)
         assert reuse == 0 or reuse >= n
         if reuse:
             served.append(n)
@@ -220,7 +220,7 @@ def test_a_stop_string_or_the_end_do_not_spoil_the_prefix(core: Driver) -> None:
     short = core.generate(PROMPT, greedy(30, stop=(stop,)), retain=True)
     assert short.reason == "stop"
     turn = short.prompt + short.tokens + core.tokenize(" go on")
-    slot, n = core.core.match(turn)
+    _slot, n = core.core.match(turn)
     assert n == len(short.prompt) + len(short.tokens) - 1
     assert core.generate(turn, greedy(10), reuse=n).tokens == core.generate(turn, greedy(10), slot=1).tokens
 
