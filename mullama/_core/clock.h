@@ -1,6 +1,8 @@
 // Clocks and the machine's load, without the GIL.
 #pragma once
 
+#include "wake.h"
+
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -84,14 +86,21 @@ struct Flag {
     int get() const { return value.load(std::memory_order_acquire); }
 };
 
-// The deadline that the abort callback of a decode watches. ggml asks after every node, some 700 times a token.
+// What the abort callback of a decode looks after; ggml asks on the calling thread after every node, some 700 times a
+// token. It holds the decode to its deadline, and wakes the reader of the last step's tokens: a reader that is woken
+// between two graphs takes the engine thread's core, and all compute waits.
 struct Deadline {
     uint64_t at_ns = 0;      // 0: none
     Flag stop;               // set from another thread: give up at once
     unsigned calls = 0;
+    const Wake * wake = nullptr; // to signal from inside the next graph; set and cleared by the engine thread
 
     static bool expired(void * self) noexcept {
         auto * d = (Deadline *) self;
+        if (d->wake != nullptr) {
+            d->wake->signal();
+            d->wake = nullptr;
+        }
         if (d->stop.get()) return true;
         // PERF: the clock is read every 8th node.
         return d->at_ns != 0 && (++d->calls & 7u) == 0 && now_ns() > d->at_ns;

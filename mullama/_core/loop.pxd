@@ -80,6 +80,7 @@ cdef extern from "clock.h" namespace "mullama" nogil:
     cppclass Deadline:
         uint64_t at_ns
         Flag stop
+        const Wake * wake
 
         @staticmethod
         cbool expired(void * self) noexcept

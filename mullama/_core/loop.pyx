@@ -636,6 +636,7 @@ cdef class Core:
         cdef size_t i, j
         cdef uint64_t done = 0, start, now
         cdef bint fresh = self.busy_since == 0
+        cdef bint last
         if self.pool_paused:
             pool_resume(self.pool)
             self.pool_paused = False
@@ -663,15 +664,18 @@ cdef class Core:
             self.counters.busy_ns += now - start
             start = self.busy_since = now
             self.publish()
+            if self.governor.wants_look(now):
+                self.governor.look(self.neighbours.read(), now)
+            last = self.changed or not self.plan_prefill.empty() or done == max_steps or self.interrupted.get() \
+                or self.deadline.stop.get()
             if self.pushed:
                 self.pushed = False
                 self.counters.wakeups += 1
-                self.wake.signal()
-            if self.governor.wants_look(now):
-                self.governor.look(self.neighbours.read(), now)
-            if self.changed or not self.plan_prefill.empty() or done == max_steps:
-                return
-            if self.interrupted.get() or self.deadline.stop.get():
+                if last or not self.synchronous:
+                    self.wake.signal()
+                else:
+                    self.deadline.wake = &self.wake  # from inside the next graph
+            if last:
                 return
 
     cdef int compute(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil:

@@ -166,6 +166,10 @@ cdef class Model:
             if state["cancelled"]:
                 raise LoadCancelled(f"{self.path}: loading was cancelled")
             raise ModelLoadError(f"{self.path}: {_last_error('llama.cpp could not load it')}")
+        for key, value in self.metadata().items():
+            # ggml asserts on these in the first decode.
+            if key.endswith(("norm_epsilon", "norm_rms_epsilon")) and not 0 <= float(value) < 1:
+                raise ModelLoadError(f"{self.path}: {key} is {value}; it must be a small positive number")
         self.vocab = llama_model_get_vocab(self.ptr)
         self.n_vocab = llama_vocab_n_tokens(self.vocab)
         cdef string source = chat_template.encode("utf-8")

@@ -85,7 +85,7 @@ class EngineClient(Protocol):
     def counters(self) -> dict[str, int]:
         """The engine's counters, one consistent copy of its instrumentation page (names: abi.h)."""
 
-    async def drain(self, timeout: float) -> bool:
+    async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109
         """Refuse new requests, wait for running ones up to ``timeout`` seconds, cancel the rest. True: none was cut."""
 
     def close(self) -> None:

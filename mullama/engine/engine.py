@@ -26,6 +26,7 @@ from mullama.engine import lifecycle, loading, snapshot
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.reader import Reader
 from mullama.errors import (
+    ComputeFailed,
     ContextLengthExceeded,
     EngineDead,
     InvalidRequest,
@@ -245,7 +246,7 @@ class Engine:
         """Drop every retained prefix; returns the number of cells freed."""
         return await asyncio.wrap_future(self.call(self._drop_retained))
 
-    async def drain(self, timeout: float) -> bool:
+    async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109 - at the deadline it acts, it does not give up
         """Refuse new requests, wait for running ones up to ``timeout`` seconds, cancel the rest. True: none was cut."""
         self._draining = True
         deadline = time.monotonic() + timeout
@@ -253,7 +254,7 @@ class Engine:
             if time.monotonic() >= deadline or self._failure is not None:
                 break
             await asyncio.sleep(0.02)
-        left = list(self._seqs)
+        left = self._reader.handles()  # also those that the engine thread has not taken yet
         for handle in left:
             self._request_cancel(handle)
         for _ in range(250):
@@ -341,6 +342,7 @@ class Engine:
             if self._seqs[handle].view.state is SeqState.WAITING:
                 self._admit(self._seqs[handle])
         self._close_holes()
+        self._collect()  # a sequence that could not be moved has ended
         decode: list[int] = []
         prefill: list[tuple[int, int]] = []
         for handle, n in plan.tokens.items():
@@ -377,7 +379,7 @@ class Engine:
                 seq.view.id,
                 request.prompt,
                 request.sampling,
-                reuse=where.reuse,
+                reuse=min(where.reuse, core.retained(where.slot)[0]),  # 0 if the exchange lost it
                 evicted=evicted,
                 arrival_ns=seq.view.arrival_ns,
                 priority=request.priority,
@@ -390,7 +392,7 @@ class Engine:
             self._reader.end_directly(seq.view.id, Finish(FinishReason.ERROR, Profile(), error=error))
             return
         seq.slot = where.slot
-        seq.view.prefill_left = len(request.prompt) - where.reuse
+        seq.view.prefill_left = len(request.prompt) - core.slot_info(where.slot)[2]
         self._slots[where.slot] = seq.view.id
         seq.move(SeqState.PREFILL)
 
@@ -409,9 +411,13 @@ class Engine:
                 self._exchange(low, high)
 
     def _exchange(self, a: int, b: int) -> None:
-        """Swap two slots, KV and all."""
+        """Swap two slots, KV and all. Sequences whose KV is lost on the way fail; nobody else notices."""
         start = time.monotonic_ns()
-        n_bytes = self._core.exchange(a, b)
+        try:
+            n_bytes = self._core.exchange(a, b)
+        except ComputeFailed:
+            log.exception("slots %d and %d of '%s' could not change places", a, b, self.info.name)
+            n_bytes = 0
         if n_bytes:
             self._move_ns_per_byte += 0.3 * ((time.monotonic_ns() - start) / n_bytes - self._move_ns_per_byte)
         self._slots[a], self._slots[b] = self._slots[b], self._slots[a]

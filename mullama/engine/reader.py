@@ -85,6 +85,10 @@ class Reader:
         self._stops[generation.handle] = stops
         self._generations[generation.handle] = generation
 
+    def handles(self) -> list[int]:
+        """Requests that have not ended."""
+        return list(self._generations)
+
     def discard(self, handle: int) -> None:
         self._generations.pop(handle, None)
         self._stops.pop(handle, None)

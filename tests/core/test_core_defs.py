@@ -69,6 +69,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "governor.Governor.allow": lambda g: g.allow(1) == 0,
     "governor.Governor.record": lambda g: g.record(1, 2, 1000, 1000) is None,
     "governor.Governor.see": lambda g: g.see(0.5, 1000) is None and g.neighbours == 0.5,
+    "governor.Governor.wake": lambda g: g.wake(0.0, 2000) is None and g.neighbours == 0.0,
     "governor.Governor.snapshot": lambda g: g.snapshot()["threads"] == 2,
     "page.Page": lambda: Page(1) is not None,
     "page.Page.path": lambda p: p.path == "",

@@ -281,7 +281,6 @@ def test_numbers_are_checked(name: str) -> None:
         refused(name, value)
 
 
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="math.isfinite and math.isnan of a huge int")
 @pytest.mark.parametrize(
     ("name", "value"), [("temperature", 10**400), ("logit_bias", ((5, 10**400),))], ids=["temperature", "logit_bias"]
 )
