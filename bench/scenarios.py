@@ -109,14 +109,18 @@ def first_token(sock: socket.socket, request: bytes) -> Outcome:
     """One request on a raw blocking keep-alive socket, for the least noise on the client's side."""
     call = RawCall(time.monotonic_ns())
     sock.sendall(request)
-    tail = b""
+    head, tail = b"", b""  # a head can end like a body's last chunk: "Keep-Alive: … max=100"
     while not tail.endswith(b"0\r\n\r\n"):
         data = sock.recv(65536)
         if not data:
             call.error = CLOSED
             break
         call.packets.append((time.monotonic_ns(), data))
-        tail = (tail + data)[-5:]
+        if b"\r\n\r\n" in head:
+            tail = (tail + data)[-5:]
+        else:
+            head += data
+            tail = head.partition(b"\r\n\r\n")[2][-5:]
         if len(call.packets) == 1 and not data.startswith(b"HTTP/1.1 200"):
             call.error = data.split(b"\r\n", 1)[0].decode("latin-1")
             break
@@ -150,6 +154,9 @@ def short_ttft(context: Context, pool: servers.Pool, n: int = 200, pause: float 
             try:
                 for prompt in prompts:
                     request = clients.completion_request(server.kind, prompt, 4, profile=server.kind == MULLAMA)
+                    if server.kind != MULLAMA:  # it closes its connections after a streamed answer
+                        sock.close()
+                        sock = raw_connection(server.port)
                     time.sleep(pause)  # the server falls idle, its threads asleep
                     out = first_token(sock, request)
                     if (
