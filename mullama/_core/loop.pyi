@@ -9,7 +9,6 @@ from mullama.types import SamplingParams
 
 TEXT: int
 FINISH: int
-ERRORS: dict[int, str]
 
 class Core:
     model: Model

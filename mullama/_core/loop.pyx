@@ -29,13 +29,6 @@ cdef enum:
 # A shorter idle time says too little of what others do.
 cdef uint64_t IDLE_LOOK_NS = 200 * 1000 * 1000
 
-ERRORS = {
-    CORE_NOT_FINITE: "the model's logits are not finite",
-    CORE_SAMPLER: "the sampler failed",
-    CORE_DECODE: "llama_decode failed",
-    CORE_NO_KV: "there was no room in the KV cache",
-}
-
 # What drain_records() yields first in each tuple.
 TEXT = RECORD_TEXT
 FINISH = RECORD_FINISH
