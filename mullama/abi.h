@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define MULLAMA_ABI_MAGIC   0x00414D414C4C554Dull /* "MULLAMA\0", little-endian */
-#define MULLAMA_ABI_VERSION 1u
+#define MULLAMA_ABI_VERSION 2u
 
 /* F(type, name): every field is named once, here. */
 #define MULLAMA_HEADER_FIELDS(F)                                                              \
@@ -75,6 +75,11 @@
     F(uint64_t, waiting)          /* gauge: requests in the admission queue */                \
     F(uint64_t, retained)         /* gauge: slots that keep a finished prefix */              \
     F(uint64_t, cells_used)       /* gauge: tokens in the KV cache */                         \
+    F(uint64_t, preemptions)                                                                  \
+    F(uint64_t, swap_bytes)       /* KV saved to and restored from host memory */             \
+    F(uint64_t, swap_ns)                                                                      \
+    F(uint64_t, parked)           /* gauge: preempted sequences */                            \
+    F(uint64_t, parked_bytes)     /* gauge: host memory of their saved KV */                  \
     F(uint64_t, checksum)
 
 /* A row is copied whole into the finish record, so that profiles lose nothing. */
@@ -105,6 +110,9 @@
     F(uint32_t, threads_max)                                                                  \
     F(int32_t,  priority)                                                                     \
     F(uint32_t, moves)            /* times its KV went to another slot */                     \
+    F(uint32_t, preemptions)                                                                  \
+    F(uint32_t, recomputed)       /* tokens computed again after preemptions */               \
+    F(uint64_t, preempted_ns)     /* time without a slot because of them */                   \
     F(uint64_t, checksum)
 
 #define MULLAMA_EVENT_FIELDS(F)                                                               \
@@ -152,13 +160,15 @@ enum {
     S(EVICT,   9, "a = tokens")                                                               \
     S(THREADS, 10, "a = new count, b = old count")                                            \
     S(RING_STALL, 11, "a = nanoseconds")                                                      \
-    S(IDLE,    12, "a = nanoseconds waited")
+    S(IDLE,    12, "a = nanoseconds waited")                                                  \
+    S(PREEMPT, 13, "a = tokens in KV, b = bytes saved to host memory")                        \
+    S(RESUME,  14, "a = tokens in KV, b = bytes restored")
 
 enum {
 #define MULLAMA_SITE_ENUM(name, number, doc) MULLAMA_SITE_##name = number,
     MULLAMA_SITES(MULLAMA_SITE_ENUM)
 #undef MULLAMA_SITE_ENUM
-    MULLAMA_SITE_COUNT = 13
+    MULLAMA_SITE_COUNT = 15
 };
 
 #endif

@@ -29,6 +29,7 @@ cdef extern from "../abi.h" nogil:
         uint64_t opened, finished_stop, finished_length, cancelled, failed
         uint64_t kv_hit_tokens, kv_miss_tokens, kv_evict_tokens, kv_moves, kv_move_bytes, kv_move_ns
         uint64_t decode_retries, thread_changes, threads, running, waiting, retained, cells_used
+        uint64_t preemptions, swap_bytes, swap_ns, parked, parked_bytes
 
     ctypedef struct mullama_row:
         uint64_t handle
@@ -40,7 +41,8 @@ cdef extern from "../abi.h" nogil:
         uint64_t batch_sum, prefill_ns, decode_ns, sample_ns
         uint32_t threads_min, threads_max
         int32_t priority
-        uint32_t moves
+        uint32_t moves, preemptions, recomputed
+        uint64_t preempted_ns
 
     ctypedef struct mullama_event:
         uint64_t seq, time_ns, handle
@@ -73,3 +75,5 @@ cdef extern from "../abi.h" nogil:
         MULLAMA_SITE_THREADS
         MULLAMA_SITE_RING_STALL
         MULLAMA_SITE_IDLE
+        MULLAMA_SITE_PREEMPT
+        MULLAMA_SITE_RESUME

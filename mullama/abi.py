@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MAGIC = 0x00414D414C4C554D  # b"MULLAMA\0", little-endian
-VERSION = 1
+VERSION = 2
 
 u32, i32, u64, i64 = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int64
 
@@ -29,7 +29,7 @@ SLOT_STATES = {0: "free", 1: "retained", 2: "prefill", 3: "decode", 4: "done"}
 FINISH_REASONS = {0: "none", 1: "stop", 2: "length", 3: "cancelled", 4: "error"}
 SITES = {
     1: "OPEN", 2: "PLAN", 3: "UBATCH_BEGIN", 4: "UBATCH_END", 5: "SAMPLE", 6: "FINISH", 7: "CLOSE", 8: "MOVE",
-    9: "EVICT", 10: "THREADS", 11: "RING_STALL", 12: "IDLE",
+    9: "EVICT", 10: "THREADS", 11: "RING_STALL", 12: "IDLE", 13: "PREEMPT", 14: "RESUME",
 }  # fmt: skip
 
 
@@ -56,7 +56,8 @@ class Counters(ctypes.Structure):
         "plans", "plan_ns", "gil_wait_ns", "prefill_tokens", "decode_tokens", "sampled_tokens", "graphs_reused",
         "ring_stalls", "ring_stall_ns", "wakeups", "events", "opened", "finished_stop", "finished_length", "cancelled",
         "failed", "kv_hit_tokens", "kv_miss_tokens", "kv_evict_tokens", "kv_moves", "kv_move_bytes", "kv_move_ns",
-        "decode_retries", "thread_changes", "threads", "running", "waiting", "retained", "cells_used", "checksum",
+        "decode_retries", "thread_changes", "threads", "running", "waiting", "retained", "cells_used",
+        "preemptions", "swap_bytes", "swap_ns", "parked", "parked_bytes", "checksum",
     )]  # fmt: skip
 
 
@@ -69,7 +70,8 @@ class Row(ctypes.Structure):
         ("finished_ns", u64), ("prompt_tokens", u32), ("completion_tokens", u32), ("kv_cache_hit", u32),
         ("kv_cache_miss", u32), ("kv_cache_evict", u32), ("cells", u32), ("ubatches", u32), ("finish_reason", u32),
         ("batch_sum", u64), ("prefill_ns", u64), ("decode_ns", u64), ("sample_ns", u64),
-        ("threads_min", u32), ("threads_max", u32), ("priority", i32), ("moves", u32), ("checksum", u64),
+        ("threads_min", u32), ("threads_max", u32), ("priority", i32), ("moves", u32),
+        ("preemptions", u32), ("recomputed", u32), ("preempted_ns", u64), ("checksum", u64),
     ]  # fmt: skip
 
 

@@ -18,14 +18,16 @@ from typing import Any
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine as CoreEngine
 from mullama.engine.generation import BaseGeneration
-from mullama.types import FinishReason, Request, SamplingParams
+from mullama.types import FinishReason, Preempt, Request, SamplingParams
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+_REQUEST_FIELDS = ("priority", "user", "slo_ms", "preempt")
 
 
 class Engine(CoreEngine):
-    """A loaded model. Keyword arguments of the generating methods are the fields of SamplingParams."""
+    """A loaded model. Keyword arguments of the generating methods are the fields of SamplingParams,
+    and ``priority``, ``user``, ``slo_ms`` and ``preempt`` of Request."""
 
     @classmethod
     def load(
@@ -94,7 +96,10 @@ class Engine(CoreEngine):
                 fields[key] = tuple(value.items())
             elif value is not None:
                 fields[key] = tuple(value)
-        return Request(id=f"gen-{uuid.uuid4().hex}", prompt=tokens, sampling=SamplingParams(**fields))
+        request = {key: fields.pop(key) for key in _REQUEST_FIELDS if key in fields}
+        if "preempt" in request:
+            request["preempt"] = Preempt(request["preempt"])
+        return Request(id=f"gen-{uuid.uuid4().hex}", prompt=tokens, sampling=SamplingParams(**fields), **request)
 
 
 def _raise_failure(generation: BaseGeneration) -> None:

@@ -51,8 +51,21 @@ class ServeConfig:
     threads: int = option(0, "most CPU threads for compute; 0: all cores this process may use", minimum=0, maximum=512)
     threads_fixed: bool = option(False, "keep that number of threads, switch the governor off")
     batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384)
-    prefill_budget: int = option(
-        512, "most prompt tokens one step computes while others decode", minimum=1, maximum=_MANY
+    kv_tokens: int = option(
+        0, "tokens the KV cache holds over all requests; 0: parallel x ctx-size", minimum=0, maximum=_MANY
+    )
+    swap_bytes: int = option(
+        0, "host memory for the KV of preempted requests; 0: a quarter of what is free", minimum=0, maximum=1 << 50
+    )
+    scheduler: str = option(
+        "fcfs", "scheduling policy: a name (mullama schedulers), or a file's class", metavar="NAME|FILE:CLASS"
+    )
+    scheduler_arg: list[str] = option([], "parameter of the policy; repeatable", metavar="NAME=VALUE")
+    shadow_scheduler: str = option(
+        "", "policy that is asked as well and reported on, but decides nothing", metavar="NAME|FILE:CLASS"
+    )
+    plan_timeout_ms: float = option(
+        100.0, "how long a user's policy may think before fcfs replaces it", minimum=1.0, maximum=60000.0
     )
     max_queue: int = option(256, "requests that may wait; one more is answered 503", minimum=0, maximum=_MANY)
     flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))

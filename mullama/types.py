@@ -31,6 +31,14 @@ class SeqState(enum.StrEnum):
     DONE = "done"
 
 
+class Preempt(enum.StrEnum):
+    """What becomes of a preempted sequence's KV."""
+
+    AUTO = "auto"  # whichever costs less, by this engine's own measurements
+    SWAP = "swap"  # saved to host memory, restored bit by bit
+    RECOMPUTE = "recompute"  # given up, computed again
+
+
 @dataclass(slots=True, frozen=True)
 class SamplingParams:
     """How tokens are chosen. Defaults are llama.cpp's own (``common_params_sampling``).
@@ -76,7 +84,9 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     arrival_ns: int = 0  # when the request arrived (0: when it was submitted)
     priority: int = 0  # lower is more urgent, as vLLM spells it; ignored by policies without it
-    user: str | None = None
+    user: str | None = None  # the tenant, for policies that share between tenants
+    slo_ms: float | None = None  # wanted time to the first token, for policies with deadlines
+    preempt: Preempt = Preempt.AUTO  # how it may be preempted
 
 
 @dataclass(slots=True)
@@ -101,6 +111,9 @@ class Profile:
     mean_batch_size: float = 0.0  # sequences a ubatch, over those ubatches
     threads_min: int = 0
     threads_max: int = 0
+    preemptions: int = 0  # times it lost its slot to another sequence
+    preempted_ms: float = 0.0  # wall time without a slot because of them
+    recomputed_tokens: int = 0  # tokens computed again after them
 
     def to_dict(self) -> dict[str, Any]:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}

@@ -8,7 +8,7 @@ loop      slots, batch, decode, sample, commit: the hot loop
 """
 
 from mullama._core.governor import Governor
-from mullama._core.loop import FINISH, TEXT, Core, StopText
+from mullama._core.loop import FINISH, TEXT, Core, Parked, StopText
 from mullama._core.model import Model, devices, llama_cpp_version, set_log_level, system_info
 from mullama._core.page import Page
 from mullama._core.sampling import check_params
@@ -20,6 +20,7 @@ __all__ = [
     "Governor",
     "Model",
     "Page",
+    "Parked",
     "StopText",
     "check_params",
     "devices",

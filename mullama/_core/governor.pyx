@@ -237,6 +237,20 @@ cdef class Governor:
         """Report the cores that others used while there was nothing to do (-1: unknown)."""
         self.awake(cores, now)
 
+    def cost(self, int n_tokens):
+        """Ns that a decode of ``n_tokens`` costs on the present threads, by the nearest shape known; 0: none is."""
+        cdef int wanted = shape_of(n_tokens)
+        cdef int s, away
+        cdef double known
+        for away in range(N_SHAPES):
+            for s in (wanted - away, wanted + away):
+                known = self.recent[self.threads][s] if 0 <= s < N_SHAPES else 0.0
+                if known > 0:
+                    if s == wanted:
+                        return known * unit_of(n_tokens)
+                    return known / (s + 1.0 if s < FIRST_LARGE_SHAPE else 1.0) * n_tokens
+        return 0.0
+
     def snapshot(self):
         """Decision and costs (ns a decode up to 8 tokens, ns a token above), for GET /internal/scheduler."""
         costs = {}

@@ -104,6 +104,15 @@ cdef extern from "scan.h" namespace "mullama" nogil:
     int32_t scan_all(const float * x, int32_t n, vector[llama_token_data] & out)
 
 
+cdef class Parked:
+    cdef Slot slot
+    cdef vector[uint8_t] state
+    cdef readonly bint saved
+    cdef int computed                  # tokens that were in the KV cache
+    cdef uint64_t since_ns
+    cdef Model model                   # its sampler may point into the vocabulary
+
+
 cdef class Core:
     cdef readonly Model model
     cdef readonly Page page
@@ -150,17 +159,18 @@ cdef class Core:
     cdef bint push(self, const RecordHeader & header, const void * body, uint32_t n, const void * tail,
                    uint32_t n_tail) noexcept nogil
     cdef void flush_text(self, Slot * s, int n_tokens) noexcept nogil
-    cdef void finish(self, int slot, uint32_t reason, int stop_index, int error) noexcept nogil
+    cdef void finish(self, Slot * s, int slot, uint32_t reason, int stop_index, int error) noexcept nogil
     cdef int compute(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil
     cdef void commit(self, int slot, int row) noexcept nogil
     cdef void decode_rows(self, size_t first, size_t last) noexcept nogil
     cdef void prefill(self, int slot, int n) noexcept nogil
-    cdef void steps(self, uint64_t max_steps) noexcept nogil
+    cdef void steps(self, uint64_t max_steps, uint64_t until_ns) noexcept nogil
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil
     cdef int check_slot(self, int slot) except -1
     cdef void clear_slot(self, int slot) noexcept nogil
     cdef void lose(self, int slot) noexcept nogil
+    cdef void forget(self, Parked parked) noexcept
     cdef int set_up(self, int n_threads, bint threads_fixed, page_path) except -1
     cdef void release(self) noexcept
     cdef int warm_up(self) except -1

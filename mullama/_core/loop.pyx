@@ -9,6 +9,9 @@ tokens has one more entry: the token that was sampled last and is computed in th
     tokens   |0 ....... prompt ....... n_prompt)[ ... generated ... | last)
     in KV    |0 .......................................... n_past)
 
+A slot in prefill computes until n_past reaches the end of tokens, and samples there. After a preemption whose KV was
+given up, tokens holds what had been generated as well.
+
 Every llama_decode call is one ubatch of one shape: single tokens of a gap-free range of slots, or one prompt chunk.
 """
 
@@ -32,6 +35,27 @@ cdef uint64_t IDLE_LOOK_NS = 200 * 1000 * 1000
 # What drain_records() yields first in each tuple.
 TEXT = RECORD_TEXT
 FINISH = RECORD_FINISH
+
+
+cdef class Parked:
+    """A preempted sequence: all of its slot, and its KV when that was saved. Made by ``Core.preempt``."""
+
+    def __dealloc__(self):
+        self.slot.end_request()
+
+    @property
+    def n_bytes(self):
+        """Host memory its saved KV takes."""
+        return self.state.size()
+
+    def tokens(self):
+        """Its prompt and what it generated, as a list."""
+        return list(self.slot.tokens)
+
+    def left(self):
+        """Tokens to compute before it decodes, when no prefix is found: 0 when its KV was saved while it decoded."""
+        cdef int n = <int> self.slot.tokens.size() - self.slot.n_past
+        return 0 if self.saved and self.slot.n_generated > 0 and n == 1 else n
 
 
 @cython.no_gc_clear  # the context must be freed before the model that it points into
@@ -357,8 +381,8 @@ cdef class Core:
         return [self.slots[i].state for i in range(self.n_slots)]
 
     def progress(self):
-        """(state, tokens generated) of every slot."""
-        return [(self.slots[i].state, self.slots[i].n_generated) for i in range(self.n_slots)]
+        """(state, tokens generated, tokens in the KV cache) of every slot."""
+        return [(self.slots[i].state, self.slots[i].n_generated, self.slots[i].n_past) for i in range(self.n_slots)]
 
     def retained(self, int slot):
         """(tokens, step of last use) of the prefix a slot retains; (0, 0) when it retains none."""
@@ -383,6 +407,19 @@ cdef class Core:
         self.check_slot(slot)
         return (self.slots[slot].state, self.slots[slot].handle, self.slots[slot].n_past,
                 list(self.slots[slot].tokens), self.slots[slot].last_used)
+
+    def slot_fill(self, int slot):
+        """(tokens in the KV cache, tokens known) of a slot."""
+        self.check_slot(slot)
+        return self.slots[slot].n_past, <int> self.slots[slot].tokens.size()
+
+    def steps_done(self):
+        """Steps since the core was made."""
+        return self.counters.steps
+
+    def parked_bytes(self):
+        """Host memory of the saved KV of preempted sequences."""
+        return self.counters.parked_bytes
 
     def match(self, prompt):
         """The retained slot whose prefix saves most of ``prompt``, and the number of tokens it saves.
@@ -485,7 +522,7 @@ cdef class Core:
         cdef Slot * s = &self.slots[slot]
         if s.state == MULLAMA_SLOT_PREFILL or s.state == MULLAMA_SLOT_DECODE:
             with nogil:  # a full ring waits for its reader, who needs the GIL
-                self.finish(slot, MULLAMA_FINISH_CANCELLED, -1, 0)
+                self.finish(s, slot, MULLAMA_FINISH_CANCELLED, -1, 0)
                 self.wake.signal()
         if s.state == MULLAMA_SLOT_DONE:
             self.clear_slot(slot)
@@ -581,18 +618,138 @@ cdef class Core:
         cdef Slot * s = &self.slots[slot]
         if s.state == MULLAMA_SLOT_PREFILL or s.state == MULLAMA_SLOT_DECODE:
             s.poisoned = True
-            self.finish(slot, MULLAMA_FINISH_ERROR, -1, CORE_NO_KV)
+            self.finish(s, slot, MULLAMA_FINISH_ERROR, -1, CORE_NO_KV)
             self.wake.signal()
         elif s.state == MULLAMA_SLOT_RETAINED:
             self.clear_slot(slot)
 
+    # -- preemption ----------------------------------------------------------------------------------------
+
+    def preempt(self, int slot, *, bint save):
+        """Take a running sequence out of its slot, sampler, held-back text and all. Returns it Parked.
+
+        ``save``: its KV goes to host memory, for ``resume`` to restore bit by bit. Otherwise (and when llama.cpp does
+        not hand the state out) the slot retains it as a prefix like any other, and what is gone when the sequence
+        comes back is computed again.
+        """
+        self.check_slot(slot)
+        cdef Slot * s = &self.slots[slot]
+        if s.state != MULLAMA_SLOT_PREFILL and s.state != MULLAMA_SLOT_DECODE:
+            raise RuntimeError(f"slot {slot} has no running sequence")
+        cdef uint64_t start = now_ns()
+        cdef Parked parked = Parked.__new__(Parked)
+        cdef size_t n = 0
+        cdef int n_past = s.n_past
+        parked.model = self.model
+        if save and n_past > 0:
+            with nogil:
+                n = llama_state_seq_get_size(self.ctx, slot)
+                parked.state.resize(n)
+                n = llama_state_seq_get_data(self.ctx, parked.state.data(), n, slot)
+            parked.saved = n > 0
+        if not parked.saved:
+            parked.state.clear()
+        parked.state.shrink_to_fit()
+        parked.since_ns = start
+        parked.computed = n_past
+        s.row.preemptions += 1
+        swap_slots(self.slots[slot], parked.slot)
+        # The page's row still shows the sequence that left: no slot is -1, so the next publish replaces it.
+        s.row.slot = -1
+        if not parked.saved:
+            parked.slot.n_past = 0
+        if not parked.saved and n_past > 0 and not parked.slot.poisoned:
+            s.tokens.assign(parked.slot.tokens.begin(), parked.slot.tokens.begin() + n_past)
+            s.n_past = n_past
+            s.state = MULLAMA_SLOT_RETAINED
+            s.last_used = self.counters.steps
+        else:
+            self.clear_slot(slot)
+        self.counters.preemptions += 1
+        self.counters.parked += 1
+        self.counters.parked_bytes += n
+        if parked.saved:
+            self.counters.swap_bytes += n
+            self.counters.swap_ns += now_ns() - start
+        self.site(MULLAMA_SITE_PREEMPT, slot, parked.slot.handle, n_past, n)
+        return parked
+
+    def resume(self, int slot, Parked parked not None, *, int reuse=0, int evicted=0):
+        """Put a preempted sequence into a free or retained slot, where it goes on as if nothing had happened.
+
+        ``reuse``: tokens of what the slot retains that are its own (see match), when its KV was not saved;
+        ``evicted``: cached tokens given up for it. ``parked`` is empty afterwards.
+        """
+        self.check_slot(slot)
+        cdef Slot * s = &self.slots[slot]
+        if s.open():
+            raise RuntimeError(f"slot {slot} is in use")
+        if parked.slot.handle == 0:
+            raise RuntimeError("this sequence has been resumed or ended already")
+        cdef uint64_t start = now_ns()
+        cdef size_t n = parked.state.size()
+        cdef int i
+        cdef bint restored = False
+        if not 0 <= reuse < <int> parked.slot.tokens.size() or reuse > s.n_past:
+            raise ValueError("reuse must leave one token to compute and be no more than the slot retains")
+        for i in range(reuse):
+            if s.tokens[i] != parked.slot.tokens[i]:
+                raise ValueError("the retained tokens are not a prefix of the sequence")
+        if parked.saved:
+            reuse = parked.slot.n_past
+            with nogil:
+                llama_memory_seq_rm(self.mem, slot, -1, -1)
+                restored = llama_state_seq_set_data(self.ctx, parked.state.data(), n, slot) == n
+            if not restored:
+                llama_memory_seq_rm(self.mem, slot, -1, -1)
+                reuse = 0
+            self.counters.swap_bytes += n
+            self.counters.swap_ns += now_ns() - start
+        elif s.n_past > reuse:
+            if reuse == 0 or not llama_memory_seq_rm(self.mem, slot, reuse, -1):
+                llama_memory_seq_rm(self.mem, slot, -1, -1)
+                reuse = 0
+        swap_slots(self.slots[slot], parked.slot)
+        parked.slot.end_request()
+        parked.slot.tokens.clear()
+        s.n_past = reuse
+        s.row.slot = slot
+        s.row.preempted_ns += start - parked.since_ns
+        s.row.recomputed += max(parked.computed - reuse, 0)
+        s.row.kv_cache_evict += evicted
+        s.state = MULLAMA_SLOT_DECODE if s.n_generated > 0 and reuse == <int> s.tokens.size() - 1 \
+            else MULLAMA_SLOT_PREFILL
+        self.forget(parked)
+        self.site(MULLAMA_SITE_RESUME, slot, s.handle, reuse, n)
+
+    def cancel_parked(self, Parked parked not None):
+        """End a preempted sequence (finish record CANCELLED). Harmless when it was resumed or has ended."""
+        if parked.slot.handle == 0:
+            return
+        parked.slot.row.preempted_ns += now_ns() - parked.since_ns
+        parked.slot.n_past = 0
+        with nogil:
+            self.finish(&parked.slot, -1, MULLAMA_FINISH_CANCELLED, -1, 0)
+            self.wake.signal()
+        parked.slot.end_request()
+        self.forget(parked)
+        self.publish()
+
+    cdef void forget(self, Parked parked) noexcept:
+        """A preempted sequence has left host memory."""
+        self.counters.parked -= 1
+        self.counters.parked_bytes -= parked.state.size()
+        parked.state.clear()
+        parked.state.shrink_to_fit()
+        parked.saved = False
+
     # -- the loop --------------------------------------------------------------------------------------------
 
-    def run(self, decode, prefill, max_steps=0):
+    def run(self, decode, prefill, max_steps=0, until_ns=0):
         """Carry out a plan: one token of every slot in ``decode``, then the chunks (slot, n tokens) of ``prefill``.
 
-        A plan without chunks is repeated until a sequence changes its state, ``interrupt`` is called, or ``max_steps``
-        (0: no limit) are done. Returns True when a sequence changed its state.
+        A plan without chunks is repeated until a sequence changes its state, ``interrupt`` is called, ``max_steps``
+        (0: no limit) are done, or the clock shows ``until_ns`` (0: no limit). Returns True when a sequence changed its state.
         Raises ValueError for a plan that does not fit the slots' states.
         """
         self.plan_decode.clear()
@@ -608,7 +765,7 @@ cdef class Core:
         seen = set()
         for slot, n in prefill:
             self.check_slot(slot)
-            left = self.slots[slot].n_prompt - self.slots[slot].n_past
+            left = <int> self.slots[slot].tokens.size() - self.slots[slot].n_past
             if slot in seen or self.slots[slot].state != MULLAMA_SLOT_PREFILL or not 1 <= n <= min(left, self.n_batch):
                 raise ValueError(f"slot {slot} cannot prefill {n} tokens")
             seen.add(slot)
@@ -617,15 +774,16 @@ cdef class Core:
         if self.plan_decode.empty() and self.plan_prefill.empty():
             return False
         cdef uint64_t limit = max_steps
+        cdef uint64_t until = until_ns
         cdef uint64_t released_at
         self.changed = False
         with nogil:
-            self.steps(limit)
+            self.steps(limit, until)
             released_at = now_ns()
         self.counters.gil_wait_ns += now_ns() - released_at
         return self.changed
 
-    cdef void steps(self, uint64_t max_steps) noexcept nogil:
+    cdef void steps(self, uint64_t max_steps, uint64_t until_ns) noexcept nogil:
         cdef size_t i, j
         cdef uint64_t done = 0, start, now
         cdef bint fresh = self.busy_since == 0
@@ -660,7 +818,7 @@ cdef class Core:
             if self.governor.wants_look(now):
                 self.governor.look(self.neighbours.read(), now)
             last = self.changed or not self.plan_prefill.empty() or done == max_steps or self.interrupted.get() \
-                or self.deadline.stop.get()
+                or self.deadline.stop.get() or (until_ns != 0 and now >= until_ns)
             if self.pushed:
                 self.pushed = False
                 self.counters.wakeups += 1
@@ -746,7 +904,7 @@ cdef class Core:
         cdef int i, rc
         cdef uint64_t ns
         cdef int32_t which = slot
-        cdef bint complete = s.n_past + n == s.n_prompt
+        cdef bint complete = s.n_past + n == <int> s.tokens.size()
         for i in range(n):
             self.batch.token[i] = s.tokens[s.n_past + i]
             self.batch.pos[i] = s.n_past + i
@@ -782,7 +940,8 @@ cdef class Core:
             return  # told to stop: the engine ends everything itself
         for i in range(n):
             self.slots[which[i]].poisoned = True
-            self.finish(which[i], MULLAMA_FINISH_ERROR, -1, CORE_NO_KV if rc == 1 else CORE_DECODE)
+            self.finish(&self.slots[which[i]], which[i], MULLAMA_FINISH_ERROR, -1,
+                        CORE_NO_KV if rc == 1 else CORE_DECODE)
 
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil:
         """Sample from the logits of a batch row. -1 with ``error`` set when that is not possible."""
@@ -837,7 +996,7 @@ cdef class Core:
         self.counters.sample_ns += sampled - start
         if token < 0:
             s.poisoned = True
-            self.finish(slot, MULLAMA_FINISH_ERROR, -1, error)
+            self.finish(s, slot, MULLAMA_FINISH_ERROR, -1, error)
             return
         self.counters.sampled_tokens += 1
         self.site(MULLAMA_SITE_SAMPLE, slot, s.handle, token, sampled - start)
@@ -862,17 +1021,19 @@ cdef class Core:
                 stop = s.gate.push(piece, n, s.n_generated >= s.min_tokens, self.released)
             s.pending_text.append(self.released)
         if eog or stop >= 0:
-            self.finish(slot, MULLAMA_FINISH_STOP, stop, 0)
+            self.finish(s, slot, MULLAMA_FINISH_STOP, stop, 0)
         elif s.n_generated >= s.max_tokens:
-            self.finish(slot, MULLAMA_FINISH_LENGTH, -1, 0)
+            self.finish(s, slot, MULLAMA_FINISH_LENGTH, -1, 0)
         else:
             self.flush_text(s, 1)
         end = now_ns()
         self.counters.commit_ns += end - sampled
 
-    cdef void finish(self, int slot, uint32_t reason, int stop_index, int error) noexcept nogil:
-        """End a request: let its last text out and hand over its row, whole, with the finish record."""
-        cdef Slot * s = &self.slots[slot]
+    cdef void finish(self, Slot * s, int slot, uint32_t reason, int stop_index, int error) noexcept nogil:
+        """End a request: let its last text out and hand over its row, whole, with the finish record.
+
+        ``slot`` is -1 for a preempted sequence.
+        """
         cdef RecordHeader header
         cdef FinishBody body
         if reason == MULLAMA_FINISH_STOP or reason == MULLAMA_FINISH_LENGTH:
@@ -977,6 +1138,12 @@ cdef class Core:
         """Fault injection for tests: the next logits of this slot hold a NaN."""
         self.check_slot(slot)
         self.fault_slot = slot
+
+    def damage_parked(self, Parked parked not None):
+        """Fault injection for tests: the saved KV of a preempted sequence no longer is what llama.cpp wrote."""
+        cdef size_t n = parked.state.size() // 2
+        self.counters.parked_bytes -= parked.state.size() - n
+        parked.state.resize(n)
 
     def ring_usage(self):
         """(bytes used, capacity) of the token ring."""

@@ -5,7 +5,7 @@ No compiled code is imported here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from mullama.types import Delta, Finish, ModelInfo, Request
@@ -75,6 +75,15 @@ class EngineClient(Protocol):
 
     def scheduler_snapshot(self) -> dict[str, Any]:
         """GET /internal/scheduler: policy, params, waiting and running sequences, step counters."""
+
+    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """PUT /internal/scheduler: another policy from the next step on; policy, params, sequences handed over.
+
+        Raises InvalidRequest (unknown policy or parameter); the running policy stays.
+        """
+
+    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """PATCH /internal/scheduler: change parameters of the policy in charge. Raises InvalidRequest."""
 
     async def kv_snapshot(self) -> dict[str, Any]:
         """GET /internal/kv: layout, cells used and free, by whom; retained prefixes. Asked at a step boundary."""

@@ -7,36 +7,31 @@ append commands, set its interrupt flag, or read the instrumentation page.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import logging
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
 from mullama.config import ServeConfig
-from mullama.engine import lifecycle, loading, snapshot
+from mullama.engine import loading, sizing, snapshot
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
+from mullama.engine.policy import PolicyHost
 from mullama.engine.reader import Reader
-from mullama.errors import (
-    ComputeFailed,
-    ContextLengthExceeded,
-    EngineDead,
-    InvalidRequest,
-    MullamaError,
-    QueueFull,
-    ShuttingDown,
-)
-from mullama.kv.placement import SlotView, holes, place
-from mullama.scheduling import EngineState, Fcfs, Scheduler, SeqView, check_plan
-from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SeqState
+from mullama.engine.sequences import LiveSequence, Sequences
+from mullama.errors import ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull, ShuttingDown
+from mullama.kv import budget
+from mullama.scheduling import Costs, EngineState, Plan, SeqView, registry
+from mullama.scheduling.arguments import parse_args
+from mullama.types import ModelInfo, Request, SeqState
 
 log = logging.getLogger("mullama.engine")
 
@@ -44,44 +39,43 @@ T = TypeVar("T")
 
 STALLED_SECONDS = 30.0  # no step for so long, with work to do: not ready
 GIL_SWITCH_SECONDS = 0.0005  # what the engine waits at most for a busy event loop
-
-
-@dataclass(slots=True)
-class LiveSequence:
-    """A request on its way: what the policy sees, and where it lives."""
-
-    view: SeqView
-    request: Request
-    slot: int = -1
-
-    def move(self, state: SeqState) -> None:
-        self.view.state = lifecycle.check(self.view.state, state)
+PRESSURE_STEPS = 64  # steps that eviction under KV pressure makes room for
 
 
 class Engine:
     """A loaded model that generates (see engine.client.EngineClient for the contract)."""
 
     def __init__(self, model: Model, core: Core, info: ModelInfo, config: ServeConfig) -> None:
-        self.info = info
         self.model = model
         self.config = config
         self._core = core
-        self._scheduler: Scheduler = Fcfs(prefill_budget=config.prefill_budget)
+        self._policy = PolicyHost(
+            registry.create(config.scheduler, parse_args(config.scheduler_arg)),
+            config.scheduler,
+            own_thread=not registry.is_builtin(config.scheduler),
+            timeout_ms=config.plan_timeout_ms,
+        )
         self._reader = Reader(core, TEXT)
         self._page = abi.Reader(core.page.buffer())
         self._handles = itertools.count(1)
-        self._seqs: dict[int, LiveSequence] = {}
-        self._slots: list[int] = [0] * core.n_slots  # handle of the running sequence, 0: none
+        self._seqs = Sequences(
+            core, self._reader, info.name, config.swap_bytes or sizing.default_swap_bytes(), self._policy.remove
+        )
+        self._policy.views = self._seqs.views
+        self._token_bytes = sizing.kv_bytes_per_token(model.metadata())
+        capacity = core.n_slots * core.n_ctx
+        self._kv_tokens = min(config.kv_tokens or capacity, capacity)
+        # What fits alone never fails: no request may use more than the whole budget.
+        self.info = info = dataclasses.replace(info, n_ctx=min(info.n_ctx, self._kv_tokens))
         self._wait = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._calls: set[Future[Any]] = set()  # of call(), not answered yet
-        self._n_waiting = 0
+        self._n_posted = 0  # submitted, not taken by the engine thread yet; under the lock
         self._idle = False
         self._draining = False
         self._stopping = False
         self._closed = False
         self._failure: str | None = None
-        self._move_ns_per_byte = 1.0  # measured as moves happen
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._run, name=f"mullama-engine-{info.name}", daemon=True)
         self._thread.start()
@@ -142,25 +136,28 @@ class Engine:
 
     def _enqueue(self, request: Request, generation: BaseGeneration) -> None:
         self._check(request)
+        room = self.info.n_ctx - len(request.prompt)
         view = SeqView(
             id=generation.handle,
             state=SeqState.WAITING,
             prompt_tokens=len(request.prompt),
             prefill_left=len(request.prompt),
-            max_tokens=request.sampling.max_tokens or self.info.n_ctx,
+            max_tokens=min(request.sampling.max_tokens or room, room),
             arrival_ns=request.arrival_ns or time.monotonic_ns(),
             priority=request.priority,
             user=request.user,
+            slo_ms=request.slo_ms,
+            preempt=request.preempt,
+            state_ns=time.monotonic_ns(),
         )
         seq = LiveSequence(view, request)
         with self._wait:
             self._check_alive()
             # A request that a slot is free for does not wait.
-            if self._n_waiting >= self.config.max_queue + self._slots.count(0):
-                raise QueueFull(
-                    f"{self._n_waiting} requests are waiting, the limit is {self.config.max_queue}", retry_after=1
-                )
-            self._n_waiting += 1
+            n_waiting = self._n_posted + self._seqs.n_queued
+            if n_waiting >= self.config.max_queue + self._seqs.slots.count(0):
+                raise QueueFull(f"{n_waiting} requests are waiting, the limit is {self.config.max_queue}", retry_after=1)
+            self._n_posted += 1
             self._reader.add(generation, request.sampling.stop)
             self._post(lambda: self._add(seq))
 
@@ -192,7 +189,7 @@ class Engine:
     def _request_cancel(self, handle: int) -> None:
         with self._wait:
             if not self._closed:
-                self._post(lambda: self._cancel(handle))
+                self._post(lambda: self._seqs.cancel(handle))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the engine thread at the next step boundary."""
@@ -232,15 +229,47 @@ class Engine:
 
     def scheduler_snapshot(self) -> dict[str, Any]:
         """GET /internal/scheduler."""
-        return snapshot.scheduler(self.info, self._scheduler, list(self._seqs.values()), self._page, self._core)
+        return snapshot.scheduler(self.info, self._policy, list(self._seqs.live.values()), self._page, self._core)
+
+    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Put another policy in charge from the next step on; no request and no cached token is lost.
+
+        ``spec`` is a name or ``FILE.py:CLASS``. Returns policy, params and the number of sequences handed over.
+        Raises InvalidRequest, naming the valid ones, for an unknown policy or parameter: the running one stays.
+        """
+        policy = await asyncio.to_thread(registry.create, spec, params)
+        return await asyncio.wrap_future(self.call(lambda: self._set_scheduler(policy, spec)))
+
+    def set_scheduler_sync(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """``set_scheduler`` for a thread without an event loop."""
+        policy = registry.create(spec, params)
+        return self.call(lambda: self._set_scheduler(policy, spec)).result()
+
+    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
+        return await asyncio.wrap_future(self.call(lambda: self._configure_scheduler(params)))
+
+    def _set_scheduler(self, policy: Any, spec: str) -> dict[str, Any]:
+        own_thread = not registry.is_builtin(spec)
+        n = self._policy.swap(policy, spec, own_thread=own_thread)
+        return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": n}
+
+    def _configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        configure = getattr(self._policy.policy, "configure", None)
+        if configure is None or not registry.is_builtin(self._policy.spec):
+            # A user's policy may be thinking: one made anew takes over instead.
+            policy = registry.create(self._policy.spec, {**self._policy.params(), **params})
+            return self._set_scheduler(policy, self._policy.spec)
+        configure(**params)
+        return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": len(self._seqs.live)}
 
     async def kv_snapshot(self) -> dict[str, Any]:
         """GET /internal/kv, as it is at a step boundary."""
-        return await asyncio.wrap_future(self.call(lambda: snapshot.kv(self.info, self._core, self._slots)))
+        return await asyncio.wrap_future(self.call(lambda: snapshot.kv(self.info, self._core, self._seqs)))
 
     def kv_snapshot_sync(self) -> dict[str, Any]:
         """The same for a thread without an event loop."""
-        return self.call(lambda: snapshot.kv(self.info, self._core, self._slots)).result()
+        return self.call(lambda: snapshot.kv(self.info, self._core, self._seqs)).result()
 
     async def drop_retained(self) -> int:
         """Drop every retained prefix; returns the number of cells freed."""
@@ -250,7 +279,7 @@ class Engine:
         """Refuse new requests, wait for running ones up to ``timeout`` seconds, cancel the rest. True: none was cut."""
         self._draining = True
         deadline = time.monotonic() + timeout
-        while self._seqs or self._n_waiting:
+        while self._seqs or self._n_posted:
             if time.monotonic() >= deadline or self._failure is not None:
                 break
             await asyncio.sleep(0.02)
@@ -277,6 +306,7 @@ class Engine:
             pass  # what was finished before is not lost
         self._reader.close()
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
+        self._policy.close()
         self._core.close()
         self.model.close()
 
@@ -315,151 +345,103 @@ class Engine:
         while self._commands:
             self._commands.popleft()()
 
-    def _sleep(self) -> None:
-        """Nothing to do: let the compute threads sleep until a command comes."""
+    def _sleep(self, until_ns: int = 0) -> None:
+        """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
         start = time.monotonic_ns()
         with self._wait:
-            self._idle = True
+            self._idle = not self._seqs
             while not self._commands and not self._stopping:
-                self._wait.wait()
+                left = (until_ns - time.monotonic_ns()) / 1e9 if until_ns else None
+                if left is not None and left <= 0:
+                    break
+                self._wait.wait(left)
             self._idle = False
         if not self._stopping:
-            self._core.note_idle(time.monotonic_ns() - start, self._n_waiting)
+            self._core.note_idle(time.monotonic_ns() - start, self._n_waiting())
+
+    def _n_waiting(self) -> int:
+        return self._n_posted + self._seqs.n_queued
 
     def _step(self) -> None:
-        """Plan, admit, run, collect."""
-        start = time.monotonic_ns()
-        state = EngineState(
-            now_ns=start,
-            step=self._page.counters().steps,
-            free_slots=self._slots.count(0),
-            max_prefill=self._core.n_batch,
-        )
-        plan = self._scheduler.plan(state)
-        check_plan(plan, {handle: seq.view for handle, seq in self._seqs.items()}, state)
+        """Plan, preempt, admit, run, follow."""
+        state = self._state()
+        plan = self._policy.plan(state)
+        planned_ns = time.monotonic_ns() - state.now_ns
+        steps = plan.repeat
+        fresh = bool(plan.preempt)
+        if self._kv_tokens < self._core.n_slots * self._core.n_ctx:
+            plan, steps = self._fit_budget(plan)
+        for handle, how in plan.preempt.items():
+            self._seqs.preempt(handle, how)
         for handle in plan.tokens:
-            if self._seqs[handle].view.state is SeqState.WAITING:
-                self._admit(self._seqs[handle])
-        self._close_holes()
-        self._collect()  # a sequence that could not be moved has ended
+            if self._seqs.views[handle].is_queued:
+                self._seqs.start(handle)
+                fresh = True
+        self._seqs.close_holes()
+        self._seqs.collect()  # a sequence that could not be moved has ended
+        decode, prefill = self._shape(plan)
+        self._core.note_plan(planned_ns, self._n_waiting(), len(decode), sum(n for _, n in prefill))
+        if decode or prefill:
+            self._core.run(decode, prefill, 1 if fresh else steps, plan.until_ns)
+            self._seqs.collect()
+        elif self._seqs:
+            self._sleep(plan.until_ns or time.monotonic_ns() + 1_000_000)
+
+    def _state(self) -> EngineState:
+        core, governor = self._core, self._core.governor
+        n_decoding = sum(view.state is SeqState.DECODE for view in self._seqs.views.values())
+        costs = Costs(
+            prefill_token_ns=governor.cost(core.n_batch) / core.n_batch,
+            decode_step_ns=governor.cost(max(n_decoding, 1)),
+            swap_token_ns=self._seqs.move_ns_per_byte * self._token_bytes,
+        )
+        return EngineState(
+            now_ns=time.monotonic_ns(),
+            step=core.steps_done(),
+            free_slots=self._seqs.slots.count(0),
+            max_prefill=core.n_batch,
+            n_slots=core.n_slots,
+            free_cells=self._kv_tokens - self._seqs.cells_running(),
+            costs=costs,
+        )
+
+    def _fit_budget(self, plan: Plan) -> tuple[Plan, int]:
+        """Cut the plan to the KV budget and make room for it. Returns it and the steps it may be repeated."""
+        fitted = budget.fit(plan, self._seqs.views, self._kv_tokens)
+        for handle in fitted.preempt:
+            fitted.plan.preempt[handle] = self._seqs.views[handle].preempt
+        leaving = sum(self._seqs.views[handle].cells for handle in fitted.plan.preempt)
+        running = self._seqs.cells_running() - leaving
+        n_decode = max(len(fitted.plan.tokens), 1)
+        wanted = fitted.cells + n_decode * PRESSURE_STEPS
+        free = self._kv_tokens - running - self._seqs.cells_retained()
+        if free < wanted:
+            free += self._seqs.evict_retained(wanted - free)
+        steps = max(1, free // n_decode)
+        return fitted.plan, min(plan.repeat, steps) if plan.repeat else steps
+
+    def _shape(self, plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
+        """The plan as the core takes it: slots that decode, and prompt chunks (slot, tokens)."""
         decode: list[int] = []
         prefill: list[tuple[int, int]] = []
         for handle, n in plan.tokens.items():
-            seq = self._seqs.get(handle)
-            if seq is None:
-                continue  # could not be opened
+            seq = self._seqs.live.get(handle)
+            if seq is None or seq.slot < 0:
+                continue  # it could not be started
             if seq.view.state is SeqState.DECODE:
                 decode.append(seq.slot)
             else:
                 prefill.append((seq.slot, min(n, seq.view.prefill_left)))
-        self._core.note_plan(time.monotonic_ns() - start, self._n_waiting, len(decode), sum(n for _, n in prefill))
-        self._core.run(decode, prefill, plan.repeat)
-        for slot, n in prefill:
-            self._seqs[self._slots[slot]].view.prefill_left -= n
-        self._collect()
+        return decode, prefill
 
     def _add(self, seq: LiveSequence) -> None:
-        self._seqs[seq.view.id] = seq
-        self._scheduler.add(seq.view)
-
-    def _admit(self, seq: LiveSequence) -> None:
-        """WAITING -> PREFILL: give it a slot, with as much of its prompt as a retained prefix saves."""
-        core, request = self._core, seq.request
-        match_slot, match_tokens = core.match(request.prompt)
-        where = place(self._slot_views(), match_slot, match_tokens)
-        assert where is not None, "the plan was checked against the free slots"
-        evicted = core.evict(where.evict) if where.evict is not None else 0
-        if where.exchange is not None:
-            self._exchange(*where.exchange)
-        self._n_waiting -= 1
-        try:
-            core.open(
-                where.slot,
-                seq.view.id,
-                request.prompt,
-                request.sampling,
-                reuse=min(where.reuse, core.retained(where.slot)[0]),  # 0 if the exchange lost it
-                evicted=evicted,
-                arrival_ns=seq.view.arrival_ns,
-                priority=request.priority,
-            )
-        except Exception as error:
-            # Whatever one request holds, the others go on.
-            if not isinstance(error, MullamaError):
-                error = InvalidRequest(f"the request could not be started: {error}")
-            self._forget(seq)
-            self._reader.end_directly(seq.view.id, Finish(FinishReason.ERROR, Profile(), error=error))
-            return
-        seq.slot = where.slot
-        seq.view.prefill_left = len(request.prompt) - core.slot_info(where.slot)[2]
-        self._slots[where.slot] = seq.view.id
-        seq.move(SeqState.PREFILL)
-
-    def _slot_views(self) -> list[SlotView]:
-        views = []
-        for slot, handle in enumerate(self._slots):
-            tokens, last_used = self._core.retained(slot)
-            views.append(SlotView(handle != 0, tokens, last_used))
-        return views
-
-    def _close_holes(self) -> None:
-        """Keep running sequences on a gap-free range of the lowest slots, where the move costs less than the gap."""
-        for low, high in holes([handle != 0 for handle in self._slots]):
-            cost = self._core.state_bytes(high) * self._move_ns_per_byte
-            if cost < self._core.gap_cost_ns(high):
-                self._exchange(low, high)
-
-    def _exchange(self, a: int, b: int) -> None:
-        """Swap two slots, KV and all. Sequences whose KV is lost on the way fail; nobody else notices."""
-        start = time.monotonic_ns()
-        try:
-            n_bytes = self._core.exchange(a, b)
-        except ComputeFailed:
-            log.exception("slots %d and %d of '%s' could not change places", a, b, self.info.name)
-            n_bytes = 0
-        if n_bytes:
-            self._move_ns_per_byte += 0.3 * ((time.monotonic_ns() - start) / n_bytes - self._move_ns_per_byte)
-        self._slots[a], self._slots[b] = self._slots[b], self._slots[a]
-        for slot in (a, b):
-            if self._slots[slot]:
-                self._seqs[self._slots[slot]].slot = slot
-
-    def _collect(self) -> None:
-        """Follow what the core did: first tokens, finishes."""
-        for slot, (state, generated) in enumerate(self._core.progress()):
-            handle = self._slots[slot]
-            if not handle:
-                continue
-            seq = self._seqs[handle]
-            seq.view.generated = generated
-            if state == abi.DECODE and seq.view.state is SeqState.PREFILL:
-                seq.move(SeqState.DECODE)
-            elif state == abi.DONE:
-                self._core.close_slot(slot)
-                self._forget(seq)
-
-    def _forget(self, seq: LiveSequence) -> None:
-        seq.move(SeqState.DONE)
-        if seq.slot >= 0:
-            self._slots[seq.slot] = 0
-        self._seqs.pop(seq.view.id, None)
-        self._scheduler.remove(seq.view.id)
-
-    def _cancel(self, handle: int) -> None:
-        seq = self._seqs.get(handle)
-        if seq is None:
-            return
-        if seq.slot >= 0:
-            self._core.cancel(seq.slot)  # writes the finish record
-        else:
-            self._n_waiting -= 1
-            waited = (time.monotonic_ns() - seq.view.arrival_ns) / 1e6
-            profile = Profile(prompt_tokens=seq.view.prompt_tokens, queue_ms=waited, total_ms=waited)
-            self._reader.end_directly(handle, Finish(FinishReason.CANCELLED, profile))
-        self._forget(seq)
+        with self._wait:
+            self._n_posted -= 1
+            self._seqs.add(seq)
+        self._policy.add(seq.view)
 
     def _drop_retained(self) -> int:
-        freed = sum(self._core.evict(slot) for slot, handle in enumerate(self._slots) if not handle)
-        self._core.note_idle(0, self._n_waiting)
+        freed = self._seqs.evict_retained(1 << 62)
+        self._core.note_idle(0, self._n_waiting())
         return freed

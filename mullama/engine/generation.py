@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from mullama.types import Delta, Finish
+
+log = logging.getLogger("mullama.engine")
 
 
 class BaseGeneration:
@@ -33,12 +36,17 @@ class BaseGeneration:
 
 
 class AsyncGeneration(BaseGeneration):
-    """Read on one event loop. Deltas that pile up while nobody reads are merged."""
+    """Read on one event loop. Deltas that pile up while nobody reads are merged.
+
+    ``sink``, if set, is offered every text on that loop in the moment of its delivery, unless another one is queued.
+    What it takes (it returns True) is not queued and wakes no reader. It must not wait, and may be changed any time.
+    """
 
     def __init__(
         self, request_id: str, handle: int, cancel: Callable[[int], None], loop: asyncio.AbstractEventLoop
     ) -> None:
         super().__init__(request_id, handle, cancel)
+        self.sink: Callable[[str], bool] | None = None
         self._loop = loop
         self._thread = threading.get_ident()
         self._parts: list[str] = []
@@ -65,6 +73,13 @@ class AsyncGeneration(BaseGeneration):
             return  # the loop is closed: nobody reads any more
 
     def _put(self, text: str, n_tokens: int) -> None:
+        if self.sink is not None and not self._parts:
+            try:
+                if self.sink(text):
+                    return
+            except Exception:  # the other requests' records must not suffer
+                log.exception("request %s: its sink failed and is left out from here on", self.id)
+                self.sink = None
         self._parts.append(text)
         self._n_tokens += n_tokens
         self._wake()

@@ -1,7 +1,7 @@
 """The life of a sequence, as a table. Illegal moves raise.
 
     WAITING -> PREFILL -> DECODE -> DONE      and any state -> DONE (cancel, error)
-    PREFILL, DECODE -> PREEMPTED -> WAITING | DECODE        (KV saved to host, or dropped)
+    PREFILL, DECODE -> PREEMPTED -> PREFILL | DECODE        (KV saved to host, or dropped)
     PREFILL, DECODE -> MIGRATING -> PREFILL | DECODE        (a swap of the weights)
 
 docs/architecture.md draws it from TRANSITIONS (a test compares).
@@ -17,7 +17,7 @@ TRANSITIONS: dict[SeqState, frozenset[SeqState]] = {
     S.WAITING: frozenset({S.PREFILL, S.DONE}),
     S.PREFILL: frozenset({S.DECODE, S.PREEMPTED, S.MIGRATING, S.DONE}),
     S.DECODE: frozenset({S.PREEMPTED, S.MIGRATING, S.DONE}),
-    S.PREEMPTED: frozenset({S.WAITING, S.DECODE, S.DONE}),
+    S.PREEMPTED: frozenset({S.PREFILL, S.DECODE, S.DONE}),
     S.MIGRATING: frozenset({S.PREFILL, S.DECODE, S.DONE}),
     S.DONE: frozenset(),
 }

@@ -57,6 +57,9 @@ def profile_of(row: abi.Row) -> Profile:
         mean_batch_size=row.batch_sum / row.ubatches if row.ubatches else 0.0,
         threads_min=row.threads_min,
         threads_max=row.threads_max,
+        preemptions=row.preemptions,
+        preempted_ms=row.preempted_ns / 1e6,
+        recomputed_tokens=row.recomputed,
     )
 
 

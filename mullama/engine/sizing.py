@@ -44,6 +44,12 @@ def available_memory() -> int | None:
         return None
 
 
+def default_swap_bytes() -> int:
+    """Host memory that the KV of preempted requests may take: a quarter of what is free, 1 GiB where unknown."""
+    free = available_memory()
+    return (1 << 30) if free is None else free // 4
+
+
 @dataclass(slots=True, frozen=True)
 class Sizes:
     n_ctx: int

@@ -7,57 +7,74 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mullama import abi
-from mullama.scheduling import Scheduler
-from mullama.types import ModelInfo, SeqState
+from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
     from mullama._core import Core
-    from mullama.engine.engine import LiveSequence
+    from mullama.engine.policy import PolicyHost
+    from mullama.engine.sequences import LiveSequence, Sequences
 
 
 def scheduler(
-    info: ModelInfo, policy: Scheduler, seqs: Sequence[LiveSequence], page: abi.Reader, core: Core
+    info: ModelInfo, policy: PolicyHost, seqs: Sequence[LiveSequence], page: abi.Reader, core: Core
 ) -> dict[str, Any]:
-    """Policy, waiting and running sequences, counters. Read from any thread: a moment's view, not a lock's."""
+    """Policy, waiting and running sequences, plans, counters. Read from any thread: a moment's view, not a lock's."""
     now = time.monotonic_ns()
     counters = page.counters()
     rows = {row.handle: row for row in page.rows() if row.handle}
-    waiting, running = [], []
-    for seq in seqs:
-        view = seq.view
-        item: dict[str, Any] = {
-            "id": seq.request.id,
-            "state": str(view.state),
-            "priority": view.priority,
-            "prompt_tokens": view.prompt_tokens,
-            "max_tokens": view.max_tokens,
-            "age_ms": round((now - view.arrival_ns) / 1e6, 3),
-        }
-        if view.state is SeqState.WAITING:
-            waiting.append(item)
-            continue
-        row = rows.get(view.id)
-        item["slot"] = seq.slot
-        if row is not None:
-            item["prompt_tokens_done"] = min(row.cells, view.prompt_tokens)
-            item["completion_tokens"] = row.completion_tokens
-            item["kv_cache_hit"] = row.kv_cache_hit
-        running.append(item)
+    items = [_sequence(seq, rows.get(seq.view.id), now) for seq in seqs]
+    ids = {seq.view.id: seq.request.id for seq in seqs}
+    plan = policy.last_plan
     return {
         "model": info.name,
         "policy": policy.name,
-        "params": dict(policy.params()),
-        "waiting": waiting,
-        "running": running,
+        "params": policy.params(),
+        "fallback": policy.fallback,
+        "waiting": [item for item in items if item["slot"] is None],
+        "running": [item for item in items if item["slot"] is not None],
+        "plan": {
+            "tokens": {ids[i]: n for i, n in list(plan.tokens.items()) if i in ids},
+            "preempt": {ids[i]: str(how) for i, how in list(plan.preempt.items()) if i in ids},
+            "repeat": plan.repeat,
+        },
         "step": counters.steps,
         "plans": counters.plans,
-        "mean_plan_ms": round(counters.plan_ns / counters.plans / 1e6, 4) if counters.plans else None,
+        "repeated_plans": policy.stats.repeated,
+        "preemptions": counters.preemptions,
+        "swaps": policy.stats.swaps,
+        "plan_times": policy.plan_times(),
         "threads": core.governor.snapshot(),
         "counters": abi.as_dict(counters),
     }
 
 
-def kv(info: ModelInfo, core: Core, slots: Sequence[int]) -> dict[str, Any]:
+def _sequence(seq: LiveSequence, row: abi.Row | None, now: int) -> dict[str, Any]:
+    view = seq.view
+    spent = dict(seq.spent_ns)
+    spent[view.state] = spent.get(view.state, 0) + now - view.state_ns
+    generated = row.completion_tokens if row is not None else view.generated
+    return {
+        "id": seq.request.id,
+        "state": str(view.state),
+        "slot": seq.slot if seq.slot >= 0 else None,
+        "priority": view.priority,
+        "user": view.user,
+        "slo_ms": view.slo_ms,
+        "prompt_tokens": view.prompt_tokens,
+        "prompt_tokens_done": min(row.cells, view.prompt_tokens) if row is not None else 0,
+        "prefill_left": view.prefill_left,
+        "completion_tokens": generated,
+        "max_tokens": view.max_tokens,
+        "tokens_left": max(view.max_tokens - generated, 0),
+        "kv_cache_hit": row.kv_cache_hit if row is not None else 0,
+        "preemptions": view.preemptions,
+        "parked_bytes": seq.parked.n_bytes if seq.parked is not None else 0,
+        "age_ms": round((now - view.arrival_ns) / 1e6, 3),
+        "state_ms": {str(state): round(ns / 1e6, 3) for state, ns in spent.items()},
+    }
+
+
+def kv(info: ModelInfo, core: Core, seqs: Sequences) -> dict[str, Any]:
     """Cells used and by whom, from llama.cpp's own cells. Engine thread only."""
     truth = core.cells()
     rows: list[dict[str, Any]] = []
@@ -84,6 +101,8 @@ def kv(info: ModelInfo, core: Core, slots: Sequence[int]) -> dict[str, Any]:
         "cells_free": max(total - used, 0),  # a recurrent model has states, no cells
         "cells_running": sum(row["cells"] for row in rows if row["state"] not in ("free", "retained")),
         "cells_retained": sum(row["cells"] for row in rows if row["state"] == "retained"),
+        "parked_sequences": sum(seq.parked is not None for seq in seqs.live.values()),
+        "parked_bytes": core.parked_bytes(),
         "slots": rows,
         "audit": core.audit(),
     }

@@ -1,8 +1,25 @@
 """Scheduling policies: small classes that decide, by name. ``_core`` carries out."""
 
-from mullama.scheduling.base import EngineState, Plan, Scheduler, SeqView, check_plan
+from mullama.scheduling.base import Costs, EngineState, Plan, Scheduler, SeqView, check_plan
+from mullama.scheduling.batching import Batching
 from mullama.scheduling.fcfs import Fcfs
+from mullama.scheduling.params import Param, Policy
+from mullama.scheduling.registry import SCHEDULERS, create, describe, describe_all, is_builtin
 
-POLICIES: dict[str, type[Scheduler]] = {Fcfs.name: Fcfs}
-
-__all__ = ["POLICIES", "EngineState", "Fcfs", "Plan", "Scheduler", "SeqView", "check_plan"]
+__all__ = [
+    "SCHEDULERS",
+    "Batching",
+    "Costs",
+    "EngineState",
+    "Fcfs",
+    "Param",
+    "Plan",
+    "Policy",
+    "Scheduler",
+    "SeqView",
+    "check_plan",
+    "create",
+    "describe",
+    "describe_all",
+    "is_builtin",
+]

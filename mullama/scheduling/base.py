@@ -1,7 +1,8 @@
 """What a scheduler sees and what it decides. Sans-I/O: no clock, thread, model or event loop.
 
 A policy is asked for a plan only when something changed: an arrival, a finish, a cancelled request, a prefill chunk
-done. Between those moments the core repeats the plan without calling Python.
+done, a plan's ``repeat`` or ``until_ns`` reached. Between those moments the core repeats the plan without calling
+Python. The same classes run in the engine, in the simulator and as shadows.
 """
 
 from __future__ import annotations
@@ -11,22 +12,59 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from mullama.errors import PluginError
-from mullama.types import SeqState
+from mullama.types import Preempt, SeqState
+
+RUNNING = (SeqState.PREFILL, SeqState.DECODE)
+QUEUED = (SeqState.WAITING, SeqState.PREEMPTED)
 
 
 @dataclass(slots=True)
 class SeqView:
-    """One sequence as a policy sees it. The engine keeps it up to date; a policy only reads it."""
+    """One sequence as a policy sees it. The engine keeps it up to date; a policy only reads it.
+
+    WAITING and PREEMPTED sequences hold no slot; PREFILL and DECODE ones do. A PREEMPTED sequence whose KV was saved
+    goes on where it was: ``prefill_left`` is 0 when it was decoding. One whose KV was given up has to compute its
+    prompt and what it had generated again: ``prefill_left`` says how much (an upper bound, like that of a WAITING one).
+    """
 
     id: int
     state: SeqState
     prompt_tokens: int
-    prefill_left: int  # prompt tokens not yet in the KV cache (an upper bound while WAITING: a prefix may match)
+    prefill_left: int  # tokens to compute before it decodes (an upper bound while WAITING: a prefix may match)
     max_tokens: int
     arrival_ns: int
     generated: int = 0
-    priority: int = 0
+    priority: int = 0  # lower is more urgent
     user: str | None = None
+    slo_ms: float | None = None  # wanted time to first token
+    cells: int = 0  # its tokens in the KV cache (PREEMPTED: saved in host memory)
+    state_ns: int = 0  # when it came into its state
+    preemptions: int = 0
+    preempt: Preempt = Preempt.AUTO  # what the request says of being preempted
+
+    @property
+    def is_queued(self) -> bool:
+        """Without a slot, and wants one."""
+        return self.state in QUEUED
+
+    @property
+    def is_running(self) -> bool:
+        """Holds a slot."""
+        return self.state in RUNNING
+
+    @property
+    def tokens_left(self) -> int:
+        """Most tokens it may still generate."""
+        return max(self.max_tokens - self.generated, 0)
+
+
+@dataclass(slots=True, frozen=True)
+class Costs:
+    """What work costs on this machine now, in ns, by the engine's own measurements; 0 while unknown."""
+
+    prefill_token_ns: float = 0.0  # one prompt token
+    decode_step_ns: float = 0.0  # one step of the sequences that decode now
+    swap_token_ns: float = 0.0  # saving and restoring the KV of one token
 
 
 @dataclass(slots=True, frozen=True)
@@ -35,29 +73,39 @@ class EngineState:
 
     now_ns: int
     step: int
-    free_slots: int  # sequences that may leave WAITING now
+    free_slots: int  # sequences that may leave the queue now
     max_prefill: int  # most prompt tokens one step may compute
+    n_slots: int = 0
+    free_cells: int = 1 << 62  # tokens of KV that may be added now, retained prefixes given up
+    costs: Costs = Costs()
 
 
 @dataclass(slots=True)
 class Plan:
     """``tokens``: for each sequence taking part, how many tokens this step: 1 to decode, or a prefill chunk.
 
-    A WAITING sequence that is given tokens is admitted, in the order of the mapping. A plan with chunks holds for one
-    step; one without is repeated ``repeat`` times (0: until something changes).
+    ``preempt``: sequences that lose their slot first, and what becomes of their KV. A queued sequence that is given
+    tokens is admitted, in the order of the mapping (one that decodes again after a swap: 1 token). A plan with chunks
+    or admissions holds for one step; another is repeated ``repeat`` times (0: until something changes), and not
+    beyond ``until_ns`` (0: no limit). An empty plan with ``until_ns`` leaves the engine idle until then.
     """
 
     tokens: dict[int, int] = field(default_factory=dict)
     repeat: int = 0
+    preempt: dict[int, Preempt] = field(default_factory=dict)
+    until_ns: int = 0
 
 
 class Scheduler(Protocol):
-    """Decides who computes what. Called on the engine thread; must return within milliseconds."""
+    """Decides who computes what.
+
+    Built-in policies are called on the engine thread; a user's on a planner thread, with views of its own.
+    """
 
     name: ClassVar[str]
 
     def add(self, seq: SeqView) -> None:
-        """A request arrived (state WAITING)."""
+        """A request arrived (WAITING), or is handed over by another policy (any state but DONE)."""
 
     def remove(self, seq_id: int) -> None:
         """It ended, whatever the reason."""
@@ -73,21 +121,34 @@ def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> 
     """Raise PluginError, saying what is wrong, unless the engine can carry out ``plan``."""
     admitted = 0
     prefill = 0
+    for seq_id, how in plan.preempt.items():
+        seq = known.get(seq_id)
+        if seq is None:
+            raise PluginError(f"the plan preempts sequence {seq_id}, which does not exist")
+        if not seq.is_running:
+            raise PluginError(f"the plan preempts sequence {seq_id}, which is {seq.state} and holds no slot")
+        if seq_id in plan.tokens:
+            raise PluginError(f"the plan preempts sequence {seq_id} and gives it tokens")
+        if how not in tuple(Preempt):
+            raise PluginError(f"sequence {seq_id} can be preempted by {', '.join(Preempt)}, the plan says {how!r}")
     for seq_id, n in plan.tokens.items():
         seq = known.get(seq_id)
         if seq is None:
             raise PluginError(f"the plan names sequence {seq_id}, which does not exist")
-        if seq.state is SeqState.DECODE:
+        if type(n) is not int:
+            raise PluginError(f"sequence {seq_id} cannot be given {n!r} tokens: a whole number is needed")
+        if seq.state is SeqState.DECODE or (seq.state is SeqState.PREEMPTED and seq.prefill_left == 0):
             if n != 1:
                 raise PluginError(f"sequence {seq_id} decodes: one token a step, the plan says {n}")
-        elif seq.state in (SeqState.PREFILL, SeqState.WAITING):
+        elif seq.is_queued or seq.state is SeqState.PREFILL:
             if not 1 <= n <= seq.prefill_left:
                 raise PluginError(f"sequence {seq_id} has {seq.prefill_left} prompt tokens left, the plan says {n}")
             prefill += n
-            admitted += seq.state is SeqState.WAITING
         else:
             raise PluginError(f"sequence {seq_id} is {seq.state} and cannot compute")
-    if admitted > state.free_slots:
-        raise PluginError(f"the plan admits {admitted} sequences, {state.free_slots} slots are free")
+        admitted += seq.is_queued
+    free_slots = state.free_slots + len(plan.preempt)
+    if admitted > free_slots:
+        raise PluginError(f"the plan admits {admitted} sequences, {free_slots} slots are free")
     if prefill > state.max_prefill:
         raise PluginError(f"the plan computes {prefill} prompt tokens, {state.max_prefill} are allowed")

@@ -39,7 +39,7 @@ def create_app(config: ServeConfig, models: Models, services: Services | None = 
     app.add_route("/v1/models/{model_id:path}", ModelDetail(models))
     app.add_route("/health", Health())
     app.add_route("/ready", Ready(models))
-    app.add_route("/internal/scheduler", SchedulerView(models))
+    app.add_route("/internal/scheduler", SchedulerView(models, config))
     app.add_route("/internal/kv", KvView(models))
     app.add_route("/internal/kv/drop", KvDrop(models))
     return app

@@ -7,9 +7,12 @@ from typing import Any
 import falcon.asgi
 import orjson
 
+from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
+from mullama.errors import InvalidRequest, PermissionDenied
 from mullama.web.models import Models
-from mullama.web.request import Request
+from mullama.web.request import Request, read_body
+from mullama.web.schemas import SchedulerChange, parse_scheduler_change
 from mullama.web.security import Access
 
 
@@ -24,10 +27,37 @@ class _Internal:
 
 
 class SchedulerView(_Internal):
+    def __init__(self, models: Models, config: ServeConfig) -> None:
+        super().__init__(models)
+        self._may_load_files = bool(config.admin_key)
+        self._max_body = config.max_body_bytes
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Policy, parameters, waiting and running sequences, step counters. Raises ModelNotFound."""
         name, engine = self._engine(req)
         resp.data = _dump(name, engine.scheduler_snapshot())
+
+    async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Put another policy in charge from the next step on. Raises InvalidRequest; then the running one stays."""
+        name, engine = self._engine(req)
+        change = await self._change(req)
+        if not change.policy:
+            raise InvalidRequest("policy: the name of a policy is missing (mullama schedulers lists them)", param="policy")
+        # SAFETY: a file's class is code of whoever names it, so that takes the admin key and not just loopback.
+        if ":" in change.policy and not self._may_load_files:
+            raise PermissionDenied("a policy from a file or a module can only be named when --admin-key is set")
+        resp.data = _dump(name, await engine.set_scheduler(change.policy, change.params))
+
+    async def on_patch(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
+        name, engine = self._engine(req)
+        change = await self._change(req)
+        if change.policy is not None:
+            raise InvalidRequest("policy: PATCH changes parameters; use PUT to change the policy", param="policy")
+        resp.data = _dump(name, await engine.configure_scheduler(change.params))
+
+    async def _change(self, req: Request) -> SchedulerChange:
+        return parse_scheduler_change(await read_body(req, self._max_body))
 
 
 class KvView(_Internal):

@@ -64,6 +64,7 @@ RANGES: dict[str, Range] = {
     "mirostat_eta": Range(0, 1),
     "seed": Range(-(2**63), 2**63 - 1),
     "priority": Range(-(2**31), 2**31 - 1),
+    "slo_ms": Range(1, 86_400_000),
 }
 
 #: Several spellings of one sampling parameter; the first that is given counts.

@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
-from mullama.types import ModelInfo, SamplingParams
+from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web import sampling
 from mullama.web.models import Models
 
@@ -68,6 +68,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     logit_bias: dict[str, float] | None = None
     user: str | None = None
     priority: int | None = None
+    slo_ms: float | None = None
+    preempt: str | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -86,6 +88,13 @@ class Message(msgspec.Struct, omit_defaults=True):
     tool_call_id: str | None = None
     function_call: dict[str, Any] | None = None
     reasoning_content: str | None = None
+
+
+class SchedulerChange(msgspec.Struct):
+    """PUT (with ``policy``) and PATCH (without) of /internal/scheduler."""
+
+    policy: str | None = None
+    params: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -117,6 +126,8 @@ class Options:
     include_usage: bool
     user: str | None
     priority: int
+    slo_ms: float | None
+    preempt: Preempt
 
     def of_choice(self, index: int) -> SamplingParams:
         """The sampling of choice ``index`` of a prompt: its seed follows the request's."""
@@ -145,6 +156,7 @@ class CompletionCall:
 
 _chat_decoder = msgspec.json.Decoder(ChatBody)
 _completion_decoder = msgspec.json.Decoder(CompletionBody)
+_scheduler_decoder = msgspec.json.Decoder(SchedulerChange)
 
 
 def parse_chat(data: bytes, models: Models) -> ChatCall:
@@ -158,6 +170,10 @@ def parse_chat(data: bytes, models: Models) -> ChatCall:
     _refuse(bool(body.top_logprobs), "top_logprobs", "log-probabilities")
     messages = msgspec.json.encode(_normalise(body.messages))
     return ChatCall(model, engine, _options(body, engine.info), messages)
+
+
+def parse_scheduler_change(data: bytes) -> SchedulerChange:
+    return _decode(_scheduler_decoder, data)
 
 
 def parse_completion(data: bytes, models: Models) -> CompletionCall:
@@ -175,7 +191,7 @@ def parse_completion(data: bytes, models: Models) -> CompletionCall:
 
 
 def _options(body: GenerationBody, info: ModelInfo) -> Options:
-    for name in ("n", "priority"):
+    for name in ("n", "priority", "slo_ms"):
         sampling.check_range(name, getattr(body, name))
     values = sampling.sampler_values(body, info)
     if body.dry_sequence_breakers is not None:
@@ -194,7 +210,16 @@ def _options(body: GenerationBody, info: ModelInfo) -> Options:
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         user=body.user,
         priority=body.priority or 0,
+        slo_ms=body.slo_ms,
+        preempt=_preempt(body.preempt),
     )
+
+
+def _preempt(value: str | None) -> Preempt:
+    try:
+        return Preempt(value or Preempt.AUTO)
+    except ValueError:
+        raise InvalidRequest(f"preempt: it must be one of {', '.join(Preempt)}", param="preempt") from None
 
 
 def _refuse(asked: bool, field: str, what: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 import mullama._core
 from mullama import abi
-from mullama._core import Core, Governor, Model, Page, StopText
+from mullama._core import Core, Governor, Model, Page, Parked, StopText
 from mullama.types import SamplingParams
 
 MODULES = [m.name for m in pkgutil.iter_modules(mullama._core.__path__, "mullama._core.")]
@@ -57,6 +57,10 @@ def retained(core: Core) -> Core:
     return core
 
 
+def parked(core: Core) -> Parked:
+    return running(core).preempt(0, save=True)
+
+
 # Each gets a fresh object of its class (functions get nothing) and returns whether the result is what it should be.
 CALLS: dict[str, Callable[..., bool]] = {
     "governor.Governor": lambda: Governor(2, False) is not None,
@@ -70,6 +74,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "governor.Governor.record": lambda g: g.record(1, 2, 1000, 1000) is None,
     "governor.Governor.see": lambda g: g.see(0.5, 1000) is None and g.neighbours == 0.5,
     "governor.Governor.wake": lambda g: g.wake(0.0, 2000) is None and g.neighbours == 0.0,
+    "governor.Governor.cost": lambda g: g.record(1, 2, 900, 1000) is None and g.cost(1) == 900,
     "governor.Governor.snapshot": lambda g: g.snapshot()["threads"] == 2,
     "page.Page": lambda: Page(1) is not None,
     "page.Page.path": lambda p: p.path == "",
@@ -103,6 +108,18 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.StopText": lambda: StopText(["x"]) is not None,
     "loop.StopText.push": lambda t: t.push(b"abc") == (b"abc", -1),
     "loop.StopText.flush": lambda t: t.flush() == b"",
+    "loop.Parked": lambda c: isinstance(parked(c), Parked),
+    "loop.Parked.saved": lambda c: parked(c).saved is True,
+    "loop.Parked.n_bytes": lambda c: parked(c).n_bytes == c.parked_bytes(),
+    "loop.Parked.tokens": lambda c: parked(c).tokens()[:2] == [104, 105],
+    "loop.Parked.left": lambda c: parked(c).left() == 0,
+    "loop.Core.preempt": lambda c: parked(c).saved and c.states() == [abi.FREE, abi.FREE],
+    "loop.Core.resume": lambda c: c.resume(1, parked(c)) is None and c.states() == [abi.FREE, abi.DECODE],
+    "loop.Core.cancel_parked": lambda c: c.cancel_parked(parked(c)) is None and c.parked_bytes() == 0,
+    "loop.Core.damage_parked": lambda c: c.damage_parked(parked(c)) is None,
+    "loop.Core.slot_fill": lambda c: running(c).slot_fill(0) == (3, 4),
+    "loop.Core.steps_done": lambda c: running(c).steps_done() == 2,
+    "loop.Core.parked_bytes": lambda c: c.parked_bytes() == 0,
     "loop.Core": lambda c: isinstance(c, Core),
     "loop.Core.model": lambda c: isinstance(c.model, Model),
     "loop.Core.page": lambda c: isinstance(c.page, Page),
@@ -122,7 +139,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.Core.abort": lambda c: c.abort() is None,
     "loop.Core.pause": lambda c: running(c).pause() is None and c.pause() is None,
     "loop.Core.states": lambda c: running(c).states() == [abi.DECODE, abi.FREE],
-    "loop.Core.progress": lambda c: running(c).progress() == [(abi.DECODE, 2), (abi.FREE, 0)],
+    "loop.Core.progress": lambda c: running(c).progress() == [(abi.DECODE, 2, 3), (abi.FREE, 0, 0)],
     "loop.Core.retained": lambda c: retained(c).retained(0) == (9, 8) and c.retained(1) == (0, 0),
     "loop.Core.gap_cost_ns": lambda c: running(c).gap_cost_ns(0) >= 0,
     "loop.Core.slot_info": lambda c: running(c).slot_info(0)[:3] == (abi.DECODE, 1, 3),
@@ -159,9 +176,9 @@ def test_every_public_def_has_a_call() -> None:
 @pytest.fixture
 def subject(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
     kind = request.param.split(".")[1]
-    model = Model(tiny_model()) if kind in ("Model", "Core") else None
-    core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind == "Core" else None
-    arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Core": (core,)}
+    model = Model(tiny_model()) if kind in ("Model", "Core", "Parked") else None
+    core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in ("Core", "Parked") else None
+    arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Core": (core,), "Parked": (core,)}
     if request.param.count(".") == 2:
         arguments |= {"Governor": (Governor(2),), "Page": (Page(2),), "StopText": (StopText(),)}
     yield arguments.get(kind, ())

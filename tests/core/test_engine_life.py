@@ -23,9 +23,7 @@ LONG = greedy(3500)  # seconds of work: it does not end by itself while a test l
 
 
 class Broken:
-    """A scheduler that raises when asked; ``first`` runs before."""
-
-    name: ClassVar[str] = "broken"
+    """Stands in for the host of the policy, which never raises unless the engine itself is wrong."""
 
     def __init__(self, first: Callable[[], None] = lambda: None) -> None:
         self._first = first
@@ -33,15 +31,12 @@ class Broken:
     def add(self, seq: SeqView) -> None:
         pass
 
-    def remove(self, seq_id: int) -> None:
-        pass
-
     def plan(self, state: EngineState) -> Plan:
         self._first()
         raise ZeroDivisionError("on purpose")
 
-    def params(self) -> Mapping[str, Any]:
-        return {}
+    def close(self) -> None:
+        pass
 
 
 def test_an_idle_engine_is_ready(make_engine: Callable[..., Engine]) -> None:
@@ -165,7 +160,7 @@ def test_a_dead_engine_tells_everybody(make_engine: Callable[..., Engine]) -> No
     engine = make_engine()
     gate = threading.Event()
     engine.call(gate.wait)
-    engine._scheduler = Broken()
+    engine._policy = Broken()  # type: ignore[assignment]
     generations = [engine.submit_sync(request("HELLO")) for _ in range(3)]
     gate.set()
     for generation in generations:
@@ -186,7 +181,7 @@ def test_calls_that_were_queued_when_it_died_are_answered(make_engine: Callable[
     asked: list[Future[None]] = []
     gate = threading.Event()
     engine.call(gate.wait)
-    engine._scheduler = Broken(lambda: asked.append(engine.call(lambda: None)))
+    engine._policy = Broken(lambda: asked.append(engine.call(lambda: None)))  # type: ignore[assignment]
     generation = engine.submit_sync(request("HELLO"))
     gate.set()
     list(generation)

@@ -1,0 +1,229 @@
+"""The policy in charge: asked for plans, watched, swapped live, replaced by fcfs when it is broken.
+
+A built-in policy runs on the engine thread. A user's runs on a planner thread: the engine waits for it only while it
+has nothing else to do, and never longer than the time limit; meanwhile it repeats the last valid plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mullama.engine.planner import Planner
+from mullama.errors import PluginError
+from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
+from mullama.types import SeqState
+
+log = logging.getLogger("mullama.engine")
+
+GRACE_S = 0.002  # how long the engine waits for a user's plan while it could repeat the last one
+IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
+WINDOW = 1024  # plans that the statistics look back on
+
+
+@dataclass(slots=True)
+class PlanStats:
+    """What planning cost; times in ns."""
+
+    plans: int = 0
+    total_ns: int = 0
+    repeated: int = 0  # steps that repeated a plan because the policy was still thinking
+    swaps: int = 0
+
+
+class PolicyHost:
+    """Engine thread only, except ``snapshot``."""
+
+    def __init__(self, policy: Scheduler, spec: str, *, own_thread: bool, timeout_ms: float) -> None:
+        self.views: Mapping[int, SeqView] = {}  # the engine's sequences; it sets them once
+        self.stats = PlanStats()
+        self.fallback: dict[str, Any] | None = None
+        self.last_plan = Plan()
+        self._timeout_ns = int(timeout_ms * 1e6)
+        self._recent: deque[tuple[int, int]] = deque(maxlen=WINDOW)  # (when, ns)
+        self._idle_since = 0
+        self._planner: Planner | None = None
+        self._install(policy, spec, own_thread)
+
+    def _install(self, policy: Scheduler, spec: str, own_thread: bool) -> None:
+        self.policy = policy
+        self.spec = spec
+        self._asked: tuple[EngineState, int] | None = None
+        self._version = 0  # of what the policy was told
+        self._idle_since = 0
+        self._planner = Planner(policy, spec) if own_thread else None
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.policy, "name", type(self.policy).__name__))
+
+    def close(self) -> None:
+        if self._planner is not None:
+            self._planner.close()
+            self._planner = None
+
+    def swap(self, policy: Scheduler, spec: str, *, own_thread: bool) -> int:
+        """Put another policy in charge from the next plan on. Returns the number of sequences handed over."""
+        self.close()
+        self._install(policy, spec, own_thread)
+        self.fallback = None
+        self.stats.swaps += 1
+        return self._hand_over()
+
+    def _hand_over(self) -> int:
+        for view in sorted(self.views.values(), key=lambda view: (view.arrival_ns, view.id)):
+            self.add(view)
+        return len(self.views)
+
+    def add(self, view: SeqView) -> None:
+        self._tell("add", view)
+
+    def remove(self, seq_id: int) -> None:
+        self._tell("remove", seq_id)
+
+    def _tell(self, what: str, value: Any) -> None:
+        self._version += 1
+        try:
+            getattr(self._planner or self.policy, what)(value)
+        except Exception as error:
+            self._fall_back(f"{what}() raised {type(error).__name__}: {error}")
+
+    # -- plans --------------------------------------------------------------------------------------------
+
+    def plan(self, state: EngineState) -> Plan:
+        """A plan that the engine can carry out, whatever the policy does. Counted."""
+        start = time.monotonic_ns()
+        plan = self._checked(state)
+        spent = time.monotonic_ns() - start
+        self.stats.plans += 1
+        self.stats.total_ns += spent
+        self._recent.append((start, spent))
+        self.last_plan = plan
+        return plan
+
+    def _checked(self, state: EngineState) -> Plan:
+        while True:
+            try:
+                plan = self._ask_planner(state) if self._planner is not None else self.policy.plan(state)
+                if not isinstance(plan, Plan):
+                    raise PluginError(f"plan() returned {type(plan).__name__}, not a Plan")
+                check_plan(plan, self.views, state)
+                self._check_progress(plan, state)
+                return plan
+            except Exception as error:
+                if self.name == Fcfs.name and self._planner is None:
+                    raise  # the last resort itself: a bug of the engine
+                reason = error.message if isinstance(error, PluginError) else f"plan() raised {error!r}"
+                self._fall_back(reason)
+
+    def _check_progress(self, plan: Plan, state: EngineState) -> None:
+        if plan.tokens or not self.views:
+            self._idle_since = 0
+            return
+        self._idle_since = self._idle_since or state.now_ns
+        if plan.until_ns <= state.now_ns:
+            raise PluginError(f"the plan is empty while {len(self.views)} sequences want to compute")
+        if state.now_ns - self._idle_since > IDLE_LIMIT_NS:
+            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {len(self.views)} sequences want to compute")
+
+    def _fall_back(self, reason: str) -> None:
+        log.error("scheduler '%s' is replaced by fcfs: %s", self.spec, reason)
+        broken = self.spec
+        self.close()
+        self._install(Fcfs(), Fcfs.name, False)
+        self.fallback = {"from": broken, "reason": reason, "unix_time": round(time.time(), 3)}
+        self._hand_over()
+
+    # -- a policy that thinks elsewhere ------------------------------------------------------------------------
+
+    def _ask_planner(self, state: EngineState) -> Plan:
+        """Its answer, or the last plan once more while it thinks. Raises PluginError when it takes too long."""
+        planner = self._planner
+        assert planner is not None
+        while True:
+            if not planner.asked_ns:
+                planner.ask(state, self.views.values())
+                self._asked = state, self._version
+            again = Plan(_runnable(self.last_plan.tokens, self.views), repeat=1)
+            now = time.monotonic_ns()
+            left_s = max(planner.asked_ns + self._timeout_ns - now, 0) / 1e9
+            answer = planner.answer(min(left_s, GRACE_S) if again.tokens else left_s)
+            if answer is None:
+                if time.monotonic_ns() >= planner.asked_ns + self._timeout_ns:
+                    raise PluginError(f"plan() gave no answer within {self._timeout_ns / 1e6:g} ms")
+                if again.tokens:
+                    self.stats.repeated += 1
+                    return again
+                continue
+            if isinstance(answer, BaseException):
+                raise PluginError(f"plan() raised {type(answer).__name__}: {answer}")
+            if not isinstance(answer, Plan):
+                raise PluginError(f"plan() returned {type(answer).__name__}, not a Plan")
+            assert self._asked is not None
+            asked, version = self._asked
+            if asked is state and version == self._version:
+                return answer
+            # It was asked some steps ago. What was valid then and has been overtaken is no fault of the policy's.
+            late = dataclasses.replace(_still_valid(answer, self.views), repeat=1)
+            try:
+                check_plan(late, self.views, state)
+            except PluginError:
+                continue
+            if late.tokens:
+                return late
+
+    # -- seen from outside -----------------------------------------------------------------------------------
+
+    def params(self) -> dict[str, Any]:
+        try:
+            return dict(self.policy.params())
+        except Exception:
+            return {}
+
+    def plan_times(self) -> dict[str, float | None]:
+        """Percentiles of the last plans in ms, and plans a second over them."""
+        recent = list(self._recent)
+        if not recent:
+            return {"p50_ms": None, "p99_ms": None, "max_ms": None, "per_second": 0.0}
+        times = sorted(ns for _, ns in recent)
+        span_s = (time.monotonic_ns() - recent[0][0]) / 1e9
+        return {
+            "p50_ms": round(times[len(times) // 2] / 1e6, 4),
+            "p99_ms": round(times[min(int(len(times) * 0.99), len(times) - 1)] / 1e6, 4),
+            "max_ms": round(times[-1] / 1e6, 4),
+            "per_second": round(len(recent) / span_s, 3) if span_s > 0 else 0.0,
+        }
+
+
+def _runnable(tokens: Mapping[int, int], views: Mapping[int, SeqView]) -> dict[int, int]:
+    """The part of a plan's tokens that running sequences can still take."""
+    found = {}
+    for seq_id, n in tokens.items():
+        view = views.get(seq_id)
+        if view is None:
+            continue
+        if view.state is SeqState.DECODE:
+            found[seq_id] = 1
+        elif view.state is SeqState.PREFILL:
+            found[seq_id] = min(n, view.prefill_left)
+    return found
+
+
+def _still_valid(plan: Plan, views: Mapping[int, SeqView]) -> Plan:
+    """A plan made some steps ago, without what has ended or moved on since."""
+    tokens = {}
+    for seq_id, n in plan.tokens.items():
+        view = views.get(seq_id)
+        if view is None:
+            continue
+        if view.state is SeqState.DECODE or view.prefill_left == 0:
+            tokens[seq_id] = 1
+        else:
+            tokens[seq_id] = min(n, view.prefill_left)
+    preempt = {i: how for i, how in plan.preempt.items() if i in views and views[i].is_running and i not in tokens}
+    return Plan(tokens, preempt=preempt, until_ns=plan.until_ns)

@@ -1,0 +1,263 @@
+"""The sequences of an engine and the slots they live in: admit, preempt, resume, move, follow, end.
+
+Everything here runs on the engine thread and touches the core; what to do is decided elsewhere (scheduling, kv).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from mullama import abi
+from mullama.engine import lifecycle
+from mullama.engine.reader import Reader
+from mullama.errors import ComputeFailed, InvalidRequest, MullamaError
+from mullama.kv.placement import Placement, SlotView, holes, place
+from mullama.scheduling import SeqView
+from mullama.types import Finish, FinishReason, Preempt, Profile, Request, SeqState
+
+if TYPE_CHECKING:
+    from mullama._core import Core, Parked
+
+log = logging.getLogger("mullama.engine")
+
+
+@dataclass(slots=True)
+class LiveSequence:
+    """A request on its way: what the policy sees, and where it lives."""
+
+    view: SeqView
+    request: Request
+    slot: int = -1
+    parked: Parked | None = None  # while PREEMPTED
+    spent_ns: dict[SeqState, int] = field(default_factory=dict)  # in states it has left
+
+    def move(self, state: SeqState) -> None:
+        """Change the state. Raises IllegalTransition."""
+        now = time.monotonic_ns()
+        old = self.view.state
+        self.view.state = lifecycle.check(old, state)
+        self.spent_ns[old] = self.spent_ns.get(old, 0) + now - self.view.state_ns
+        self.view.state_ns = now
+
+
+class Sequences:
+    """By handle, in order of arrival; ``on_end(handle)`` is called for each that ends."""
+
+    def __init__(self, core: Core, reader: Reader, model: str, swap_bytes: int, on_end: Callable[[int], None]) -> None:
+        self.live: dict[int, LiveSequence] = {}
+        self.views: dict[int, SeqView] = {}
+        self.slots: list[int] = [0] * core.n_slots  # handle of the running sequence, 0: none
+        self.n_queued = 0  # WAITING; read by other threads
+        self.move_ns_per_byte = 1.0  # saving and restoring, measured as it happens
+        self._core = core
+        self._reader = reader
+        self._model = model
+        self._swap_bytes = swap_bytes  # most host memory for the KV of preempted sequences
+        self._on_end = on_end
+
+    def __bool__(self) -> bool:
+        return bool(self.live)
+
+    def add(self, seq: LiveSequence) -> None:
+        self.live[seq.view.id] = seq
+        self.views[seq.view.id] = seq.view
+        self.n_queued += 1
+
+    # -- into a slot and out of it -------------------------------------------------------------------------
+
+    def start(self, handle: int) -> bool:
+        """Give a queued sequence a slot. False: that failed, and the request has ended with an error."""
+        seq = self.live[handle]
+        try:
+            if seq.parked is None:
+                self._admit(seq)
+            else:
+                self._resume(seq, seq.parked)
+        except Exception as error:
+            # Whatever one request holds, the others go on.
+            if not isinstance(error, MullamaError):
+                log.exception("a request of '%s' could not be started", self._model)
+                error = InvalidRequest(f"the request could not be started: {error}")
+            if seq.parked is not None:
+                self._core.cancel_parked(seq.parked)
+            self._forget(seq)
+            self._reader.end_directly(handle, Finish(FinishReason.ERROR, Profile(), error=error))
+            return False
+        return True
+
+    def _admit(self, seq: LiveSequence) -> None:
+        """WAITING -> PREFILL, with as much of the prompt as a retained prefix saves."""
+        core, request = self._core, seq.request
+        where, evicted = self._place(request.prompt)
+        core.open(
+            where.slot,
+            seq.view.id,
+            request.prompt,
+            replace(request.sampling, max_tokens=seq.view.max_tokens),
+            reuse=min(where.reuse, core.retained(where.slot)[0]),  # 0 if the exchange lost it
+            evicted=evicted,
+            arrival_ns=seq.view.arrival_ns,
+            priority=request.priority,
+        )
+        self._seat(seq, where.slot, SeqState.PREFILL)
+
+    def _resume(self, seq: LiveSequence, parked: Parked) -> None:
+        """PREEMPTED -> where it was, from host memory or by what is left of its prefix."""
+        tokens = parked.tokens()
+        where, evicted = self._place([] if parked.saved else tokens)
+        reuse = 0 if parked.saved else min(where.reuse, self._core.retained(where.slot)[0])
+        if parked.saved:  # what it restores takes the place of what the slot retains
+            evicted += self._core.evict(where.slot)
+        self._core.resume(where.slot, parked, reuse=reuse, evicted=evicted)
+        seq.parked = None
+        state = self._core.states()[where.slot]
+        self._seat(seq, where.slot, SeqState.DECODE if state == abi.DECODE else SeqState.PREFILL)
+
+    def _seat(self, seq: LiveSequence, slot: int, state: SeqState) -> None:
+        if seq.view.state is SeqState.WAITING:
+            self.n_queued -= 1
+        seq.slot = slot
+        self.slots[slot] = seq.view.id
+        n_past, n_tokens = self._core.slot_fill(slot)
+        seq.view.cells = n_past
+        seq.view.prefill_left = 0 if state is SeqState.DECODE else n_tokens - n_past
+        seq.move(state)
+
+    def _place(self, tokens: list[int] | tuple[int, ...] | object) -> tuple[Placement, int]:
+        """Make a slot ready for a sequence of these tokens: where it goes, and how many cached tokens that cost."""
+        match_slot, match_tokens = self._core.match(tokens)
+        where = place(self._slot_views(), match_slot, match_tokens)
+        assert where is not None, "the plan was checked against the free slots"
+        evicted = self._core.evict(where.evict) if where.evict is not None else 0
+        if where.exchange is not None:
+            self._exchange(*where.exchange)
+        return where, evicted
+
+    def preempt(self, handle: int, how: Preempt) -> None:
+        """PREFILL, DECODE -> PREEMPTED. The request's own wish goes before ``how``; AUTO takes the cheaper way."""
+        seq = self.live[handle]
+        how = seq.view.preempt if seq.view.preempt is not Preempt.AUTO else how
+        parked = self._core.preempt(seq.slot, save=self._should_save(seq, how))
+        self.slots[seq.slot] = 0
+        seq.parked, seq.slot = parked, -1
+        seq.view.preemptions += 1
+        seq.view.cells = seq.view.cells if parked.saved else 0
+        seq.view.prefill_left = parked.left()
+        seq.move(SeqState.PREEMPTED)
+
+    def _should_save(self, seq: LiveSequence, how: Preempt) -> bool:
+        if how is Preempt.RECOMPUTE:
+            return False
+        n_bytes = self._core.state_bytes(seq.slot)
+        if self._core.parked_bytes() + n_bytes > self._swap_bytes:
+            return False
+        if how is Preempt.SWAP:
+            return True
+        recompute_ns = self._core.governor.cost(max(seq.view.cells, 1))
+        return n_bytes * self.move_ns_per_byte < recompute_ns or recompute_ns == 0
+
+    def evict_retained(self, n_tokens: int) -> int:
+        """Drop retained prefixes, the least recently used first, until ``n_tokens`` are free. Returns those freed."""
+        kept = sorted(
+            (last_used, slot)
+            for slot, handle in enumerate(self.slots)
+            if not handle
+            for tokens, last_used in [self._core.retained(slot)]
+            if tokens
+        )
+        freed = 0
+        for _, slot in kept:
+            if freed >= n_tokens:
+                break
+            freed += self._core.evict(slot)
+        return freed
+
+    # -- keep the running slots together ---------------------------------------------------------------------
+
+    def _slot_views(self) -> list[SlotView]:
+        views = []
+        for slot, handle in enumerate(self.slots):
+            tokens, last_used = self._core.retained(slot)
+            views.append(SlotView(handle != 0, tokens, last_used))
+        return views
+
+    def close_holes(self) -> None:
+        """Keep running sequences on a gap-free range of the lowest slots, where the move costs less than the gap."""
+        for low, high in holes([handle != 0 for handle in self.slots]):
+            cost = self._core.state_bytes(high) * self.move_ns_per_byte
+            if cost < self._core.gap_cost_ns(high):
+                self._exchange(low, high)
+
+    def _exchange(self, a: int, b: int) -> None:
+        """Swap two slots, KV and all. Sequences whose KV is lost on the way fail; nobody else notices."""
+        start = time.monotonic_ns()
+        try:
+            n_bytes = self._core.exchange(a, b)
+        except ComputeFailed:
+            log.exception("slots %d and %d of '%s' could not change places", a, b, self._model)
+            n_bytes = 0
+        if n_bytes:
+            self.move_ns_per_byte += 0.3 * ((time.monotonic_ns() - start) / n_bytes - self.move_ns_per_byte)
+        self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
+        for slot in (a, b):
+            if self.slots[slot]:
+                self.live[self.slots[slot]].slot = slot
+
+    # -- follow and end -----------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        """Follow what the core did: chunks, first tokens, finishes."""
+        for slot, (state, generated, n_past) in enumerate(self._core.progress()):
+            handle = self.slots[slot]
+            if not handle:
+                continue
+            seq = self.live[handle]
+            view = seq.view
+            if state == abi.PREFILL:
+                view.prefill_left -= n_past - view.cells
+            view.generated = generated
+            view.cells = n_past
+            if state == abi.DECODE and view.state is SeqState.PREFILL:
+                view.prefill_left = 0
+                seq.move(SeqState.DECODE)
+            elif state == abi.DONE:
+                self._core.close_slot(slot)
+                self._forget(seq)
+
+    def cells_running(self) -> int:
+        """Tokens in the KV cache that belong to running sequences."""
+        return sum(self.views[handle].cells for handle in self.slots if handle)
+
+    def cells_retained(self) -> int:
+        """Tokens in the KV cache that belong to retained prefixes."""
+        return sum(self._core.retained(slot)[0] for slot, handle in enumerate(self.slots) if not handle)
+
+    def cancel(self, handle: int) -> None:
+        """End a sequence in any state. Harmless when it has ended."""
+        seq = self.live.get(handle)
+        if seq is None:
+            return
+        if seq.slot >= 0:
+            self._core.cancel(seq.slot)  # writes the finish record
+        elif seq.parked is not None:
+            self._core.cancel_parked(seq.parked)
+        else:
+            waited = (time.monotonic_ns() - seq.view.arrival_ns) / 1e6
+            profile = Profile(prompt_tokens=seq.view.prompt_tokens, queue_ms=waited, total_ms=waited)
+            self._reader.end_directly(handle, Finish(FinishReason.CANCELLED, profile))
+        self._forget(seq)
+
+    def _forget(self, seq: LiveSequence) -> None:
+        if seq.view.state is SeqState.WAITING:
+            self.n_queued -= 1
+        seq.move(SeqState.DONE)
+        seq.parked = None
+        if seq.slot >= 0:
+            self.slots[seq.slot] = 0
+        self.live.pop(seq.view.id, None)
+        self.views.pop(seq.view.id, None)
+        self._on_end(seq.view.id)

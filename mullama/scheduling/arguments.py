@@ -1,0 +1,18 @@
+"""``NAME=VALUE`` texts of a command line as the parameters of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mullama.errors import ConfigError
+
+
+def parse_args(texts: Iterable[str]) -> dict[str, str]:
+    """Names and values, in order; the policy converts and checks the values. Raises ConfigError."""
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name.strip() or not equals:
+            raise ConfigError(f"a scheduler's parameter is given as NAME=VALUE, not '{text}'", param="scheduler_arg")
+        found[name.strip().replace("-", "_")] = value.strip()
+    return found

@@ -1,0 +1,119 @@
+"""Policies that other people wrote: their parameters are read from ``__init__``, what they leave out is filled in."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from mullama.errors import InvalidRequest, MullamaError, PluginError
+from mullama.scheduling.base import Scheduler
+from mullama.scheduling.params import convert, unknown_param
+
+PLAIN = (bool, int, float, str)
+REQUIRED = inspect.Parameter.empty
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+@dataclass(slots=True, frozen=True)
+class SignatureParam:
+    """A keyword of a constructor. ``kind`` is one of the plain types, None where nothing says which."""
+
+    name: str
+    default: Any
+    kind: type | None
+
+    def describe(self) -> dict[str, Any]:
+        """The same keys as a declared parameter."""
+        default = self.default if isinstance(self.default, PLAIN) else None
+        needed = "required" if self.default is REQUIRED else ""
+        return {"name": self.name, "default": default, "range": KINDS.get(self.kind or object, "any"), "help": needed}
+
+
+def signature_params(found: type) -> dict[str, SignatureParam]:
+    """The parameters of a class by name, without ``*args`` and ``**kwargs``."""
+    try:
+        hints = typing.get_type_hints(found.__init__)  # type: ignore[misc]
+    except Exception:  # annotations that name what is not there are no reason to refuse a policy
+        hints = {}
+    return {
+        name: SignatureParam(name, parameter.default, _kind(hints.get(name), parameter.default))
+        for name, parameter in _signature(found).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def _signature(found: type) -> inspect.Signature:
+    try:
+        return inspect.signature(found)
+    except (TypeError, ValueError):  # compiled code may not say
+        return inspect.Signature()
+
+
+def _kind(hint: Any, default: Any) -> type | None:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next((part for part in typing.get_args(hint) if part in PLAIN), None)
+    if hint in PLAIN:
+        return cast(type, hint)
+    return type(default) if type(default) in PLAIN else None
+
+
+def construct(found: type, spec: str, params: Mapping[str, Any]) -> Scheduler:
+    """An instance with these parameters (texts converted). Raises InvalidRequest and PluginError."""
+    known = signature_params(found)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in _signature(found).parameters.values())
+    values = {}
+    for name, value in params.items():
+        if name not in known and not takes_any:
+            raise unknown_param(f"the scheduler '{spec}'", name, known)
+        values[name] = _converted(known.get(name), value, spec)
+    missing = [name for name, param in known.items() if param.default is REQUIRED and name not in values]
+    if missing:
+        raise InvalidRequest(f"the scheduler '{spec}' needs a value for {', '.join(missing)}", param="params")
+    policy = make(found, spec, values)
+    if isinstance(getattr(policy, "name", None), str) and callable(getattr(policy, "params", None)):
+        return cast(Scheduler, policy)
+    defaults = {name: param.default for name, param in known.items()}
+    return cast(Scheduler, Adapter(policy, {**defaults, **values}))
+
+
+def make(found: type, spec: str, values: Mapping[str, Any]) -> Any:
+    """Call the class. Raises InvalidRequest for a ValueError, PluginError for whatever else its code raises."""
+    try:
+        return found(**values)
+    except MullamaError:
+        raise
+    except ValueError as error:
+        raise InvalidRequest(f"the scheduler '{spec}' refuses its parameters: {error}", param="params") from error
+    except Exception as error:
+        raise PluginError(f"cannot make the scheduler '{spec}': {type(error).__name__}: {error}") from error
+
+
+def _converted(param: SignatureParam | None, value: Any, spec: str) -> Any:
+    if param is None or param.kind is None or (value is None and param.default is None):
+        return value
+    found = convert(value, param.kind)
+    if found is None:
+        message = f"the scheduler '{spec}': {param.name} must be {KINDS[param.kind]}, not {value!r}"
+        raise InvalidRequest(message, param=f"params.{param.name}")
+    return found
+
+
+class Adapter:
+    """A policy without ``name`` or ``params``: its class's name, and the values it was made with."""
+
+    def __init__(self, policy: Any, values: Mapping[str, Any]) -> None:
+        self.policy = policy
+        name = getattr(policy, "name", None)
+        self.name = name if isinstance(name, str) else type(policy).__name__
+        self._values = dict(values)
+        self.add: Any = policy.add
+        self.remove: Any = policy.remove
+        self.plan: Any = policy.plan
+
+    def params(self) -> Mapping[str, Any]:
+        own = getattr(self.policy, "params", None)
+        return cast(Mapping[str, Any], own()) if callable(own) else dict(self._values)
