@@ -28,8 +28,7 @@ from mullama.engine.policy import PolicyHost
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
 from mullama.errors import ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull, ShuttingDown
-from mullama.kv import budget
-from mullama.scheduling import Costs, EngineState, Plan, SeqView, registry
+from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
 from mullama.types import ModelInfo, Request, SeqState
 

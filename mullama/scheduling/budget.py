@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mullama.scheduling import Plan, SeqView
+from mullama.scheduling.base import Plan, SeqView
 from mullama.types import SeqState
 
 HEADROOM = 32  # tokens that each running sequence can go on for when another one is let in
