@@ -91,6 +91,15 @@ class HashProgress(PullProgress):
         super().__init__(title, stream, delay=_DELAY_SECONDS)
 
 
+class StepProgress(_Display):
+    """A bar for each step of a long measurement, with an estimate of the time it still takes."""
+
+    def _columns(self) -> list[Any]:
+        from rich.progress import TaskProgressColumn, TimeRemainingColumn
+
+        return [*super()._columns(), TaskProgressColumn(), TimeRemainingColumn()]
+
+
 class LoadProgress(_Display):
     """The ``progress`` of ``Engine.load``, shown when loading takes longer than half a second.
 

@@ -1,0 +1,1 @@
+"""One workload against several policies on the real engine: played, measured, recorded, reported."""
