@@ -79,7 +79,9 @@ class ServeConfig:
     split_mode: str = option("layer", "how to split over GPUs", choices=("none", "layer", "row"))
     tensor_split: str = option("", "share of each GPU, such as 3,1", metavar="N,N,…", pattern=_SPLIT)
 
-    api_key: str = option("", "key that clients must send as a bearer token", secret=True)
+    api_key: list[str] = option(
+        [], "key that clients must send as a bearer token; repeatable: each is a tenant", metavar="KEY", secret=True
+    )
     admin_key: str = option("", "key for writes under /internal; needed when not on loopback", secret=True)
     allowed_host: list[str] = option([], "extra Host header to accept; repeatable; * accepts all", metavar="HOST")
     max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY)

@@ -85,6 +85,12 @@ class EngineClient(Protocol):
     async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """PATCH /internal/scheduler: change parameters of the policy in charge. Raises InvalidRequest."""
 
+    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        """PUT and DELETE /internal/scheduler/shadow: a policy that is asked as well and decides nothing; None: none.
+
+        Raises InvalidRequest (unknown policy or parameter); the shadow before stays.
+        """
+
     async def kv_snapshot(self) -> dict[str, Any]:
         """GET /internal/kv: layout, cells used and free, by whom; retained prefixes. Asked at a step boundary."""
 

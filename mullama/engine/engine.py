@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
@@ -31,6 +31,9 @@ from mullama.errors import ContextLengthExceeded, EngineDead, InvalidRequest, Qu
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
 from mullama.types import ModelInfo, Request, SeqState
+
+if TYPE_CHECKING:
+    from mullama.engine.shadow import Shadow
 
 log = logging.getLogger("mullama.engine")
 
@@ -56,9 +59,10 @@ class Engine:
         )
         self._reader = Reader(core, TEXT)
         self._page = abi.Reader(core.page.buffer())
+        self._shadow: Shadow | None = None
         self._handles = itertools.count(1)
         self._seqs = Sequences(
-            core, self._reader, info.name, config.swap_bytes or sizing.default_swap_bytes(), self._policy.remove
+            core, self._reader, info.name, config.swap_bytes or sizing.default_swap_bytes(), self._ended
         )
         self._policy.views = self._seqs.views
         self._token_bytes = sizing.kv_bytes_per_token(model.metadata())
@@ -66,6 +70,8 @@ class Engine:
         self._kv_tokens = min(config.kv_tokens or capacity, capacity)
         # What fits alone never fails: no request may use more than the whole budget.
         self.info = info = dataclasses.replace(info, n_ctx=min(info.n_ctx, self._kv_tokens))
+        if config.shadow_scheduler:
+            self._shadow = self._make_shadow(config.shadow_scheduler, None)
         self._wait = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._calls: set[Future[Any]] = set()  # of call(), not answered yet
@@ -228,7 +234,9 @@ class Engine:
 
     def scheduler_snapshot(self) -> dict[str, Any]:
         """GET /internal/scheduler."""
-        return snapshot.scheduler(self.info, self._policy, list(self._seqs.live.values()), self._page, self._core)
+        return snapshot.scheduler(
+            self.info, self._policy, self._shadow, list(self._seqs.live.values()), self._page, self._core
+        )
 
     async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Put another policy in charge from the next step on; no request and no cached token is lost.
@@ -247,6 +255,38 @@ class Engine:
     async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
         return await asyncio.wrap_future(self.call(lambda: self._configure_scheduler(params)))
+
+    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        """Run a policy as a shadow from now on instead of the one before; None: none. Raises InvalidRequest."""
+        await asyncio.to_thread(self.set_shadow_sync, spec, params)
+
+    def set_shadow_sync(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        """``set_shadow`` for a thread without an event loop."""
+        shadow = None if spec is None else self._make_shadow(spec, params)
+        try:
+            old = self.call(lambda: self._set_shadow(shadow)).result()
+        except BaseException:
+            old = shadow
+            raise
+        finally:
+            if old is not None:
+                old.close()
+
+    def _make_shadow(self, spec: str, params: Mapping[str, Any] | None) -> Shadow:
+        from mullama.engine.shadow import Shadow
+        from mullama.simulation import SimConfig
+
+        core = self._core
+        config = SimConfig(core.n_slots, self.info.n_ctx, core.n_batch, kv_tokens=self._kv_tokens)
+        return Shadow(spec, params, config)
+
+    def _set_shadow(self, shadow: Shadow | None) -> Shadow | None:
+        """Engine thread. Returns the one before."""
+        if shadow is not None:
+            for view in self._seqs.views.values():
+                shadow.add(view)
+        old, self._shadow = self._shadow, shadow
+        return old
 
     def _set_scheduler(self, policy: Any, spec: str) -> dict[str, Any]:
         own_thread = not registry.is_builtin(spec)
@@ -306,6 +346,8 @@ class Engine:
         self._reader.close()
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
         self._policy.close()
+        if self._shadow is not None:
+            self._shadow.close()
         self._core.close()
         self.model.close()
 
@@ -366,6 +408,8 @@ class Engine:
         """Plan, preempt, admit, run, follow."""
         state = self._state()
         plan = self._policy.plan(state)
+        if self._shadow is not None:
+            self._shadow.observe(state, plan, self._seqs.views, self._policy.spec, self._policy.params())
         planned_ns = time.monotonic_ns() - state.now_ns
         steps = plan.repeat
         fresh = bool(plan.preempt)
@@ -439,6 +483,13 @@ class Engine:
             self._n_posted -= 1
             self._seqs.add(seq)
         self._policy.add(seq.view)
+        if self._shadow is not None:
+            self._shadow.add(seq.view)
+
+    def _ended(self, seq: LiveSequence) -> None:
+        self._policy.remove(seq.view.id)
+        if self._shadow is not None:
+            self._shadow.remove(seq)
 
     def _drop_retained(self) -> int:
         freed = self._seqs.evict_retained(1 << 62)

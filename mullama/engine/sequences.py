@@ -34,6 +34,8 @@ class LiveSequence:
     slot: int = -1
     parked: Parked | None = None  # while PREEMPTED
     spent_ns: dict[SeqState, int] = field(default_factory=dict)  # in states it has left
+    cached: int = 0  # prompt tokens that it found in the KV cache
+    first_token_ns: int = 0  # end of the step that generated it; 0: none yet
 
     def move(self, state: SeqState) -> None:
         """Change the state. Raises IllegalTransition."""
@@ -45,9 +47,9 @@ class LiveSequence:
 
 
 class Sequences:
-    """By handle, in order of arrival; ``on_end(handle)`` is called for each that ends."""
+    """By handle, in order of arrival; ``on_end(seq)`` is called for each that ends."""
 
-    def __init__(self, core: Core, reader: Reader, model: str, swap_bytes: int, on_end: Callable[[int], None]) -> None:
+    def __init__(self, core: Core, reader: Reader, model: str, swap_bytes: int, on_end: Callable[[LiveSequence], None]) -> None:
         self.live: dict[int, LiveSequence] = {}
         self.views: dict[int, SeqView] = {}
         self.slots: list[int] = [0] * core.n_slots  # handle of the running sequence, 0: none
@@ -118,11 +120,12 @@ class Sequences:
         self._seat(seq, where.slot, SeqState.DECODE if state == abi.DECODE else SeqState.PREFILL)
 
     def _seat(self, seq: LiveSequence, slot: int, state: SeqState) -> None:
+        n_past, n_tokens = self._core.slot_fill(slot)
         if seq.view.state is SeqState.WAITING:
             self.n_queued -= 1
+            seq.cached = n_past
         seq.slot = slot
         self.slots[slot] = seq.view.id
-        n_past, n_tokens = self._core.slot_fill(slot)
         seq.view.cells = n_past
         seq.view.prefill_left = 0 if state is SeqState.DECODE else n_tokens - n_past
         seq.move(state)
@@ -221,6 +224,8 @@ class Sequences:
                 view.prefill_left -= n_past - view.cells
             view.generated = generated
             view.cells = n_past
+            if generated and not seq.first_token_ns:
+                seq.first_token_ns = time.monotonic_ns()
             if state == abi.DECODE and view.state is SeqState.PREFILL:
                 view.prefill_left = 0
                 seq.move(SeqState.DECODE)
@@ -260,4 +265,4 @@ class Sequences:
             self.slots[seq.slot] = 0
         self.live.pop(seq.view.id, None)
         self.views.pop(seq.view.id, None)
-        self._on_end(seq.view.id)
+        self._on_end(seq)

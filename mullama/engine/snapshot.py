@@ -13,10 +13,16 @@ if TYPE_CHECKING:
     from mullama._core import Core
     from mullama.engine.policy import PolicyHost
     from mullama.engine.sequences import LiveSequence, Sequences
+    from mullama.engine.shadow import Shadow
 
 
 def scheduler(
-    info: ModelInfo, policy: PolicyHost, seqs: Sequence[LiveSequence], page: abi.Reader, core: Core
+    info: ModelInfo,
+    policy: PolicyHost,
+    shadow: Shadow | None,
+    seqs: Sequence[LiveSequence],
+    page: abi.Reader,
+    core: Core,
 ) -> dict[str, Any]:
     """Policy, waiting and running sequences, plans, counters. Read from any thread: a moment's view, not a lock's."""
     now = time.monotonic_ns()
@@ -43,6 +49,7 @@ def scheduler(
         "preemptions": counters.preemptions,
         "swaps": policy.stats.swaps,
         "plan_times": policy.plan_times(),
+        "shadow": shadow.snapshot() if shadow is not None else None,
         "threads": core.governor.snapshot(),
         "counters": abi.as_dict(counters),
     }

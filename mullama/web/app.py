@@ -12,7 +12,7 @@ from mullama.web.chat import ChatCompletions
 from mullama.web.completions import Completions
 from mullama.web.errors import add_error_handlers
 from mullama.web.health import Health, Ready
-from mullama.web.internal import KvDrop, KvView, SchedulerView
+from mullama.web.internal import KvDrop, KvView, SchedulerView, ShadowScheduler
 from mullama.web.listing import ModelDetail, ModelList
 from mullama.web.models import Models
 from mullama.web.request import Request
@@ -40,6 +40,7 @@ def create_app(config: ServeConfig, models: Models, services: Services | None = 
     app.add_route("/health", Health())
     app.add_route("/ready", Ready(models))
     app.add_route("/internal/scheduler", SchedulerView(models, config))
+    app.add_route("/internal/scheduler/shadow", ShadowScheduler(models, config))
     app.add_route("/internal/kv", KvView(models))
     app.add_route("/internal/kv/drop", KvDrop(models))
     return app

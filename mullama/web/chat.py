@@ -36,7 +36,7 @@ class ChatCompletions:
             model=call.model,
             endpoint="chat.completions",
             prompts=[prompt],
-            options=call.options,
+            options=call.options.of_tenant(req.tenant),
             arrival_ns=req.arrival_ns,
         )
         await respond(req, resp, services, group, call.options, is_chat=True, choice=_choice)

@@ -35,7 +35,7 @@ class Completions:
             model=call.model,
             endpoint="completions",
             prompts=prompts,
-            options=call.options,
+            options=call.options.of_tenant(req.tenant),
             arrival_ns=req.arrival_ns,
         )
 

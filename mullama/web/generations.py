@@ -71,6 +71,8 @@ class Group:
                     arrival_ns=arrival_ns,
                     priority=options.priority,
                     user=options.user,
+                    slo_ms=options.slo_ms,
+                    preempt=options.preempt,
                 )
                 self.generations.append(engine.submit(request))
         except BaseException:
@@ -142,6 +144,8 @@ class Group:
 class Single:
     """The events of a group with one choice. PERF: no task, no queue."""
 
+    queued: Sequence[Event] = ()
+
     def __init__(self, generation: AsyncGeneration) -> None:
         self._next = generation.__anext__
 
@@ -159,11 +163,11 @@ class Merged:
     """The events of several generations, in the order they arrive; ``next`` hands over all that are there.
 
     A task a generation moves its deltas to a bounded list; when the client is slow the tasks wait and the
-    generations merge what comes. Cancelling ``next`` loses nothing.
+    generations merge what comes. Cancelling ``next`` loses nothing. ``queued`` is what ``next`` would hand over.
     """
 
     def __init__(self, generations: Sequence[AsyncGeneration]) -> None:
-        self._events: list[Event] = []
+        self.queued: list[Event] = []
         self._limit = 2 * len(generations)
         self._failure: BaseException | None = None
         self._some = asyncio.Event()
@@ -187,9 +191,9 @@ class Merged:
             self._some.set()
 
     def _put(self, event: Event) -> None:
-        self._events.append(event)
+        self.queued.append(event)
         self._some.set()
-        if len(self._events) >= self._limit:
+        if len(self.queued) >= self._limit:
             self._room.clear()
 
     async def next(self) -> list[Event]:
@@ -197,7 +201,7 @@ class Merged:
         await self._some.wait()
         if self._failure is not None:
             raise self._failure
-        events, self._events = self._events, []
+        events, self.queued = self.queued, []
         self._some.clear()
         self._room.set()
         return events

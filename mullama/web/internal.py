@@ -26,12 +26,28 @@ class _Internal:
         return self._models.resolve(req.get_param("model"))
 
 
-class SchedulerView(_Internal):
+class _Policies(_Internal):
+    """What the endpoints that name a policy share."""
+
     def __init__(self, models: Models, config: ServeConfig) -> None:
         super().__init__(models)
         self._may_load_files = bool(config.admin_key)
         self._max_body = config.max_body_bytes
 
+    async def _change(self, req: Request) -> SchedulerChange:
+        return parse_scheduler_change(await read_body(req, self._max_body))
+
+    def _policy(self, change: SchedulerChange) -> str:
+        if not change.policy:
+            message = "policy: the name of a policy is missing (mullama schedulers lists them)"
+            raise InvalidRequest(message, param="policy")
+        # SAFETY: a file's class is code of whoever names it, so that takes the admin key and not just loopback.
+        if ":" in change.policy and not self._may_load_files:
+            raise PermissionDenied("a policy from a file or a module can only be named when --admin-key is set")
+        return change.policy
+
+
+class SchedulerView(_Policies):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Policy, parameters, waiting and running sequences, step counters. Raises ModelNotFound."""
         name, engine = self._engine(req)
@@ -41,12 +57,7 @@ class SchedulerView(_Internal):
         """Put another policy in charge from the next step on. Raises InvalidRequest; then the running one stays."""
         name, engine = self._engine(req)
         change = await self._change(req)
-        if not change.policy:
-            raise InvalidRequest("policy: the name of a policy is missing (mullama schedulers lists them)", param="policy")
-        # SAFETY: a file's class is code of whoever names it, so that takes the admin key and not just loopback.
-        if ":" in change.policy and not self._may_load_files:
-            raise PermissionDenied("a policy from a file or a module can only be named when --admin-key is set")
-        resp.data = _dump(name, await engine.set_scheduler(change.policy, change.params))
+        resp.data = _dump(name, await engine.set_scheduler(self._policy(change), change.params))
 
     async def on_patch(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
@@ -56,8 +67,20 @@ class SchedulerView(_Internal):
             raise InvalidRequest("policy: PATCH changes parameters; use PUT to change the policy", param="policy")
         resp.data = _dump(name, await engine.configure_scheduler(change.params))
 
-    async def _change(self, req: Request) -> SchedulerChange:
-        return parse_scheduler_change(await read_body(req, self._max_body))
+
+class ShadowScheduler(_Policies):
+    async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Run a policy as a shadow instead of the one before. Raises InvalidRequest; then nothing changes."""
+        name, engine = self._engine(req)
+        change = await self._change(req)
+        await engine.set_shadow(self._policy(change), change.params)
+        resp.data = _dump(name, {"shadow": change.policy})
+
+    async def on_delete(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Run no shadow any more."""
+        name, engine = self._engine(req)
+        await engine.set_shadow(None)
+        resp.data = _dump(name, {"shadow": None})
 
 
 class KvView(_Internal):

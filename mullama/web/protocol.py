@@ -1,8 +1,11 @@
-"""uvicorn's HTTP protocol with a limit on the size of a request's head: httptools itself keeps any amount of it."""
+"""uvicorn's HTTP protocol with a limit on the size of a request's head (httptools itself keeps any amount of it), and
+with a direct way to the response's body (``direct.py``)."""
 
 from __future__ import annotations
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from mullama.web.direct import EXTENSION, DirectBody
 
 MAX_HEAD = 64 << 10  # bytes of an unfinished head; what arrives in one piece with its end may be a little more
 
@@ -39,4 +42,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:  # its task runs later, so the app finds the extension
+            self.scope["extensions"] = {EXTENSION: {"body": DirectBody(self.cycle)}}

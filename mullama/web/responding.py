@@ -10,6 +10,7 @@ from typing import Any
 import falcon.asgi
 import orjson
 
+from mullama.web.direct import direct_body
 from mullama.web.generations import Group, Reply
 from mullama.web.request import Request
 from mullama.web.schemas import Options
@@ -52,6 +53,7 @@ async def respond(
                 include_usage=options.include_usage,
                 with_profile=wants_profile(req),
                 ping_seconds=services.ping_seconds,
+                body=direct_body(req.scope),
             )
             start_stream(resp, stream)
             streaming = True

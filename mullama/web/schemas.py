@@ -129,6 +129,10 @@ class Options:
     slo_ms: float | None
     preempt: Preempt
 
+    def of_tenant(self, tenant: str | None) -> Options:
+        """The same for a client that its API key tells from others: it is the user where the request names none."""
+        return self if tenant is None or self.user is not None else replace(self, user=tenant)
+
     def of_choice(self, index: int) -> SamplingParams:
         """The sampling of choice ``index`` of a prompt: its seed follows the request's."""
         seed = self.sampling.seed

@@ -1,6 +1,7 @@
 """Server-sent events: one stream of chunks for one request.
 
-The hot path is ``EventStream.__anext__``: a wake-up, one ``orjson.dumps`` of the new text between two constants.
+The hot path is ``EventStream._sink`` where the server offers a direct way to the client (``direct.py``), else
+``__anext__``: one ``orjson.dumps`` of the new text between two constants.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import falcon.asgi
 import orjson
 
 from mullama.types import Finish
+from mullama.web.direct import DirectBody, Diverting, Sink
 from mullama.web.errors import as_mullama_error
 from mullama.web.generations import Event, Group, events_of
 from mullama.web.usage import profile_fields, usage
@@ -46,6 +48,10 @@ class ChunkFormat:
     def text(self, index: int, text: str) -> bytes:
         return self._text_heads[index] + orjson.dumps(text) + self._text_tail
 
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        """What comes before and after a text's JSON."""
+        return self._text_heads[index], self._text_tail
+
     def opening(self, index: int) -> bytes:
         """What comes before the first text of a choice: the role, or the echoed prompt; may be empty."""
         if self._is_chat:
@@ -71,8 +77,9 @@ def _members(extra: dict[str, Any]) -> bytes:
 class Silence:
     """Ends a wait that lasts longer than ``seconds``: ``with silence: await …`` is then simply left.
 
-    What is awaited must lose nothing when it is cancelled. PERF: one timer a stream, moved only when it fires, where
-    ``asyncio.timeout`` would set and cancel one for every token.
+    What is awaited must lose nothing when it is cancelled. ``is_waiting`` says whether the wait goes on; who breaks the
+    silence without ending it sets ``since`` to the loop's time. PERF: one timer a stream, moved only when it fires,
+    where ``asyncio.timeout`` would set and cancel one for every token.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -80,8 +87,8 @@ class Silence:
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[Any] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._since = 0.0
-        self._waiting = False
+        self.since = 0.0
+        self.is_waiting = False
         self._fired = False
         self._cancelling = 0
 
@@ -89,13 +96,13 @@ class Silence:
         if self._task is None:
             self._task = asyncio.current_task()
             self._timer = self._loop.call_later(self._seconds, self._check)
-        self._since = self._loop.time()
-        self._waiting = True
+        self.since = self._loop.time()
+        self.is_waiting = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        self._waiting = False
+        self.is_waiting = False
         if not self._fired:
             return False
         self._fired = False
@@ -106,7 +113,7 @@ class Silence:
 
     def _check(self) -> None:
         assert self._task is not None
-        left = self._since + self._seconds - self._loop.time() if self._waiting else self._seconds
+        left = self.since + self._seconds - self._loop.time() if self.is_waiting else self._seconds
         if left <= 0.001:
             self._fired = True
             self._cancelling = self._task.cancelling()
@@ -123,10 +130,18 @@ class EventStream:
     """The body of a streaming response: an async iterator of bytes that Falcon closes in a ``finally``.
 
     An error after the start can no longer change the status: it is sent as an event, and the stream ends there.
+    With ``body``, text that comes while the iterator waits is written there, and the wait goes on.
     """
 
     def __init__(
-        self, group: Group, chunks: ChunkFormat, *, include_usage: bool, with_profile: bool, ping_seconds: float
+        self,
+        group: Group,
+        chunks: ChunkFormat,
+        *,
+        include_usage: bool,
+        with_profile: bool,
+        ping_seconds: float,
+        body: DirectBody | None = None,
     ) -> None:
         self._group = group
         self._chunks = chunks
@@ -138,6 +153,35 @@ class EventStream:
         self._finishes: list[Finish | None] = [None] * len(group.generations)
         self._running = len(group.generations)
         self._ended = False
+        if body is not None:
+            for index, generation in enumerate(group.generations):
+                if isinstance(generation, Diverting):
+                    generation.sink = self._sink(index, body)
+
+    def _sink(self, index: int, body: DirectBody) -> Sink:
+        """What takes a choice's text while the iterator waits; the law is in ``direct.py``.
+
+        PERF: the function that is returned is all that runs for a token of a flowing stream.
+        """
+        silence, source, opened = self._silence, self._source, self._opened
+        dumps, now = orjson.dumps, asyncio.get_running_loop().time
+        head, tail = self._chunks.around_text(index)
+        write_first = body.writer(self._chunks.opening(index) + head, tail)
+        write_later = body.writer(head, tail)
+
+        def take(text: str) -> bool:
+            if source.queued or not silence.is_waiting:
+                return False
+            if not text:
+                return True  # it is held back
+            write = write_later if opened[index] else write_first
+            if not write(dumps(text)):
+                return False
+            opened[index] = True
+            silence.since = now()
+            return True
+
+        return take
 
     def __aiter__(self) -> EventStream:
         return self
@@ -192,6 +236,9 @@ class EventStream:
     async def close(self) -> None:
         """Stop whatever still runs for this stream. Idempotent."""
         self._ended = True
+        for generation in self._group.generations:
+            if isinstance(generation, Diverting):
+                generation.sink = None
         self._silence.close()
         self._source.close()
         self._group.close()

@@ -359,3 +359,53 @@ def test_the_snapshot_says_who_waits_and_who_runs(make_engine: Callable[..., Eng
     first.cancel()
     list(first)
     list(second)
+
+
+# -- shadows ---------------------------------------------------------------------------------------------------------
+
+
+def shadow_of(engine: Engine, wanted: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """The shadow's snapshot once ``wanted`` holds; it works on a thread of its own."""
+    engine.call(lambda: None).result()  # the last one has ended for the engine as well
+    deadline = time.monotonic() + 20
+    while True:
+        found: dict[str, Any] = engine.scheduler_snapshot()["shadow"]
+        if wanted(found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
+
+
+def test_a_shadow_reports_and_decides_nothing(make_engine: Callable[..., Engine], alone: list[str]) -> None:
+    engine = make_engine(parallel=2, shadow_scheduler="srpt")
+    assert texts(run_all(engine, work())) == alone
+    found = shadow_of(engine, lambda shadow: shadow["ttft_ms"])
+    assert (found["policy"], found["off"], found["dropped"]) == ("srpt", None, 0)
+    assert found["observed"] > 10
+    assert found["differed"] > 0, "the shortest first is another order"
+    assert found["recent"]
+    predicted = found["ttft_ms"]
+    assert predicted["requests"] == 12
+    assert predicted["measured"]["p50"] > 0
+    assert predicted["active"]["p50"] > 0 and predicted["shadow"]["p50"] > 0
+    assert engine.scheduler_snapshot()["policy"] == "fcfs"
+
+
+def test_a_shadow_of_the_same_policy_never_differs(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(parallel=2, shadow_scheduler="fcfs")
+    texts(run_all(engine, work()))
+    found = shadow_of(engine, lambda shadow: shadow["ttft_ms"])
+    assert (found["observed"] > 10, found["differed"]) == (True, 0)
+
+
+def test_a_broken_shadow_disturbs_nobody(make_engine: Callable[..., Engine], tmp_path: Path, alone: list[str]) -> None:
+    file = tmp_path / "bad.py"
+    file.write_text("from mullama.scheduling import Fcfs\nclass Bad(Fcfs):\n    def plan(self, state):\n        1 / 0\n")
+    engine = make_engine(parallel=2)
+    engine.set_shadow_sync(f"{file}:Bad")
+    assert texts(run_all(engine, work())) == alone
+    found = shadow_of(engine, lambda shadow: shadow["off"])
+    assert "ZeroDivisionError" in found["off"]
+    with pytest.raises(InvalidRequest, match="srpt"):
+        engine.set_shadow_sync("sprt")
+    engine.set_shadow_sync(None)
+    assert engine.scheduler_snapshot()["shadow"] is None

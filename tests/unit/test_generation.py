@@ -173,6 +173,73 @@ def test_a_closed_loop_is_no_error_for_the_writer() -> None:
     generation.deliver("a", 1)
 
 
+# -- the sink of a generation
+
+
+def test_a_sink_takes_texts_and_wakes_nobody() -> None:
+    async def go() -> tuple[list[str], list[Delta]]:
+        generation = AsyncGeneration("r", 1, no_cancel, asyncio.get_running_loop())
+        taken: list[str] = []
+        generation.sink = lambda text: text != "c" and not taken.append(text)  # type: ignore[func-returns-value]
+        waiting = asyncio.ensure_future(anext(generation))
+        await asyncio.sleep(0)
+        generation.deliver("a", 1)
+        generation.deliver("b", 1)
+        await asyncio.sleep(0.001)
+        assert not waiting.done()
+        generation.deliver("c", 1)  # declined
+        generation.deliver("d", 1)  # must not overtake
+        queued = [await waiting]
+        generation.deliver("e", 1)  # the queue is empty again
+        generation.sink = None
+        generation.deliver("f", 1)
+        generation.end(STOP)
+        return taken, queued + [delta async for delta in generation]
+
+    assert asyncio.run(go()) == (["a", "b", "e"], [Delta("cd", 2), Delta("f", 1)])
+
+
+def test_a_sink_is_called_on_its_loop_only() -> None:
+    async def go() -> tuple[list[str], set[int]]:
+        generation = AsyncGeneration("r", 1, no_cancel, asyncio.get_running_loop())
+        taken: list[str] = []
+        threads: set[int] = set()
+
+        def sink(text: str) -> bool:
+            taken.append(text)
+            threads.add(threading.get_ident())
+            return True
+
+        def write() -> None:
+            for text in "abc":
+                generation.deliver(text, 1)
+            generation.end(STOP)
+
+        generation.sink = sink
+        threading.Thread(target=write).start()
+        assert [delta async for delta in generation] == []
+        return taken, threads
+
+    assert asyncio.run(go()) == (["a", "b", "c"], {threading.get_ident()})
+
+
+def test_a_broken_sink_costs_no_text_and_no_other_request(core: FakeCore, reader: Reader) -> None:
+    def broken(text: str) -> bool:
+        raise ValueError("no")
+
+    async def go() -> list[list[Delta]]:
+        generations = [on_loop(reader, 1), on_loop(reader, 2)]
+        generations[0].sink = broken
+        for text in "ab":
+            core.text(1, text)
+            core.text(2, text)
+        core.finish(1)
+        core.finish(2)
+        return [[delta async for delta in generation] for generation in generations]
+
+    assert asyncio.run(go()) == [[Delta("ab", 2)], [Delta("ab", 2)]]
+
+
 # -- the reader
 
 

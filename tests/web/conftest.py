@@ -148,16 +148,27 @@ class Live:
         return f"http://127.0.0.1:{self.port}"
 
 
+def without_extensions(app: Any) -> Any:
+    async def plain(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        scope.pop("extensions", None)
+        await app(scope, receive, send)
+
+    return plain
+
+
 @pytest.fixture
 def live(engine: FakeEngine, config: ServeConfig) -> Iterator[Callable[..., Live]]:
-    """Call it (after changing ``engine`` or ``config``) to start the server."""
+    """Call it (after changing ``engine`` or ``config``) to start the server. Without ``direct`` every chunk goes
+    through ASGI, as it does with another server."""
     started: list[tuple[Live, Services]] = []
 
-    def start(*, ping_seconds: float = 15.0) -> Live:
+    def start(*, ping_seconds: float = 15.0, direct: bool = True) -> Live:
         config.port = 0
         sock = bind(config)
         services = Services(config, Models([("fake", engine)]), ping_seconds=ping_seconds)
         server = Server(config, services, sock)
+        if not direct:
+            server.config.app = without_extensions(server.config.app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         running = Live(sock.getsockname()[1], server, thread)
         thread.start()

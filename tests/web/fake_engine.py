@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mullama.engine.generation import AsyncGeneration
 from mullama.errors import ContextLengthExceeded, InvalidRequest, ShuttingDown
-from mullama.types import Delta, Finish, FinishReason, ModelInfo, Profile, Request
+from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request
 
 BOS = 1
 N_VOCAB = 1000
@@ -41,39 +42,32 @@ def model_info(name: str = "fake") -> ModelInfo:
     )
 
 
-class FakeGeneration:
-    """Emits the engine's reply on the event loop it was submitted on."""
+class FakeGeneration(AsyncGeneration):
+    """The real one, fed with the engine's reply on the event loop it was submitted on."""
 
     def __init__(self, engine: FakeEngine, request: Request) -> None:
-        self.id = request.id
+        super().__init__(request.id, 0, lambda handle: None, asyncio.get_running_loop())
         self.request = request
-        self.finish: Finish | None = None
         self.cancelled_at: float | None = None
         self._engine = engine
-        self._loop = asyncio.get_running_loop()
         self._pieces = list(engine.reply)
         self._limit = request.sampling.max_tokens
-        self._n_tokens = 0
-        self._text = ""
-        self._pending = 0
-        self._wake = asyncio.Event()
+        self._n_sent = 0
         self._timer: asyncio.TimerHandle | None = None
         if not engine.hang:
             self._timer = self._loop.call_later(engine.first_delay, self._step)
 
     def _step(self) -> None:
         engine = self._engine
-        if engine.fail_after is not None and self._n_tokens == engine.fail_after:
+        if engine.fail_after is not None and self._n_sent == engine.fail_after:
             self._end(FinishReason.ERROR, engine.failure)
         elif not self._pieces:
             self._end(FinishReason.STOP)
-        elif self._limit is not None and self._n_tokens >= self._limit:
+        elif self._limit is not None and self._n_sent >= self._limit:
             self._end(FinishReason.LENGTH)
         else:
-            self._text += self._pieces.pop(0)
-            self._pending += 1
-            self._n_tokens += 1
-            self._wake.set()
+            self._n_sent += 1
+            self.deliver(self._pieces.pop(0), 1)
             self._timer = self._loop.call_later(engine.delay, self._step)
 
     def _end(self, reason: FinishReason, error: Exception | None = None) -> None:
@@ -83,17 +77,16 @@ class FakeGeneration:
         hit = min(self._engine.cached, n_prompt)
         profile = Profile(
             prompt_tokens=n_prompt,
-            completion_tokens=self._n_tokens,
+            completion_tokens=self._n_sent,
             kv_cache_hit=hit,
             kv_cache_miss=n_prompt - hit,
-            total_ms=(time.monotonic_ns() - self.request.arrival_ns) / 1e6,
+            total_ms=self._engine.total_ms or (time.monotonic_ns() - self.request.arrival_ns) / 1e6,
             time_to_first_token_ms=1.25,
-            steps=self._n_tokens,
+            steps=self._n_sent,
             mean_batch_size=2.0,
         )
-        self.finish = Finish(reason, profile, error=error)
         self._engine.running.discard(self)
-        self._wake.set()
+        self.end(Finish(reason, profile, error=error))
 
     def cancel(self) -> None:
         if self.finish is None and self.cancelled_at is None:
@@ -101,19 +94,6 @@ class FakeGeneration:
             if self._timer is not None:
                 self._timer.cancel()
             self._loop.call_later(0.002, self._end, FinishReason.CANCELLED)  # the step that is under way
-
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        return self
-
-    async def __anext__(self) -> Delta:
-        while not self._pending:
-            if self.finish is not None:
-                raise StopAsyncIteration
-            await self._wake.wait()
-            self._wake.clear()
-        delta = Delta(self._text, self._pending)
-        self._text, self._pending = "", 0
-        return delta
 
 
 class FakeEngine:
@@ -126,6 +106,7 @@ class FakeEngine:
         self.first_delay = 0.0
         self.hang = False
         self.cached = 0
+        self.total_ms: float | None = None  # None: as long as it took
         self.fail_after: int | None = None
         self.failure: Exception | None = None
         self.submit_errors: list[Exception | None] = []  # one a submit; None: it works
@@ -135,6 +116,7 @@ class FakeEngine:
         self.generations: list[FakeGeneration] = []
         self.running: set[FakeGeneration] = set()
         self.rendered: list[dict[str, Any]] = []
+        self.scheduler_calls: list[tuple[str, str, dict[str, Any]]] = []
 
     def is_ready(self) -> bool:
         return self.is_up and not self.draining
@@ -172,6 +154,19 @@ class FakeEngine:
 
     def scheduler_snapshot(self) -> dict[str, Any]:
         return {"policy": "fcfs", "waiting": [], "running": [generation.id for generation in self.running]}
+
+    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        self.scheduler_calls.append(("set", spec, dict(params or {})))
+        if spec != "fair":
+            raise InvalidRequest(f"there is no scheduler '{spec}'; there are fcfs, fair", param="policy")
+        return {"policy": spec, "params": dict(params or {}), "handed_over": len(self.running)}
+
+    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self.scheduler_calls.append(("configure", "", dict(params)))
+        return {"policy": "fcfs", "params": dict(params), "handed_over": len(self.running)}
+
+    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        self.scheduler_calls.append(("shadow", spec or "", dict(params or {})))
 
     async def kv_snapshot(self) -> dict[str, Any]:
         return {"layout": "streams", "cells_used": 7, "retained": []}

@@ -284,8 +284,7 @@ def test_a_request_cut_by_the_server_is_503(
     client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cut(self: FakeGeneration) -> None:
-        self.finish = Finish(FinishReason.CANCELLED, Profile())
-        self._wake.set()
+        self.end(Finish(FinishReason.CANCELLED, Profile()))
 
     monkeypatch.setattr(FakeGeneration, "_step", cut)
     result = client.post(CHAT, {"messages": MESSAGES})

@@ -129,7 +129,7 @@ def test_the_openai_client_s_errors(live: Start, engine: FakeEngine) -> None:
 
 
 def test_the_openai_client_s_key(live: Start, config: ServeConfig) -> None:
-    config.api_key = "k"
+    config.api_key = ["k"]
     running = live()
     with sdk(running) as client, pytest.raises(openai.AuthenticationError):
         client.models.list()

@@ -84,7 +84,7 @@ def test_off_loopback_addresses_are_allowed_but_names_are_not(make: Callable[...
 
 @pytest.mark.parametrize("path", [MODELS, "//v1/models", "/v1/models/", "/v1/models/fake"])
 def test_the_api_key_guards_v1(make: Callable[..., Client], path: str) -> None:
-    client = make(api_key="sésame")
+    client = make(api_key=["sésame"])
     for headers in ({}, bearer("wrong"), bearer(""), {"Authorization": "sésame"}, {"Authorization": "Basic sésame"}):
         result = client.get(path, headers=headers)
         assert (result.status, result.error["code"]) == (401, "invalid_api_key")
@@ -94,25 +94,25 @@ def test_the_api_key_guards_v1(make: Callable[..., Client], path: str) -> None:
 
 
 def test_the_api_key_guards_generation_before_the_body_is_read(make: Callable[..., Client]) -> None:
-    client = make(api_key="k")
+    client = make(api_key=["k"])
     assert client.post("/v1/chat/completions", b"{").status == 401
     assert client.post("/v1/completions", b"{").status == 401
     assert client.post("/v1/completions", b"{", headers=bearer("k")).status == 400
 
 
 def test_health_needs_no_key(make: Callable[..., Client]) -> None:
-    client = make(api_key="k", admin_key="a")
+    client = make(api_key=["k"], admin_key="a")
     assert client.get("/health").status == 200
     assert client.get("/ready").status == 200
 
 
 def test_internal_reads_take_either_key(make: Callable[..., Client]) -> None:
     assert make(admin_key="a").get("/internal/kv").status == 200
-    client = make(api_key="k", admin_key="a")
+    client = make(api_key=["k"], admin_key="a")
     assert client.get("/internal/kv").status == 401
     assert client.get("/internal/kv", headers=bearer("k")).status == 200
     assert client.get("/internal/kv", headers=bearer("a")).status == 200
-    assert make(api_key="k").get("/internal/kv", headers=bearer("")).status == 401
+    assert make(api_key=["k"]).get("/internal/kv", headers=bearer("")).status == 401
 
 
 def test_internal_writes_need_json(make: Callable[..., Client]) -> None:
@@ -128,8 +128,8 @@ def test_internal_writes_off_loopback_need_the_admin_key(make: Callable[..., Cli
         return client.post(DROP, {}, headers=bearer(key) if key else {})
 
     assert drop(make(host="0.0.0.0")).status == 403
-    assert drop(make(host="0.0.0.0", api_key="k"), "k").status == 403
-    client = make(host="0.0.0.0", admin_key="a", api_key="k")
+    assert drop(make(host="0.0.0.0", api_key=["k"]), "k").status == 403
+    client = make(host="0.0.0.0", admin_key="a", api_key=["k"])
     assert drop(client).status == 403
     assert drop(client, "k").status == 403
     assert drop(client, "a").status == 200
@@ -139,8 +139,8 @@ def test_internal_writes_on_loopback(make: Callable[..., Client]) -> None:
     assert make().post(DROP, {}).status == 200
     assert make(admin_key="a").post(DROP, {}).status == 403
     assert make(admin_key="a").post(DROP, {}, headers=bearer("a")).status == 200
-    assert make(api_key="k").post(DROP, {}).status == 401
-    assert make(api_key="k").post(DROP, {}, headers=bearer("k")).status == 200
+    assert make(api_key=["k"]).post(DROP, {}).status == 401
+    assert make(api_key=["k"]).post(DROP, {}, headers=bearer("k")).status == 200
 
 
 def test_host_names() -> None:
