@@ -24,7 +24,7 @@ from bench.common import progress
 from bench.prompts import PromptMaker
 
 #: fcfs in the words of a user: no class of mullama's but the plan.
-USER_POLICY = '''
+USER_POLICY = """
 from mullama.scheduling import Plan
 
 class Mine:
@@ -53,7 +53,7 @@ class Mine:
             tokens[seq.id] = n
             budget -= n
         return Plan(tokens)
-'''
+"""
 
 
 def load(engine: Any, prompts: PromptMaker, *, clients: int, requests: int, n_prompt: int, n_out: int) -> None:
@@ -117,7 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rounds.setdefault(name, []).append(measure(engine, prompts, spec, args))
     results = {name: common.median_by_key(rows) for name, rows in rounds.items()}
     keys = list(rounds["fcfs, built in"][0])
-    print(common.table(["policy", *keys], [[name, *(row[key]["median"] for key in keys)] for name, row in results.items()]))
+    print(
+        common.table(
+            ["policy", *keys], [[name, *(row[key]["median"] for key in keys)] for name, row in results.items()]
+        )
+    )
     common.write_record(common.record("planning", vars(args), results), args.json)
     return 0
 

@@ -749,7 +749,8 @@ cdef class Core:
         """Carry out a plan: one token of every slot in ``decode``, then the chunks (slot, n tokens) of ``prefill``.
 
         A plan without chunks is repeated until a sequence changes its state, ``interrupt`` is called, ``max_steps``
-        (0: no limit) are done, or the clock shows ``until_ns`` (0: no limit). Returns True when a sequence changed its state.
+        (0: no limit) are done, or the clock shows ``until_ns`` (0: no limit). Returns True when a sequence changed its
+        state.
         Raises ValueError for a plan that does not fit the slots' states.
         """
         self.plan_decode.clear()

@@ -15,7 +15,7 @@ import click
 from mullama.errors import ConfigError, MullamaError
 
 #: In the order ``mullama --help`` shows them; each is the module ``mullama.cli.NAME``.
-COMMANDS = ("serve", "run", "pull", "list", "show", "rm", "version")
+COMMANDS = ("serve", "run", "pull", "list", "show", "schedulers", "compare", "simulate", "calibrate", "rm", "version")
 
 
 class Commands(click.Group):

@@ -59,10 +59,9 @@ class Engine:
         )
         self._reader = Reader(core, TEXT)
         self._page = abi.Reader(core.page.buffer())
-        self._shadow: Shadow | None = None
         self._handles = itertools.count(1)
         self._seqs = Sequences(
-            core, self._reader, info.name, config.swap_bytes or sizing.default_swap_bytes(), self._ended
+            core, self._reader, info.name, config.swap_bytes or sizing.default_swap_bytes(), self._policy.ended
         )
         self._policy.views = self._seqs.views
         self._token_bytes = sizing.kv_bytes_per_token(model.metadata())
@@ -71,7 +70,7 @@ class Engine:
         # What fits alone never fails: no request may use more than the whole budget.
         self.info = info = dataclasses.replace(info, n_ctx=min(info.n_ctx, self._kv_tokens))
         if config.shadow_scheduler:
-            self._shadow = self._make_shadow(config.shadow_scheduler, None)
+            self._policy.shadow = self._make_shadow(config.shadow_scheduler, None)
         self._wait = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._calls: set[Future[Any]] = set()  # of call(), not answered yet
@@ -161,7 +160,9 @@ class Engine:
             # A request that a slot is free for does not wait.
             n_waiting = self._n_posted + self._seqs.n_queued
             if n_waiting >= self.config.max_queue + self._seqs.slots.count(0):
-                raise QueueFull(f"{n_waiting} requests are waiting, the limit is {self.config.max_queue}", retry_after=1)
+                raise QueueFull(
+                    f"{n_waiting} requests are waiting, the limit is {self.config.max_queue}", retry_after=1
+                )
             self._n_posted += 1
             self._reader.add(generation, request.sampling.stop)
             self._post(lambda: self._add(seq))
@@ -234,9 +235,7 @@ class Engine:
 
     def scheduler_snapshot(self) -> dict[str, Any]:
         """GET /internal/scheduler."""
-        return snapshot.scheduler(
-            self.info, self._policy, self._shadow, list(self._seqs.live.values()), self._page, self._core
-        )
+        return snapshot.scheduler(self.info, self._policy, list(self._seqs.live.values()), self._page, self._core)
 
     async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Put another policy in charge from the next step on; no request and no cached token is lost.
@@ -264,7 +263,7 @@ class Engine:
         """``set_shadow`` for a thread without an event loop."""
         shadow = None if spec is None else self._make_shadow(spec, params)
         try:
-            old = self.call(lambda: self._set_shadow(shadow)).result()
+            old = self.call(lambda: self._policy.set_shadow(shadow)).result()
         except BaseException:
             old = shadow
             raise
@@ -279,14 +278,6 @@ class Engine:
         core = self._core
         config = SimConfig(core.n_slots, self.info.n_ctx, core.n_batch, kv_tokens=self._kv_tokens)
         return Shadow(spec, params, config)
-
-    def _set_shadow(self, shadow: Shadow | None) -> Shadow | None:
-        """Engine thread. Returns the one before."""
-        if shadow is not None:
-            for view in self._seqs.views.values():
-                shadow.add(view)
-        old, self._shadow = self._shadow, shadow
-        return old
 
     def _set_scheduler(self, policy: Any, spec: str) -> dict[str, Any]:
         own_thread = not registry.is_builtin(spec)
@@ -346,8 +337,6 @@ class Engine:
         self._reader.close()
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
         self._policy.close()
-        if self._shadow is not None:
-            self._shadow.close()
         self._core.close()
         self.model.close()
 
@@ -408,8 +397,6 @@ class Engine:
         """Plan, preempt, admit, run, follow."""
         state = self._state()
         plan = self._policy.plan(state)
-        if self._shadow is not None:
-            self._shadow.observe(state, plan, self._seqs.views, self._policy.spec, self._policy.params())
         planned_ns = time.monotonic_ns() - state.now_ns
         steps = plan.repeat
         fresh = bool(plan.preempt)
@@ -482,14 +469,7 @@ class Engine:
         with self._wait:
             self._n_posted -= 1
             self._seqs.add(seq)
-        self._policy.add(seq.view)
-        if self._shadow is not None:
-            self._shadow.add(seq.view)
-
-    def _ended(self, seq: LiveSequence) -> None:
-        self._policy.remove(seq.view.id)
-        if self._shadow is not None:
-            self._shadow.remove(seq)
+        self._policy.arrived(seq.view)
 
     def _drop_retained(self) -> int:
         freed = self._seqs.evict_retained(1 << 62)

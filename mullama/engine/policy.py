@@ -12,12 +12,16 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mullama.engine.planner import Planner
 from mullama.errors import PluginError
 from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
 from mullama.types import SeqState
+
+if TYPE_CHECKING:
+    from mullama.engine.sequences import LiveSequence
+    from mullama.engine.shadow import Shadow
 
 log = logging.getLogger("mullama.engine")
 
@@ -41,6 +45,7 @@ class PolicyHost:
 
     def __init__(self, policy: Scheduler, spec: str, *, own_thread: bool, timeout_ms: float) -> None:
         self.views: Mapping[int, SeqView] = {}  # the engine's sequences; it sets them once
+        self.shadow: Shadow | None = None  # a policy that is asked as well and decides nothing
         self.stats = PlanStats()
         self.fallback: dict[str, Any] | None = None
         self.last_plan = Plan()
@@ -63,13 +68,28 @@ class PolicyHost:
         return str(getattr(self.policy, "name", type(self.policy).__name__))
 
     def close(self) -> None:
+        """End the threads of the policy and of the shadow."""
+        self._leave()
+        if self.shadow is not None:
+            self.shadow.close()
+            self.shadow = None
+
+    def _leave(self) -> None:
         if self._planner is not None:
             self._planner.close()
             self._planner = None
 
+    def set_shadow(self, shadow: Shadow | None) -> Shadow | None:
+        """Run another shadow, or none. Returns the one before, for the caller to close."""
+        if shadow is not None:
+            for view in self.views.values():
+                shadow.add(view)
+        old, self.shadow = self.shadow, shadow
+        return old
+
     def swap(self, policy: Scheduler, spec: str, *, own_thread: bool) -> int:
         """Put another policy in charge from the next plan on. Returns the number of sequences handed over."""
-        self.close()
+        self._leave()
         self._install(policy, spec, own_thread)
         self.fallback = None
         self.stats.swaps += 1
@@ -77,14 +97,20 @@ class PolicyHost:
 
     def _hand_over(self) -> int:
         for view in sorted(self.views.values(), key=lambda view: (view.arrival_ns, view.id)):
-            self.add(view)
+            self._tell("add", view)
         return len(self.views)
 
-    def add(self, view: SeqView) -> None:
+    def arrived(self, view: SeqView) -> None:
+        """A new sequence, which is in ``views`` already."""
         self._tell("add", view)
+        if self.shadow is not None:
+            self.shadow.add(view)
 
-    def remove(self, seq_id: int) -> None:
-        self._tell("remove", seq_id)
+    def ended(self, seq: LiveSequence) -> None:
+        """A sequence ended, and is in ``views`` no longer."""
+        self._tell("remove", seq.view.id)
+        if self.shadow is not None:
+            self.shadow.remove(seq)
 
     def _tell(self, what: str, value: Any) -> None:
         self._version += 1
@@ -104,6 +130,8 @@ class PolicyHost:
         self.stats.total_ns += spent
         self._recent.append((start, spent))
         self.last_plan = plan
+        if self.shadow is not None:
+            self.shadow.observe(state, plan, self.views, self.spec, self.params())
         return plan
 
     def _checked(self, state: EngineState) -> Plan:
@@ -129,12 +157,14 @@ class PolicyHost:
         if plan.until_ns <= state.now_ns:
             raise PluginError(f"the plan is empty while {len(self.views)} sequences want to compute")
         if state.now_ns - self._idle_since > IDLE_LIMIT_NS:
-            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {len(self.views)} sequences want to compute")
+            raise PluginError(
+                f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {len(self.views)} sequences want to compute"
+            )
 
     def _fall_back(self, reason: str) -> None:
         log.error("scheduler '%s' is replaced by fcfs: %s", self.spec, reason)
         broken = self.spec
-        self.close()
+        self._leave()
         self._install(Fcfs(), Fcfs.name, False)
         self.fallback = {"from": broken, "reason": reason, "unix_time": round(time.time(), 3)}
         self._hand_over()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,9 @@ class LiveSequence:
 class Sequences:
     """By handle, in order of arrival; ``on_end(seq)`` is called for each that ends."""
 
-    def __init__(self, core: Core, reader: Reader, model: str, swap_bytes: int, on_end: Callable[[LiveSequence], None]) -> None:
+    def __init__(
+        self, core: Core, reader: Reader, model: str, swap_bytes: int, on_end: Callable[[LiveSequence], None]
+    ) -> None:
         self.live: dict[int, LiveSequence] = {}
         self.views: dict[int, SeqView] = {}
         self.slots: list[int] = [0] * core.n_slots  # handle of the running sequence, 0: none
@@ -130,7 +133,7 @@ class Sequences:
         seq.view.prefill_left = 0 if state is SeqState.DECODE else n_tokens - n_past
         seq.move(state)
 
-    def _place(self, tokens: list[int] | tuple[int, ...] | object) -> tuple[Placement, int]:
+    def _place(self, tokens: SequenceOf[int]) -> tuple[Placement, int]:
         """Make a slot ready for a sequence of these tokens: where it goes, and how many cached tokens that cost."""
         match_slot, match_tokens = self._core.match(tokens)
         where = place(self._slot_views(), match_slot, match_tokens)

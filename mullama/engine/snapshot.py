@@ -13,13 +13,11 @@ if TYPE_CHECKING:
     from mullama._core import Core
     from mullama.engine.policy import PolicyHost
     from mullama.engine.sequences import LiveSequence, Sequences
-    from mullama.engine.shadow import Shadow
 
 
 def scheduler(
     info: ModelInfo,
     policy: PolicyHost,
-    shadow: Shadow | None,
     seqs: Sequence[LiveSequence],
     page: abi.Reader,
     core: Core,
@@ -49,7 +47,7 @@ def scheduler(
         "preemptions": counters.preemptions,
         "swaps": policy.stats.swaps,
         "plan_times": policy.plan_times(),
-        "shadow": shadow.snapshot() if shadow is not None else None,
+        "shadow": policy.shadow.snapshot() if policy.shadow is not None else None,
         "threads": core.governor.snapshot(),
         "counters": abi.as_dict(counters),
     }

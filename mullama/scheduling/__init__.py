@@ -4,7 +4,7 @@ from mullama.scheduling.base import Costs, EngineState, Plan, Scheduler, SeqView
 from mullama.scheduling.batching import Batching
 from mullama.scheduling.fcfs import Fcfs
 from mullama.scheduling.params import Param, Policy
-from mullama.scheduling.registry import SCHEDULERS, create, describe, describe_all, is_builtin
+from mullama.scheduling.registry import SCHEDULERS, create, describe, describe_all, is_builtin, names_code
 
 __all__ = [
     "SCHEDULERS",
@@ -22,4 +22,5 @@ __all__ = [
     "describe",
     "describe_all",
     "is_builtin",
+    "names_code",
 ]

@@ -36,10 +36,10 @@ COMMON = (PREFILL_BUDGET, MAX_RUNNING, CHUNK)
 
 
 class Batching(Policy):
-    """Decode all, then spend the prompt budget and give the slots in order of ``_rank``."""
+    """Decode all, then spend the prompt budget and give the slots in order of ``rank``."""
 
     PARAMS: ClassVar[tuple[Param, ...]] = COMMON
-    preempts: bool = False  # whether _victims and _yields are asked
+    preempts: bool = False  # whether victims and yields are asked
 
     prefill_budget: int
     max_running: int
@@ -57,32 +57,32 @@ class Batching(Policy):
 
     # -- the rules ------------------------------------------------------------------------------------------------
 
-    def _rank(self, seq: SeqView) -> tuple[float, ...]:
+    def rank(self, seq: SeqView) -> tuple[float, ...]:
         """Place in the order, lowest first; must not change while the sequence lives. Default: arrival."""
         return seq.arrival_ns, seq.id
 
-    def _order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
+    def order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
         """Prompts and queued sequences in the order in which they are served; ``todo`` is in order of rank."""
         return todo
 
-    def _admitted(self, seq: SeqView, victims: list[SeqView]) -> None:
+    def admitted(self, seq: SeqView, victims: list[SeqView]) -> None:
         """``seq`` leaves the queue in this plan, the victims lose their slots."""
 
-    def _victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
+    def victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
         """The running sequences that may lose their slot; the first to lose it comes last."""
         return []
 
-    def _yields(self, victim: SeqView, seq: SeqView) -> bool:
+    def yields(self, victim: SeqView, seq: SeqView) -> bool:
         """Whether ``victim`` loses its slot to the queued ``seq``, whose turn it is."""
         return False
 
-    def _blocked(self, plan: Plan, seq: SeqView, running: list[SeqView], state: EngineState) -> None:
+    def blocked(self, plan: Plan, seq: SeqView, running: list[SeqView], state: EngineState) -> None:
         """``seq`` is the first that stays in the queue: limit how long the plan holds, if time changes that."""
 
     # -- the mechanics --------------------------------------------------------------------------------------------
 
     def add(self, seq: SeqView) -> None:
-        rank = self._rank(seq)
+        rank = self.rank(seq)
         if rank < self._last:
             self._unsorted = True
         else:
@@ -116,7 +116,7 @@ class Batching(Policy):
         return plan
 
     def _sort(self) -> None:
-        ranked = sorted((self._rank(seq), seq.id) for seq in self._seqs.values())
+        ranked = sorted((self.rank(seq), seq.id) for seq in self._seqs.values())
         self._seqs = {seq_id: self._seqs[seq_id] for _, seq_id in ranked}
         self._last = ranked[-1][0] if ranked else ()
         self._unsorted = False
@@ -137,7 +137,7 @@ class Batching(Policy):
                 return
             todo = [seq for seq in todo if seq.state is PREFILL]  # PERF: the queue need not be ordered
         door: _Door | None = None
-        for seq in self._order(todo, running, state):
+        for seq in self.order(todo, running, state):
             left = seq.prefill_left
             n = min(left, budget, chunk)
             if seq.state is PREFILL:
@@ -150,11 +150,11 @@ class Batching(Policy):
                     door = _Door(self, plan, running, slots, state)
                 if (n or left == 0) and door.admit(seq):
                     tokens[seq.id] = n or 1
-                    budget += door.refund - n
+                    budget -= n
                 else:
                     is_open = False
                     if self.preempts:
-                        self._blocked(plan, seq, running, state)
+                        self.blocked(plan, seq, running, state)
             if n_prompts == 0 and not is_open:
                 break
 
@@ -162,7 +162,7 @@ class Batching(Policy):
 class _Door:
     """Slots and KV cells of one step, and who may be made to give up theirs."""
 
-    __slots__ = ("is_empty", "plan", "policy", "refund", "room", "running", "slots", "state", "victims")
+    __slots__ = ("is_empty", "plan", "policy", "room", "running", "slots", "state", "victims")
 
     def __init__(self, policy: Batching, plan: Plan, running: list[SeqView], slots: int, state: EngineState) -> None:
         self.policy = policy
@@ -174,13 +174,11 @@ class _Door:
         self.room = state.free_cells
         for seq in running:
             self.room -= _growth(seq)
-        self.refund = 0  # prompt tokens that the last victims had been given in this plan
         self.victims: list[SeqView] | None = None
 
     def admit(self, seq: SeqView) -> bool:
         """Take a slot and cells for a queued sequence, from victims if need be."""
         need = seq.cells + _growth(seq)
-        self.refund = 0
         taken: list[SeqView] = []
         # Whoever has the machine alone is let in: if it does not fit then, it never will.
         if self.slots < 1 or (need > self.room and not self.is_empty):
@@ -190,7 +188,7 @@ class _Door:
         self.slots -= 1
         self.room -= need
         self.is_empty = False
-        self.policy._admitted(seq, taken)
+        self.policy.admitted(seq, taken)
         return True
 
     def _preempt_for(self, seq: SeqView, need: int) -> list[SeqView]:
@@ -199,14 +197,14 @@ class _Door:
         if not policy.preempts:
             return []
         if self.victims is None:
-            self.victims = policy._victims(self.running, self.state)
+            self.victims = policy.victims(self.running, self.state)
         slots, room, victims = self.slots, self.room, self.victims
         places: list[int] = []
         for place in range(len(victims) - 1, -1, -1):
             if slots > 0 and need <= room:
                 break
             victim = victims[place]
-            if policy._yields(victim, seq):
+            if policy.yields(victim, seq):
                 places.append(place)
                 slots += 1
                 room += victim.cells + _growth(victim)
@@ -215,8 +213,7 @@ class _Door:
         taken = [victims.pop(place) for place in places]
         tokens = self.plan.tokens
         for victim in taken:
-            given = tokens.pop(victim.id, 0)
-            self.refund += given if victim.state is PREFILL else 0
+            tokens.pop(victim.id, None)
             self.plan.preempt[victim.id] = policy._how if victim.preempt is AUTO else victim.preempt
         self.slots, self.room = slots, room
         return taken

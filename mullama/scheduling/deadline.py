@@ -35,11 +35,11 @@ class Deadline(Batching):
     default_slo_ms: float
     max_late_s: float
 
-    def _rank(self, seq: SeqView) -> tuple[float, ...]:
+    def rank(self, seq: SeqView) -> tuple[float, ...]:
         slo_ms = self.default_slo_ms if seq.slo_ms is None else seq.slo_ms
         return seq.arrival_ns + int(slo_ms * 1e6), seq.arrival_ns, seq.id
 
-    def _order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
+    def order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
         now, token_ns = state.now_ns, state.costs.prefill_token_ns
         max_late_ns = int(self.max_late_s * 1e9)
         overdue: list[SeqView] = []

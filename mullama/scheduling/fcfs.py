@@ -21,7 +21,7 @@ class Fcfs(Batching):
         "Sarathi-Serve, OSDI 2024"
     )
 
-    def _order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
+    def order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
         for seq in todo:
             if seq.state is PREEMPTED:
                 break

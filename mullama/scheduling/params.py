@@ -36,13 +36,11 @@ class Param:
         if isinstance(self.default, str):
             return "a text"
         kind = "a whole number" if isinstance(self.default, int) else "a number"
-        if self.minimum is None and self.maximum is None:
-            return kind
-        if self.maximum is None:
+        if self.minimum is not None and self.maximum is not None:
+            return f"{kind} from {_digits(self.minimum)} to {_digits(self.maximum)}"
+        if self.minimum is not None:
             return f"{kind}, {_digits(self.minimum)} or more"
-        if self.minimum is None:
-            return f"{kind}, {_digits(self.maximum)} or less"
-        return f"{kind} from {_digits(self.minimum)} to {_digits(self.maximum)}"
+        return kind if self.maximum is None else f"{kind}, {_digits(self.maximum)} or less"
 
     def describe(self) -> dict[str, Any]:
         """For ``mullama schedulers`` and the docs."""

@@ -32,7 +32,7 @@ class Preemptive(Priority):
     min_run_ms: float
     max_preemptions: int
 
-    def _victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
+    def victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
         since = state.now_ns - int(self.min_run_ms * 1e6)
         limit = self.max_preemptions or 1 << 62
         found = [
@@ -40,20 +40,20 @@ class Preemptive(Priority):
             for seq in running
             if seq.state_ns <= since and seq.preemptions < limit
         ]
-        return [seq for *_, seq in sorted(found)]
+        return [entry[-1] for entry in sorted(found)]
 
-    def _yields(self, victim: SeqView, seq: SeqView) -> bool:
+    def yields(self, victim: SeqView, seq: SeqView) -> bool:
         more_urgent = victim.priority - seq.priority
         # PERF: the comparison of their ranks, written out.
         return more_urgent > 0 and seq.arrival_ns - victim.arrival_ns < more_urgent * (self._ageing_ns or FOREVER_NS)
 
-    def _blocked(self, plan: Plan, seq: SeqView, running: list[SeqView], state: EngineState) -> None:
+    def blocked(self, plan: Plan, seq: SeqView, running: list[SeqView], state: EngineState) -> None:
         """Come back when the next running sequence may be taken."""
         hold = int(self.min_run_ms * 1e6)
         limit = self.max_preemptions or 1 << 62
         soon = [
             one.state_ns + hold
             for one in running
-            if one.state_ns + hold > state.now_ns and one.preemptions < limit and self._yields(one, seq)
+            if one.state_ns + hold > state.now_ns and one.preemptions < limit and self.yields(one, seq)
         ]
         plan.until_ns = min(soon, default=0)

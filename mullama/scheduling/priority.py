@@ -37,7 +37,7 @@ class Priority(Batching):
         super()._configured()
         self._ageing_ns = int(self.ageing_s * 1e9)
 
-    def _rank(self, seq: SeqView) -> tuple[float, ...]:
+    def rank(self, seq: SeqView) -> tuple[float, ...]:
         if self._ageing_ns:
             return seq.priority * self._ageing_ns + seq.arrival_ns, seq.arrival_ns, seq.id
         return seq.priority, seq.arrival_ns, seq.id

@@ -31,6 +31,12 @@ def is_builtin(spec: str) -> bool:
     return spec in BUILTINS
 
 
+def names_code(spec: str, params: Mapping[str, Any] | None = None) -> bool:
+    """Whether the policy or one of its parameters names a file or a module, whose code :func:`create` would run."""
+    texts = [spec, *(params or {}).values()]
+    return any(isinstance(text, str) and is_path(text) for text in texts)
+
+
 def create(spec: str, params: Mapping[str, Any] | None = None) -> Scheduler:
     """A new policy. ``spec`` is a name, ``FILE.py:CLASS`` or ``package.module:CLASS``.
 

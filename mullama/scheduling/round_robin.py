@@ -22,7 +22,9 @@ class RoundRobin(Batching):
     PARAMS: ClassVar[tuple[Param, ...]] = (
         *COMMON,
         METHOD,
-        Param("quantum_tokens", 64, "tokens generated before the next one's turn; 0: off", minimum=0, maximum=1_000_000),
+        Param(
+            "quantum_tokens", 64, "tokens generated before the next one's turn; 0: off", minimum=0, maximum=1_000_000
+        ),
         Param("quantum_ms", 0.0, "milliseconds of decoding before the next one's turn; 0: off", minimum=0, maximum=1e6),
     )
 
@@ -50,15 +52,15 @@ class RoundRobin(Batching):
                     slices[seq.id] = (seq.state_ns, seq.generated)
         return super().plan(state)
 
-    def _order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
+    def order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
         """Prompts under way, then the queue: from arrival, or from the end of the last slice."""
         return sorted(todo, key=_turn)
 
-    def _victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
+    def victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
         over = [(-seq.state_ns, -seq.id, seq) for seq in running if seq.state is DECODE and self._is_over(seq, state)]
-        return [seq for *_, seq in sorted(over)]
+        return [entry[-1] for entry in sorted(over)]
 
-    def _yields(self, victim: SeqView, seq: SeqView) -> bool:
+    def yields(self, victim: SeqView, seq: SeqView) -> bool:
         return True
 
     def _is_over(self, seq: SeqView, state: EngineState) -> bool:
@@ -70,7 +72,7 @@ class RoundRobin(Batching):
             return True
         return self.quantum_ms > 0 and state.now_ns - began_ns >= self.quantum_ms * 1e6
 
-    def _blocked(self, plan: Plan, seq: SeqView, running: list[SeqView], state: EngineState) -> None:
+    def blocked(self, plan: Plan, seq: SeqView, running: list[SeqView], state: EngineState) -> None:
         """Come back when the first slice ends."""
         decoding = [self._slices[one.id] + (one.generated,) for one in running if one.state is DECODE]
         if not decoding:

@@ -78,11 +78,10 @@ class Srpt(Batching):
     def plan(self, state: EngineState) -> Plan:
         costs = state.costs
         if costs.prefill_token_ns and costs.decode_step_ns:
-            self._left: dict[int, float] = {}  # work, while a plan is made
-        self._costs = (costs.prefill_token_ns, costs.decode_step_ns, costs.swap_token_ns)
+            self._costs = (costs.prefill_token_ns, costs.decode_step_ns, costs.swap_token_ns)
         return super().plan(state)
 
-    def _order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
+    def order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
         self._left = {}
         return self._sorted(todo)
 
@@ -102,10 +101,10 @@ class Srpt(Batching):
             found[seq.id] = work
             ranked.append((work, seq.arrival_ns, seq.id, seq))
         ranked.sort()
-        return [seq for *_, seq in ranked]
+        return [entry[-1] for entry in ranked]
 
-    def _victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
+    def victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
         return self._sorted(running)
 
-    def _yields(self, victim: SeqView, seq: SeqView) -> bool:
+    def yields(self, victim: SeqView, seq: SeqView) -> bool:
         return self._left[seq.id] * self.preempt_ratio < self._left[victim.id]

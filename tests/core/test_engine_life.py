@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from core_support import greedy
@@ -28,7 +28,7 @@ class Broken:
     def __init__(self, first: Callable[[], None] = lambda: None) -> None:
         self._first = first
 
-    def add(self, seq: SeqView) -> None:
+    def arrived(self, seq: SeqView) -> None:
         pass
 
     def plan(self, state: EngineState) -> Plan:

@@ -241,7 +241,7 @@ class Unknown(Base):
 
 class TooMany(Base):
     def plan(self, state: EngineState) -> Plan:
-        return Plan({i: 100_000 for i in self._seqs})
+        return Plan(dict.fromkeys(self._seqs, 100000))
 
 
 class NotAPlan(Base):
@@ -314,11 +314,7 @@ def test_the_engine_goes_on_while_a_policy_thinks(make_engine: Callable[..., Eng
 
 def test_a_policy_from_a_file(make_engine: Callable[..., Engine], tmp_path: Path, alone: list[str]) -> None:
     file = tmp_path / "mine.py"
-    file.write_text(
-        "from mullama.scheduling import Fcfs\n"
-        "class Backwards(Fcfs):\n"
-        "    name = 'backwards'\n"
-    )
+    file.write_text("from mullama.scheduling import Fcfs\nclass Backwards(Fcfs):\n    name = 'backwards'\n")
     engine = make_engine(parallel=3, scheduler=f"{file}:Backwards")
     assert texts(run_all(engine, work())) == alone
     snapshot = engine.scheduler_snapshot()
@@ -399,7 +395,9 @@ def test_a_shadow_of_the_same_policy_never_differs(make_engine: Callable[..., En
 
 def test_a_broken_shadow_disturbs_nobody(make_engine: Callable[..., Engine], tmp_path: Path, alone: list[str]) -> None:
     file = tmp_path / "bad.py"
-    file.write_text("from mullama.scheduling import Fcfs\nclass Bad(Fcfs):\n    def plan(self, state):\n        1 / 0\n")
+    file.write_text(
+        "from mullama.scheduling import Fcfs\nclass Bad(Fcfs):\n    def plan(self, state):\n        1 / 0\n"
+    )
     engine = make_engine(parallel=2)
     engine.set_shadow_sync(f"{file}:Bad")
     assert texts(run_all(engine, work())) == alone

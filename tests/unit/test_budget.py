@@ -33,7 +33,11 @@ def test_admissions_wait_before_anybody_is_preempted() -> None:
 
 
 def test_the_newest_of_the_least_urgent_gives_way() -> None:
-    views = [view(1, SeqState.DECODE, 30, priority=5), view(2, SeqState.DECODE, 30, priority=5), view(3, SeqState.DECODE, 30)]
+    views = [
+        view(1, SeqState.DECODE, 30, priority=5),
+        view(2, SeqState.DECODE, 30, priority=5),
+        view(3, SeqState.DECODE, 30),
+    ]
     fitted = fit(Plan({1: 1, 2: 1, 3: 1}), views, 92)
     assert fitted.preempt == [2]
     assert fitted.plan.tokens == {1: 1, 3: 1}

@@ -24,6 +24,7 @@ from docs_support import (
     Block,
     all_blocks,
     anchors,
+    blocks,
     name_of,
     names,
     prose,
@@ -36,14 +37,15 @@ from mullama import abi, types
 from mullama.cli.main import COMMANDS, cli
 from mullama.config import ServeConfig
 from mullama.engine.lifecycle import TRANSITIONS
-from mullama.scheduling import EngineState, SeqView
+from mullama.scheduling import Batching, EngineState, Scheduler, SeqView, describe, registry
+from mullama.scheduling.batching import COMMON
 from mullama.web.app import create_app
 from mullama.web.models import Models
 from mullama.web.services import Services
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 INSTRUMENTATION = ROOT / "docs" / "instrumentation.md"
-SCHEDULING = ROOT / "docs" / "scheduling.md"
+SCHEDULERS = ROOT / "docs" / "schedulers.md"
 LLAMA = ROOT / "docs" / "llama.md"
 PACKAGE = ROOT / "mullama"
 
@@ -260,7 +262,7 @@ def test_rooms_import_what_the_table_allows() -> None:
 def test_thread_names_are_real() -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
     named = [row[1].strip("`") for row in table(ARCHITECTURE, "Threads") if row[1].startswith("`")]
-    assert len(named) == 4
+    assert len(named) >= 5
     for name in named:
         assert f'"{name.removesuffix("-NAME")}' in source, name
 
@@ -400,11 +402,51 @@ def test_internal_fields(heading: str, function: str) -> None:
 # -- scheduling -------------------------------------------------------------------------------------------------
 
 
-def test_scheduler_views() -> None:
-    rows = SCHEDULING.read_text(encoding="utf-8")
-    in_tables = re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)
-    expected = [field.name for view in (SeqView, EngineState) for field in fields(view)]
-    assert in_tables[-len(expected) :] == expected
+@pytest.mark.parametrize("view", [SeqView, EngineState])
+def test_what_a_scheduler_sees(view: type[Any]) -> None:
+    assert names(SCHEDULERS, view.__name__) == [field.name for field in fields(view)]
+
+
+def test_the_methods_of_a_scheduler() -> None:
+    methods = {name for name in vars(Scheduler) if not name.startswith("_") and callable(getattr(Scheduler, name))}
+    said = {name.partition("(")[0] for name in names(SCHEDULERS, "The protocol")}
+    assert said == methods | {"configure"}
+    rules = re.findall(r"`(\w+)", " ".join(row[0] for row in table(SCHEDULERS, "The rules of Batching")))
+    assert all(hasattr(Batching, rule) for rule in rules)
+    assert {"rank", "order", "victims", "yields"} <= set(rules)
+
+
+def parameter_rows(name: str) -> list[list[str]]:
+    """The parameters of a policy as the page shows them."""
+    rows = []
+    for param in describe(name)["params"]:
+        default = param["default"]
+        shown = (
+            str(default).lower()
+            if isinstance(default, bool)
+            else f"{default:g}"
+            if isinstance(default, float)
+            else default
+        )
+        rows.append([f"`{param['name']}`", str(shown), param["range"], param["help"]])
+    return rows
+
+
+@pytest.mark.parametrize("name", registry.BUILTINS)
+def test_parameters_of_the_policies(name: str) -> None:
+    rows = parameter_rows(name)
+    common, own = rows[: len(COMMON)], rows[len(COMMON) :]
+    assert table(SCHEDULERS, "Common parameters") == common
+    assert own == (table(SCHEDULERS, name) if own else [])
+
+
+def test_every_source_is_named() -> None:
+    """Who described a policy first stands in its docstring's SOURCE and on the page."""
+    text = " ".join(SCHEDULERS.read_text(encoding="utf-8").split())
+    for name in registry.BUILTINS:
+        authors = re.findall(r"([A-Z][a-z]+)(?: et al\.,|, [A-Z]| and )", describe(name)["source"])
+        assert authors, name
+        assert [author for author in authors if author not in text] == [], name
 
 
 # -- changelog --------------------------------------------------------------------------------------------------
@@ -463,7 +505,13 @@ def write_page(file: Path) -> None:
 
 @pytest.mark.parametrize("block", all_blocks("python"), ids=lambda block: block.id)
 def test_python_blocks_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Untagged examples need no model; the runtime folder holds one page made by hand."""
+    """Untagged examples need no model; the runtime folder holds one page made by hand.
+
+    A block that begins with ``# FILE.py`` is that file for the others of its page.
+    """
+    for other in blocks(block.page, "python"):
+        if match := re.match(r"# (\w+\.py)\n", other.text):
+            (tmp_path / match[1]).write_text(other.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     (tmp_path / "run").mkdir()

@@ -13,7 +13,7 @@ LEGAL = {
     ("waiting", "prefill"), ("waiting", "done"),
     ("prefill", "decode"), ("prefill", "preempted"), ("prefill", "migrating"), ("prefill", "done"),
     ("decode", "preempted"), ("decode", "migrating"), ("decode", "done"),
-    ("preempted", "waiting"), ("preempted", "decode"), ("preempted", "done"),
+    ("preempted", "prefill"), ("preempted", "decode"), ("preempted", "done"),
     ("migrating", "prefill"), ("migrating", "decode"), ("migrating", "done"),
 }  # fmt: skip
 

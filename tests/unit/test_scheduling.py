@@ -1,149 +1,156 @@
-"""The fcfs policy against a simulated engine, and the check of plans."""
+"""What a plan may say, and how parameters are declared, checked and changed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from policy_support import moment, seq
 
-from mullama.errors import PluginError
-from mullama.scheduling import POLICIES, EngineState, Fcfs, Plan, SeqView, check_plan
-from mullama.types import SeqState
+from mullama.errors import InvalidRequest, PluginError
+from mullama.scheduling import Batching, Fcfs, Param, Plan, Policy, SeqView, check_plan
+from mullama.scheduling.priority import Priority
+from mullama.types import Preempt, SeqState
 
+WAITING, PREFILL, DECODE, PREEMPTED = SeqState.WAITING, SeqState.PREFILL, SeqState.DECODE, SeqState.PREEMPTED
 
-def seq(id: int, state: SeqState = SeqState.WAITING, left: int = 10, **more: int) -> SeqView:  # noqa: A002
-    return SeqView(id, state, prompt_tokens=10, prefill_left=left, max_tokens=5, arrival_ns=id, **more)
-
-
-def state(free_slots: int = 4, max_prefill: int = 512) -> EngineState:
-    return EngineState(now_ns=0, step=0, free_slots=free_slots, max_prefill=max_prefill)
-
-
-def planned(policy: Fcfs, now: EngineState, *seqs: SeqView) -> dict[int, int]:
-    for one in seqs:
-        policy.add(one)
-    plan = policy.plan(now)
-    check_plan(plan, {one.id: one for one in seqs}, now)
-    return plan.tokens
-
-
-def test_the_policy_is_found_by_its_name() -> None:
-    assert POLICIES["fcfs"] is Fcfs
-    assert all(name == policy.name for name, policy in POLICIES.items())
-
-
-def test_nothing_to_do() -> None:
-    assert planned(Fcfs(), state()) == {}
-
-
-def test_decode_comes_first_and_needs_no_budget() -> None:
-    tokens = planned(Fcfs(4), state(), seq(1), seq(2, SeqState.DECODE, 0), seq(3, SeqState.DECODE, 0))
-    assert list(tokens.items()) == [(2, 1), (3, 1), (1, 4)]
-
-
-def test_what_is_left_of_the_budget_goes_to_the_next() -> None:
-    assert planned(Fcfs(15), state(), seq(1, SeqState.PREFILL, 10), seq(2), seq(3)) == {1: 10, 2: 5}
-
-
-def test_the_engines_own_limit_holds() -> None:
-    assert planned(Fcfs(512), state(max_prefill=7), seq(1)) == {1: 7}
-
-
-def test_nobody_overtakes() -> None:
-    assert planned(Fcfs(), state(free_slots=1), seq(1), seq(2, left=1)) == {1: 10}
-    assert planned(Fcfs(), state(free_slots=0), seq(1), seq(2, left=1)) == {}
-
-
-def test_without_a_free_slot_started_prompts_go_on() -> None:
-    assert planned(Fcfs(), state(free_slots=0), seq(1, SeqState.PREFILL, 3), seq(2)) == {1: 3}
-
-
-def test_remove_forgets_and_is_harmless_twice() -> None:
-    policy = Fcfs()
-    policy.add(seq(1))
-    policy.remove(1)
-    policy.remove(1)
-    assert policy.plan(state()).tokens == {}
-
-
-def test_parameters_are_shown_and_checked() -> None:
-    assert Fcfs(7).params() == {"prefill_budget": 7}
-    with pytest.raises(ValueError, match="prefill_budget"):
-        Fcfs(0)
+# -- check_plan --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("tokens", "known", "reason"),
+    ("plan", "known", "reason"),
     [
-        ({9: 1}, [seq(1)], "does not exist"),
-        ({1: 2}, [seq(1, SeqState.DECODE)], "one token a step"),
-        ({1: 0}, [seq(1, SeqState.DECODE)], "one token a step"),
-        ({1: 11}, [seq(1)], "10 prompt tokens left"),
-        ({1: 0}, [seq(1, SeqState.PREFILL)], "10 prompt tokens left"),
-        ({1: -1}, [seq(1, SeqState.PREFILL)], "10 prompt tokens left"),
-        ({1: 1}, [seq(1, SeqState.DONE)], "cannot compute"),
-        ({1: 1}, [seq(1, SeqState.PREEMPTED)], "cannot compute"),
-        ({1: 1}, [seq(1, SeqState.MIGRATING)], "cannot compute"),
-        ({1: 1, 2: 1, 3: 1}, [seq(1), seq(2), seq(3)], "2 slots are free"),
-        ({1: 10, 2: 10}, [seq(1), seq(2)], "16 are allowed"),
+        (Plan({9: 1}), [seq(1)], "does not exist"),
+        (Plan({1: 2}), [seq(1, DECODE)], "one token a step"),
+        (Plan({1: 0}), [seq(1, DECODE)], "one token a step"),
+        (Plan({1: 2}), [seq(1, PREEMPTED, 0)], "one token a step"),
+        (Plan({1: 11}), [seq(1)], "10 prompt tokens left"),
+        (Plan({1: 0}), [seq(1, PREFILL)], "10 prompt tokens left"),
+        (Plan({1: -1}), [seq(1, PREFILL)], "10 prompt tokens left"),
+        (Plan({1: 11}), [seq(1, PREEMPTED, 10)], "10 prompt tokens left"),
+        (Plan({1: 1.0}), [seq(1, DECODE)], "a whole number is needed"),  # type: ignore[dict-item]
+        (Plan({1: True}), [seq(1, DECODE)], "a whole number is needed"),
+        (Plan({1: 1}), [seq(1, SeqState.DONE)], "cannot compute"),
+        (Plan({1: 1}), [seq(1, SeqState.MIGRATING)], "cannot compute"),
+        (Plan({1: 1, 2: 1, 3: 1}), [seq(1), seq(2), seq(3)], "3 sequences, 2 slots are free"),
+        (Plan({1: 1, 2: 1, 3: 1}), [seq(1), seq(2), seq(3, PREEMPTED, 0)], "3 sequences, 2 slots are free"),
+        (Plan({1: 10, 2: 10}), [seq(1), seq(2)], "16 are allowed"),
+        (Plan(preempt={9: Preempt.AUTO}), [seq(1)], "preempts sequence 9, which does not exist"),
+        (Plan(preempt={1: Preempt.AUTO}), [seq(1)], "is waiting and holds no slot"),
+        (Plan(preempt={1: Preempt.AUTO}), [seq(1, PREEMPTED)], "is preempted and holds no slot"),
+        (Plan({1: 1}, preempt={1: Preempt.AUTO}), [seq(1, DECODE)], "and gives it tokens"),
+        (Plan(preempt={1: "drop"}), [seq(1, DECODE)], "auto, swap, recompute"),  # type: ignore[dict-item]
     ],
 )
-def test_nonsense_is_named(tokens: dict[int, int], known: list[SeqView], reason: str) -> None:
+def test_nonsense_is_named(plan: Plan, known: list[SeqView], reason: str) -> None:
     with pytest.raises(PluginError, match=reason):
-        check_plan(Plan(tokens), {one.id: one for one in known}, state(free_slots=2, max_prefill=16))
+        check_plan(plan, {one.id: one for one in known}, moment(free_slots=2, max_prefill=16))
 
 
-@dataclass
-class Arrival:
-    at: int
-    prompt: int
-    output: int
+def test_a_preempted_slot_can_be_given_at_once() -> None:
+    seqs = {1: seq(1, DECODE), 2: seq(2), 3: seq(3, PREFILL, 5), 4: seq(4, PREEMPTED, 0)}
+    check_plan(Plan({2: 10, 4: 1}, preempt={1: Preempt.SWAP, 3: Preempt.RECOMPUTE}), seqs, moment(free_slots=0))
 
 
-arrivals = st.lists(
-    st.builds(Arrival, st.integers(0, 30), st.integers(1, 60), st.integers(1, 12)), min_size=1, max_size=12
+def test_what_a_view_says_of_itself() -> None:
+    assert [seq(1, state).is_queued for state in (WAITING, PREEMPTED, PREFILL, DECODE)] == [True, True, False, False]
+    assert [seq(1, state).is_running for state in (WAITING, PREEMPTED, PREFILL, DECODE)] == [False, False, True, True]
+    assert seq(1, DECODE, generated=20).tokens_left == 30
+    assert seq(1, DECODE, generated=51).tokens_left == 0
+
+
+# -- parameters --------------------------------------------------------------------------------------------------
+
+
+class Knobs(Policy):
+    PARAMS: ClassVar[tuple[Param, ...]] = (
+        Param("size", 8, "how many", minimum=1, maximum=64),
+        Param("share", 0.5, "how much", minimum=0),
+        Param("quiet", False, "whether"),
+        Param("way", "up", "where to", choices=("up", "down")),
+        Param("label", "", "what to call it"),
+    )
+    size: int
+    share: float
+
+
+def test_defaults_and_values() -> None:
+    assert Knobs().params() == {"size": 8, "share": 0.5, "quiet": False, "way": "up", "label": ""}
+    assert Knobs(size=9, way="down").params() == {"size": 9, "share": 0.5, "quiet": False, "way": "down", "label": ""}
+    assert Knobs(size=9).size == 9
+
+
+def test_texts_are_converted_by_the_type_of_the_default() -> None:
+    found = Knobs(size=" 12 ", share="2", quiet="yes", way="down", label="7").params()
+    assert found == {"size": 12, "share": 2.0, "quiet": True, "way": "down", "label": "7"}
+    assert type(found["share"]) is float
+    assert Knobs(share=2).params()["share"] == 2.0
+    assert Knobs(quiet="OFF").params()["quiet"] is False
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"size": 0}, "size must be a whole number from 1 to 64, not 0"),
+        ({"size": 65}, "from 1 to 64"),
+        ({"size": 2.0}, "from 1 to 64"),
+        ({"size": True}, "from 1 to 64"),
+        ({"size": None}, "from 1 to 64"),
+        ({"size": "many"}, "from 1 to 64, not 'many'"),
+        ({"share": -0.1}, "share must be a number, 0 or more"),
+        ({"share": float("nan")}, "0 or more"),
+        ({"share": "inf"}, "0 or more"),
+        ({"share": 10**400}, "0 or more"),
+        ({"share": []}, "0 or more"),
+        ({"quiet": 1}, "quiet must be true or false"),
+        ({"quiet": "perhaps"}, "true or false"),
+        ({"way": "left"}, "way must be up, down, not 'left'"),
+        ({"label": 3}, "label must be a text"),
+        ({"sise": 3}, "Knobs has no parameter 'sise'; its parameters are size, share, quiet, way, label"),
+    ],
 )
+def test_what_is_wrong_is_named_with_what_is_right(wrong: dict[str, Any], right: str) -> None:
+    with pytest.raises(InvalidRequest, match=right) as error:
+        Knobs(**wrong)
+    assert error.value.param == f"params.{next(iter(wrong))}"
+    assert error.value.status == 400
 
 
-@settings(max_examples=60)
-@given(arrivals, st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
-def test_everybody_is_served_in_order(work: list[Arrival], n_slots: int, budget: int, max_prefill: int) -> None:
-    """A whole life of an engine: every plan can be carried out, all finish, and prompts start in order of arrival."""
-    work.sort(key=lambda one: one.at)
-    policy = Fcfs(budget)
-    live: dict[int, SeqView] = {}
-    started: list[int] = []
-    todo = list(enumerate(work))
-    for step in range(2000):
-        while todo and todo[0][1].at <= step:
-            number, one = todo.pop(0)
-            live[number] = SeqView(number, SeqState.WAITING, one.prompt, one.prompt, one.output, arrival_ns=one.at)
-            policy.add(live[number])
-        if not live and not todo:
-            break
-        running = [s for s in live.values() if s.state is not SeqState.WAITING]
-        now = EngineState(step, step, n_slots - len(running), max_prefill)
-        plan = policy.plan(now)
-        check_plan(plan, live, now)
-        assert bool(plan.tokens) == bool(live), "with work to do there is a plan that does some"
-        decoding = {s.id for s in running if s.state is SeqState.DECODE}
-        assert decoding <= set(plan.tokens), "nobody who decodes is left out"
-        for number, n in plan.tokens.items():
-            view = live[number]
-            if view.state is SeqState.WAITING:
-                started.append(number)
-                view.state = SeqState.PREFILL
-            if view.state is SeqState.PREFILL:
-                view.prefill_left -= n
-                if view.prefill_left == 0:
-                    view.state = SeqState.DECODE
-                    view.generated = 1
-            else:
-                view.generated += 1
-            if view.generated >= view.max_tokens:
-                policy.remove(number)
-                del live[number]
-    assert not live and not todo, "somebody starved"
-    assert started == sorted(started)
+def test_changes_are_made_together_or_not_at_all() -> None:
+    policy = Knobs(size=3)
+    with pytest.raises(InvalidRequest):
+        policy.configure(size=4, share=-1)
+    assert policy.params()["size"] == 3
+    policy.configure(size="4", share=1)
+    assert (policy.size, policy.share) == (4, 1.0)
+
+
+def test_a_subclass_has_its_own_name() -> None:
+    class Mine(Fcfs):
+        """Not fcfs."""
+
+    assert (Mine().name, Fcfs().name, Knobs.name) == ("Mine", "fcfs", "Knobs")
+    with pytest.raises(InvalidRequest, match="Mine has no parameter 'x'"):
+        Mine(x=1)
+
+
+def test_a_policy_is_its_ordering_rule() -> None:
+    """What a user writes who wants no more than another order."""
+
+    class ShortPromptsFirst(Batching):
+        def rank(self, seq: SeqView) -> tuple[float, ...]:
+            return seq.prompt_tokens, seq.id
+
+    policy = ShortPromptsFirst(prefill_budget=100)
+    for seq_id, tokens in ((1, 90), (2, 5), (3, 50)):
+        policy.add(seq(seq_id, left=tokens, prompt_tokens=tokens))
+    assert policy.plan(moment()).tokens == {2: 5, 3: 50, 1: 45}
+
+
+def test_changed_parameters_hold_in_the_next_plan() -> None:
+    policy = Priority()
+    for seq_id in (1, 2, 3):
+        policy.add(seq(seq_id))
+    assert sum(policy.plan(moment()).tokens.values()) == 30
+    policy.configure(prefill_budget=12, chunk=8)
+    assert policy.plan(moment()).tokens == {1: 8, 2: 4}

@@ -1,0 +1,125 @@
+"""``mullama calibrate``: measure what steps cost on this machine, for ``mullama simulate``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mullama.cli.options import config_from, config_options
+from mullama.config import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from mullama.config import ServeConfig
+    from mullama.models.resolve import ResolvedModel
+    from mullama.simulation import CostModel
+    from mullama.types import ModelInfo
+
+#: Of the options of ``serve``, those that change what a decode costs.
+CONFIG_OPTIONS = (
+    *("ctx_size", "parallel", "threads", "batch_size", "flash_attn"),
+    *("mmap", "gpu_layers", "device", "split_mode", "tensor_split"),
+)
+
+
+@click.command(short_help="Measure what steps cost on this machine, for simulate.")
+@click.option("--model", "reference", metavar="MODEL", help="model to measure  [default: the default model]")
+@click.option(
+    "--out", required=True, metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="cost file to write"
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1, 3600),
+    default=30.0,
+    show_default=True,
+    help="about how long decodes are measured; the engine's overheads take some ten more",
+)
+@config_options(CONFIG_OPTIONS)
+def command(reference: str | None, out: Path, seconds: float, **params: Any) -> None:
+    """Measure decodes of one to all sequences and prompt chunks at several contexts, then a running engine.
+
+    The machine should have nothing else to do: what disturbs the measurement is in the costs.
+    """
+    from mullama.cli.loading import find_model
+    from mullama.cli.progress import StepProgress
+    from mullama.simulation import write_costs
+
+    config = replace(config_from(params), threads_fixed=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.touch()  # a file that cannot be written is no surprise after a minute's work
+    found = find_model(reference or (config.model[0] if config.model else DEFAULT_MODEL))
+    try:
+        with StepProgress("calibrate") as progress:
+            costs = _measure(found, config, seconds, progress.update)
+    except BaseException:
+        if out.stat().st_size == 0:
+            out.unlink()
+        raise
+    write_costs(out, costs)
+    _show(costs, out)
+
+
+def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress: Any) -> CostModel:
+    from mullama.cli.loading import load_engine
+    from mullama.engine import loading
+    from mullama.simulation.calibrate import measure_core, measure_engine, with_about
+
+    model = loading.load_model(found.path, config, None)
+    try:
+        core = loading.make_core(model, found.name, config)
+        try:
+            costs = measure_core(core, model.n_vocab, seconds=seconds, progress=progress)
+        finally:
+            core.close()
+    finally:
+        model.close()
+    engine = load_engine(found, config)
+    try:
+        costs = measure_engine(engine, costs, progress=progress)
+        return with_about(costs, _about(engine.info, config))
+    finally:
+        engine.close()
+
+
+def _about(info: ModelInfo, config: ServeConfig) -> dict[str, Any]:
+    from datetime import UTC, datetime
+
+    from mullama.cli.version import llama_commit, mullama_version
+    from mullama.compare.provenance import commit, machine
+    from mullama.engine.sizing import usable_cores
+
+    return {
+        "model": {
+            "name": info.name,
+            "description": info.description,
+            "size_bytes": info.size_bytes,
+            "n_params": info.n_params,
+            "n_parallel": info.n_parallel,
+            "n_ctx": info.n_ctx,
+        },
+        "machine": machine(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": config.threads or usable_cores(),
+        "batch_size": config.batch_size,
+        "flash_attn": config.flash_attn,
+        "version": mullama_version(),
+        "commit": commit(),
+        "llama_cpp": llama_commit(),
+    }
+
+
+def _show(costs: CostModel, out: Path) -> None:
+    """The main figures, as a check."""
+    rows = [int(n) for n in costs.decode.x]
+    chunk = int(costs.prefill.x[-1])
+    click.echo(f"{out}: {costs.about['model']['name']}, {costs.about['threads']} threads; milliseconds")
+    click.echo(
+        "  decode of " + ", ".join(f"{n}: {costs.decode_ns(n, 256, 256) / 1e6:.2f}" for n in rows) + " sequences"
+    )
+    click.echo(f"  prompt of {chunk} tokens: {costs.prefill_ns(chunk, 0) / 1e6:.1f}")
+    click.echo(
+        f"  step {costs.step_ns / 1e6:.3f} + {costs.token_ns / 1e6:.3f} a token, plan {costs.plan_ns / 1e6:.3f}, "
+        f"new graph {costs.rebuild_ns / 1e6:.3f}, waking {costs.wake_ns / 1e6:.3f}"
+    )

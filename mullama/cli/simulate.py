@@ -1,0 +1,176 @@
+"""``mullama simulate``: scheduling policies under one workload, on a cost model instead of an engine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mullama.compare.runner import PolicySpec, Run
+    from mullama.scheduling import Scheduler
+    from mullama.simulation import CostModel, SimConfig
+    from mullama.workload.base import Workload
+
+_CTX_STEP = 256  # a context is a multiple of it
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_MS = click.FloatRange(min=0, min_open=True)
+
+
+@click.command(short_help="Compare scheduling policies in a simulator.")
+@click.option("--costs", "cost_file", required=True, type=_FILE, metavar="FILE", help="what calibrate wrote")
+@click.option(
+    "--schedulers",
+    required=True,
+    metavar="NAMES",
+    help="policies, with commas: names, FILE:CLASS, or NAME(PARAM=VALUE,…)",
+)
+@click.option("--scheduler-arg", "policy_args", multiple=True, metavar="POLICY.PARAM=VALUE", help="repeatable")
+@click.option("--trace", "spec", required=True, metavar="SPEC", help="workload, such as poisson:rate=2,n=200")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of arrivals and lengths")
+@click.option("--parallel", type=click.IntRange(1, 256), help="requests that run at once  [default: as calibrated]")
+@click.option(
+    "--ctx-size",
+    type=click.IntRange(1, 1 << 24),
+    help="tokens one request may use  [default: what the longest one needs]",
+)
+@click.option("--batch-size", type=click.IntRange(1, 1 << 14), help="prompt tokens a step  [default: as calibrated]")
+@click.option(
+    "--kv-tokens", type=click.IntRange(0), default=0, help="KV of all running requests  [default: all there is]"
+)
+@click.option("--sampled", is_flag=True, help="tokens cost what the default samplers cost, not greedy ones")
+@click.option("--slo-ttft-ms", type=_MS, metavar="MS", help="goodput: most time to the first token")
+@click.option("--slo-itl-ms", type=_MS, metavar="MS", help="goodput: most mean time between tokens")
+@click.option("--slo-e2e-ms", type=_MS, metavar="MS", help="goodput: most time to the end of the answer")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="write everything to DIR")
+@click.option("--json", "json_file", type=_FILE, metavar="FILE", help="write the report as JSON to FILE")
+def command(
+    cost_file: Path,
+    schedulers: str,
+    policy_args: tuple[str, ...],
+    spec: str,
+    seed: int,
+    parallel: int | None,
+    ctx_size: int | None,
+    batch_size: int | None,
+    kv_tokens: int,
+    sampled: bool,
+    slo_ttft_ms: float | None,
+    slo_itl_ms: float | None,
+    slo_e2e_ms: float | None,
+    out: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Simulate the workload with each policy, and print the table of ``compare``.
+
+    The same arguments give the same numbers.
+    """
+    from mullama.compare.recording import write_folder, write_json
+    from mullama.compare.report import make_report, to_markdown
+    from mullama.compare.runner import parse_policies
+    from mullama.simulation import SimConfig, read_costs
+    from mullama.workload.metrics import Slo
+    from mullama.workload.spec import parse_workload
+
+    costs = read_costs(cost_file)
+    policies = parse_policies(schedulers, policy_args)
+    workload = parse_workload(spec, seed)
+    config = SimConfig(
+        n_slots=parallel or _calibrated(costs, "n_parallel", 8),
+        n_ctx=-(-(ctx_size or workload.longest()[1]) // _CTX_STEP) * _CTX_STEP,
+        n_batch=batch_size or int(costs.about.get("batch_size") or 512),
+        kv_tokens=kv_tokens,
+        sampled=sampled,
+    )
+    made = [(policy, _make(policy)) for policy in policies]  # what is wrong is said before anything runs
+    start = time.perf_counter()
+    runs, counters = [], {}
+    for policy, scheduler in made:
+        run, counters[policy.label] = _simulate(policy, scheduler, workload, costs, config)
+        runs.append(run)
+    spent = time.perf_counter() - start
+    report = make_report(
+        runs,
+        policies,
+        workload,
+        Slo(slo_ttft_ms, slo_itl_ms, slo_e2e_ms),
+        rounds=1,
+        provenance=_provenance(costs, cost_file, config),
+    )
+    report["notes"].insert(0, f"simulated, by costs of {costs.about.get('date', 'an unknown date')}")
+    for entry in report["policies"]:
+        entry["counters"] = counters[entry["label"]]
+    click.echo(to_markdown(report), nl=False)
+    n = sum(len(run.outcomes) for run in runs)
+    click.echo(f"simulated {n} requests in {spent:.2f} s: {n / max(spent, 1e-9):,.0f} a second", err=True)
+    if json_file is not None:
+        write_json(json_file, report)
+    if out is not None:
+        write_folder(out, report, runs, workload)
+
+
+def _make(policy: PolicySpec) -> Scheduler:
+    """Raises ConfigError for a policy or a parameter that there is not."""
+    from mullama.errors import ConfigError, InvalidRequest
+    from mullama.scheduling import registry
+
+    try:
+        return registry.create(policy.spec, policy.params)
+    except InvalidRequest as error:
+        raise ConfigError(f"{policy.label}: {error.message}", param="schedulers") from None
+
+
+def _simulate(
+    policy: PolicySpec, scheduler: Scheduler, workload: Workload, costs: CostModel, config: SimConfig
+) -> tuple[Run, dict[str, Any]]:
+    from dataclasses import asdict
+
+    from mullama.compare.runner import Run
+    from mullama.simulation import simulate
+
+    params = dict(scheduler.params())
+    found = simulate(workload, scheduler, costs, config)
+    run = Run(policy.label, 1, found.outcomes, params, fallback=None, late_ms=0.0, exhausted=found.exhausted)
+    return run, asdict(found.counters)
+
+
+def _calibrated(costs: CostModel, name: str, default: int) -> int:
+    """A size of the engine that was calibrated."""
+    model = costs.about.get("model")
+    value = model.get(name) if isinstance(model, dict) else None
+    return value if isinstance(value, int) and value > 0 else default
+
+
+def _provenance(costs: CostModel, cost_file: Path, config: SimConfig) -> dict[str, Any]:
+    """As compare has it; machine, model, llama.cpp and date are those of the calibration."""
+    from dataclasses import asdict
+
+    from mullama.cli.version import mullama_version
+    from mullama.compare.provenance import commit
+
+    about = costs.about
+    model = about.get("model") if isinstance(about.get("model"), dict) else {}
+    machine = about.get("machine") if isinstance(about.get("machine"), dict) else {}
+    return {
+        "version": mullama_version(),
+        "commit": commit(),
+        "llama_cpp": about.get("llama_cpp"),
+        "date": about.get("date"),
+        "command": shlex.join(["mullama", *sys.argv[1:]]),
+        "machine": {"cpu": None, "cores": None, "system": "unknown", **(machine or {})},
+        "model": {
+            "name": "unknown",
+            "description": "unknown",
+            **(model or {}),
+            "n_parallel": config.n_slots,
+            "n_ctx": config.n_ctx,
+        },
+        "options": asdict(config),
+        "costs": str(cost_file),
+        "simulated": True,
+    }
