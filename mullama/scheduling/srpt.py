@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from mullama.errors import PluginError
 from mullama.scheduling.base import EngineState, Plan, SeqView
-from mullama.scheduling.batching import COMMON, METHOD, PREEMPTED, Batching
+from mullama.scheduling.batching import COMMON, METHOD, PREEMPTED, PREFILL, Batching
 from mullama.scheduling.params import Param
 from mullama.scheduling.predictors import create_predictor
 
@@ -45,6 +45,7 @@ class Srpt(Batching):
     def __init__(self, **params: Any) -> None:
         self._lengths: dict[int, float] = {}  # predicted tokens of each answer
         self._left: dict[int, float] = {}  # work, while a plan is made
+        self._least = 0.0  # of it among the queued ones
         self._costs = (PREFILL_SHARE, 1.0, 0.0)  # of a prompt token, a generated one, one brought back from the host
         super().__init__(**{PREDICTOR.name: PREDICTOR.default, **params})
 
@@ -83,10 +84,13 @@ class Srpt(Batching):
 
     def order(self, todo: list[SeqView], running: list[SeqView], state: EngineState) -> Iterable[SeqView]:
         self._left = {}
-        return self._sorted(todo)
+        ranked = self._ranked(todo)
+        ranked.sort()
+        self._least = next((entry[0] for entry in ranked if entry[-1].state is not PREFILL), 0.0)
+        return [entry[-1] for entry in ranked]
 
-    def _sorted(self, seqs: list[SeqView]) -> list[SeqView]:
-        """The least work left first; it is kept in ``_left``, in ns (in decode steps until costs are known)."""
+    def _ranked(self, seqs: list[SeqView]) -> list[tuple[float, int, int, SeqView]]:
+        """Each with its work left, which is kept in ``_left``, in ns (in decode steps until costs are known)."""
         prefill, decode, swap = self._costs
         lengths, found = self._lengths, self._left
         ranked = []
@@ -100,11 +104,11 @@ class Srpt(Batching):
                 work += seq.cells * swap
             found[seq.id] = work
             ranked.append((work, seq.arrival_ns, seq.id, seq))
-        ranked.sort()
-        return [entry[-1] for entry in ranked]
+        return ranked
 
     def victims(self, running: list[SeqView], state: EngineState) -> list[SeqView]:
-        return self._sorted(running)
+        limit = self._least * self.preempt_ratio  # PERF: nobody below it yields to anybody
+        return [entry[-1] for entry in sorted([entry for entry in self._ranked(running) if entry[0] > limit])]
 
     def yields(self, victim: SeqView, seq: SeqView) -> bool:
         return self._left[seq.id] * self.preempt_ratio < self._left[victim.id]

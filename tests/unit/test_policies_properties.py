@@ -16,7 +16,7 @@ from mullama.scheduling import Costs, Plan, create
 from mullama.scheduling.registry import BUILTINS
 
 POLICIES = sorted(BUILTINS)
-STEPS = 4000
+STEPS = 100_000  # a time slice may give one token, after a prompt of 120 has been computed again in as many steps
 
 jobs = st.lists(
     st.builds(
