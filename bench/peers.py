@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started as a file; last on the path, so that th
 
 import json
 
-from bench import build_peers, calibrate, common, context, disturbance, equality, models, scenarios, servers
+from bench import build_peers, calibrate, common, context, disturbance, equality, models, reuse, scenarios, servers
 from bench.common import progress
 from bench.context import MULLAMA, PEER, Context, comparison_table
 
@@ -106,6 +106,8 @@ SCENARIOS: dict[str, Scenario] = {
     "short-ttft": (True, scenarios.short_ttft, lambda r: comparison_table("short-ttft", r)),
     "greedy-equality": (True, equality.greedy_equality, equality.report),
     "itl-under-long-prompt": (True, disturbance.itl_under_long_prompt, disturbance.itl_report),
+    "shared-prefix": (False, reuse.shared_prefix, reuse.report_shared),
+    "chats": (False, reuse.chats, lambda r: comparison_table("chats", r)),
     "neighbours": (False, disturbance.neighbours, disturbance.neighbours_report),
     "startup": (False, scenarios.startup, startup_report),
     "peers-offline": (False, peers_offline, offline_report),

@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define MULLAMA_ABI_MAGIC   0x00414D414C4C554Dull /* "MULLAMA\0", little-endian */
-#define MULLAMA_ABI_VERSION 2u
+#define MULLAMA_ABI_VERSION 3u
 
 /* F(type, name): every field is named once, here. */
 #define MULLAMA_HEADER_FIELDS(F)                                                              \
@@ -80,6 +80,12 @@
     F(uint64_t, swap_ns)                                                                      \
     F(uint64_t, parked)           /* gauge: preempted sequences */                            \
     F(uint64_t, parked_bytes)     /* gauge: host memory of their saved KV */                  \
+    F(uint64_t, kv_store_bytes)   /* KV copied out of the context for the prefix tiers */     \
+    F(uint64_t, kv_store_ns)                                                                  \
+    F(uint64_t, kv_restore_bytes) /* KV put back into the context from them */                \
+    F(uint64_t, kv_restore_ns)                                                                \
+    F(uint64_t, kv_copy_bytes)    /* prefixes copied from one slot to another */              \
+    F(uint64_t, kv_copy_ns)                                                                   \
     F(uint64_t, checksum)
 
 /* A row is copied whole into the finish record, so that profiles lose nothing. */
@@ -113,6 +119,9 @@
     F(uint32_t, preemptions)                                                                  \
     F(uint32_t, recomputed)       /* tokens computed again after preemptions */               \
     F(uint64_t, preempted_ns)     /* time without a slot because of them */                   \
+    F(uint64_t, kv_cell_ns)       /* tokens in the KV cache, times ns that they were there */ \
+    F(uint32_t, kv_source)        /* MULLAMA_KV_*: where the reused tokens came from */       \
+    F(uint32_t, shifted)          /* tokens dropped to go on when the context was full */     \
     F(uint64_t, checksum)
 
 #define MULLAMA_EVENT_FIELDS(F)                                                               \
@@ -147,6 +156,14 @@ enum {
     MULLAMA_FINISH_ERROR     = 4
 };
 
+enum {
+    MULLAMA_KV_NONE     = 0,
+    MULLAMA_KV_IN_PLACE = 1, /* the slot held them */
+    MULLAMA_KV_COPY     = 2, /* another slot held them */
+    MULLAMA_KV_HOST     = 3,
+    MULLAMA_KV_DISK     = 4
+};
+
 /* The call sites where events are written and where hooks attach. S(NAME, number, what a and b hold). */
 #define MULLAMA_SITES(S)                                                                      \
     S(OPEN,    1, "a = prompt tokens, b = reused tokens")                                     \
@@ -162,13 +179,17 @@ enum {
     S(RING_STALL, 11, "a = nanoseconds")                                                      \
     S(IDLE,    12, "a = nanoseconds waited")                                                  \
     S(PREEMPT, 13, "a = tokens in KV, b = bytes saved to host memory")                        \
-    S(RESUME,  14, "a = tokens in KV, b = bytes restored")
+    S(RESUME,  14, "a = tokens in KV, b = bytes restored")                                    \
+    S(STORE,   15, "a = tokens copied out for the prefix tiers, b = bytes")                   \
+    S(RESTORE, 16, "a = tokens put back from them, b = bytes")                                \
+    S(COPY,    17, "a = slot that held the prefix, b = tokens")                               \
+    S(SHIFT,   18, "a = tokens dropped, b = tokens left")
 
 enum {
 #define MULLAMA_SITE_ENUM(name, number, doc) MULLAMA_SITE_##name = number,
     MULLAMA_SITES(MULLAMA_SITE_ENUM)
 #undef MULLAMA_SITE_ENUM
-    MULLAMA_SITE_COUNT = 15
+    MULLAMA_SITE_COUNT = 19
 };
 
 #endif

@@ -30,6 +30,7 @@ cdef extern from "../abi.h" nogil:
         uint64_t kv_hit_tokens, kv_miss_tokens, kv_evict_tokens, kv_moves, kv_move_bytes, kv_move_ns
         uint64_t decode_retries, thread_changes, threads, running, waiting, retained, cells_used
         uint64_t preemptions, swap_bytes, swap_ns, parked, parked_bytes
+        uint64_t kv_store_bytes, kv_store_ns, kv_restore_bytes, kv_restore_ns, kv_copy_bytes, kv_copy_ns
 
     ctypedef struct mullama_row:
         uint64_t handle
@@ -42,7 +43,8 @@ cdef extern from "../abi.h" nogil:
         uint32_t threads_min, threads_max
         int32_t priority
         uint32_t moves, preemptions, recomputed
-        uint64_t preempted_ns
+        uint64_t preempted_ns, kv_cell_ns
+        uint32_t kv_source, shifted
 
     ctypedef struct mullama_event:
         uint64_t seq, time_ns, handle
@@ -63,6 +65,9 @@ cdef extern from "../abi.h" nogil:
         MULLAMA_FINISH_CANCELLED
         MULLAMA_FINISH_ERROR
     enum:
+        MULLAMA_KV_NONE
+        MULLAMA_KV_IN_PLACE
+    enum:
         MULLAMA_SITE_OPEN
         MULLAMA_SITE_PLAN
         MULLAMA_SITE_UBATCH_BEGIN
@@ -77,3 +82,7 @@ cdef extern from "../abi.h" nogil:
         MULLAMA_SITE_IDLE
         MULLAMA_SITE_PREEMPT
         MULLAMA_SITE_RESUME
+        MULLAMA_SITE_STORE
+        MULLAMA_SITE_RESTORE
+        MULLAMA_SITE_COPY
+        MULLAMA_SITE_SHIFT

@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MAGIC = 0x00414D414C4C554D  # b"MULLAMA\0", little-endian
-VERSION = 2
+VERSION = 3
 
 u32, i32, u64, i64 = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int64
 
 FREE, RETAINED, PREFILL, DECODE, DONE = range(5)  # MULLAMA_SLOT_*
 SLOT_STATES = {0: "free", 1: "retained", 2: "prefill", 3: "decode", 4: "done"}
+KV_SOURCES = {0: "none", 1: "in_place", 2: "copy", 3: "host", 4: "disk"}
 FINISH_REASONS = {0: "none", 1: "stop", 2: "length", 3: "cancelled", 4: "error"}
 SITES = {
     1: "OPEN", 2: "PLAN", 3: "UBATCH_BEGIN", 4: "UBATCH_END", 5: "SAMPLE", 6: "FINISH", 7: "CLOSE", 8: "MOVE",
     9: "EVICT", 10: "THREADS", 11: "RING_STALL", 12: "IDLE", 13: "PREEMPT", 14: "RESUME",
+    15: "STORE", 16: "RESTORE", 17: "COPY", 18: "SHIFT",
 }  # fmt: skip
 
 
@@ -57,7 +59,8 @@ class Counters(ctypes.Structure):
         "ring_stalls", "ring_stall_ns", "wakeups", "events", "opened", "finished_stop", "finished_length", "cancelled",
         "failed", "kv_hit_tokens", "kv_miss_tokens", "kv_evict_tokens", "kv_moves", "kv_move_bytes", "kv_move_ns",
         "decode_retries", "thread_changes", "threads", "running", "waiting", "retained", "cells_used",
-        "preemptions", "swap_bytes", "swap_ns", "parked", "parked_bytes", "checksum",
+        "preemptions", "swap_bytes", "swap_ns", "parked", "parked_bytes",
+        "kv_store_bytes", "kv_store_ns", "kv_restore_bytes", "kv_restore_ns", "kv_copy_bytes", "kv_copy_ns", "checksum",
     )]  # fmt: skip
 
 
@@ -71,7 +74,8 @@ class Row(ctypes.Structure):
         ("kv_cache_miss", u32), ("kv_cache_evict", u32), ("cells", u32), ("ubatches", u32), ("finish_reason", u32),
         ("batch_sum", u64), ("prefill_ns", u64), ("decode_ns", u64), ("sample_ns", u64),
         ("threads_min", u32), ("threads_max", u32), ("priority", i32), ("moves", u32),
-        ("preemptions", u32), ("recomputed", u32), ("preempted_ns", u64), ("checksum", u64),
+        ("preemptions", u32), ("recomputed", u32), ("preempted_ns", u64),
+        ("kv_cell_ns", u64), ("kv_source", u32), ("shifted", u32), ("checksum", u64),
     ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from mullama.errors import ConfigError
 ENV_PREFIX = "MULLAMA_"
 DEFAULT_MODEL = "smollm2:135m"
 _MANY = 1 << 30  # fits the C side's 32-bit integers
+KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
 
@@ -47,6 +48,11 @@ class ServeConfig:
     ctx_size: int = option(
         0, "tokens one request may use, prompt and completion; 0: automatic", minimum=0, maximum=_MANY
     )
+    context_policy: str = option(
+        "error",
+        "what is done where the context is too small and the request does not say",
+        choices=("error", "truncate_left", "truncate_middle", "shift"),
+    )
     parallel: int = option(0, "requests that run at once; 0: automatic", minimum=0, maximum=256)
     threads: int = option(0, "most CPU threads for compute; 0: all cores this process may use", minimum=0, maximum=512)
     threads_fixed: bool = option(False, "keep that number of threads, switch the governor off")
@@ -54,6 +60,22 @@ class ServeConfig:
     kv_tokens: int = option(
         0, "tokens the KV cache holds over all requests; 0: parallel x ctx-size", minimum=0, maximum=_MANY
     )
+    kv_layout: str = option(
+        "streams",
+        "streams: each request has cells of its own; unified: all share one buffer, a common prefix is stored once",
+        choices=("streams", "unified"),
+    )
+    kv_type_k: str = option("f16", "type of cached keys", choices=KV_TYPES)
+    kv_type_v: str = option("f16", "type of cached values; quantised ones need flash attention", choices=KV_TYPES)
+    kv_host_bytes: int = option(
+        -1, "host memory for cached prefixes; -1: a quarter of what is free, 0: none", minimum=-1, maximum=1 << 50
+    )
+    kv_disk_dir: str = option("", "folder where cached prefixes survive a restart; none: no disk tier", metavar="DIR")
+    kv_disk_bytes: int = option(10 << 30, "most bytes in that folder", minimum=1 << 20, maximum=1 << 50)
+    kv_policy: str = option(
+        "lru", "who leaves the KV cache first: lru, lfu, fifo, cost, or a file's class", metavar="NAME|FILE:CLASS"
+    )
+    kv_policy_arg: list[str] = option([], "parameter of that policy; repeatable", metavar="NAME=VALUE")
     swap_bytes: int = option(
         0, "host memory for the KV of preempted requests; 0: a quarter of what is free", minimum=0, maximum=1 << 50
     )
@@ -68,6 +90,9 @@ class ServeConfig:
         100.0, "how long a user's policy may think before fcfs replaces it", minimum=1.0, maximum=60000.0
     )
     max_queue: int = option(256, "requests that may wait; one more is answered 503", minimum=0, maximum=_MANY)
+    deterministic: bool = option(
+        False, "the same answer whatever is computed beside it and whatever was cached (CPU; slower)"
+    )
     flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))
     mmap: bool = option(True, "map the model file instead of reading it")
     chat_template: str = option("", "a Jinja chat template, or @FILE, instead of the model's own", metavar="TEMPLATE")
@@ -82,11 +107,20 @@ class ServeConfig:
     api_key: list[str] = option(
         [], "key that clients must send as a bearer token; repeatable: each is a tenant", metavar="KEY", secret=True
     )
+    cache_salt_per_key: bool = option(False, "never share cached KV between API keys")
     admin_key: str = option("", "key for writes under /internal; needed when not on loopback", secret=True)
     allowed_host: list[str] = option([], "extra Host header to accept; repeatable; * accepts all", metavar="HOST")
     max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY)
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
     profile_log: str = option("", "append every request's profile to this JSONL file", metavar="FILE")
+    kv_events_endpoint: str = option(
+        "",
+        "publish what happens to cached KV here, for routers (ZeroMQ, the form of vLLM's events)",
+        metavar="tcp://HOST:PORT",
+        pattern=r"(tcp://\S+:(\d{1,5}|\*)|ipc://\S+)?",
+    )
+    kv_events_topic: str = option("", "topic of those events; {model} becomes the served name", metavar="TOPIC")
+    kv_events_block_size: int = option(16, "tokens of a block in those events", minimum=1, maximum=4096)
     page_dir: str = option("", "folder of the instrumentation pages; default: the runtime folder", metavar="DIR")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
 

@@ -87,6 +87,8 @@ class Request:
     user: str | None = None  # the tenant, for policies that share between tenants
     slo_ms: float | None = None  # wanted time to the first token, for policies with deadlines
     preempt: Preempt = Preempt.AUTO  # how it may be preempted
+    cache_salt: str = ""  # requests with different ones never share KV
+    context_shift: bool = False  # when the context is full, drop older tokens and go on
 
 
 @dataclass(slots=True)
@@ -114,6 +116,11 @@ class Profile:
     preemptions: int = 0  # times it lost its slot to another sequence
     preempted_ms: float = 0.0  # wall time without a slot because of them
     recomputed_tokens: int = 0  # tokens computed again after them
+    kv_cache_source: str = "none"  # where the reused tokens came from: in_place, copy, host, disk
+    kv_miss_reason: str | None = None  # why the others had to be computed
+    context_shifted: int = 0  # tokens dropped to go on when the context was full
+    kv_bytes: int = 0  # its KV when it ended
+    kv_byte_seconds: float = 0.0  # its KV over the time that it was held
 
     def to_dict(self) -> dict[str, Any]:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
@@ -161,3 +168,4 @@ class ModelInfo:
     is_recurrent: bool
     is_hybrid: bool
     created: int  # Unix time at which it was loaded
+    can_shift: bool = False  # requests may go on beyond the context by dropping older tokens

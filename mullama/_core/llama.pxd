@@ -15,6 +15,7 @@ cdef extern from "ggml.h" nogil:
     ctypedef cbool (*ggml_abort_callback)(void * data) noexcept
     ctypedef enum ggml_type:
         GGML_TYPE_F16
+        GGML_TYPE_COUNT
     const char * ggml_type_name(ggml_type type)
     void ggml_time_init()
 
@@ -183,12 +184,22 @@ cdef extern from "llama.h" nogil:
                                  int32_t lstrip, cbool special)
 
     cbool llama_memory_seq_rm(llama_memory_t mem, llama_seq_id seq, llama_pos p0, llama_pos p1)
+    void llama_memory_seq_add(llama_memory_t mem, llama_seq_id seq, llama_pos p0, llama_pos p1, llama_pos delta)
+    cbool llama_memory_can_shift(llama_memory_t mem)
+    void llama_memory_seq_cp(llama_memory_t mem, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1)
     void llama_memory_clear(llama_memory_t mem, cbool data)
     llama_pos llama_memory_seq_pos_min(llama_memory_t mem, llama_seq_id seq)
     llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id seq)
     size_t llama_state_seq_get_size(llama_context * ctx, llama_seq_id seq) except +
     size_t llama_state_seq_get_data(llama_context * ctx, uint8_t * dst, size_t size, llama_seq_id seq) except +
     size_t llama_state_seq_set_data(llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq) except +
+    enum:
+        LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    size_t llama_state_seq_get_size_ext(llama_context * ctx, llama_seq_id seq, uint32_t flags) except +
+    size_t llama_state_seq_get_data_ext(llama_context * ctx, uint8_t * dst, size_t size, llama_seq_id seq,
+                                        uint32_t flags) except +
+    size_t llama_state_seq_set_data_ext(llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq,
+                                        uint32_t flags) except +
 
     llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max)
     void llama_batch_free(llama_batch batch)
@@ -223,3 +234,14 @@ cdef extern from "llama-cells.h" nogil:
     uint32_t llama_cells_read(const llama_context * ctx, int32_t cache, uint32_t stream, llama_pos * pos,
                               llama_seq_id * owner, uint32_t n)
     uint32_t llama_cells_recurrent(const llama_context * ctx, llama_seq_id * owner, uint32_t n)
+    cbool llama_set_reference(llama_context * ctx, cbool on)
+    ctypedef struct llama_cells_layer:
+        int32_t layer, type_k, type_v
+        uint32_t k_offset, k_bytes, v_offset, v_bytes
+    uint64_t llama_cells_token_bytes(const llama_context * ctx, int32_t cache)
+    int32_t llama_cells_n_layers(const llama_context * ctx, int32_t cache)
+    cbool llama_cells_layer_at(const llama_context * ctx, int32_t cache, int32_t i, llama_cells_layer * out)
+    cbool llama_cells_get_rows(llama_context * ctx, int32_t cache, llama_seq_id seq, llama_pos p0, llama_pos p1,
+                               void * dst) except +
+    cbool llama_cells_put_rows(llama_context * ctx, int32_t cache, llama_seq_id seq, llama_pos p0, llama_pos p1,
+                               const void * src) except +

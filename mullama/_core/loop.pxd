@@ -26,6 +26,7 @@ cdef extern from "seq.h" namespace "mullama" nogil:
         uint64_t handle
         int32_t n_prompt, n_generated, max_tokens, min_tokens
         cbool ignore_eos, poisoned
+        int32_t shift_keep, shifted
         llama_sampler * chain
         cbool greedy
         int32_t top_k_first
@@ -144,6 +145,8 @@ cdef class Core:
     cdef vector[int32_t] plan_chunk
     cdef int threads_set
     cdef int n_swa
+    cdef readonly bint unified         # one buffer of cells for all slots
+    cdef readonly bint can_shift       # the oldest tokens of a sequence can make room for new ones
     cdef bint can_trim                 # the tail of a sequence can be removed
     cdef bint can_abort
     cdef bint synchronous              # all compute is on the CPU
@@ -163,6 +166,7 @@ cdef class Core:
     cdef int compute(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil
     cdef void commit(self, int slot, int row) noexcept nogil
+    cdef void shift(self, int slot) noexcept nogil
     cdef void decode_rows(self, size_t first, size_t last) noexcept nogil
     cdef void prefill(self, int slot, int n) noexcept nogil
     cdef void steps(self, uint64_t max_steps, uint64_t until_ns) noexcept nogil

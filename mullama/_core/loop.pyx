@@ -69,10 +69,14 @@ cdef class Core:
         memset(&self.counters, 0, sizeof(mullama_counters))
 
     def __init__(self, Model model not None, *, int n_slots, int n_ctx, int n_batch=512, int n_threads=1,
-                 bint threads_fixed=False, flash_attn="auto", page_path=None):
+                 bint threads_fixed=False, flash_attn="auto", type_k="f16", type_v="f16", int unified_cells=0,
+                 bint reference=False, page_path=None):
         """Make a context of ``n_slots`` sequences of ``n_ctx`` tokens each (rounded up to 256 by llama.cpp).
 
-        ``n_batch`` is the most tokens one decode computes. Raises ModelLoadError when it does not fit.
+        ``n_batch`` is the most tokens one decode computes. Each slot has cells of its own (a stream), unless there are
+        ``unified_cells`` for all of them together. ``type_k``, ``type_v``: types of the cells, by ggml's names.
+        ``reference``: compute so that results do not depend on what is computed beside them (CPU; slower).
+        Raises ModelLoadError when it does not fit.
         """
         model.check()
         if model.vocab_only:
@@ -86,8 +90,13 @@ cdef class Core:
                                  param="parallel")
         if not 32 <= n_batch <= 1 << 14 or not 16 <= n_ctx <= 1 << 24 or not 1 <= n_threads <= 512:
             raise ModelLoadError("n_batch must be 32 to 16384, n_ctx 16 to 16777216, n_threads 1 to 512")
+        cdef ggml_type k_type = cell_type(type_k, "kv_type_k")
+        cdef ggml_type v_type = cell_type(type_v, "kv_type_v")
+        if unified_cells and not 256 <= unified_cells <= 1 << 28:
+            raise ModelLoadError("unified_cells must be 256 to 268435456")
         self.model = model
         self.n_slots = n_slots
+        self.unified = unified_cells > 0
         self.n_batch = max(n_batch, n_slots)
         self.n_swa = facts["n_swa"]
         self.can_trim = not (facts["is_recurrent"] or facts["is_hybrid"])
@@ -100,14 +109,16 @@ cdef class Core:
         cdef llama_context_params params = llama_context_default_params()
         # llama.cpp divides n_ctx by the number of streams and rounds up to 256 cells.
         n_ctx = (n_ctx + 255) // 256 * 256
-        params.n_ctx = n_ctx * n_slots
+        params.n_ctx = n_ctx * n_slots if not self.unified else (unified_cells + 255) // 256 * 256
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_seq_max = n_slots
         params.n_outputs_max = n_slots
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn_type = {"auto": LLAMA_FLASH_ATTN_TYPE_AUTO, "on": LLAMA_FLASH_ATTN_TYPE_ENABLED,
                                   "off": LLAMA_FLASH_ATTN_TYPE_DISABLED}[flash_attn]
-        params.kv_unified = False
+        params.kv_unified = self.unified
+        params.type_k = k_type
+        params.type_v = v_type
         params.swa_full = False
         params.no_perf = True
         params.abort_callback = Deadline.expired
@@ -121,6 +132,11 @@ cdef class Core:
         if self.ctx is NULL:
             from mullama._core.model import _last_error
             raise ModelLoadError(f"no context of {n_slots} x {n_ctx} tokens: {_last_error('llama.cpp refused')}")
+        self.n_ctx = min(llama_n_ctx_seq(self.ctx), n_ctx)
+        if reference and not llama_set_reference(self.ctx, True):
+            llama_free(self.ctx)
+            self.ctx = NULL
+            raise ModelLoadError("deterministic computation needs the CPU backend", param="deterministic")
         model.n_users += 1
         self.counted = True
         try:
@@ -132,8 +148,9 @@ cdef class Core:
     cdef int set_up(self, int n_threads, bint threads_fixed, page_path) except -1:
         """The rest of __init__, once the context exists."""
         cdef Model model = self.model
-        self.n_ctx = llama_n_ctx_seq(self.ctx)
         self.mem = llama_get_memory(self.ctx)
+        self.can_shift = self.can_trim and self.n_swa == 0 and llama_memory_can_shift(self.mem) \
+            and llama_cells_token_bytes(self.ctx, 0) > 0
         llama_attach_threadpool(self.ctx, self.pool, self.pool)
         self.threads_set = n_threads
         self.governor = Governor(n_threads, threads_fixed)
@@ -399,6 +416,8 @@ cdef class Core:
         """
         self.check_slot(slot)
         cdef Slot * s = &self.slots[slot]
+        if self.unified:
+            return 0.0
         steps = min(max(s.max_tokens - s.n_generated, 0), 64)
         return 0.5 * self.governor.expected(1, self.governor.threads) * steps
 
@@ -416,6 +435,20 @@ cdef class Core:
     def steps_done(self):
         """Steps since the core was made."""
         return self.counters.steps
+
+    @property
+    def kv_cells(self):
+        """Tokens that all slots together may hold."""
+        return <int> llama_n_ctx(self.ctx) if self.unified else self.n_slots * self.n_ctx
+
+    def kv_costs(self):
+        """Measured ns a byte of KV ``save``d, ``restore``d and ``copy``-ed (see Cells); 0 before the first one."""
+        cdef mullama_counters * c = &self.counters
+        return {
+            "save": <double> c.kv_store_ns / c.kv_store_bytes if c.kv_store_bytes else 0.0,
+            "restore": <double> c.kv_restore_ns / c.kv_restore_bytes if c.kv_restore_bytes else 0.0,
+            "copy": <double> c.kv_copy_ns / c.kv_copy_bytes if c.kv_copy_bytes else 0.0,
+        }
 
     def parked_bytes(self):
         """Host memory of the saved KV of preempted sequences."""
@@ -450,11 +483,13 @@ cdef class Core:
                 best, best_n = i, n
         return best, best_n
 
-    def open(self, int slot, uint64_t handle, prompt, params, *, int reuse=0, int evicted=0, uint64_t arrival_ns=0,
-             int priority=0):
+    def open(self, int slot, uint64_t handle, prompt, params, *, int reuse=0, int source=MULLAMA_KV_IN_PLACE,
+             int evicted=0, uint64_t arrival_ns=0, int priority=0, int shift_keep=-1):
         """Start a request in a free or retained slot, keeping ``reuse`` tokens of what the slot retains.
 
-        ``evicted``: cached tokens of others that were given up for it (for its profile). Raises InvalidRequest for
+        For its profile: ``source``, where they came from (abi.KV_SOURCES), and ``evicted``, the cached tokens of others
+        that were given up for it. ``shift_keep`` of 0 or more: when the context is full, go on without half of
+        the tokens that come after so many at the start. Raises InvalidRequest for
         numbers out of range, and leaves the slot as it was.
         """
         self.check_slot(slot)
@@ -489,7 +524,11 @@ cdef class Core:
         s.handle = handle
         s.n_prompt = <int32_t> s.tokens.size()
         s.n_generated = 0
-        room = max(1, self.n_ctx - s.n_prompt)
+        if shift_keep >= 0 and not self.can_shift:
+            raise InvalidRequest("this model's context cannot be shifted", param="context_policy")
+        s.shift_keep = min(shift_keep, s.n_prompt) if shift_keep >= 0 else -1
+        s.shifted = 0
+        room = max(1, self.n_ctx - s.n_prompt) if s.shift_keep < 0 else 1 << 30
         s.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         s.min_tokens = min(params.min_tokens, s.max_tokens)
         s.ignore_eos = params.ignore_eos
@@ -510,6 +549,7 @@ cdef class Core:
         s.row.kv_cache_hit = reuse
         s.row.kv_cache_miss = s.n_prompt - reuse
         s.row.kv_cache_evict = evicted
+        s.row.kv_source = source if reuse > 0 else MULLAMA_KV_NONE
         s.row.priority = priority
         self.counters.opened += 1
         self.counters.kv_hit_tokens += reuse
@@ -535,7 +575,7 @@ cdef class Core:
         if s.state != MULLAMA_SLOT_DONE:
             raise RuntimeError(f"slot {slot} has no finished request")
         cdef uint64_t handle = s.handle
-        if retain and not s.poisoned and s.n_past > 0:
+        if retain and not s.poisoned and s.shifted == 0 and s.n_past > 0:
             s.tokens.resize(s.n_past)
             s.end_request()
             s.state = MULLAMA_SLOT_RETAINED
@@ -553,17 +593,24 @@ cdef class Core:
         s.end_request()
         s.state = MULLAMA_SLOT_FREE
 
-    def evict(self, int slot):
-        """Drop a retained prefix. Returns the number of tokens (cells) freed."""
+    def evict(self, int slot, int lost=-1):
+        """Drop a retained prefix. Returns the number of tokens (cells) freed.
+
+        ``lost``: how many of them are cached nowhere else, for the counter of evicted tokens; -1: all.
+        """
         self.check_slot(slot)
         cdef Slot * s = &self.slots[slot]
         cdef int n = s.n_past
         if s.state != MULLAMA_SLOT_RETAINED:
             return 0
         self.clear_slot(slot)
-        self.counters.kv_evict_tokens += n
+        self.counters.kv_evict_tokens += n if lost < 0 else lost
         self.site(MULLAMA_SITE_EVICT, slot, 0, n, 0)
         return n
+
+    def note_evicted(self, int tokens):
+        """Count cached tokens that were given up elsewhere than in a slot."""
+        self.counters.kv_evict_tokens += tokens
 
     def exchange(self, int a, int b):
         """Swap the contents of two slots, whatever they hold; KV is copied bit by bit. Returns bytes moved.
@@ -658,7 +705,7 @@ cdef class Core:
         s.row.slot = -1
         if not parked.saved:
             parked.slot.n_past = 0
-        if not parked.saved and n_past > 0 and not parked.slot.poisoned:
+        if not parked.saved and n_past > 0 and not parked.slot.poisoned and parked.slot.shifted == 0:
             s.tokens.assign(parked.slot.tokens.begin(), parked.slot.tokens.begin() + n_past)
             s.n_past = n_past
             s.state = MULLAMA_SLOT_RETAINED
@@ -800,7 +847,8 @@ cdef class Core:
             i = 0
             while i < self.plan_decode.size():
                 j = i + 1
-                while j < self.plan_decode.size() and self.plan_decode[j] == self.plan_decode[j - 1] + 1:
+                while j < self.plan_decode.size() \
+                        and (self.unified or self.plan_decode[j] == self.plan_decode[j - 1] + 1):
                     j += 1
                 if i > 0:
                     self.counters.split_ubatches += 1
@@ -814,6 +862,9 @@ cdef class Core:
             done += 1
             now = now_ns()
             self.counters.busy_ns += now - start
+            for i in range(self.slots.size()):
+                if self.slots[i].open():
+                    self.slots[i].row.kv_cell_ns += self.slots[i].n_past * (now - start)
             start = self.busy_since = now
             self.publish()
             if self.governor.wants_look(now):
@@ -865,6 +916,25 @@ cdef class Core:
                 self.counters.ubatches += 1
             return rc
 
+    def shifted(self, int slot):
+        """Tokens that the sequence in a slot has dropped to go on; then its KV is not what its tokens would give."""
+        self.check_slot(slot)
+        return self.slots[slot].shifted
+
+    cdef void shift(self, int slot) noexcept nogil:
+        """The context of a slot is full: keep the first ``shift_keep`` tokens and the newer half of the others."""
+        cdef Slot * s = &self.slots[slot]
+        cdef int keep = min(s.shift_keep, self.n_ctx // 2)
+        cdef int drop = (s.n_past - keep) // 2
+        llama_memory_seq_rm(self.mem, slot, keep, keep + drop)
+        llama_memory_seq_add(self.mem, slot, keep + drop, s.n_past, -drop)
+        s.tokens.erase(s.tokens.begin() + keep, s.tokens.begin() + keep + drop)
+        s.n_past -= drop
+        s.shifted += drop
+        s.row.shifted += drop
+        self.changed = True
+        self.site(MULLAMA_SITE_SHIFT, slot, s.handle, drop, s.n_past)
+
     cdef void decode_rows(self, size_t first, size_t last) noexcept nogil:
         """One token of each slot in plan_decode[first:last), a gap-free range of slots."""
         cdef size_t i
@@ -878,6 +948,8 @@ cdef class Core:
             row = <int> (i - first)
             slot = self.plan_decode[i]
             s = &self.slots[slot]
+            if s.n_past >= self.n_ctx and s.shift_keep >= 0:
+                self.shift(slot)
             self.batch.token[row] = s.tokens[s.n_past]
             self.batch.pos[row] = s.n_past
             self.batch.n_seq_id[row] = 1
@@ -1094,12 +1166,15 @@ cdef class Core:
         window = [0] * self.n_slots
         for i in range(self.n_slots):
             if n_caches > 0:
-                used[i] = llama_cells_used(self.ctx, 0, i, i)
+                used[i] = llama_cells_used(self.ctx, 0, 0 if self.unified else i, i)
             if n_caches > 1:
-                window[i] = llama_cells_used(self.ctx, 1, i, i)
+                window[i] = llama_cells_used(self.ctx, 1, 0 if self.unified else i, i)
         owner.resize(1024)
         n = llama_cells_recurrent(self.ctx, owner.data(), <uint32_t> owner.size())
-        return {"caches": n_caches, "size": llama_cells_size(self.ctx, 0) if n_caches > 0 else 0,
+        return {"caches": n_caches, "streams": llama_cells_n_streams(self.ctx, 0) if n_caches > 0 else 0,
+                "total_used": sum(llama_cells_used(self.ctx, 0, i, -1)
+                                  for i in range(llama_cells_n_streams(self.ctx, 0))) if n_caches > 0 else 0,
+                "size": llama_cells_size(self.ctx, 0) if n_caches > 0 else 0,
                 "used": used, "window": window, "recurrent": [owner[i] for i in range(n)]}
 
     def cell_map(self, int slot, int cache=0):
@@ -1110,7 +1185,7 @@ cdef class Core:
         cdef vector[llama_seq_id] owner
         pos.resize(size)
         owner.resize(size)
-        cdef uint32_t n = llama_cells_read(self.ctx, cache, slot, pos.data(), owner.data(), size)
+        cdef uint32_t n = llama_cells_read(self.ctx, cache, 0 if self.unified else slot, pos.data(), owner.data(), size)
         return [(pos[i], owner[i]) for i in range(n)]
 
     def audit(self):
@@ -1149,6 +1224,19 @@ cdef class Core:
     def ring_usage(self):
         """(bytes used, capacity) of the token ring."""
         return self.ring.get().used(), self.ring.get().capacity()
+
+
+cdef ggml_type cell_type(name, param) except *:
+    """A type of KV cells by ggml's name. Raises ModelLoadError with the valid ones."""
+    cdef int i
+    cdef const char * found
+    names = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+    if name in names:
+        for i in range(<int> GGML_TYPE_COUNT):
+            found = ggml_type_name(<ggml_type> i)
+            if found is not NULL and found.decode() == name:
+                return <ggml_type> i
+    raise ModelLoadError(f"{param} must be one of {', '.join(names)}, not '{name}'", param=param)
 
 
 cdef class StopText:

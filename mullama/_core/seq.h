@@ -28,6 +28,8 @@ struct Slot {
     int32_t  min_tokens = 0;
     bool     ignore_eos = false;
     bool     poisoned = false;       // its KV may hold NaN: never keep it
+    int32_t  shift_keep = -1;        // >= 0: at the end of the context, drop half of what comes after so many tokens
+    int32_t  shifted = 0;            // tokens dropped so far; then its KV is not that of its tokens: never keep it
 
     // Sampling.
     llama_sampler * chain = nullptr; // owned
@@ -50,6 +52,8 @@ struct Slot {
         gate = TextGate();
         pending_text.clear();
         handle = 0;
+        shift_keep = -1;
+        shifted = 0;
     }
 };
 

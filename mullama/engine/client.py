@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from mullama.kv.events import KvEventLog
 from mullama.types import Delta, Finish, ModelInfo, Request
 
 
@@ -95,7 +96,61 @@ class EngineClient(Protocol):
         """GET /internal/kv: layout, cells used and free, by whom; retained prefixes. Asked at a step boundary."""
 
     async def drop_retained(self) -> int:
-        """Drop every retained prefix (POST /internal/kv/drop); returns the number of cells freed."""
+        """Drop every retained prefix; returns the number of cells freed. ``kv_drop`` does more."""
+
+    @property
+    def kv_events(self) -> KvEventLog:
+        """What happened to cached KV (GET /internal/kv/events)."""
+
+    async def kv_tree(self, *, limit: int = 1000) -> dict[str, Any]:
+        """GET /internal/kv/tree: the prefix tree, parents before children, at most ``limit`` nodes of it.
+
+        ``nodes``: each ``id``, ``parent`` (None below a root), ``start``, ``end``, ``tokens``, ``slots``, ``owners``
+        (request ids), ``tiers``, ``host_bytes``, ``checkpoint_bytes``, ``hits``, ``last_used_ms_ago``,
+        ``created_ms_ago``, ``cost_ms``, ``pinned_s`` (left), ``namespace`` (``short_namespace``). ``n_nodes`` counts
+        all, and ``truncated`` says whether some are left out. Asked at a step boundary, as all ``kv_`` methods are.
+        """
+
+    async def kv_map(self) -> dict[str, Any]:
+        """GET /internal/kv/map: which cells belong to which sequence, as runs of equal cells.
+
+        ``caches``: each ``name`` ("full", "window") and ``streams``, each ``stream``, ``cells`` (how many) and
+        ``runs``, lists of first cell, number of cells, sequence or -1.
+        """
+
+    async def kv_pin(self, tokens: Sequence[int], *, ttl_s: float, namespace: str = "") -> dict[str, Any]:
+        """POST /internal/kv/pin: what is cached of this prefix stays for ``ttl_s`` seconds; ``pinned_tokens``."""
+
+    async def kv_unpin(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        """POST /internal/kv/unpin: it may be evicted again; ``unpinned_tokens``. Harmless when it was not pinned."""
+
+    async def kv_drop(
+        self, tokens: Sequence[int] | None = None, *, namespace: str = "", tiers: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """POST /internal/kv/drop: give up cached KV of prompts that start with ``tokens``; what runs keeps its own.
+
+        None: everything, of one namespace where one is given, else of all. ``tiers`` are names of ``KvTier``; none
+        given: all. Returns ``cells_freed``, ``host_bytes_freed``, ``disk_bytes_freed``.
+        """
+
+    async def kv_save(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        """POST /internal/kv/save: write what is cached of this prefix to disk; ``tokens``, ``bytes``.
+
+        Raises InvalidRequest where there is no disk tier.
+        """
+
+    async def kv_load(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        """POST /internal/kv/load: read what is on disk of this prefix into host memory; ``tokens``, ``bytes``.
+
+        Raises InvalidRequest where there is no disk tier.
+        """
+
+    async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        """PUT /internal/kv/policy: another eviction policy from now on; ``policy``, ``params``.
+
+        ``kv_snapshot()["policy"]`` has the same form. Raises InvalidRequest (unknown policy or parameter); the one in
+        charge stays.
+        """
 
     def counters(self) -> dict[str, int]:
         """The engine's counters, one consistent copy of its instrumentation page (names: abi.h)."""

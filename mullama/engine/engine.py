@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,10 +25,15 @@ from mullama._core import TEXT, Core, Model, check_params
 from mullama.config import ServeConfig
 from mullama.engine import loading, sizing, snapshot
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
+from mullama.engine.kvaccess import KvMethods
+from mullama.engine.kvcache import KvCache
 from mullama.engine.policy import PolicyHost
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
 from mullama.errors import ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull, ShuttingDown
+from mullama.kv import registry as kv_registry
+from mullama.kv.guarded import GuardedPolicy
+from mullama.kv.tree import namespace_of, pack
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
 from mullama.types import ModelInfo, Request, SeqState
@@ -41,10 +47,12 @@ T = TypeVar("T")
 
 STALLED_SECONDS = 30.0  # no step for so long, with work to do: not ready
 GIL_SWITCH_SECONDS = 0.0005  # what the engine waits at most for a busy event loop
+ESTIMATES = 8  # queued requests whose prompts are looked up in the KV cache before their turn
+IDLE_AUDIT_S = 1.0  # without work before the KV cache's bookkeeping is compared with llama.cpp's
 PRESSURE_STEPS = 64  # steps that eviction under KV pressure makes room for
 
 
-class Engine:
+class Engine(KvMethods):
     """A loaded model that generates (see engine.client.EngineClient for the contract)."""
 
     def __init__(self, model: Model, core: Core, info: ModelInfo, config: ServeConfig) -> None:
@@ -57,30 +65,45 @@ class Engine:
             own_thread=not registry.is_builtin(config.scheduler),
             timeout_ms=config.plan_timeout_ms,
         )
-        self._reader = Reader(core, TEXT)
+        policy = GuardedPolicy(
+            kv_registry.create(config.kv_policy, parse_args(config.kv_policy_arg, "kv_policy_arg")), config.kv_policy
+        )
+        host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_swap_bytes()
+        self._kv = KvCache(core, host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
+        self._token_bytes = self._kv.cells.token_bytes or sizing.kv_bytes_per_token(model.metadata())
+        self._reader = Reader(core, TEXT, self._token_bytes)
         self._page = abi.Reader(core.page.buffer())
         self._handles = itertools.count(1)
         self._seqs = Sequences(
-            core, self._reader, info.name, config.swap_bytes or sizing.default_swap_bytes(), self._policy.ended
+            core,
+            self._reader,
+            info.name,
+            config.swap_bytes or sizing.default_swap_bytes(),
+            self._kv,
+            self._policy.ended,
         )
         self._policy.views = self._seqs.views
-        self._token_bytes = sizing.kv_bytes_per_token(model.metadata())
-        capacity = core.n_slots * core.n_ctx
+        capacity = core.kv_cells
         self._kv_tokens = min(config.kv_tokens or capacity, capacity)
         # What fits alone never fails: no request may use more than the whole budget.
-        self.info = info = dataclasses.replace(info, n_ctx=min(info.n_ctx, self._kv_tokens))
+        # A context that is cut short by the budget is not full when its cells are: it cannot be shifted.
+        can_shift = info.can_shift and info.n_ctx <= self._kv_tokens
+        self.info = info = dataclasses.replace(info, n_ctx=min(info.n_ctx, self._kv_tokens), can_shift=can_shift)
         if config.shadow_scheduler:
             self._policy.shadow = self._make_shadow(config.shadow_scheduler, None)
         self._wait = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._calls: set[Future[Any]] = set()  # of call(), not answered yet
         self._n_posted = 0  # submitted, not taken by the engine thread yet; under the lock
+        self._audited = -1  # version of the KV cache that was audited last
+        self._estimated = -1  # version of the KV cache that the queue was last compared with
         self._idle = False
         self._draining = False
         self._stopping = False
         self._closed = False
         self._failure: str | None = None
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
+        self._kv.disk = loading.open_disk_tier(model, core, self._kv, config, lambda work: self._post_quietly(work))
         self._thread = threading.Thread(target=self._run, name=f"mullama-engine-{info.name}", daemon=True)
         self._thread.start()
 
@@ -113,7 +136,7 @@ class Engine:
         """Token ids of a text. The GIL is released while it works. Raises InvalidRequest for lone surrogates."""
         return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
+    def detokenize(self, tokens: SequenceOf[int]) -> str:
         """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
         return self.model.detokenize(tokens)
 
@@ -146,7 +169,7 @@ class Engine:
             state=SeqState.WAITING,
             prompt_tokens=len(request.prompt),
             prefill_left=len(request.prompt),
-            max_tokens=min(request.sampling.max_tokens or room, room),
+            max_tokens=self._most_tokens(request, room),
             arrival_ns=request.arrival_ns or time.monotonic_ns(),
             priority=request.priority,
             user=request.user,
@@ -154,7 +177,7 @@ class Engine:
             preempt=request.preempt,
             state_ns=time.monotonic_ns(),
         )
-        seq = LiveSequence(view, request)
+        seq = LiveSequence(view, request, key=pack(request.prompt), namespace=namespace_of(request.cache_salt))
         with self._wait:
             self._check_alive()
             # A request that a slot is free for does not wait.
@@ -167,6 +190,14 @@ class Engine:
             self._reader.add(generation, request.sampling.stop)
             self._post(lambda: self._add(seq))
 
+    def _most_tokens(self, request: Request, room: int) -> int:
+        """Tokens that a request may generate. One that shifts has no room to keep to, but without a limit of its own
+        it may generate a context's worth."""
+        asked = request.sampling.max_tokens
+        if request.context_shift:
+            return asked or self.info.n_ctx
+        return min(asked or room, room)
+
     def _check(self, request: Request) -> None:
         n = len(request.prompt)
         if n == 0:
@@ -178,6 +209,8 @@ class Engine:
             )
         if min(request.prompt) < 0 or max(request.prompt) >= self.info.n_vocab:
             raise InvalidRequest(f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt")
+        if request.context_shift and not self.info.can_shift:
+            raise InvalidRequest(f"'{self.info.name}' cannot shift its context", param="context_policy")
         check_params(request.sampling)
 
     def _check_alive(self) -> None:
@@ -191,6 +224,12 @@ class Engine:
         self._commands.append(command)
         self._core.interrupt()
         self._wait.notify()
+
+    def _post_quietly(self, command: Callable[[], None]) -> None:
+        """Hand a command to the engine thread from another one; nothing happens when it has ended."""
+        with self._wait:
+            if not self._closed and self._failure is None:
+                self._post(command)
 
     def _request_cancel(self, handle: int) -> None:
         with self._wait:
@@ -293,18 +332,6 @@ class Engine:
         configure(**params)
         return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": len(self._seqs.live)}
 
-    async def kv_snapshot(self) -> dict[str, Any]:
-        """GET /internal/kv, as it is at a step boundary."""
-        return await asyncio.wrap_future(self.call(lambda: snapshot.kv(self.info, self._core, self._seqs)))
-
-    def kv_snapshot_sync(self) -> dict[str, Any]:
-        """The same for a thread without an event loop."""
-        return self.call(lambda: snapshot.kv(self.info, self._core, self._seqs)).result()
-
-    async def drop_retained(self) -> int:
-        """Drop every retained prefix; returns the number of cells freed."""
-        return await asyncio.wrap_future(self.call(self._drop_retained))
-
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109 - at the deadline it acts, it does not give up
         """Refuse new requests, wait for running ones up to ``timeout`` seconds, cancel the rest. True: none was cut."""
         self._draining = True
@@ -337,6 +364,7 @@ class Engine:
         self._reader.close()
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
         self._policy.close()
+        self._kv.close()
         self._core.close()
         self.model.close()
 
@@ -381,6 +409,10 @@ class Engine:
         start = time.monotonic_ns()
         with self._wait:
             self._idle = not self._seqs
+            if self._idle and self._kv.version != self._audited:
+                self._wait.wait_for(lambda: self._commands or self._stopping, IDLE_AUDIT_S)
+                if not self._commands and not self._stopping:
+                    self._audit()
             while not self._commands and not self._stopping:
                 left = (until_ns - time.monotonic_ns()) / 1e9 if until_ns else None
                 if left is not None and left <= 0:
@@ -389,6 +421,12 @@ class Engine:
             self._idle = False
         if not self._stopping:
             self._core.note_idle(time.monotonic_ns() - start, self._n_waiting())
+
+    def _audit(self) -> None:
+        """Nothing to do for a while: look whether tree, slots and llama.cpp's cells agree about the KV."""
+        self._audited = self._kv.version
+        for difference in self._kv.audit():
+            log.error("KV cache of '%s': %s", self.info.name, difference)
 
     def _n_waiting(self) -> int:
         return self._n_posted + self._seqs.n_queued
@@ -405,7 +443,7 @@ class Engine:
         for handle, how in plan.preempt.items():
             self._seqs.preempt(handle, how)
         for handle in plan.tokens:
-            if self._seqs.views[handle].is_queued:
+            if self._seqs.views[handle].is_queued and not self._waits_for_prefix(handle, plan):
                 self._seqs.start(handle)
                 fresh = True
         self._seqs.close_holes()
@@ -419,6 +457,7 @@ class Engine:
             self._sleep(plan.until_ns or time.monotonic_ns() + 1_000_000)
 
     def _state(self) -> EngineState:
+        self._estimate()
         core, governor = self._core, self._core.governor
         n_decoding = sum(view.state is SeqState.DECODE for view in self._seqs.views.values())
         costs = Costs(
@@ -462,16 +501,34 @@ class Engine:
             if seq.view.state is SeqState.DECODE:
                 decode.append(seq.slot)
             else:
-                prefill.append((seq.slot, min(n, seq.view.prefill_left)))
+                n = min(n, seq.view.prefill_left)
+                if seq.borders:
+                    n = min(n, max(seq.borders[0] - seq.view.cells, 1))
+                prefill.append((seq.slot, n))
         return decode, prefill
+
+    def _waits_for_prefix(self, handle: int, plan: Plan) -> bool:
+        """Whether another request is computing the prefix that this one needs: then it is computed once."""
+        seq = self._seqs.live[handle]
+        if seq.parked is not None:
+            return False
+        _, later, slot = self._kv.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+        # Only while it gets on: a policy that leaves it out must not leave two requests waiting.
+        return later > 0 and self._seqs.slots[slot] in plan.tokens
+
+    def _estimate(self) -> None:
+        """Tell the policy what the next ones in the queue will have to compute, as far as the KV cache changed."""
+        if not self._seqs.n_queued or self._kv.version == self._estimated:
+            return
+        self._estimated = self._kv.version
+        queued = (seq for seq in self._seqs.live.values() if seq.view.state is SeqState.WAITING)
+        for seq in itertools.islice(queued, ESTIMATES):
+            n = len(seq.request.prompt)
+            now, later, _ = self._kv.expected(seq.namespace, seq.key, n - 1)
+            seq.view.prefill_left = max(n - max(now, later), 1)
 
     def _add(self, seq: LiveSequence) -> None:
         with self._wait:
             self._n_posted -= 1
             self._seqs.add(seq)
         self._policy.arrived(seq.view)
-
-    def _drop_retained(self) -> int:
-        freed = self._seqs.evict_retained(1 << 62)
-        self._core.note_idle(0, self._n_waiting())
-        return freed

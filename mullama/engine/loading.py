@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -10,10 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mullama import abi
-from mullama._core import Core, Model, devices
+from mullama._core import Core, Model, devices, llama_cpp_version
 from mullama.config import ServeConfig
 from mullama.engine import sizing
+from mullama.engine.kvcache import KvCache
+from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, ModelLoadError
+from mullama.kv.disk import DiskStore
+from mullama.kv.records import Identity
 from mullama.types import ModelInfo
 
 log = logging.getLogger("mullama.engine")
@@ -63,7 +68,7 @@ def make_core(model: Model, name: str, config: ServeConfig) -> Core:
         config.ctx_size,
         config.parallel,
         facts["n_ctx_train"],
-        sizing.kv_bytes_per_token(model.metadata()),
+        sizing.kv_bytes_per_token(model.metadata(), config.kv_type_k, config.kv_type_v),
         sizing.available_memory(),
     )
     if facts["n_ctx_train"] and sizes.n_ctx > facts["n_ctx_train"]:
@@ -78,8 +83,48 @@ def make_core(model: Model, name: str, config: ServeConfig) -> Core:
         n_threads=config.threads or sizing.usable_cores(),
         threads_fixed=config.threads_fixed,
         flash_attn=config.flash_attn,
+        type_k=config.kv_type_k,
+        type_v=config.kv_type_v,
+        reference=config.deterministic,
+        unified_cells=0 if config.kv_layout == "streams" else config.kv_tokens or sizes.n_ctx * sizes.n_parallel,
         page_path=_page_path(name, config.page_dir),
     )
+
+
+def open_disk_tier(
+    model: Model, core: Core, kv: KvCache, config: ServeConfig, post: Callable[[Callable[[], None]], None]
+) -> DiskTier | None:
+    """The disk tier that the configuration asks for, with what it still holds. Raises StoreError."""
+    if not config.kv_disk_dir or not kv.cells.can_store:
+        return None
+    started = time.monotonic()
+    identity = Identity(
+        weights=_weights_digest(Path(model.path)),
+        architecture=model.facts()["architecture"],
+        kv_type_k=config.kv_type_k,
+        kv_type_v=config.kv_type_v,
+        token_bytes=kv.cells.token_bytes,
+        # A checkpoint is llama.cpp's own, which depends on the number of streams.
+        layout=f"rows:flash_attn={config.flash_attn}"
+        + (f":slots={core.n_slots}:unified={core.unified}" if kv.cells.needs_checkpoint else ""),
+        state_version=llama_cpp_version(),
+    )
+    store = DiskStore(Path(config.kv_disk_dir).expanduser(), config.kv_disk_bytes, identity)
+    tier = DiskTier(store, kv.tree, lambda: kv.tier.policy, kv.cells.token_bytes, post, kv.leaves_disk)
+    log.info(
+        "%s: %d MiB of KV found in %s (%.2f s)", model.path, store.bytes_used >> 20, config.kv_disk_dir,
+        time.monotonic() - started,
+    )  # fmt: skip
+    return tier
+
+
+def _weights_digest(path: Path) -> str:
+    """What tells these weights from others: the SHA-256 of the file. A store's blob has it in its name."""
+    named = re.fullmatch(r"sha256-([0-9a-f]{64})\.gguf", path.name)
+    if named:
+        return named[1]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _page_path(name: str, folder: str) -> str | None:
@@ -129,4 +174,5 @@ def info_of(model: Model, core: Core, name: str) -> ModelInfo:
         is_recurrent=facts["is_recurrent"],
         is_hybrid=facts["is_hybrid"],
         created=int(time.time()),
+        can_shift=core.can_shift and not core.unified,
     )

@@ -35,8 +35,8 @@ ERROR_TEXTS = {
 }
 
 
-def profile_of(row: abi.Row) -> Profile:
-    """The request's profile, made of its row and of nothing else."""
+def profile_of(row: abi.Row, token_bytes: int = 0, why: str | None = None) -> Profile:
+    """The request's profile, made of its row; the words for a miss are the engine's."""
 
     def ms(start: int, end: int) -> float:
         return (end - start) / 1e6 if end >= start > 0 else 0.0
@@ -60,6 +60,11 @@ def profile_of(row: abi.Row) -> Profile:
         preemptions=row.preemptions,
         preempted_ms=row.preempted_ns / 1e6,
         recomputed_tokens=row.recomputed,
+        kv_cache_source=abi.KV_SOURCES[row.kv_source],
+        kv_miss_reason=why,
+        context_shifted=row.shifted,
+        kv_bytes=row.cells * token_bytes,
+        kv_byte_seconds=row.kv_cell_ns * token_bytes / 1e9,
     )
 
 
@@ -70,11 +75,13 @@ class Reader:
     without a loop), a thread reads for all of them: nobody depends on how long somebody else's loop lives.
     """
 
-    def __init__(self, core: Core, text_kind: int) -> None:
+    def __init__(self, core: Core, text_kind: int, token_bytes: int = 0) -> None:
         self._core = core
         self._text_kind = text_kind
         self._generations: dict[int, BaseGeneration] = {}
         self._stops: dict[int, tuple[str, ...]] = {}
+        self._reasons: dict[int, str | None] = {}  # why prompt tokens had to be computed
+        self._token_bytes = token_bytes  # KV of one token
         self._lock = threading.Lock()  # one reader of the ring at a time
         self._attaching = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -88,6 +95,11 @@ class Reader:
         self._stops[generation.handle] = stops
         self._generations[generation.handle] = generation
 
+    def explain(self, handle: int, reason: str | None) -> None:
+        """Why a request's prompt was not in the KV cache, for its profile. Engine thread."""
+        if handle in self._stops:
+            self._reasons[handle] = reason
+
     def handles(self) -> list[int]:
         """Requests that have not ended."""
         return list(self._generations)
@@ -95,6 +107,7 @@ class Reader:
     def discard(self, handle: int) -> None:
         self._generations.pop(handle, None)
         self._stops.pop(handle, None)
+        self._reasons.pop(handle, None)
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that what this loop submits is read; call on it."""
@@ -163,20 +176,20 @@ class Reader:
                 if generation is not None:
                     generation.deliver(record[2], record[3])
                 continue
-            stops = self._stops.get(handle, ())
+            stops, why = self._stops.get(handle, ()), self._reasons.get(handle)
             self.discard(handle)
             if generation is not None:
-                generation.end(self._finish(record, stops))
+                generation.end(self._finish(record, stops, why))
         return len(records)
 
-    def _finish(self, record: tuple[int, int, int, int, int, bytes], stops: tuple[str, ...]) -> Finish:
+    def _finish(self, record: tuple[int, int, int, int, int, bytes], stops: tuple[str, ...], why: str | None) -> Finish:
         _, _, reason, stop_index, error, row = record
         failure = None
         if reason == 4:
             failure = ComputeFailed(f"the request failed: {ERROR_TEXTS.get(error, f'core error {error}')}")
         return Finish(
             reason=REASONS[reason],
-            profile=profile_of(abi.Row.from_buffer_copy(row)),
+            profile=profile_of(abi.Row.from_buffer_copy(row), self._token_bytes, why),
             stop_string=stops[stop_index] if 0 <= stop_index < len(stops) else None,
             error=failure,
         )

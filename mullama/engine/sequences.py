@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mullama import abi
 from mullama.engine import lifecycle
+from mullama.engine.kvcache import KvCache
 from mullama.engine.reader import Reader
 from mullama.errors import ComputeFailed, InvalidRequest, MullamaError
-from mullama.kv.placement import Placement, SlotView, holes, place
+from mullama.kv.placement import holes
+from mullama.kv.tree import pack
 from mullama.scheduling import SeqView
 from mullama.types import Finish, FinishReason, Preempt, Profile, Request, SeqState
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from mullama._core import Core, Parked
 
 log = logging.getLogger("mullama.engine")
+
+SINKS = 4  # first tokens that a shifted context keeps: what attention rests on (Xiao et al., StreamingLLM, ICLR 2024)
 
 
 @dataclass(slots=True)
@@ -37,6 +40,9 @@ class LiveSequence:
     spent_ns: dict[SeqState, int] = field(default_factory=dict)  # in states it has left
     cached: int = 0  # prompt tokens that it found in the KV cache
     first_token_ns: int = 0  # end of the step that generated it; 0: none yet
+    key: bytes = b""  # the prompt as the prefix tree takes it
+    namespace: bytes = b""  # prompts of another one share nothing with it
+    borders: list[int] = field(default_factory=list)  # where a prompt chunk has to end, for a checkpoint
 
     def move(self, state: SeqState) -> None:
         """Change the state. Raises IllegalTransition."""
@@ -51,7 +57,13 @@ class Sequences:
     """By handle, in order of arrival; ``on_end(seq)`` is called for each that ends."""
 
     def __init__(
-        self, core: Core, reader: Reader, model: str, swap_bytes: int, on_end: Callable[[LiveSequence], None]
+        self,
+        core: Core,
+        reader: Reader,
+        model: str,
+        swap_bytes: int,
+        kv: KvCache,
+        on_end: Callable[[LiveSequence], None],
     ) -> None:
         self.live: dict[int, LiveSequence] = {}
         self.views: dict[int, SeqView] = {}
@@ -59,6 +71,7 @@ class Sequences:
         self.n_queued = 0  # WAITING; read by other threads
         self.move_ns_per_byte = 1.0  # saving and restoring, measured as it happens
         self._core = core
+        self._kv = kv
         self._reader = reader
         self._model = model
         self._swap_bytes = swap_bytes  # most host memory for the KV of preempted sequences
@@ -95,32 +108,48 @@ class Sequences:
         return True
 
     def _admit(self, seq: LiveSequence) -> None:
-        """WAITING -> PREFILL, with as much of the prompt as a retained prefix saves."""
-        core, request = self._core, seq.request
-        where, evicted = self._place(request.prompt)
+        """WAITING -> PREFILL, with as much of the prompt as the KV cache saves."""
+        core, kv, request = self._core, self._kv, seq.request
+        n = len(request.prompt)
+        slot, reuse, source, lost, match = kv.seat(seq.namespace, seq.key, n - 1, self.running(), request.id)
         core.open(
-            where.slot,
+            slot,
             seq.view.id,
             request.prompt,
             replace(request.sampling, max_tokens=seq.view.max_tokens),
-            reuse=min(where.reuse, core.retained(where.slot)[0]),  # 0 if the exchange lost it
-            evicted=evicted,
+            reuse=reuse,
+            source=source.number,
+            evicted=lost,
             arrival_ns=seq.view.arrival_ns,
             priority=request.priority,
+            shift_keep=SINKS if request.context_shift else -1,
         )
-        self._seat(seq, where.slot, SeqState.PREFILL)
+        reuse = core.slot_fill(slot)[0]
+        kv.opened(slot, seq.namespace, seq.key, reuse, source)
+        seq.borders = kv.borders(match, reuse, n)
+        self._reader.explain(seq.view.id, kv.miss_reason(seq.namespace, seq.key, reuse, match, core.model.detokenize))
+        self._seat(seq, slot, SeqState.PREFILL)
 
     def _resume(self, seq: LiveSequence, parked: Parked) -> None:
         """PREEMPTED -> where it was, from host memory or by what is left of its prefix."""
-        tokens = parked.tokens()
-        where, evicted = self._place([] if parked.saved else tokens)
-        reuse = 0 if parked.saved else min(where.reuse, self._core.retained(where.slot)[0])
-        if parked.saved:  # what it restores takes the place of what the slot retains
-            evicted += self._core.evict(where.slot)
-        self._core.resume(where.slot, parked, reuse=reuse, evicted=evicted)
+        core, kv = self._core, self._kv
+        tokens = pack(parked.tokens())
+        reuse = 0
+        if parked.saved:
+            slot, lost = kv.clear_slot(self.running(), seq.request.id)
+        else:
+            limit = len(tokens) // 4 - 1
+            slot, reuse, _, lost, _ = kv.seat(seq.namespace, tokens, limit, self.running(), seq.request.id)
+        core.resume(slot, parked, reuse=reuse, evicted=lost)
         seq.parked = None
-        state = self._core.states()[where.slot]
-        self._seat(seq, where.slot, SeqState.DECODE if state == abi.DECODE else SeqState.PREFILL)
+        if not core.shifted(slot):
+            kv.resumed(slot, seq.namespace, tokens)
+        state = core.states()[slot]
+        self._seat(seq, slot, SeqState.DECODE if state == abi.DECODE else SeqState.PREFILL)
+
+    def running(self) -> list[bool]:
+        """Which slots have a request."""
+        return [handle != 0 for handle in self.slots]
 
     def _seat(self, seq: LiveSequence, slot: int, state: SeqState) -> None:
         n_past, n_tokens = self._core.slot_fill(slot)
@@ -133,21 +162,12 @@ class Sequences:
         seq.view.prefill_left = 0 if state is SeqState.DECODE else n_tokens - n_past
         seq.move(state)
 
-    def _place(self, tokens: SequenceOf[int]) -> tuple[Placement, int]:
-        """Make a slot ready for a sequence of these tokens: where it goes, and how many cached tokens that cost."""
-        match_slot, match_tokens = self._core.match(tokens)
-        where = place(self._slot_views(), match_slot, match_tokens)
-        assert where is not None, "the plan was checked against the free slots"
-        evicted = self._core.evict(where.evict) if where.evict is not None else 0
-        if where.exchange is not None:
-            self._exchange(*where.exchange)
-        return where, evicted
-
     def preempt(self, handle: int, how: Preempt) -> None:
         """PREFILL, DECODE -> PREEMPTED. The request's own wish goes before ``how``; AUTO takes the cheaper way."""
         seq = self.live[handle]
         how = seq.view.preempt if seq.view.preempt is not Preempt.AUTO else how
         parked = self._core.preempt(seq.slot, save=self._should_save(seq, how))
+        self._kv.closed(seq.slot, seq.namespace, seq.request.id)  # what the slot retains, if its KV was not saved
         self.slots[seq.slot] = 0
         seq.parked, seq.slot = parked, -1
         seq.view.preemptions += 1
@@ -167,45 +187,31 @@ class Sequences:
         return n_bytes * self.move_ns_per_byte < recompute_ns or recompute_ns == 0
 
     def evict_retained(self, n_tokens: int) -> int:
-        """Drop retained prefixes, the least recently used first, until ``n_tokens`` are free. Returns those freed."""
-        kept = sorted(
-            (last_used, slot)
-            for slot, handle in enumerate(self.slots)
-            if not handle
-            for tokens, last_used in [self._core.retained(slot)]
-            if tokens
-        )
-        freed = 0
-        for _, slot in kept:
-            if freed >= n_tokens:
-                break
-            freed += self._core.evict(slot)
-        return freed
+        """Free slots that retain a prefix until ``n_tokens`` cells are free. Returns those freed."""
+        return self._kv.evict_retained(n_tokens, self.running())
 
     # -- keep the running slots together ---------------------------------------------------------------------
 
-    def _slot_views(self) -> list[SlotView]:
-        views = []
-        for slot, handle in enumerate(self.slots):
-            tokens, last_used = self._core.retained(slot)
-            views.append(SlotView(handle != 0, tokens, last_used))
-        return views
-
     def close_holes(self) -> None:
         """Keep running sequences on a gap-free range of the lowest slots, where the move costs less than the gap."""
-        for low, high in holes([handle != 0 for handle in self.slots]):
+        if self._core.unified:
+            return  # there are no gaps
+        for low, high in holes(self.running()):
             cost = self._core.state_bytes(high) * self.move_ns_per_byte
             if cost < self._core.gap_cost_ns(high):
-                self._exchange(low, high)
+                self.exchange(low, high)
 
-    def _exchange(self, a: int, b: int) -> None:
+    def exchange(self, a: int, b: int) -> None:
         """Swap two slots, KV and all. Sequences whose KV is lost on the way fail; nobody else notices."""
         start = time.monotonic_ns()
         try:
             n_bytes = self._core.exchange(a, b)
+            self._kv.exchanged(a, b)
         except ComputeFailed:
             log.exception("slots %d and %d of '%s' could not change places", a, b, self._model)
             n_bytes = 0
+            for slot in (a, b):
+                self._kv.released(slot)
         if n_bytes:
             self.move_ns_per_byte += 0.3 * ((time.monotonic_ns() - start) / n_bytes - self.move_ns_per_byte)
         self.slots[a], self.slots[b] = self.slots[b], self.slots[a]
@@ -217,6 +223,7 @@ class Sequences:
 
     def collect(self) -> None:
         """Follow what the core did: chunks, first tokens, finishes."""
+        core_shifted = self._core.shifted
         for slot, (state, generated, n_past) in enumerate(self._core.progress()):
             handle = self.slots[slot]
             if not handle:
@@ -229,11 +236,16 @@ class Sequences:
             view.cells = n_past
             if generated and not seq.first_token_ns:
                 seq.first_token_ns = time.monotonic_ns()
+            if seq.request.context_shift and core_shifted(slot):
+                self._kv.released(slot)  # its KV is that of no prompt any more
+            if seq.borders and n_past >= seq.borders[0] and n_past == seq.borders.pop(0):
+                self._kv.store(slot)
             if state == abi.DECODE and view.state is SeqState.PREFILL:
                 view.prefill_left = 0
                 seq.move(SeqState.DECODE)
             elif state == abi.DONE:
                 self._core.close_slot(slot)
+                self._kv.closed(slot, seq.namespace, seq.request.id)
                 self._forget(seq)
 
     def cells_running(self) -> int:
@@ -251,6 +263,7 @@ class Sequences:
             return
         if seq.slot >= 0:
             self._core.cancel(seq.slot)  # writes the finish record
+            self._kv.released(seq.slot)
         elif seq.parked is not None:
             self._core.cancel_parked(seq.parked)
         else:

@@ -1,4 +1,4 @@
-"""What /internal/scheduler and /internal/kv show."""
+"""What /internal/scheduler shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mullama.types import ModelInfo
 if TYPE_CHECKING:
     from mullama._core import Core
     from mullama.engine.policy import PolicyHost
-    from mullama.engine.sequences import LiveSequence, Sequences
+    from mullama.engine.sequences import LiveSequence
 
 
 def scheduler(
@@ -76,38 +76,4 @@ def _sequence(seq: LiveSequence, row: abi.Row | None, now: int) -> dict[str, Any
         "parked_bytes": seq.parked.n_bytes if seq.parked is not None else 0,
         "age_ms": round((now - view.arrival_ns) / 1e6, 3),
         "state_ms": {str(state): round(ns / 1e6, 3) for state, ns in spent.items()},
-    }
-
-
-def kv(info: ModelInfo, core: Core, seqs: Sequences) -> dict[str, Any]:
-    """Cells used and by whom, from llama.cpp's own cells. Engine thread only."""
-    truth = core.cells()
-    rows: list[dict[str, Any]] = []
-    for slot in range(core.n_slots):
-        state, handle, n_past, _, last_used = core.slot_info(slot)
-        rows.append(
-            {
-                "slot": slot,
-                "state": abi.SLOT_STATES[state],
-                "handle": handle or None,
-                "cells": truth["used"][slot] if truth["caches"] > 0 else n_past,
-                "window_cells": truth["window"][slot] if truth["caches"] > 1 else None,
-                "last_used_step": last_used if state == abi.RETAINED else None,
-            }
-        )
-    used = sum(row["cells"] for row in rows)
-    total = truth["size"] * core.n_slots
-    return {
-        "model": info.name,
-        "layout": "streams",
-        "cells_per_slot": truth["size"],
-        "cells_total": total,
-        "cells_used": used,
-        "cells_free": max(total - used, 0),  # a recurrent model has states, no cells
-        "cells_running": sum(row["cells"] for row in rows if row["state"] not in ("free", "retained")),
-        "cells_retained": sum(row["cells"] for row in rows if row["state"] == "retained"),
-        "parked_sequences": sum(seq.parked is not None for seq in seqs.live.values()),
-        "parked_bytes": core.parked_bytes(),
-        "slots": rows,
-        "audit": core.audit(),
     }

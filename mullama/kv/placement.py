@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, frozen=True)
 class SlotView:
-    """A slot: running, or retaining ``tokens`` tokens (0: empty) last used at step ``last_used``."""
+    """A slot: running, or retaining ``tokens`` (0: empty). ``last_used``, a step or a score: the lowest goes first."""
 
     running: bool
     tokens: int = 0
-    last_used: int = 0
+    last_used: float = 0.0
 
 
 @dataclass(slots=True, frozen=True)

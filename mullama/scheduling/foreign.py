@@ -10,12 +10,24 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mullama.errors import InvalidRequest, MullamaError, PluginError
-from mullama.scheduling.base import Scheduler
 from mullama.scheduling.params import convert, unknown_param
 
 PLAIN = (bool, int, float, str)
 REQUIRED = inspect.Parameter.empty
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+@dataclass(slots=True, frozen=True)
+class Seam:
+    """A kind of policy: what it is called, which methods it must have, and which do nothing where they are left out.
+
+    ``param`` is the request field to blame for an unknown name.
+    """
+
+    noun: str
+    methods: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    param: str = "policy"
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,59 +73,73 @@ def _kind(hint: Any, default: Any) -> type | None:
     return type(default) if type(default) in PLAIN else None
 
 
-def construct(found: type, spec: str, params: Mapping[str, Any]) -> Scheduler:
+def construct(found: type, spec: str, params: Mapping[str, Any], seam: Seam) -> Any:
     """An instance with these parameters (texts converted). Raises InvalidRequest and PluginError."""
+    owner = f"the {seam.noun} '{spec}'"
     known = signature_params(found)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in _signature(found).parameters.values())
     values = {}
     for name, value in params.items():
         if name not in known and not takes_any:
-            raise unknown_param(f"the scheduler '{spec}'", name, known)
-        values[name] = _converted(known.get(name), value, spec)
+            raise unknown_param(owner, name, known)
+        values[name] = _converted(known.get(name), value, owner)
     missing = [name for name, param in known.items() if param.default is REQUIRED and name not in values]
     if missing:
-        raise InvalidRequest(f"the scheduler '{spec}' needs a value for {', '.join(missing)}", param="params")
-    policy = make(found, spec, values)
-    if isinstance(getattr(policy, "name", None), str) and callable(getattr(policy, "params", None)):
-        return cast(Scheduler, policy)
+        raise InvalidRequest(f"{owner} needs a value for {', '.join(missing)}", param="params")
+    policy = make(found, spec, values, seam)
     defaults = {name: param.default for name, param in known.items()}
-    return cast(Scheduler, Adapter(policy, {**defaults, **values}))
+    return complete(policy, {**defaults, **values}, seam)
 
 
-def make(found: type, spec: str, values: Mapping[str, Any]) -> Any:
+def complete(policy: Any, values: Mapping[str, Any], seam: Seam) -> Any:
+    """The policy itself, or with what it leaves out filled in; ``values`` is what it was made with."""
+    is_named = isinstance(getattr(policy, "name", None), str)
+    if is_named and all(callable(getattr(policy, name, None)) for name in ("params", *seam.optional)):
+        return policy
+    return Adapter(policy, values, seam)
+
+
+def make(found: type, spec: str, values: Mapping[str, Any], seam: Seam) -> Any:
     """Call the class. Raises InvalidRequest for a ValueError, PluginError for whatever else its code raises."""
     try:
         return found(**values)
     except MullamaError:
         raise
     except ValueError as error:
-        raise InvalidRequest(f"the scheduler '{spec}' refuses its parameters: {error}", param="params") from error
+        raise InvalidRequest(f"the {seam.noun} '{spec}' refuses its parameters: {error}", param="params") from error
     except Exception as error:
-        raise PluginError(f"cannot make the scheduler '{spec}': {type(error).__name__}: {error}") from error
+        raise PluginError(f"cannot make the {seam.noun} '{spec}': {type(error).__name__}: {error}") from error
 
 
-def _converted(param: SignatureParam | None, value: Any, spec: str) -> Any:
+def _converted(param: SignatureParam | None, value: Any, owner: str) -> Any:
     if param is None or param.kind is None or (value is None and param.default is None):
         return value
     found = convert(value, param.kind)
     if found is None:
-        message = f"the scheduler '{spec}': {param.name} must be {KINDS[param.kind]}, not {value!r}"
+        message = f"{owner}: {param.name} must be {KINDS[param.kind]}, not {value!r}"
         raise InvalidRequest(message, param=f"params.{param.name}")
     return found
 
 
 class Adapter:
-    """A policy without ``name`` or ``params``: its class's name, and the values it was made with."""
+    """A policy without ``name``, ``params`` or an optional method: its class's name, the values it was made with,
+    and a method that does nothing."""
 
-    def __init__(self, policy: Any, values: Mapping[str, Any]) -> None:
+    def __init__(self, policy: Any, values: Mapping[str, Any], seam: Seam) -> None:
         self.policy = policy
         name = getattr(policy, "name", None)
         self.name = name if isinstance(name, str) else type(policy).__name__
         self._values = dict(values)
-        self.add: Any = policy.add
-        self.remove: Any = policy.remove
-        self.plan: Any = policy.plan
+        for method in seam.methods:
+            setattr(self, method, getattr(policy, method))
+        for method in seam.optional:
+            own = getattr(policy, method, None)
+            setattr(self, method, own if callable(own) else _nothing)
 
     def params(self) -> Mapping[str, Any]:
         own = getattr(self.policy, "params", None)
         return cast(Mapping[str, Any], own()) if callable(own) else dict(self._values)
+
+
+def _nothing(*_: Any) -> None:
+    pass

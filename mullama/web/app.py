@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import falcon
@@ -10,23 +11,28 @@ import falcon.asgi
 from mullama.config import ServeConfig
 from mullama.web.chat import ChatCompletions
 from mullama.web.completions import Completions
+from mullama.web.context import ContextPolicy, default_policy
 from mullama.web.errors import add_error_handlers
 from mullama.web.health import Health, Ready
-from mullama.web.internal import KvDrop, KvView, SchedulerView, ShadowScheduler
+from mullama.web.internal import SchedulerView, ShadowScheduler
+from mullama.web.kv import KvDrop, KvEvents, KvLoad, KvMap, KvPin, KvPolicy, KvSave, KvTree, KvUnpin, KvView
 from mullama.web.listing import ModelDetail, ModelList
 from mullama.web.models import Models
 from mullama.web.request import Request
 from mullama.web.security import Security
 from mullama.web.services import Services
 
+log = logging.getLogger(__name__)
+
 App = falcon.asgi.App[Request, falcon.asgi.Response]
 
 
 def create_app(config: ServeConfig, models: Models, services: Services | None = None) -> App:
-    """The ASGI app. Raises ConfigError when the profile log cannot be opened.
+    """The ASGI app. Raises ConfigError for an option that cannot be carried out, such as a file that cannot be opened.
 
     ``services`` is for callers that close them on their own; without it the ASGI lifespan does.
     """
+    _check_context_policy(config, models)
     services = services or Services(config, models)
     middleware: list[Any] = [Security(config), services]
     app: App = falcon.asgi.App(media_type=falcon.MEDIA_JSON, request_type=Request, middleware=middleware)
@@ -42,5 +48,21 @@ def create_app(config: ServeConfig, models: Models, services: Services | None = 
     app.add_route("/internal/scheduler", SchedulerView(models, config))
     app.add_route("/internal/scheduler/shadow", ShadowScheduler(models, config))
     app.add_route("/internal/kv", KvView(models))
-    app.add_route("/internal/kv/drop", KvDrop(models))
+    app.add_route("/internal/kv/tree", KvTree(models))
+    app.add_route("/internal/kv/map", KvMap(models))
+    app.add_route("/internal/kv/events", KvEvents(services))
+    app.add_route("/internal/kv/policy", KvPolicy(models, config))
+    app.add_route("/internal/kv/pin", KvPin(services))
+    app.add_route("/internal/kv/unpin", KvUnpin(services))
+    app.add_route("/internal/kv/drop", KvDrop(services))
+    app.add_route("/internal/kv/save", KvSave(services))
+    app.add_route("/internal/kv/load", KvLoad(services))
     return app
+
+
+def _check_context_policy(config: ServeConfig, models: Models) -> None:
+    """Raises ConfigError for a policy that there is not; a model that does not have it is only logged."""
+    if default_policy(config.context_policy) is ContextPolicy.SHIFT:
+        for name, engine in models.items():
+            if not engine.info.can_shift:
+                log.warning("--context-policy shift: '%s' cannot shift; 'error' holds for it instead", name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import falcon.asgi
 
+from mullama.web.context import ContextPolicy, Dropped, Room, drop_tokens, policy_for, without
 from mullama.web.generations import Group, Reply
 from mullama.web.request import Request
 from mullama.web.responding import new_id, respond
@@ -28,6 +29,12 @@ class Completions:
         size = sum(len(prompt) for prompt in call.prompts)
         prompts = await services.offload(size > LARGE_TEXT, partial(_tokens, call))
         echoes = await services.offload(size > LARGE_TEXT, partial(_echoes, call)) if call.echo else None
+        info = call.engine.info
+        policy = policy_for(call.options.context_policy, services.config.context_policy, can_shift=info.can_shift)
+        room = Room(info.n_ctx, call.options.sampling.max_tokens)
+        dropped: list[Dropped | None] = []
+        if policy.truncates and any(len(prompt) > room.wanted for prompt in prompts):
+            prompts, dropped = await services.offload(True, partial(_cut, call, prompts, policy, room))
         group = Group(
             services,
             call.engine,
@@ -37,6 +44,7 @@ class Completions:
             prompts=prompts,
             options=call.options.of_tenant(req.tenant),
             arrival_ns=req.arrival_ns,
+            context_shift=policy is ContextPolicy.SHIFT,
         )
 
         def choice(index: int, reply: Reply) -> dict[str, Any]:
@@ -47,7 +55,9 @@ class Completions:
                 "finish_reason": reply.finish.reason,
             }
 
-        await respond(req, resp, services, group, call.options, is_chat=False, choice=choice, echoes=echoes)
+        await respond(
+            req, resp, services, group, call.options, is_chat=False, choice=choice, echoes=echoes, dropped=dropped
+        )
 
 
 def _tokens(call: CompletionCall) -> list[list[int]]:
@@ -58,7 +68,22 @@ def _tokens(call: CompletionCall) -> list[list[int]]:
     ]
 
 
+def _cut(
+    call: CompletionCall, prompts: list[list[int]], policy: ContextPolicy, room: Room
+) -> tuple[list[list[int]], list[Dropped | None]]:
+    """The prompts less what ``policy`` drops, and what that is; None for a prompt that fits."""
+    marked, plain = (call.engine.tokenize("a", add_special=special)[:1] for special in (True, False))
+    bos = marked if marked != plain else []
+    cut, dropped = [], []
+    for prompt in prompts:
+        span = drop_tokens(len(prompt), policy, room, has_bos=bool(bos) and prompt[:1] == bos)
+        kept = without(prompt, span) if span else prompt
+        cut.append(kept)
+        dropped.append(Dropped(policy, len(prompt), len(kept), span, is_chat=False) if span else None)
+    return cut, dropped
+
+
 def _echoes(call: CompletionCall) -> list[str]:
-    """The text of every choice's prompt."""
+    """The text of every choice's prompt, as the request gives it: also where the model gets less of it."""
     texts = [prompt if isinstance(prompt, str) else call.engine.detokenize(prompt) for prompt in call.prompts]
     return [text for text in texts for _ in range(call.options.n)]

@@ -16,6 +16,7 @@ from mullama.types import Delta, Finish, Request
 from mullama.web import request as web_request
 from mullama.web.errors import finish_error, internal_error
 from mullama.web.schemas import Options
+from mullama.web.security import salt_of
 from mullama.web.services import Services
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Group:
         prompts: Sequence[Sequence[int]],
         options: Options,
         arrival_ns: int,
+        context_shift: bool = False,
     ) -> None:
         """Submit every choice, or none: raises what ``EngineClient.submit`` raises."""
         self.id = request_id
@@ -61,6 +63,7 @@ class Group:
         self._services = services
         self._watcher: asyncio.Task[None] | None = None
         self._closed = False
+        salt = salt_of(options.tenant if services.config.cache_salt_per_key else None, options.cache_salt)
         num_choices = len(prompts) * options.n
         try:
             for index in range(num_choices):
@@ -73,6 +76,8 @@ class Group:
                     user=options.user,
                     slo_ms=options.slo_ms,
                     preempt=options.preempt,
+                    cache_salt=salt,
+                    context_shift=context_shift,
                 )
                 self.generations.append(engine.submit(request))
         except BaseException:

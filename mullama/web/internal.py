@@ -1,4 +1,4 @@
-"""``/internal``: the engine's decisions and its KV cache, as they are now. ``?model=`` picks a served model."""
+"""``/internal``: the engine's decisions, as they are now. ``?model=`` picks a served model. (KV cache: ``kv.py``.)"""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from mullama.web.schemas import SchedulerChange, parse_scheduler_change
 from mullama.web.security import Access
 
 
-class _Internal:
+class Internal:
+    """What the resources under /internal share."""
+
     access = Access.INTERNAL
 
     def __init__(self, models: Models) -> None:
@@ -26,8 +28,10 @@ class _Internal:
         return self._models.resolve(req.get_param("model"))
 
 
-class _Policies(_Internal):
+class Policies(Internal):
     """What the endpoints that name a policy share."""
+
+    kind = "a policy (mullama schedulers lists them)"
 
     def __init__(self, models: Models, config: ServeConfig) -> None:
         super().__init__(models)
@@ -39,25 +43,24 @@ class _Policies(_Internal):
 
     def _policy(self, change: SchedulerChange) -> str:
         if not change.policy:
-            message = "policy: the name of a policy is missing (mullama schedulers lists them)"
-            raise InvalidRequest(message, param="policy")
+            raise InvalidRequest(f"policy: the name of {self.kind} is missing", param="policy")
         # SAFETY: a file's class is code of whoever names it, so that takes the admin key and not just loopback.
         if ":" in change.policy and not self._may_load_files:
             raise PermissionDenied("a policy from a file or a module can only be named when --admin-key is set")
         return change.policy
 
 
-class SchedulerView(_Policies):
+class SchedulerView(Policies):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Policy, parameters, waiting and running sequences, step counters. Raises ModelNotFound."""
         name, engine = self._engine(req)
-        resp.data = _dump(name, engine.scheduler_snapshot())
+        resp.data = dump(name, engine.scheduler_snapshot())
 
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Put another policy in charge from the next step on. Raises InvalidRequest; then the running one stays."""
         name, engine = self._engine(req)
         change = await self._change(req)
-        resp.data = _dump(name, await engine.set_scheduler(self._policy(change), change.params))
+        resp.data = dump(name, await engine.set_scheduler(self._policy(change), change.params))
 
     async def on_patch(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
@@ -65,37 +68,23 @@ class SchedulerView(_Policies):
         change = await self._change(req)
         if change.policy is not None:
             raise InvalidRequest("policy: PATCH changes parameters; use PUT to change the policy", param="policy")
-        resp.data = _dump(name, await engine.configure_scheduler(change.params))
+        resp.data = dump(name, await engine.configure_scheduler(change.params))
 
 
-class ShadowScheduler(_Policies):
+class ShadowScheduler(Policies):
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Run a policy as a shadow instead of the one before. Raises InvalidRequest; then nothing changes."""
         name, engine = self._engine(req)
         change = await self._change(req)
         await engine.set_shadow(self._policy(change), change.params)
-        resp.data = _dump(name, {"shadow": change.policy})
+        resp.data = dump(name, {"shadow": change.policy})
 
     async def on_delete(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Run no shadow any more."""
         name, engine = self._engine(req)
         await engine.set_shadow(None)
-        resp.data = _dump(name, {"shadow": None})
+        resp.data = dump(name, {"shadow": None})
 
 
-class KvView(_Internal):
-    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
-        """Layout, cells used and by whom, retained prefixes. Raises ModelNotFound."""
-        name, engine = self._engine(req)
-        resp.data = _dump(name, await engine.kv_snapshot())
-
-
-class KvDrop(_Internal):
-    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
-        """Drop every retained prefix; answers the number of cells freed. Raises ModelNotFound."""
-        name, engine = self._engine(req)
-        resp.data = _dump(name, {"cells_freed": await engine.drop_retained()})
-
-
-def _dump(model: str, snapshot: dict[str, Any]) -> bytes:
+def dump(model: str, snapshot: dict[str, Any]) -> bytes:
     return orjson.dumps({"model": model, **snapshot}, default=str, option=orjson.OPT_NON_STR_KEYS)

@@ -22,7 +22,8 @@ class Request(falcon.asgi.Request):
     def __init__(self, scope: dict[str, Any], receive: Receive, *args: Any, **kwargs: Any) -> None:
         self.arrival_ns = time.monotonic_ns()
         self.receive = receive
-        self.tenant: str | None = None  # set by Security where several API keys tell clients apart
+        self.tenant: str | None = None  # set by Security where API keys tell clients apart
+        self.is_operator = False  # set by Security: whether it may also change what is under /internal
         super().__init__(scope, receive, *args, **kwargs)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import falcon.asgi
 import orjson
 
+from mullama.web.context import Dropped, context_member, shift_member
 from mullama.web.direct import direct_body
 from mullama.web.generations import Group, Reply
 from mullama.web.request import Request
@@ -37,15 +38,28 @@ async def respond(
     is_chat: bool,
     choice: Callable[[int, Reply], dict[str, Any]],
     echoes: Sequence[str] | None = None,
+    dropped: Sequence[Dropped | None] = (),
 ) -> None:
-    """Answer with the group's choices; it is closed here, or by the stream. Raises the error of a generation."""
+    """Answer with the group's choices; it is closed here, or by the stream. Raises the error of a generation.
+
+    ``dropped`` has one entry a prompt, or none at all: what was taken out of it, which the response says. It says too
+    what the engine dropped to go on when the context was full.
+    """
     streaming = False
     try:
         created = int(time.time())
+        context = context_member(dropped)
+        if context:
+            resp.set_header("X-Context-Dropped", str(sum(one.n_dropped for one in dropped if one is not None)))
         group.watch(req.receive)
         if options.stream:
             chunks = ChunkFormat(
-                group, created=created, is_chat=is_chat, include_usage=options.include_usage, echoes=echoes
+                group,
+                created=created,
+                is_chat=is_chat,
+                include_usage=options.include_usage,
+                echoes=echoes,
+                only_first=context,
             )
             stream = EventStream(
                 group,
@@ -60,6 +74,10 @@ async def respond(
             return
         replies = await group.collect()
         finishes = [reply.finish for reply in replies]
+        shifted = [finish.profile.context_shifted for finish in finishes]
+        if any(shifted):
+            context = shift_member(shifted)
+            resp.set_header("X-Context-Dropped", str(sum(shifted)))
         body = {
             "id": group.id,
             "object": "chat.completion" if is_chat else "text_completion",
@@ -67,6 +85,7 @@ async def respond(
             "model": group.model,
             "choices": [choice(index, reply) for index, reply in enumerate(replies)],
             "usage": usage(group.prompt_lengths, group.n, finishes),
+            **context,
         }
         if wants_profile(req):
             body |= profile_fields(finishes)

@@ -17,9 +17,11 @@ from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web import sampling
+from mullama.web.context import ContextPolicy, policy_of
 from mullama.web.models import Models
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAX_SALT = 256  # characters
 MAX_CHOICES = 1024  # prompts times n, in one request
 
 S = TypeVar("S")
@@ -70,6 +72,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     priority: int | None = None
     slo_ms: float | None = None
     preempt: str | None = None
+    cache_salt: str | None = None
+    context_policy: str | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -128,10 +132,13 @@ class Options:
     priority: int
     slo_ms: float | None
     preempt: Preempt
+    cache_salt: str | None
+    context_policy: ContextPolicy | None  # None: the server's
+    tenant: str | None = None  # whom the API key names
 
     def of_tenant(self, tenant: str | None) -> Options:
         """The same for a client that its API key tells from others: it is the user where the request names none."""
-        return self if tenant is None or self.user is not None else replace(self, user=tenant)
+        return self if tenant is None else replace(self, tenant=tenant, user=tenant if self.user is None else self.user)
 
     def of_choice(self, index: int) -> SamplingParams:
         """The sampling of choice ``index`` of a prompt: its seed follows the request's."""
@@ -146,7 +153,8 @@ class ChatCall:
     model: str  # the served name
     engine: EngineClient
     options: Options
-    messages_json: bytes
+    messages: list[Message]
+    messages_json: bytes  # the same, encoded
 
 
 @dataclass(slots=True, frozen=True)
@@ -164,7 +172,7 @@ _scheduler_decoder = msgspec.json.Decoder(SchedulerChange)
 
 
 def parse_chat(data: bytes, models: Models) -> ChatCall:
-    body = _decode(_chat_decoder, data)
+    body = decode_body(_chat_decoder, data)
     model, engine = models.resolve(body.model)
     _refuse_unsupported(body)
     _refuse(bool(body.tools or body.functions), "tools" if body.tools else "functions", "tool calls")
@@ -172,16 +180,16 @@ def parse_chat(data: bytes, models: Models) -> ChatCall:
     _refuse(any(kind != "text" for kind in body.modalities or ()), "modalities", "anything but text")
     _refuse(bool(body.logprobs), "logprobs", "log-probabilities")
     _refuse(bool(body.top_logprobs), "top_logprobs", "log-probabilities")
-    messages = msgspec.json.encode(_normalise(body.messages))
-    return ChatCall(model, engine, _options(body, engine.info), messages)
+    messages = normalise(body.messages)
+    return ChatCall(model, engine, _options(body, engine.info), messages, msgspec.json.encode(messages))
 
 
 def parse_scheduler_change(data: bytes) -> SchedulerChange:
-    return _decode(_scheduler_decoder, data)
+    return decode_body(_scheduler_decoder, data)
 
 
 def parse_completion(data: bytes, models: Models) -> CompletionCall:
-    body = _decode(_completion_decoder, data)
+    body = decode_body(_completion_decoder, data)
     model, engine = models.resolve(body.model)
     _refuse_unsupported(body)
     _refuse(body.logprobs is not None and body.logprobs is not False, "logprobs", "log-probabilities")
@@ -216,6 +224,8 @@ def _options(body: GenerationBody, info: ModelInfo) -> Options:
         priority=body.priority or 0,
         slo_ms=body.slo_ms,
         preempt=_preempt(body.preempt),
+        cache_salt=salt_text("cache_salt", body.cache_salt, MAX_SALT),
+        context_policy=policy_of(body.context_policy, can_shift=info.can_shift),
     )
 
 
@@ -224,6 +234,13 @@ def _preempt(value: str | None) -> Preempt:
         return Preempt(value or Preempt.AUTO)
     except ValueError:
         raise InvalidRequest(f"preempt: it must be one of {', '.join(Preempt)}", param="preempt") from None
+
+
+def salt_text(field: str, text: str | None, limit: int) -> str | None:
+    """A text that keeps cached KV apart. Raises InvalidRequest for an empty one and one that is too long."""
+    if text is not None and not 0 < len(text) <= limit:
+        raise InvalidRequest(f"{field}: it must have 1 to {limit} characters", param=field)
+    return text
 
 
 def _refuse(asked: bool, field: str, what: str) -> None:
@@ -237,7 +254,7 @@ def _refuse_unsupported(body: GenerationBody) -> None:
     _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
 
 
-def _normalise(messages: list[Message] | None) -> list[Message]:
+def normalise(messages: list[Message] | None) -> list[Message]:
     """Check every message and join its content parts to one text (with newlines, as llama-server and vLLM do)."""
     if not messages:
         raise InvalidRequest("messages: it must be a list with at least one message", param="messages")
@@ -288,7 +305,7 @@ def _prompts(prompt: str | list[str | int | list[int]] | None, info: ModelInfo) 
     return prompt  # type: ignore[return-value]
 
 
-def _decode(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
+def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
     """Raises InvalidRequest with ``param`` set when a field has the wrong type."""
     if not data.strip(b" \t\r\n"):
         raise InvalidRequest("the body is empty; it must be a JSON object")

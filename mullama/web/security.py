@@ -17,7 +17,7 @@ import falcon
 import falcon.asgi
 
 from mullama.config import ServeConfig
-from mullama.errors import AuthenticationError, PermissionDenied, UnsupportedMediaType
+from mullama.errors import AuthenticationError, ConfigError, PermissionDenied, UnsupportedMediaType
 from mullama.web.request import Request
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -53,7 +53,11 @@ class Security:
     """Falcon middleware. Raises AuthenticationError, PermissionDenied, UnsupportedMediaType."""
 
     def __init__(self, config: ServeConfig) -> None:
+        """Raises ConfigError when tenants shall be kept apart and no API key tells them apart."""
         self._api_keys = [key.encode() for key in config.api_key if key]
+        if config.cache_salt_per_key and not self._api_keys:
+            raise ConfigError("--cache-salt-per-key needs an --api-key", param="cache_salt_per_key")
+        self._names_tenants = len(self._api_keys) > 1 or config.cache_salt_per_key
         self._admin_key = config.admin_key.encode()
         self._on_loopback = is_loopback(config.host)
         self._any_host = "*" in config.allowed_host
@@ -99,15 +103,17 @@ class Security:
                 given = _bearer(req)
                 if not self._is_client(given):
                     raise _unauthenticated("the API key")
-                if len(self._api_keys) > 1:
+                if self._names_tenants:
                     req.tenant = tenant_of(given)
-        elif req.method in _SAFE_METHODS:
-            if self._api_keys:
-                given = _bearer(req)
-                if not (self._is_client(given) or _same(given, self._admin_key)):
-                    raise _unauthenticated("the API key or the admin key")
-        else:
+            return
+        given = _bearer(req)
+        if req.method not in _SAFE_METHODS:
             self._check_write(req)
+        elif self._api_keys and not (self._is_client(given) or _same(given, self._admin_key)):
+            raise _unauthenticated("the API key or the admin key")
+        if self._names_tenants and self._is_client(given):
+            req.tenant = tenant_of(given)
+        req.is_operator = _same(given, self._admin_key) if self._admin_key else self._on_loopback
 
     def _is_client(self, given: bytes) -> bool:
         # Every key is compared, so that the time taken does not tell which one was nearly right.
@@ -132,6 +138,14 @@ class Security:
 def tenant_of(key: bytes) -> str:
     """A name for who holds a key that does not give the key away."""
     return f"key-{hashlib.sha256(key).hexdigest()[:8]}"
+
+
+def salt_of(tenant: str | None, salt: str | None) -> str:
+    """What keeps a request's KV apart from others': its own salt, and before it the tenant that must share with nobody.
+
+    No tenant's name has a NUL, so no salt can pass for another tenant's.
+    """
+    return salt or "" if tenant is None else f"{tenant}\0{salt or ''}"
 
 
 def _bearer(req: Request) -> bytes:

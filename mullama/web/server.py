@@ -87,8 +87,8 @@ def url_of(config: ServeConfig, sock: socket.socket) -> str:
 def run_server(config: ServeConfig, models: Models, sock: socket.socket | None = None) -> None:
     """Serve until a signal comes, then drain and return. Blocks; call from the main thread.
 
-    Prints one line when clients are answered. Raises ConfigError before anything is started when the port or the
-    profile log cannot be had. The caller closes ``models``.
+    Prints one line when clients are answered. Raises ConfigError before anything is started when the port, the
+    profile log or the KV events' endpoint cannot be had. The caller closes ``models``.
     """
     sock = sock or bind(config)
     try:
@@ -154,6 +154,7 @@ class Server(uvicorn.Server):
         """Let requests end, cut them after ``drain_timeout``; clients that do not take what is theirs, or do not
         finish what they were sending, are left after ``grace`` seconds more. True: no request was cut."""
         drained = await self._services.models.drain(drain_timeout)
+        self._services.end_responses()
         tasks = self.server_state.tasks
         if tasks:
             await asyncio.wait(list(tasks), timeout=grace)

@@ -1,20 +1,27 @@
-"""What the endpoints share: configuration, models, a small thread pool, the profile log."""
+"""What the endpoints share: configuration, models, a small thread pool, the profile log, the publisher of KV events."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from mullama.config import ServeConfig
+from mullama.observe.kv_publisher import KvPublisher
 from mullama.web.models import Models
 from mullama.web.profile_log import ProfileLog
 from mullama.web.request import Request, read_body
+from mullama.web.security import is_loopback
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -33,11 +40,17 @@ def _step_back() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), POOL_NICE)
 
 
+class Endless(Protocol):
+    """A response that goes on until somebody ends it."""
+
+    def end(self) -> None: ...
+
+
 class Services:
-    """Built once by ``create_app``; also the app's lifespan hook.
+    """Built once by ``create_app``, when the models are there; also the app's lifespan hook.
 
     ``ping_seconds`` is the silence after which a stream sends a comment. Raises ConfigError when the profile log
-    cannot be opened.
+    cannot be opened or the KV events' endpoint cannot be had.
     """
 
     def __init__(self, config: ServeConfig, models: Models, *, ping_seconds: float = 15.0) -> None:
@@ -47,6 +60,15 @@ class Services:
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="mullama-web", initializer=_step_back)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._endless: weakref.WeakSet[Endless] = weakref.WeakSet()
+        self.kv_publisher: KvPublisher | None = None
+        self._is_ending = False
+        try:
+            if config.kv_events_endpoint:
+                self.kv_publisher = _start_publisher(config, models)
+        except BaseException:
+            self.close()
+            raise
 
     async def offload(self, is_large: bool, work: Callable[[], T]) -> T:
         """Run ``work`` here, or in the pool when it is large enough to hold up the event loop."""
@@ -67,6 +89,18 @@ class Services:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def end_at_shutdown(self, response: Endless) -> None:
+        """See that a response without an end of its own does not hold the shutdown up. On the event loop."""
+        self._endless.add(response)
+        if self._is_ending:
+            response.end()
+
+    def end_responses(self) -> None:
+        """End those responses, and those that still come. On the event loop."""
+        self._is_ending = True
+        for response in list(self._endless):
+            response.end()
+
     async def settle(self) -> None:
         """Wait for the background tasks."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -76,7 +110,24 @@ class Services:
         self.close()
 
     def close(self) -> None:
-        """Stop the pool and flush the profile log. Idempotent."""
+        """Stop the pool and the publisher, and flush the profile log. Idempotent."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self.kv_publisher is not None:
+            self.kv_publisher.close()
         if self.profile_log is not None:
             self.profile_log.close()
+
+
+def _start_publisher(config: ServeConfig, models: Models) -> KvPublisher:
+    """A publisher that follows every model's KV events. Raises ConfigError."""
+    endpoint = config.kv_events_endpoint
+    publisher = KvPublisher(endpoint, topic=config.kv_events_topic, block_size=config.kv_events_block_size)
+    try:
+        publisher.start({name: engine.kv_events for name, engine in models.items()})
+    except BaseException:
+        publisher.close()
+        raise
+    host = urlsplit(endpoint).hostname
+    if host is not None and not is_loopback(host):
+        log.warning("%s is open to other machines: who connects there is sent the tokens of all prompts", endpoint)
+    return publisher

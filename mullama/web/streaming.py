@@ -7,7 +7,7 @@ The hot path is ``EventStream._sink`` where the server offers a direct way to th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,7 @@ import falcon.asgi
 import orjson
 
 from mullama.types import Finish
+from mullama.web.context import shift_member
 from mullama.web.direct import DirectBody, Diverting, Sink
 from mullama.web.errors import as_mullama_error
 from mullama.web.generations import Event, Group, events_of
@@ -28,22 +29,38 @@ class ChunkFormat:
     """The bytes of a stream's chunks; all that is constant is made once (PERF).
 
     ``echoes`` are the texts a completion repeats before its own, one a choice; None for a chat, whose choices open
-    with the role.
+    with the role. ``only_first`` are further members of the stream's first chunk, whatever that is.
     """
 
     def __init__(
-        self, group: Group, *, created: int, is_chat: bool, include_usage: bool, echoes: Sequence[str] | None = None
+        self,
+        group: Group,
+        *,
+        created: int,
+        is_chat: bool,
+        include_usage: bool,
+        echoes: Sequence[str] | None = None,
+        only_first: dict[str, Any] | None = None,
     ) -> None:
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         head = orjson.dumps({"id": group.id, "object": kind, "created": created, "model": group.model})
         self._is_chat = is_chat
         self._echoes = echoes
         self._head = b"data: " + head[:-1] + b',"choices":['
+        self._first_head = b"data: " + head[:-1] + _members(only_first or {}) + b',"choices":['
         self._end = b'],"usage":null' if include_usage else b"]"
         body = b'{"index":%d,"delta":{"content":' if is_chat else b'{"index":%d,"text":'
         self._text_heads = [self._head + body % i for i in range(len(group.generations))]
         ending = b'},"logprobs":null,"finish_reason":null}' if is_chat else b',"logprobs":null,"finish_reason":null}'
         self._text_tail = ending + self._end + b"}\n\n"
+
+    @property
+    def is_first_special(self) -> bool:
+        return self._first_head != self._head
+
+    def first(self, data: bytes) -> bytes:
+        """The same chunks with the members that the stream's first one has beyond the others'."""
+        return self._first_head + data.removeprefix(self._head)
 
     def text(self, index: int, text: str) -> bytes:
         return self._text_heads[index] + orjson.dumps(text) + self._text_tail
@@ -153,10 +170,17 @@ class EventStream:
         self._finishes: list[Finish | None] = [None] * len(group.generations)
         self._running = len(group.generations)
         self._ended = False
-        if body is not None:
-            for index, generation in enumerate(group.generations):
+        self._body = body
+        # A first chunk that is not like the others goes the ordinary way, and only then the direct one is opened.
+        self._is_begun = not chunks.is_first_special
+        if self._is_begun:
+            self._open_direct()
+
+    def _open_direct(self) -> None:
+        if self._body is not None:
+            for index, generation in enumerate(self._group.generations):
                 if isinstance(generation, Diverting):
-                    generation.sink = self._sink(index, body)
+                    generation.sink = self._sink(index, self._body)
 
     def _sink(self, index: int, body: DirectBody) -> Sink:
         """What takes a choice's text while the iterator waits; the law is in ``direct.py``.
@@ -199,12 +223,17 @@ class EventStream:
                     break
                 data = self._encode(events)
                 if data:
-                    return data
+                    return data if self._is_begun else self._begin(data)
             except Exception as error:  # logged by as_mullama_error, and the client is told
                 self._ended = True
                 self._group.cancel()
                 return b"data: " + orjson.dumps(as_mullama_error(error).to_openai()) + b"\n\n"
         raise StopAsyncIteration
+
+    def _begin(self, data: bytes) -> bytes:
+        self._is_begun = True
+        self._open_direct()
+        return self._chunks.first(data)
 
     def _encode(self, events: list[Event]) -> bytes:
         """Raises the error of a generation that failed."""
@@ -223,15 +252,16 @@ class EventStream:
         finish = self._group.finished(self._group.generations[index])
         self._finishes[index] = finish
         self._running -= 1
+        context = shift_member([finish.profile.context_shifted])
         if self._running:
-            return self._chunks.finish(index, finish.reason, {})
+            return self._chunks.finish(index, finish.reason, context)
         self._ended = True
         finishes = [one for one in self._finishes if one is not None]
         profile = profile_fields(finishes) if self._with_profile else {}
         if not self._include_usage:
-            return self._chunks.finish(index, finish.reason, profile) + DONE
+            return self._chunks.finish(index, finish.reason, context | profile) + DONE
         counts = usage(self._group.prompt_lengths, self._group.n, finishes)
-        return self._chunks.finish(index, finish.reason, {}) + self._chunks.usage(counts, profile) + DONE
+        return self._chunks.finish(index, finish.reason, context) + self._chunks.usage(counts, profile) + DONE
 
     async def close(self) -> None:
         """Stop whatever still runs for this stream. Idempotent."""
@@ -244,7 +274,7 @@ class EventStream:
         self._group.close()
 
 
-def start_stream(resp: falcon.asgi.Response, stream: EventStream) -> None:
+def start_stream(resp: falcon.asgi.Response, stream: AsyncIterator[bytes]) -> None:
     """Make ``stream`` the response's body. From here on Falcon closes it."""
     resp.content_type = "text/event-stream; charset=utf-8"
     resp.set_header("Cache-Control", "no-cache")

@@ -54,4 +54,12 @@ def total(profiles: Sequence[Profile]) -> Profile:
         mean_batch_size=sum(p.mean_batch_size * p.steps for p in profiles) / steps if steps else 0.0,
         threads_min=min(p.threads_min for p in profiles),
         threads_max=max(p.threads_max for p in profiles),
+        preemptions=sum(p.preemptions for p in profiles),
+        preempted_ms=max(p.preempted_ms for p in profiles),
+        recomputed_tokens=sum(p.recomputed_tokens for p in profiles),
+        kv_cache_source=profiles[0].kv_cache_source,
+        kv_miss_reason=profiles[0].kv_miss_reason,
+        context_shifted=sum(p.context_shifted for p in profiles),
+        kv_bytes=sum(p.kv_bytes for p in profiles),
+        kv_byte_seconds=sum(p.kv_byte_seconds for p in profiles),
     )

@@ -15,7 +15,7 @@ import pytest
 
 import mullama._core
 from mullama import abi
-from mullama._core import Core, Governor, Model, Page, Parked, StopText
+from mullama._core import Cells, Core, Governor, Model, Page, Parked, StopText
 from mullama.types import SamplingParams
 
 MODULES = [m.name for m in pkgutil.iter_modules(mullama._core.__path__, "mullama._core.")]
@@ -155,12 +155,32 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.Core.audit": lambda c: running(c).audit() == [],
     "loop.Core.state_bytes": lambda c: running(c).state_bytes(0) > c.state_bytes(1),
     "loop.Core.inject_nan": lambda c: c.inject_nan(0) is None,
+    "loop.Core.unified": lambda c: c.unified is False,
+    "loop.Core.kv_cells": lambda c: c.kv_cells == 512,
+    "loop.Core.kv_costs": lambda c: set(c.kv_costs()) == {"save", "restore", "copy"},
+    "loop.Core.note_evicted": lambda c: c.note_evicted(5) is None and c.counters_dict()["kv_evict_tokens"] == 5,
+    "loop.Core.shifted": lambda c: running(c).shifted(0) == 0,
+    "loop.Core.can_shift": lambda c: c.can_shift is True,
+    "cells.Cells": lambda c: isinstance(c, Cells),
+    "cells.Cells.core": lambda c: isinstance(c.core, Core),
+    "cells.Cells.token_bytes": lambda c: c.token_bytes == 2 * 2 * 32 * 2,
+    "cells.Cells.has_rows": lambda c: c.has_rows is True,
+    "cells.Cells.needs_checkpoint": lambda c: c.needs_checkpoint is False,
+    "cells.Cells.can_store": lambda c: c.can_store is True,
+    "cells.Cells.save": lambda c: len(Cells(retained(c.core)).save(0, 0, 9)[0]) == 9 * c.token_bytes,
+    "cells.Cells.extend": lambda c: c.extend(1, [1], [bytes(c.token_bytes)]) and c.core.retained(1)[0] == 1,
+    "cells.Cells.copy": lambda c: Cells(retained(c.core)).copy(0, 1, 4) and c.core.retained(1)[0] == 4,
+    "cells.Cells.trim": lambda c: Cells(retained(c.core)).trim(0, 4) == 4,
+    "cells.Cells.can_cut": lambda c: Cells(retained(c.core)).can_cut(0, 4) is True,
+    "cells.Cells.checkpoint": lambda c: Cells(retained(c.core)).checkpoint(0) == b"",
+    "cells.Cells.layers": lambda c: len(c.layers()) == 2,
     "loop.Core.ring_usage": lambda c: 0 < running(c).ring_usage()[0] < c.ring_usage()[1],
 }
 
 
 def test_there_are_compiled_modules() -> None:
     assert {m.__name__.rpartition(".")[2] for m in compiled_modules()} == {
+        "cells",
         "governor",
         "loop",
         "model",
@@ -176,9 +196,11 @@ def test_every_public_def_has_a_call() -> None:
 @pytest.fixture
 def subject(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
     kind = request.param.split(".")[1]
-    model = Model(tiny_model()) if kind in ("Model", "Core", "Parked") else None
-    core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in ("Core", "Parked") else None
+    model = Model(tiny_model()) if kind in ("Model", "Core", "Parked", "Cells") else None
+    core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in ("Core", "Parked", "Cells") else None
     arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Core": (core,), "Parked": (core,)}
+    if core is not None:
+        arguments["Cells"] = (Cells(core),)
     if request.param.count(".") == 2:
         arguments |= {"Governor": (Governor(2),), "Page": (Page(2),), "StopText": (StopText(),)}
     yield arguments.get(kind, ())

@@ -50,7 +50,7 @@ def test_settings_become_sampling_params() -> None:
     engine = FakeEngine()
     chat = session(engine, settings={"temperature": 0.0, "max_tokens": 10**9, "seed": 7, "top_k": 10**9})
     list(chat.ask("hi"))
-    expected = SamplingParams(temperature=0.0, max_tokens=engine.info.n_ctx, seed=7, top_k=engine.info.n_vocab)
+    expected = SamplingParams(temperature=0.0, max_tokens=10**9, seed=7, top_k=engine.info.n_vocab)
     assert engine.requests[0].sampling == expected
     assert session().sampling() == SamplingParams()
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from mullama.engine.generation import AsyncGeneration
 from mullama.errors import ContextLengthExceeded, InvalidRequest, ShuttingDown
+from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
+from mullama.kv.tree import pack
 from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request
 
 BOS = 1
@@ -48,6 +50,7 @@ class FakeGeneration(AsyncGeneration):
     def __init__(self, engine: FakeEngine, request: Request) -> None:
         super().__init__(request.id, 0, lambda handle: None, asyncio.get_running_loop())
         self.request = request
+        self.shifted = engine.shifts.pop(0) if request.context_shift and engine.shifts else 0
         self.cancelled_at: float | None = None
         self._engine = engine
         self._pieces = list(engine.reply)
@@ -84,6 +87,7 @@ class FakeGeneration(AsyncGeneration):
             time_to_first_token_ms=1.25,
             steps=self._n_sent,
             mean_batch_size=2.0,
+            context_shifted=self.shifted,
         )
         self._engine.running.discard(self)
         self.end(Finish(reason, profile, error=error))
@@ -110,6 +114,7 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.failure: Exception | None = None
         self.submit_errors: list[Exception | None] = []  # one a submit; None: it works
+        self.shifts: list[int] = []  # tokens that requests drop to go on, one a submit that may; then none
         self.is_up = True
         self.draining = False
         self.requests: list[Request] = []
@@ -117,6 +122,8 @@ class FakeEngine:
         self.running: set[FakeGeneration] = set()
         self.rendered: list[dict[str, Any]] = []
         self.scheduler_calls: list[tuple[str, str, dict[str, Any]]] = []
+        self.kv_calls: list[tuple[str, list[int] | None, dict[str, Any]]] = []
+        self.kv_events = KvEventLog()
 
     def is_ready(self) -> bool:
         return self.is_up and not self.draining
@@ -131,7 +138,8 @@ class FakeEngine:
         self.rendered = json.loads(messages_json)
         if any(message.get("content") == "REFUSE" for message in self.rendered):
             raise InvalidRequest("the chat template refuses these messages", param="messages")
-        return "".join(f"<{m['role']}>{m.get('content') or ''}" for m in self.rendered) + "<assistant>"
+        text = "".join(f"<{m['role']}>{m.get('content') or ''}" for m in self.rendered)
+        return text + ("<assistant>" if add_generation_prompt else "")
 
     def submit(self, request: Request) -> FakeGeneration:
         error = self.submit_errors.pop(0) if self.submit_errors else None
@@ -141,8 +149,10 @@ class FakeEngine:
             raise ShuttingDown("the server is shutting down")
         if not request.prompt:
             raise InvalidRequest("the prompt is empty", param="prompt")
-        if len(request.prompt) >= N_CTX:
-            raise ContextLengthExceeded(f"the prompt has {len(request.prompt)} tokens, the context {N_CTX}")
+        if len(request.prompt) >= self.info.n_ctx:
+            raise ContextLengthExceeded(f"the prompt has {len(request.prompt)} tokens, the context {self.info.n_ctx}")
+        if request.context_shift and not self.info.can_shift:
+            raise InvalidRequest("it cannot shift its context", param="context_policy")
         generation = FakeGeneration(self, request)
         self.requests.append(request)
         self.generations.append(generation)
@@ -169,10 +179,51 @@ class FakeEngine:
         self.scheduler_calls.append(("shadow", spec or "", dict(params or {})))
 
     async def kv_snapshot(self) -> dict[str, Any]:
-        return {"layout": "streams", "cells_used": 7, "retained": []}
+        return {"layout": "streams", "cells_used": 7, "retained": [], "policy": {"policy": "lru", "params": {}}}
 
     async def drop_retained(self) -> int:
         return 7
+
+    async def kv_tree(self, *, limit: int = 1000) -> dict[str, Any]:
+        return {"nodes": [], "n_nodes": 0, "truncated": False, "limit": limit}
+
+    async def kv_map(self) -> dict[str, Any]:
+        return {"caches": [{"name": "full", "streams": [{"stream": 0, "cells": 8, "runs": [[0, 5, 0], [5, 3, -1]]}]}]}
+
+    async def kv_pin(self, tokens: Sequence[int], *, ttl_s: float, namespace: str = "") -> dict[str, Any]:
+        self.kv_calls.append(("pin", list(tokens), {"ttl_s": ttl_s, "namespace": namespace}))
+        return {"pinned_tokens": len(tokens)}
+
+    async def kv_unpin(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        self.kv_calls.append(("unpin", list(tokens), {"namespace": namespace}))
+        return {"unpinned_tokens": len(tokens)}
+
+    async def kv_drop(
+        self, tokens: Sequence[int] | None = None, *, namespace: str = "", tiers: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        named = None if tokens is None else list(tokens)
+        self.kv_calls.append(("drop", named, {"namespace": namespace, "tiers": list(tiers)}))
+        return {"cells_freed": 7, "host_bytes_freed": 0, "disk_bytes_freed": 0}
+
+    async def kv_save(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        self.kv_calls.append(("save", list(tokens), {"namespace": namespace}))
+        return {"tokens": len(tokens), "bytes": 10 * len(tokens)}
+
+    async def kv_load(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        self.kv_calls.append(("load", list(tokens), {"namespace": namespace}))
+        raise InvalidRequest("this engine has no disk tier")
+
+    async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        self.kv_calls.append(("policy", None, {"spec": spec, "params": dict(params or {})}))
+        if spec != "lfu":
+            raise InvalidRequest(f"there is no eviction policy '{spec}'; there are lru, lfu", param="policy")
+        return {"policy": spec, "params": dict(params or {})}
+
+    def store(self, tokens: Sequence[int], *, request: str | None = None, namespace: bytes = b"") -> None:
+        """Let a KV event happen, as the engine thread would."""
+        seq, kind, tier = self.kv_events.next_seq(), KvEventKind.STORED, KvTier.DEVICE
+        packed, now = pack(tokens), time.monotonic_ns()
+        self.kv_events.append(KvEvent(seq, now, kind, tier, 0, len(tokens), namespace, packed, request, slot=0))
 
     async def drain(self, timeout: float) -> bool:
         self.draining = True

@@ -1,0 +1,595 @@
+"""The KV cache of an engine: finds a prompt's prefix, puts it into a slot, keeps what slots give up.
+
+The tree (kv/tree.py) says where every prefix lives, the tier which of it stays in host memory, ``choose`` which way is
+cheapest; here it is carried out. Everything belongs to the engine thread.
+
+The law: whenever no method runs, each slot that holds tokens is named in the tree by exactly these tokens (a running
+one also by those of its prompt that are still to compute), and ``audit`` says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from mullama import abi
+from mullama._core import Cells, Core
+from mullama.engine.kvdisk import DiskTier
+from mullama.kv.choice import Choice, KvCosts, KvSource, SlotOffer, choose
+from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
+from mullama.kv.eviction import EvictionPolicy
+from mullama.kv.ghosts import Ghosts
+from mullama.kv.payload import Checkpoint, Rows
+from mullama.kv.placement import Placement, SlotView, place
+from mullama.kv.tier import HostTier
+from mullama.kv.tree import Match, Node, PrefixTree, pack, unpack
+
+log = logging.getLogger("mullama.engine")
+
+LEAST_GAIN = 32  # tokens: it is not worth waiting for another request's prefix for less
+LEAST_STORED = 16  # tokens: a shorter prefix is not worth a place in host memory
+LOSS_WEIGHT = 0.25  # a cached token that is lost without a tier to save it to, in tokens to compute
+
+
+@dataclass(slots=True)
+class Found:
+    """A prompt looked up: what to take, and what the tree knew."""
+
+    choice: Choice
+    match: Match
+    pieces: list[tuple[int, int, bytes | None, list[bytes]]]  # (start, end, checkpoint, rows) from the tiers
+
+
+class KvCache:
+    """One a Core. ``exchange(a, b)`` swaps two slots and all that the engine knows of them."""
+
+    def __init__(
+        self,
+        core: Core,
+        host_bytes: int,
+        policy: EvictionPolicy,
+        *,
+        exchange: Callable[[int, int], None],
+    ) -> None:
+        self.disk: DiskTier | None = None
+        self.cells = Cells(core)
+        self.tree = PrefixTree()
+        self.tier = HostTier(
+            self.tree,
+            host_bytes if self.cells.can_store else 0,
+            policy,
+            can_cut=not self.cells.needs_checkpoint,
+            on_evict=self._leaves_host,
+        )
+        self.events = KvEventLog()
+        self.hits: dict[KvSource, int] = dict.fromkeys(KvSource, 0)  # tokens reused, by where they came from
+        self.version = 0  # changes with every change of the tree
+        self._core = core
+        self._exchange: Callable[[int, int], None] | None = exchange
+        self._ghosts = Ghosts()
+        self._request: str | None = None  # whose request the work is for
+        self._lost = 0  # tokens that no tier holds any more, since ``_request`` began
+
+    def close(self) -> None:
+        """Let go of the engine, so that nothing waits for the garbage collector. The engine thread has ended."""
+        self._exchange = None
+        if self.disk is not None:
+            for slot in range(self._core.n_slots):
+                if self._core.retained(slot)[0]:
+                    self.store(slot)
+            self.disk.close()
+            self.disk = None
+
+    # -- finding ------------------------------------------------------------------------------------------------
+
+    def find(self, namespace: bytes, key: bytes, limit: int) -> Found:
+        """The cheapest way to the first ``limit`` tokens of ``key``, and what the tiers hold of it; changes nothing."""
+        while True:
+            match = self.tree.match(namespace, key[: 4 * limit])
+            choice = self._choose(match, limit)
+            pieces = self._pieces(match, choice)
+            if pieces is not None:
+                return Found(choice, match, pieces)
+
+    def _choose(self, match: Match, limit: int) -> Choice:
+        states = self._core.states()
+        n_stored, n_host = self._stored(match, limit)
+        return choose(
+            limit,
+            self._offers(match, states, limit),
+            n_stored,
+            n_host,
+            costs=self.costs(),
+            token_bytes=self.cells.token_bytes,
+            can_extend=not self.cells.needs_checkpoint,
+            tail_weight=self._tail_weight(),
+        )
+
+    def costs(self) -> KvCosts:
+        """As measured so far; guesses before."""
+        core = self._core
+        counted = core.kv_costs()
+        per_token = core.governor.cost(core.n_batch) / core.n_batch
+        guess = KvCosts()
+        return KvCosts(
+            prefill_token=per_token or guess.prefill_token,
+            save_byte=counted["save"] or guess.save_byte,
+            restore_byte=counted["restore"] or guess.restore_byte,
+            copy_byte=0.0 if core.unified else counted["copy"] or guess.copy_byte,
+        )
+
+    def _tail_weight(self) -> float:
+        if self.tier.budget <= 0:
+            return LOSS_WEIGHT
+        costs = self.costs()
+        return min(self.cells.token_bytes * costs.save_byte / costs.prefill_token, LOSS_WEIGHT)
+
+    def _offers(self, match: Match, states: Sequence[int], limit: int) -> Iterable[SlotOffer]:
+        cells = self.cells
+        for slot, shared in match.slots.items():
+            n_past, _ = self._core.slot_fill(slot)
+            n = min(shared, n_past, limit)
+            if n < 1:
+                continue
+            running = states[slot] != abi.RETAINED
+            can_copy = (cells.has_rows or cells.needs_checkpoint) if not cells.needs_checkpoint else n == n_past
+            end = self.tree.end_of(slot)
+            saved = end.end if end is not None and end.is_stored else 0
+            yield SlotOffer(
+                slot,
+                n,
+                running,
+                can_cut=not running and cells.can_cut(slot, n),
+                tail_unsaved=0 if saved >= n_past else n_past - n,
+                can_copy=can_copy,
+            )
+
+    def _stored(self, match: Match, limit: int) -> tuple[int, int]:
+        """Tokens that can be had from the tiers, and from host memory alone."""
+        if not self.cells.needs_checkpoint:
+            return min(match.n_stored, limit), min(match.n_host, limit)
+        ends = [node.end for node in match.checkpoints if node.end <= min(match.n_stored, limit)]
+        n = ends[-1] if ends else 0
+        return n, min(n, match.n_host)
+
+    def _pieces(self, match: Match, choice: Choice) -> list[tuple[int, int, bytes | None, list[bytes]]] | None:
+        """The rows [n_slot, n_tokens) of a choice, node by node. None: the disk broke a promise; choose again."""
+        found: list[tuple[int, int, bytes | None, list[bytes]]] = []
+        now = time.monotonic_ns()
+        for node in match.nodes:
+            start, end = max(node.start, choice.n_slot), min(node.end, choice.n_tokens)
+            if start >= end:
+                continue
+            is_last = end == node.end == choice.n_tokens
+            rows, at_end = node.host, node.checkpoint
+            if rows is None or (self.cells.needs_checkpoint and is_last and at_end is None):
+                assert self.disk is not None, "the choice counted on it"
+                read = self.disk.read(node)
+                if read is None:
+                    return None
+                rows, at_end = read
+                if node.host is None:
+                    self.tier.put(node, rows, now, at_end)
+                elif at_end is not None:
+                    self.tier.put_checkpoint(node, at_end, now)
+            assert isinstance(rows, Rows)
+            checkpoint = at_end.data if is_last and isinstance(at_end, Checkpoint) else None
+            found.append((start, end, checkpoint, rows.part(start - node.start, end - node.start)))
+        return found
+
+    def expected(self, namespace: bytes, key: bytes, limit: int) -> tuple[int, int, int]:
+        """Tokens that a prompt could reuse now, and (tokens, slot) that it could once a running prompt got there."""
+        match = self.tree.match(namespace, key[: 4 * limit])
+        now, _ = self._stored(match, limit)
+        later, whose = 0, -1
+        for slot, shared in match.slots.items():
+            n_past, n_tokens = self._core.slot_fill(slot)
+            n = min(shared, n_past, limit)
+            if self.cells.needs_checkpoint and not self.cells.can_cut(slot, n):
+                n = 0
+            now = max(now, n)
+            if not self.cells.needs_checkpoint and n_past < n_tokens - 1 and shared > later:  # it is in its prompt
+                later, whose = shared, slot
+        return (now, later, whose) if later >= now + LEAST_GAIN else (now, 0, -1)
+
+    # -- into a slot --------------------------------------------------------------------------------------------
+
+    def seat(
+        self, namespace: bytes, key: bytes, limit: int, running: Sequence[bool], request: str | None
+    ) -> tuple[int, int, KvSource, int, Match]:
+        """Make a slot ready: (slot, tokens it holds of the prompt, where from, tokens lost for it, what was known).
+
+        A slot must be free or retained. The caller opens the request in it and then calls ``opened``.
+        """
+        self._begin(request)
+        found = self.find(namespace, key, limit)
+        choice = found.choice
+        views = self._views(running)
+        where: Placement | None = None
+        if choice.source is KvSource.IN_PLACE:
+            where = self._place(views, choice.slot, choice.n_slot)
+        else:
+            if choice.source is KvSource.COPY and not views[choice.slot].running:
+                # What is copied must not make room for the copy.
+                views[choice.slot] = SlotView(running=True)
+            where = self._place(views, -1, 0)
+            if where is None:  # the only free slot is the one to copy from
+                where = self._place(self._views(running), choice.slot, choice.n_slot)
+                choice = Choice(KvSource.IN_PLACE, choice.n_tokens, choice.slot, choice.n_slot, choice.cost_ns)
+        assert where is not None, "the plan was checked against the free slots"
+        if where.evict is not None:
+            self.vacate(where.evict)
+        if where.exchange is not None:
+            assert self._exchange is not None
+            self._exchange(*where.exchange)
+        n = self._fill(where.slot, choice, found, key)
+        source = choice.source if n > 0 else KvSource.NONE
+        return where.slot, n, source, self._lost, found.match
+
+    def clear_slot(self, running: Sequence[bool], request: str | None) -> tuple[int, int]:
+        """An empty slot for a sequence that brings its own KV, and the tokens lost for it."""
+        self._begin(request)
+        where = self._place(self._views(running), -1, 0)
+        assert where is not None, "the plan was checked against the free slots"
+        if where.evict is not None:
+            self.vacate(where.evict)
+        if where.exchange is not None:
+            assert self._exchange is not None
+            self._exchange(*where.exchange)
+        if self._core.retained(where.slot)[0]:
+            self.vacate(where.slot)
+        return where.slot, self._lost
+
+    def borders(self, match: Match, reuse: int, n_prompt: int) -> list[int]:
+        """Positions of a prompt where a checkpoint is worth its bytes, for models that need them.
+
+        Where the prompt leaves another one's path, the next one may do so as well; and before its last token, for the
+        same prompt again. A chunk of the prefill has to end there.
+        """
+        if not self.cells.needs_checkpoint or self.tier.budget <= 0:
+            return []
+        wanted = {match.n_tokens, n_prompt - 1}
+        return sorted(at for at in wanted if reuse + LEAST_GAIN <= at < n_prompt)
+
+    def _place(self, views: Sequence[SlotView], slot: int, n_tokens: int) -> Placement | None:
+        if not self._core.unified:
+            return place(views, slot, n_tokens)
+        # One buffer: any slot is as good as any other, and nothing needs to move.
+        idle = [i for i, view in enumerate(views) if not view.running]
+        if not idle:
+            return None
+        if slot in idle:
+            return Placement(slot, n_tokens)
+        target = min(idle, key=lambda i: (views[i].tokens > 0, views[i].last_used, i))
+        return Placement(target, 0, evict=target if views[target].tokens else None)
+
+    def _fill(self, slot: int, choice: Choice, found: Found, key: bytes) -> int:
+        """Bring the chosen prefix into the slot; returns the tokens that it holds then."""
+        core, cells = self._core, self.cells
+        n_past, _ = core.slot_fill(slot)
+        if choice.source is KvSource.NONE:
+            n = 0
+        elif choice.source is KvSource.IN_PLACE:
+            n = choice.n_slot
+        else:
+            n = 0
+            if n_past:
+                self.vacate(slot)
+                n_past = 0
+            if choice.source is KvSource.COPY and cells.copy(choice.slot, slot, choice.n_slot):
+                n = choice.n_slot
+        if n_past > n:  # what is behind the prefix makes room
+            self.store(slot)
+            self._note_lost(slot, n)
+            n = cells.trim(slot, n) if n else core.evict(slot, 0) * 0
+        if choice.n_tokens > n and found.pieces and found.pieces[0][0] <= n:
+            pieces = [piece for piece in found.pieces if piece[0] >= n]
+            if pieces and pieces[0][0] == n:
+                n = self._restore(slot, key, n, pieces)
+        return n
+
+    def _restore(
+        self, slot: int, key: bytes, start: int, pieces: list[tuple[int, int, bytes | None, list[bytes]]]
+    ) -> int:
+        end = pieces[-1][1]
+        chunks = [chunk for piece in pieces for chunk in piece[3]]
+        if not self.cells.extend(slot, unpack(key[4 * start : 4 * end]), chunks, checkpoint=pieces[-1][2]):
+            log.warning("slot %d did not take the saved KV of [%d, %d): it is computed", slot, start, end)
+        return self._core.slot_fill(slot)[0]
+
+    def opened(
+        self, slot: int, namespace: bytes, key: bytes, reuse: int, source: KvSource, match: Match | None = None
+    ) -> None:
+        """A sequence of these tokens lives in the slot now; ``reuse`` of them were there."""
+        now = time.monotonic_ns()
+        node = self.tree.hold(slot, namespace, key, now)
+        self.version += 1
+        self.hits[source] += reuse
+        if reuse:
+            self.tier.touch([one for one in node.path() if one.start < reuse], now)
+            origin = {KvSource.HOST: KvTier.HOST, KvSource.DISK: KvTier.DISK}.get(source, KvTier.DEVICE)
+            self._event(KvEventKind.REUSED, KvTier.DEVICE, 0, reuse, node, source=origin, slot=slot)
+
+    def resumed(self, slot: int, namespace: bytes, tokens: bytes) -> None:
+        """A preempted sequence, prompt and answer so far, lives in the slot again."""
+        self.tree.hold(slot, namespace, tokens, time.monotonic_ns())
+        self.version += 1
+
+    # -- out of a slot ------------------------------------------------------------------------------------------
+
+    def closed(self, slot: int, namespace: bytes, request: str | None) -> None:
+        """The slot's request ended or lost it; what the slot still retains is a prefix like any other."""
+        self._begin(request)
+        n_past, _ = self._core.slot_fill(slot)
+        self.version += 1
+        if n_past == 0:
+            self.tree.release(slot)
+            return
+        tokens = pack(self._core.slot_info(slot)[3][:n_past])
+        now = time.monotonic_ns()
+        node = self.tree.hold(slot, namespace, tokens, now)
+        per_token = self.costs().prefill_token
+        for one in node.path():
+            one.cost_ns = one.cost_ns or one.n_tokens * per_token
+        node.used_ns = now
+        if self.disk is not None:
+            self.store(slot)  # a process that is killed has written it by then
+        self._event(KvEventKind.STORED, KvTier.DEVICE, 0, n_past, node, slot=slot)
+
+    def released(self, slot: int) -> None:
+        """The slot holds nothing any more (its request was cancelled, or its KV went with it)."""
+        end = self.tree.end_of(slot)
+        if end is None:
+            return
+        gone = next((node.start for node in end.path() if node.slots == {slot} and not node.is_stored), None)
+        if gone is not None:
+            self._event(KvEventKind.DROPPED, KvTier.DEVICE, gone, end.end, end, slot=slot, gone=True)
+        self.tree.release(slot)
+        self.version += 1
+
+    def exchanged(self, a: int, b: int) -> None:
+        """Two slots have changed places."""
+        self.tree.exchange(a, b)
+        for slot in (a, b):
+            end = self.tree.end_of(slot)
+            if end is not None:
+                self._event(KvEventKind.MOVED, KvTier.DEVICE, 0, end.end, end, slot=slot)
+
+    def vacate(self, slot: int) -> int:
+        """Free a retained slot, saving what it holds to host memory where that is possible. Returns the cells freed."""
+        self.store(slot)
+        self._note_lost(slot, 0)
+        freed = self._core.evict(slot, 0)
+        self.tree.release(slot)
+        self.version += 1
+        return freed
+
+    def store(self, slot: int, *, upto: int | None = None) -> int:
+        """Copy what a slot holds, and host memory does not, there. Returns the tokens of it that are there now."""
+        end = self.tree.end_of(slot)
+        n_past, _ = self._core.slot_fill(slot)
+        upto = n_past if upto is None else min(upto, n_past)
+        if end is None or self.tier.budget <= 0 or upto < LEAST_STORED:
+            return 0
+        now = time.monotonic_ns()
+        path = end.path()
+        needs_checkpoint = self.cells.needs_checkpoint and upto == n_past
+        if self.cells.needs_checkpoint and not needs_checkpoint:
+            return 0
+        saved = 0
+        for node in path:
+            if node.start >= upto:
+                break
+            if node.end > upto:
+                node = self.tree.split(node, upto - node.start)
+            is_last = node.end == upto
+            if node.host is None:
+                rows = Rows(self.cells.save(slot, node.start, node.end), node.n_tokens, self.cells.token_bytes)
+                checkpoint = Checkpoint(self.cells.checkpoint(slot)) if needs_checkpoint and is_last else None
+                if not self.tier.put(node, rows, now, checkpoint):
+                    break
+                node.cost_ns = node.cost_ns or node.n_tokens * self.costs().prefill_token
+                self._event(KvEventKind.STORED, KvTier.HOST, node.start, node.end, node, source=KvTier.DEVICE)
+            elif needs_checkpoint and is_last and node.checkpoint is None:
+                self.tier.put_checkpoint(node, Checkpoint(self.cells.checkpoint(slot)), now)
+            if self.disk is not None:
+                self.disk.keep(node)
+            saved = node.end
+        self.version += 1
+        return saved
+
+    def evict_retained(self, n_tokens: int, running: Sequence[bool], request: str | None = None) -> int:
+        """Free retained slots, in the policy's order, until ``n_tokens`` cells are free. Returns those freed."""
+        self._begin(request)
+        views = self._views(running)
+        kept = sorted((view.last_used, slot) for slot, view in enumerate(views) if not view.running and view.tokens)
+        freed = 0
+        for _, slot in kept:
+            if freed >= n_tokens:
+                break
+            freed += self.vacate(slot)
+        return freed
+
+    def _views(self, running: Sequence[bool]) -> list[SlotView]:
+        """The slots for ``place``: the one with the lowest ``last_used`` makes room."""
+        now = time.monotonic_ns()
+        views = []
+        for slot, runs in enumerate(running):
+            tokens, _ = self._core.retained(slot)
+            end = self.tree.end_of(slot)
+            score = self.tier.policy.score(end, now) if tokens and end is not None else 0.0
+            if end is not None and end.pinned_until_ns > now:
+                score = float("inf")
+            views.append(SlotView(runs, tokens, score))
+        return views
+
+    # -- what is lost -------------------------------------------------------------------------------------------
+
+    def _begin(self, request: str | None) -> None:
+        self._request = request
+        self._lost = 0
+
+    def _note_lost(self, slot: int, keep: int) -> None:
+        """The slot will give up its tokens from ``keep`` on: those that nobody else holds are lost."""
+        end = self.tree.end_of(slot)
+        if end is None:
+            return
+        n_past, _ = self._core.slot_fill(slot)
+        lost_from = None
+        lost = 0
+        for node in end.path():
+            start, stop = max(node.start, keep), min(node.end, n_past)
+            if start < stop and node.slots == {slot} and not node.is_stored:
+                lost += stop - start
+                lost_from = start if lost_from is None else lost_from
+        if lost_from is not None:
+            self._lose(end, lost, lost_from, KvTier.DEVICE)
+
+    def _leaves_host(self, node: Node, n_tokens: int) -> None:
+        gone = not node.slots and node.disk is None
+        if gone:
+            self._lose(node, n_tokens, node.start, KvTier.HOST)
+        else:
+            self._event(KvEventKind.EVICTED, KvTier.HOST, node.start, node.end, node)
+
+    def leaves_disk(self, node: Node) -> None:
+        """The disk tier gives up a node's KV to make room."""
+        if node.host is None and not node.slots:
+            self._lose(node, node.n_tokens, node.start, KvTier.DISK)
+
+    def _lose(self, node: Node, n_tokens: int, start: int, tier: KvTier) -> None:
+        self._lost += n_tokens
+        self._core.note_evicted(n_tokens)
+        self._ghosts.add(node.namespace, node.tokens(), time.monotonic_ns(), self._request)
+        self._event(KvEventKind.EVICTED, tier, start, node.end, node, gone=True)
+
+    def miss_reason(
+        self, namespace: bytes, key: bytes, reuse: int, match: Match, text: Callable[[Sequence[int]], str]
+    ) -> str | None:
+        """Why the KV of a prompt's tokens from ``reuse`` on had to be computed; None: nothing was missing."""
+        n = len(key) // 4
+        if reuse >= n - 1:
+            return None
+        ghost = self._ghosts.find(namespace, key, reuse)
+        if ghost is not None:
+            ago = (time.monotonic_ns() - ghost.evicted_ns) / 1e9
+            whose = f"request {ghost.request}" if ghost.request else "nobody's request"
+            return f"tokens from {reuse} on were evicted {ago:.1f} s ago to make room for {whose}"
+        if match.n_tokens > reuse and match.n_tokens >= n - 1:
+            return f"the prompt was cached, but its KV could be used up to token {reuse} only"
+        at = match.n_tokens
+        if at == 0:
+            return "no cached prompt begins with its first token"
+        before, here = text(unpack(key[4 * max(at - 6, 0) : 4 * at])), text(unpack(key[4 * at : 4 * (at + 6)]))
+        cached = self._cached_after(match, at)
+        other = f", the cached one with {text(cached)!r}" if cached else ", the cached one ends there"
+        return f"diverges at token {at}: after {before!r} it goes on with {here!r}{other}"
+
+    def _cached_after(self, match: Match, at: int) -> list[int]:
+        """Up to six tokens that follow the first ``at`` ones in the cache."""
+        node = match.nodes[-1]
+        if node.end > at:
+            return unpack(node.key[4 * (at - node.start) :][:24])
+        for child in node.children.values():
+            return unpack(child.key[:24])
+        return []
+
+    # -- looking after it ---------------------------------------------------------------------------------------
+
+    def forget(self, slot: int) -> int:
+        """Free a retained slot and save nothing. Returns the cells freed."""
+        freed = self._core.evict(slot)
+        self.released(slot)
+        return freed
+
+    def drop(self, running: Sequence[bool]) -> int:
+        """Forget everything that no running sequence needs. Returns the cells freed."""
+        freed = 0
+        for slot, runs in enumerate(running):
+            if not runs and self._core.retained(slot)[0]:
+                freed += self.forget(slot)
+        self.drop_host()
+        return freed
+
+    def drop_host(self) -> int:
+        """Empty host memory. Returns the bytes freed."""
+        before = self.tier.used
+        self.drop_nodes([node for node in self.tree.nodes() if node.host is not None], {KvTier.HOST})
+        return before - self.tier.used
+
+    def drop_nodes(self, nodes: Sequence[Node], tiers: set[KvTier]) -> int:
+        """Give up what these nodes, and all below them, have in the tiers. Returns the bytes freed on disk."""
+        now, on_disk = time.monotonic_ns(), 0
+        for node in sorted(nodes, key=lambda one: -one.start):
+            path = node.tokens()
+            held = node.is_stored
+            if KvTier.HOST in tiers:
+                self.tier.drop(node, now)
+            if KvTier.DISK in tiers and self.disk is not None:
+                on_disk += self.disk.drop(node)
+            if held and not node.is_stored:
+                end = len(path) // 4
+                self._event(KvEventKind.DROPPED, KvTier.HOST, node.start, end, node, gone=not node.slots, path=path)
+            self.tree.prune(node)
+        self.version += 1
+        return on_disk
+
+    def audit(self) -> list[str]:
+        """Compare tree, slots and tier. Returns a list of differences, empty when all agree."""
+        found = self._core.audit()
+        held = self.tree.held()
+        for slot in range(self._core.n_slots):
+            state, _, n_past, tokens, _ = self._core.slot_info(slot)
+            end = self.tree.end_of(slot)
+            if end is None:
+                if n_past and not self._core.shifted(slot):
+                    found.append(f"slot {slot} holds {n_past} tokens that the tree does not know")
+                continue
+            path = end.tokens()
+            if pack(tokens[:n_past])[: len(path)] != path[: 4 * n_past]:
+                found.append(f"slot {slot}: its tokens are not those of its path in the tree")
+            if state == abi.RETAINED and held[slot] != n_past:
+                found.append(f"slot {slot} retains {n_past} tokens, the tree says {held[slot]}")
+        used = 0
+        for node in self.tree.nodes():
+            used += node.n_bytes
+            above = node.parent
+            if node.host is not None and above is not None and above.parent is not None and above.host is None:
+                found.append(f"{node} is in host memory, but not what comes before it")
+            if isinstance(node.host, Rows) and sum(map(len, node.host.chunks)) != node.host.n_bytes:
+                found.append(f"{node}: its rows have a wrong size")
+        if used != self.tier.used:
+            found.append(f"host memory: {used} bytes in the tree, {self.tier.used} accounted for")
+        return found
+
+    def _event(
+        self,
+        kind: KvEventKind,
+        tier: KvTier,
+        start: int,
+        end: int,
+        node: Node,
+        *,
+        source: KvTier | None = None,
+        slot: int | None = None,
+        gone: bool = False,
+        path: bytes | None = None,
+    ) -> None:
+        self.events.append(
+            KvEvent(
+                self.events.next_seq(),
+                time.monotonic_ns(),
+                kind,
+                tier,
+                start,
+                end,
+                node.namespace,
+                (node.tokens() if path is None else path)[: 4 * end],
+                self._request,
+                source,
+                slot,
+                gone,
+            )
+        )

@@ -1,0 +1,98 @@
+"""Where a prompt's KV is taken from: the way that costs least, by what this process has measured. Sans-I/O."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class KvSource(enum.StrEnum):
+    """Where reused tokens came from; the numbers of abi.KV_SOURCES by position."""
+
+    NONE = "none"
+    IN_PLACE = "in_place"
+    COPY = "copy"
+    HOST = "host"
+    DISK = "disk"
+
+    @property
+    def number(self) -> int:
+        return list(KvSource).index(self)
+
+
+@dataclass(slots=True, frozen=True)
+class KvCosts:
+    """In ns, measured. ``prefill_token`` is never 0: before anything is known a millisecond is assumed."""
+
+    prefill_token: float = 1e6
+    save_byte: float = 0.3
+    restore_byte: float = 0.3
+    copy_byte: float = 0.3  # 0 where slots can share cells
+    disk_byte: float = 1.0
+
+
+@dataclass(slots=True, frozen=True)
+class SlotOffer:
+    """A slot whose tokens begin like the prompt."""
+
+    slot: int
+    n_tokens: int  # that it can serve
+    running: bool
+    can_cut: bool  # in place: it can go on from there
+    tail_unsaved: int  # tokens behind them that no tier holds: in place they have to be saved, or are lost
+    can_copy: bool
+
+
+@dataclass(slots=True, frozen=True)
+class Choice:
+    """Take ``n_slot`` tokens from ``slot`` (in place or by copy), then go on to ``n_tokens`` from the tiers."""
+
+    source: KvSource
+    n_tokens: int = 0
+    slot: int = -1
+    n_slot: int = 0
+    cost_ns: float = 0.0
+
+
+def choose(
+    n_prompt: int,
+    offers: Iterable[SlotOffer],
+    n_stored: int,
+    n_host: int,
+    *,
+    costs: KvCosts,
+    token_bytes: int,
+    can_extend: bool,
+    tail_weight: float,
+) -> Choice:
+    """The cheapest way to the KV of ``n_prompt`` tokens (all that may be reused).
+
+    ``n_stored`` tokens are in the tiers, ``n_host`` of them in host memory. ``can_extend``: stored rows can be put
+    behind what a slot holds. ``tail_weight``: what a token of a lost tail counts, in tokens to compute.
+    """
+
+    def stored(start: int, end: int) -> float:
+        n_disk = max(end - max(start, n_host), 0)
+        return token_bytes * ((end - start) * costs.restore_byte + n_disk * costs.disk_byte)
+
+    best = Choice(KvSource.NONE, cost_ns=n_prompt * costs.prefill_token)
+    if n_stored > 0:
+        cost = stored(0, n_stored) + (n_prompt - n_stored) * costs.prefill_token
+        if cost < best.cost_ns:
+            best = Choice(KvSource.DISK if n_stored > n_host else KvSource.HOST, n_stored, cost_ns=cost)
+    for offer in offers:
+        ways = []
+        if offer.can_cut and not offer.running:
+            tail = offer.tail_unsaved * tail_weight * costs.prefill_token
+            ways.append((KvSource.IN_PLACE, tail))
+        if offer.can_copy:
+            ways.append((KvSource.COPY, offer.n_tokens * token_bytes * costs.copy_byte))
+        for source, cost in ways:
+            end = max(offer.n_tokens, n_stored) if can_extend else offer.n_tokens
+            cost += (n_prompt - end) * costs.prefill_token
+            if end > offer.n_tokens:
+                cost += stored(offer.n_tokens, end)
+            if cost < best.cost_ns:
+                best = Choice(source, end, offer.slot, offer.n_tokens, cost)
+    return best

@@ -1,0 +1,170 @@
+"""``/internal/kv``: the KV cache as it is now, what happens to it, and what an operator may do to it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import falcon.asgi
+
+from mullama.engine.client import EngineClient
+from mullama.errors import InvalidRequest, PermissionDenied
+from mullama.web.internal import Internal, Policies, dump
+from mullama.web.kv_events import KvEventStream
+from mullama.web.kv_schemas import Prefix, parse_drop, parse_pin, parse_prefix
+from mullama.web.request import Request
+from mullama.web.security import salt_of
+from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.streaming import start_stream
+
+DEFAULT_NODES = 1000
+MAX_NODES = 100_000
+
+
+class KvView(Internal):
+    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Layout, cells used and by whom, retained prefixes. Raises ModelNotFound."""
+        name, engine = self._engine(req)
+        resp.data = dump(name, await engine.kv_snapshot())
+
+
+class KvTree(Internal):
+    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """The prefix tree, at most ``?limit=`` nodes of it. Raises InvalidRequest, ModelNotFound."""
+        name, engine = self._engine(req)
+        limit = _number(req.get_param("limit"), "limit", 1, MAX_NODES)
+        resp.data = dump(name, await engine.kv_tree(limit=DEFAULT_NODES if limit is None else limit))
+
+
+class KvMap(Internal):
+    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Which cells belong to which sequence. Raises ModelNotFound."""
+        name, engine = self._engine(req)
+        resp.data = dump(name, await engine.kv_map())
+
+
+class KvPolicy(Policies):
+    kind = "an eviction policy"
+
+    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """The eviction policy in charge and its parameters. Raises ModelNotFound."""
+        name, engine = self._engine(req)
+        resp.data = dump(name, (await engine.kv_snapshot())["policy"])
+
+    async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Put another eviction policy in charge. Raises InvalidRequest; then the one before stays."""
+        name, engine = self._engine(req)
+        change = await self._change(req)
+        resp.data = dump(name, await engine.set_kv_policy(self._policy(change), change.params))
+
+
+class KvEvents(Internal):
+    def __init__(self, services: Services) -> None:
+        super().__init__(services.models)
+        self._services = services
+
+    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Events as they happen, after ``?since=`` or ``Last-Event-ID``. Raises InvalidRequest, ModelNotFound."""
+        _, engine = self._engine(req)
+        log = engine.kv_events
+        since = _number(req.get_param("since"), "since", 0)
+        if since is None:
+            since = _number(req.get_header("Last-Event-ID"), "Last-Event-ID", 0)
+        with_tokens = (req.get_param("tokens") or "").lower() in ("1", "true")
+        # SAFETY: tokens are prompts. A key that may only send requests does not open those of others.
+        if with_tokens and not req.is_operator:
+            raise PermissionDenied("tokens are only shown to those who may write under /internal (--admin-key)")
+        stream = KvEventStream(
+            log,
+            since=log.last_seq if since is None else since,
+            with_tokens=with_tokens,
+            ping_seconds=self._services.ping_seconds,
+            receive=req.receive,
+        )
+        self._services.end_at_shutdown(stream)
+        start_stream(resp, stream)
+
+
+class _PrefixAction(Internal):
+    """What the endpoints share that act upon the KV of a prefix."""
+
+    def __init__(self, services: Services) -> None:
+        super().__init__(services.models)
+        self._services = services
+
+    async def _tokens(self, engine: EngineClient, prefix: Prefix) -> list[int] | None:
+        """The prefix's token ids; None: none was named."""
+        tokens = await self._services.offload(prefix.size > LARGE_TEXT, partial(prefix.tokens, engine))
+        if tokens is not None and not tokens:
+            raise InvalidRequest("prompt: it holds no token", param="prompt")
+        return tokens
+
+    async def _named(self, engine: EngineClient, prefix: Prefix) -> list[int]:
+        tokens = await self._tokens(engine, prefix)
+        assert tokens is not None, "the body was accepted without a prefix"
+        return tokens
+
+    def _namespace(self, req: Request, prefix: Prefix) -> str:
+        """Where the KV of such a request of this client is."""
+        if prefix.namespace is not None:
+            return prefix.namespace
+        return salt_of(req.tenant if self._services.config.cache_salt_per_key else None, prefix.cache_salt)
+
+
+class KvPin(_PrefixAction):
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Keep a prefix from eviction for a while. Raises InvalidRequest, ModelNotFound."""
+        name, engine = self._engine(req)
+        pin = await self._services.parse(req, parse_pin)
+        tokens = await self._named(engine, pin.prefix)
+        namespace = self._namespace(req, pin.prefix)
+        resp.data = dump(name, await engine.kv_pin(tokens, ttl_s=pin.ttl_s, namespace=namespace))
+
+
+class KvUnpin(_PrefixAction):
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Let a prefix be evicted again. Raises InvalidRequest, ModelNotFound."""
+        name, engine = self._engine(req)
+        prefix = await self._services.parse(req, parse_prefix)
+        tokens = await self._named(engine, prefix)
+        resp.data = dump(name, await engine.kv_unpin(tokens, namespace=self._namespace(req, prefix)))
+
+
+class KvDrop(_PrefixAction):
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Drop a prefix, or everything; answers what was freed. Raises InvalidRequest, ModelNotFound."""
+        name, engine = self._engine(req)
+        drop = await self._services.parse(req, parse_drop)
+        prefix = drop.prefix
+        tokens = await self._tokens(engine, prefix)
+        is_all = tokens is None and prefix.cache_salt is None and prefix.namespace is None
+        namespace = "" if is_all else self._namespace(req, prefix)
+        resp.data = dump(name, await engine.kv_drop(tokens, namespace=namespace, tiers=drop.tiers))
+
+
+class KvSave(_PrefixAction):
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Write a prefix to disk. Raises InvalidRequest, ModelNotFound."""
+        name, engine = self._engine(req)
+        prefix = await self._services.parse(req, parse_prefix)
+        tokens = await self._named(engine, prefix)
+        resp.data = dump(name, await engine.kv_save(tokens, namespace=self._namespace(req, prefix)))
+
+
+class KvLoad(_PrefixAction):
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Read a prefix from disk into host memory. Raises InvalidRequest, ModelNotFound."""
+        name, engine = self._engine(req)
+        prefix = await self._services.parse(req, parse_prefix)
+        tokens = await self._named(engine, prefix)
+        resp.data = dump(name, await engine.kv_load(tokens, namespace=self._namespace(req, prefix)))
+
+
+def _number(text: str | None, name: str, low: int, high: int | None = None) -> int | None:
+    """Raises InvalidRequest for what is no whole number of that range; None stays None."""
+    if text is None:
+        return None
+    value = int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else -1
+    if value < low or (high is not None and value > high):
+        bounds = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise InvalidRequest(f"{name}: {text[:40]!r} is not a whole number {bounds}", param=name)
+    return value
