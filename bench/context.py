@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,10 @@ MULLAMA = servers.MULLAMA
 PEER = servers.LLAMA_SERVER
 
 Figures = dict[str, float]
+
+#: Before each turn. llama-server threads go on spinning for some 0.2 s after a decode (poll level 50), which whoever
+#: comes next would pay for.
+SETTLE_S = 1.0
 
 
 @dataclass
@@ -97,6 +102,7 @@ def interleaved(
         row: dict[str, Any] = {"idle_cpu": 0.0}  # of the server whose turn it is not, the worse of the two
         for kind in (MULLAMA, PEER) if i % 2 == 0 else (PEER, MULLAMA):
             server = pool.use(kind)
+            time.sleep(SETTLE_S)
             row[kind] = work(server)
             row["idle_cpu"] = max(row["idle_cpu"], pool.idle_cpu())
         after = calibrate.calibrate(context.tools.bench, str(context.model))

@@ -427,6 +427,11 @@ cdef class Core:
         return (self.slots[slot].state, self.slots[slot].handle, self.slots[slot].n_past,
                 list(self.slots[slot].tokens), self.slots[slot].last_used)
 
+    def packed(self, int slot):
+        """The tokens whose KV a slot holds, as the bytes of 32-bit integers."""
+        self.check_slot(slot)
+        return (<const char *> self.slots[slot].tokens.data())[:self.slots[slot].n_past * sizeof(llama_token)]
+
     def slot_fill(self, int slot):
         """(tokens in the KV cache, tokens known) of a slot."""
         self.check_slot(slot)
@@ -511,6 +516,8 @@ cdef class Core:
         for i in range(reuse):
             if s.tokens[i] != tokens[i]:
                 raise ValueError("the retained tokens are not a prefix of the prompt")
+        if shift_keep >= 0 and not self.can_shift:
+            raise InvalidRequest("this model's context cannot be shifted", param="context_policy")
         for stop in params.stop:
             stops.push_back(stop.encode("utf-8", "surrogatepass"))
         cdef Chain chain = build_chain(self.model, params, self.n_ctx, bias)
@@ -524,8 +531,6 @@ cdef class Core:
         s.handle = handle
         s.n_prompt = <int32_t> s.tokens.size()
         s.n_generated = 0
-        if shift_keep >= 0 and not self.can_shift:
-            raise InvalidRequest("this model's context cannot be shifted", param="context_policy")
         s.shift_keep = min(shift_keep, s.n_prompt) if shift_keep >= 0 else -1
         s.shifted = 0
         room = max(1, self.n_ctx - s.n_prompt) if s.shift_keep < 0 else 1 << 30
@@ -1187,6 +1192,24 @@ cdef class Core:
         owner.resize(size)
         cdef uint32_t n = llama_cells_read(self.ctx, cache, 0 if self.unified else slot, pos.data(), owner.data(), size)
         return [(pos[i], owner[i]) for i in range(n)]
+
+    def cell_runs(self, int slot, int cache=0):
+        """The same as runs of neighbouring cells: (first cell, number of cells, owner or -1), in order."""
+        self.check_slot(slot)
+        cdef uint32_t size = llama_cells_size(self.ctx, cache)
+        cdef vector[llama_pos] pos
+        cdef vector[llama_seq_id] owner
+        cdef uint32_t first = 0, i, n
+        pos.resize(size)
+        owner.resize(size)
+        with nogil:
+            n = llama_cells_read(self.ctx, cache, 0 if self.unified else slot, pos.data(), owner.data(), size)
+        runs = []
+        for i in range(1, n + 1):
+            if i == n or owner[i] != owner[first]:
+                runs.append((first, i - first, owner[first]))
+                first = i
+        return runs
 
     def audit(self):
         """Compare the bookkeeping with llama.cpp's cells. Returns a list of differences, empty when all agree."""

@@ -103,7 +103,13 @@ class Engine(KvMethods):
         self._closed = False
         self._failure: str | None = None
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
-        self._kv.disk = loading.open_disk_tier(model, core, self._kv, config, lambda work: self._post_quietly(work))
+        try:
+            self._kv.disk = loading.open_disk_tier(model, core, self._kv, config, lambda work: self._post_quietly(work))
+        except BaseException:
+            self._policy.close()
+            core.close()
+            model.close()
+            raise
         self._thread = threading.Thread(target=self._run, name=f"mullama-engine-{info.name}", daemon=True)
         self._thread.start()
 
@@ -438,10 +444,14 @@ class Engine(KvMethods):
         planned_ns = time.monotonic_ns() - state.now_ns
         steps = plan.repeat
         fresh = bool(plan.preempt)
-        if self._kv_tokens < self._core.n_slots * self._core.n_ctx:
-            plan, steps = self._fit_budget(plan)
+        is_limited = self._kv_tokens < self._core.n_slots * self._core.n_ctx
+        cells = 0
+        if is_limited:
+            plan, cells = self._fit_budget(plan)
         for handle, how in plan.preempt.items():
             self._seqs.preempt(handle, how)
+        if is_limited:
+            steps = self._make_room(plan, cells)
         for handle in plan.tokens:
             if self._seqs.views[handle].is_queued and not self._waits_for_prefix(handle, plan):
                 self._seqs.start(handle)
@@ -476,19 +486,27 @@ class Engine(KvMethods):
         )
 
     def _fit_budget(self, plan: Plan) -> tuple[Plan, int]:
-        """Cut the plan to the KV budget and make room for it. Returns it and the steps it may be repeated."""
-        fitted = budget.fit(plan, self._seqs.views, self._kv_tokens)
+        """Cut the plan to the KV budget. Returns it and the cells that it needs on top of the used ones."""
+        views = self._seqs.views
+        fitted = budget.fit(plan, views, self._kv_tokens)
+        if plan.tokens and not fitted.plan.tokens and not fitted.preempt:
+            # All is paused for somebody who does not fit beside them: they go on, or nobody ever would.
+            going = {view.id: max(min(view.prefill_left, self._core.n_batch), 1)
+                     for view in views.values() if view.is_running and view.id not in plan.preempt}  # fmt: skip
+            fitted = budget.fit(dataclasses.replace(plan, tokens=going), views, self._kv_tokens)
         for handle in fitted.preempt:
-            fitted.plan.preempt[handle] = self._seqs.views[handle].preempt
-        leaving = sum(self._seqs.views[handle].cells for handle in fitted.plan.preempt)
-        running = self._seqs.cells_running() - leaving
-        n_decode = max(len(fitted.plan.tokens), 1)
-        wanted = fitted.cells + n_decode * PRESSURE_STEPS
-        free = self._kv_tokens - running - self._seqs.cells_retained()
+            fitted.plan.preempt[handle] = views[handle].preempt
+        return fitted.plan, fitted.cells
+
+    def _make_room(self, plan: Plan, cells: int) -> int:
+        """Give up retained prefixes, also those of whom the plan preempted. Returns the steps it may be repeated."""
+        n_decode = max(len(plan.tokens), 1)
+        wanted = cells + n_decode * PRESSURE_STEPS
+        free = self._kv_tokens - self._seqs.cells_running() - self._seqs.cells_retained()
         if free < wanted:
             free += self._seqs.evict_retained(wanted - free)
         steps = max(1, free // n_decode)
-        return fitted.plan, min(plan.repeat, steps) if plan.repeat else steps
+        return min(plan.repeat, steps) if plan.repeat else steps
 
     def _shape(self, plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
         """The plan as the core takes it: slots that decode, and prompt chunks (slot, tokens)."""

@@ -24,7 +24,7 @@ from mullama.kv.ghosts import Ghosts
 from mullama.kv.payload import Checkpoint, Rows
 from mullama.kv.placement import Placement, SlotView, place
 from mullama.kv.tier import HostTier
-from mullama.kv.tree import Match, Node, PrefixTree, pack, unpack
+from mullama.kv.tree import Match, Node, PrefixTree, unpack
 
 log = logging.getLogger("mullama.engine")
 
@@ -82,6 +82,11 @@ class KvCache:
             self.disk.close()
             self.disk = None
 
+    @property
+    def _has_tiers(self) -> bool:
+        """Whether there is anywhere to keep what a slot gives up."""
+        return self.tier.budget > 0 or self.disk is not None
+
     # -- finding ------------------------------------------------------------------------------------------------
 
     def find(self, namespace: bytes, key: bytes, limit: int) -> Found:
@@ -127,7 +132,7 @@ class KvCache:
         return min(self.cells.token_bytes * costs.save_byte / costs.prefill_token, LOSS_WEIGHT)
 
     def _offers(self, match: Match, states: Sequence[int], limit: int) -> Iterable[SlotOffer]:
-        cells = self.cells
+        cells, now = self.cells, time.monotonic_ns()
         for slot, shared in match.slots.items():
             n_past, _ = self._core.slot_fill(slot)
             n = min(shared, n_past, limit)
@@ -141,7 +146,7 @@ class KvCache:
                 slot,
                 n,
                 running,
-                can_cut=not running and cells.can_cut(slot, n),
+                can_cut=not running and cells.can_cut(slot, n) and not (n < n_past and self._is_pinned(slot, now, n)),
                 tail_unsaved=0 if saved >= n_past else n_past - n,
                 can_copy=can_copy,
             )
@@ -208,16 +213,16 @@ class KvCache:
         choice = found.choice
         views = self._views(running)
         where: Placement | None = None
+        if choice.source is not KvSource.IN_PLACE:
+            where = self._place(views, -1, 0)
+        if choice.source is KvSource.COPY and where is not None and not views[choice.slot].running:
+            if where.evict == choice.slot:  # it is its turn to go: no other one has to, then
+                choice = Choice(KvSource.IN_PLACE, choice.n_tokens, choice.slot, choice.n_slot, choice.cost_ns)
+            else:
+                views[choice.slot] = SlotView(running=True)  # what is copied must not make room for the copy
+                where = self._place(views, -1, 0)
         if choice.source is KvSource.IN_PLACE:
             where = self._place(views, choice.slot, choice.n_slot)
-        else:
-            if choice.source is KvSource.COPY and not views[choice.slot].running:
-                # What is copied must not make room for the copy.
-                views[choice.slot] = SlotView(running=True)
-            where = self._place(views, -1, 0)
-            if where is None:  # the only free slot is the one to copy from
-                where = self._place(self._views(running), choice.slot, choice.n_slot)
-                choice = Choice(KvSource.IN_PLACE, choice.n_tokens, choice.slot, choice.n_slot, choice.cost_ns)
         assert where is not None, "the plan was checked against the free slots"
         if where.evict is not None:
             self.vacate(where.evict)
@@ -248,7 +253,7 @@ class KvCache:
         Where the prompt leaves another one's path, the next one may do so as well; and before its last token, for the
         same prompt again. A chunk of the prefill has to end there.
         """
-        if not self.cells.needs_checkpoint or self.tier.budget <= 0:
+        if not self.cells.needs_checkpoint or not self._has_tiers:
             return []
         wanted = {match.n_tokens, n_prompt - 1}
         return sorted(at for at in wanted if reuse + LEAST_GAIN <= at < n_prompt)
@@ -272,7 +277,7 @@ class KvCache:
         if choice.source is KvSource.NONE:
             n = 0
         elif choice.source is KvSource.IN_PLACE:
-            n = choice.n_slot
+            n = min(choice.n_slot, n_past)  # an exchange may have lost it
         else:
             n = 0
             if n_past:
@@ -284,6 +289,8 @@ class KvCache:
             self.store(slot)
             self._note_lost(slot, n)
             n = cells.trim(slot, n) if n else core.evict(slot, 0) * 0
+            if n and cells.needs_checkpoint:
+                self.store(slot)  # here two prompts part, so the next one may do so as well
         if choice.n_tokens > n and found.pieces and found.pieces[0][0] <= n:
             pieces = [piece for piece in found.pieces if piece[0] >= n]
             if pieces and pieces[0][0] == n:
@@ -327,7 +334,7 @@ class KvCache:
         if n_past == 0:
             self.tree.release(slot)
             return
-        tokens = pack(self._core.slot_info(slot)[3][:n_past])
+        tokens = self._core.packed(slot)
         now = time.monotonic_ns()
         node = self.tree.hold(slot, namespace, tokens, now)
         per_token = self.costs().prefill_token
@@ -367,11 +374,11 @@ class KvCache:
         return freed
 
     def store(self, slot: int, *, upto: int | None = None) -> int:
-        """Copy what a slot holds, and host memory does not, there. Returns the tokens of it that are there now."""
+        """Copy what a slot holds, and the tiers do not, there. Returns the tokens of it that are there now."""
         end = self.tree.end_of(slot)
         n_past, _ = self._core.slot_fill(slot)
         upto = n_past if upto is None else min(upto, n_past)
-        if end is None or self.tier.budget <= 0 or upto < LEAST_STORED:
+        if end is None or not self._has_tiers or upto < LEAST_STORED:
             return 0
         now = time.monotonic_ns()
         path = end.path()
@@ -384,21 +391,30 @@ class KvCache:
                 break
             if node.end > upto:
                 node = self.tree.split(node, upto - node.start)
-            is_last = node.end == upto
-            if node.host is None:
+            at_end = needs_checkpoint and node.end == upto
+            rows = checkpoint = None
+            if at_end and node.checkpoint is None:
+                checkpoint = Checkpoint(self.cells.checkpoint(slot))
+            if node.host is not None:
+                if checkpoint is not None:
+                    self.tier.put_checkpoint(node, checkpoint, now)
+            elif self.tier.budget > 0 or (self.disk is not None and self.disk.lacks(node, at_end)):
                 rows = Rows(self.cells.save(slot, node.start, node.end), node.n_tokens, self.cells.token_bytes)
-                checkpoint = Checkpoint(self.cells.checkpoint(slot)) if needs_checkpoint and is_last else None
-                if not self.tier.put(node, rows, now, checkpoint):
+                if self.tier.put(node, rows, now, checkpoint):
+                    node.cost_ns = node.cost_ns or node.n_tokens * self.costs().prefill_token
+                    self._event(KvEventKind.STORED, KvTier.HOST, node.start, node.end, node, source=KvTier.DEVICE)
+                elif self.disk is None:
                     break
-                node.cost_ns = node.cost_ns or node.n_tokens * self.costs().prefill_token
-                self._event(KvEventKind.STORED, KvTier.HOST, node.start, node.end, node, source=KvTier.DEVICE)
-            elif needs_checkpoint and is_last and node.checkpoint is None:
-                self.tier.put_checkpoint(node, Checkpoint(self.cells.checkpoint(slot)), now)
             if self.disk is not None:
-                self.disk.keep(node)
+                self.disk.keep(node, rows, checkpoint)
             saved = node.end
         self.version += 1
         return saved
+
+    def checkpoint(self, slot: int, request: str | None) -> None:
+        """A request's prompt has got to where a checkpoint is worth its bytes (see ``borders``)."""
+        self._begin(request)
+        self.store(slot)
 
     def evict_retained(self, n_tokens: int, running: Sequence[bool], request: str | None = None) -> int:
         """Free retained slots, in the policy's order, until ``n_tokens`` cells are free. Returns those freed."""
@@ -420,10 +436,18 @@ class KvCache:
             tokens, _ = self._core.retained(slot)
             end = self.tree.end_of(slot)
             score = self.tier.policy.score(end, now) if tokens and end is not None else 0.0
-            if end is not None and end.pinned_until_ns > now:
+            if self._is_pinned(slot, now):
                 score = float("inf")
             views.append(SlotView(runs, tokens, score))
         return views
+
+    def _is_pinned(self, slot: int, now_ns: int, beyond: int = 0) -> bool:
+        """Whether something pinned would be lost with a slot's tokens from ``beyond`` on."""
+        end = self.tree.end_of(slot)
+        return end is not None and any(
+            node.pinned_until_ns > now_ns and node.end > beyond and node.slots == {slot} and not node.is_stored
+            for node in end.path()
+        )
 
     # -- what is lost -------------------------------------------------------------------------------------------
 
@@ -483,24 +507,26 @@ class KvCache:
         if at == 0:
             return "no cached prompt begins with its first token"
         before, here = text(unpack(key[4 * max(at - 6, 0) : 4 * at])), text(unpack(key[4 * at : 4 * (at + 6)]))
-        cached = self._cached_after(match, at)
+        cached = self._cached_after(match, at, key)
         other = f", the cached one with {text(cached)!r}" if cached else ", the cached one ends there"
         return f"diverges at token {at}: after {before!r} it goes on with {here!r}{other}"
 
-    def _cached_after(self, match: Match, at: int) -> list[int]:
-        """Up to six tokens that follow the first ``at`` ones in the cache."""
+    def _cached_after(self, match: Match, at: int, key: bytes) -> list[int]:
+        """Up to six tokens that follow the first ``at`` ones of ``key`` in another prompt that is cached."""
         node = match.nodes[-1]
-        if node.end > at:
+        if node.start <= at < node.end:
             return unpack(node.key[4 * (at - node.start) :][:24])
         for child in node.children.values():
-            return unpack(child.key[:24])
+            if child.start == at and not key.startswith(child.key[:4], 4 * at):
+                return unpack(child.key[:24])
         return []
 
     # -- looking after it ---------------------------------------------------------------------------------------
 
     def forget(self, slot: int) -> int:
-        """Free a retained slot and save nothing. Returns the cells freed."""
-        freed = self._core.evict(slot)
+        """Free a retained slot and save nothing, because somebody asked for it. Returns the cells freed."""
+        self._begin(None)
+        freed = self._core.evict(slot, 0)
         self.released(slot)
         return freed
 
@@ -522,6 +548,7 @@ class KvCache:
     def drop_nodes(self, nodes: Sequence[Node], tiers: set[KvTier]) -> int:
         """Give up what these nodes, and all below them, have in the tiers. Returns the bytes freed on disk."""
         now, on_disk = time.monotonic_ns(), 0
+        self._begin(None)
         for node in sorted(nodes, key=lambda one: -one.start):
             path = node.tokens()
             held = node.is_stored
@@ -541,16 +568,16 @@ class KvCache:
         found = self._core.audit()
         held = self.tree.held()
         for slot in range(self._core.n_slots):
-            state, _, n_past, tokens, _ = self._core.slot_info(slot)
+            n_past, _ = self._core.slot_fill(slot)
             end = self.tree.end_of(slot)
             if end is None:
                 if n_past and not self._core.shifted(slot):
                     found.append(f"slot {slot} holds {n_past} tokens that the tree does not know")
                 continue
             path = end.tokens()
-            if pack(tokens[:n_past])[: len(path)] != path[: 4 * n_past]:
+            if self._core.packed(slot)[: len(path)] != path[: 4 * n_past]:
                 found.append(f"slot {slot}: its tokens are not those of its path in the tree")
-            if state == abi.RETAINED and held[slot] != n_past:
+            if self._core.retained(slot)[0] not in (0, held[slot]):
                 found.append(f"slot {slot} retains {n_past} tokens, the tree says {held[slot]}")
         used = 0
         for node in self.tree.nodes():

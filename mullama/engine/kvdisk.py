@@ -17,7 +17,7 @@ from mullama.kv.disk import DiskStore
 from mullama.kv.eviction import EvictionPolicy
 from mullama.kv.payload import Checkpoint, Rows
 from mullama.kv.records import DiskRecord
-from mullama.kv.tree import Node, PrefixTree
+from mullama.kv.tree import Node, Payload, PrefixTree
 
 log = logging.getLogger("mullama.engine")
 
@@ -83,17 +83,25 @@ class DiskTier:
         )
         for record in store.scan():
             self._attach(record)
+        self._make_room(0)  # the budget may be smaller than it was
         self._thread = threading.Thread(target=self._run, name="mullama-kv-disk", daemon=True)
         self._thread.start()
 
-    def keep(self, node: Node) -> None:
-        """Write what host memory holds of a node, unless the disk has it or it is on its way."""
-        rows = node.host
-        if node.disk is not None or node.id in self._pending or not isinstance(rows, Rows):
+    def lacks(self, node: Node, with_checkpoint: bool) -> bool:
+        """Whether a node's KV, or the checkpoint at its end, is neither on disk nor on its way."""
+        held = node.disk
+        has = isinstance(held, DiskRows) and (held.has_checkpoint or not with_checkpoint)
+        return not has and node.id not in self._pending
+
+    def keep(self, node: Node, rows: Payload | None = None, at_end: Payload | None = None) -> None:
+        """Write a node's KV, unless the disk has it or it is on its way: what is given, or what host memory holds."""
+        rows = node.host if rows is None else rows
+        at_end = node.checkpoint if at_end is None else at_end
+        if not isinstance(rows, Rows) or not self.lacks(node, at_end is not None):
             return
-        checkpoint = node.checkpoint.data if isinstance(node.checkpoint, Checkpoint) else None
+        checkpoint = at_end.data if isinstance(at_end, Checkpoint) else None
         size = self.store.size_of(node.namespace, node.start, node.end, None if checkpoint is None else len(checkpoint))
-        if self._pending_bytes + size > MOST_PENDING or not self._make_room(size):
+        if self._pending_bytes + size > MOST_PENDING or not self._make_room(size, node):
             self.n_skipped += 1
             return
         self._pending.add(node.id)
@@ -117,7 +125,8 @@ class DiskTier:
         return Rows(chunks, node.n_tokens, self._token_bytes), checkpoint
 
     def drop(self, node: Node) -> int:
-        """Give up a node's KV on disk. Returns the bytes of a file that nobody needs any more."""
+        """Give up a node's KV on disk, or on its way there. Returns the bytes of a file that nobody needs any more."""
+        self._pending.discard(node.id)
         held = node.disk
         if not isinstance(held, DiskRows):
             return 0
@@ -125,12 +134,15 @@ class DiskTier:
         held.shared.n_nodes -= 1
         if held.shared.n_nodes > 0:
             return 0
+        return held.shared.record.n_bytes if self._remove(held.shared.record) else 0
+
+    def _remove(self, record: DiskRecord) -> bool:
         try:
-            self.store.remove(held.shared.record)
+            self.store.remove(record)
         except StoreError as error:
             log.warning("%s", error.message)
-            return 0
-        return held.shared.record.n_bytes
+            return False
+        return True
 
     def flush(self, timeout_s: float = 30.0) -> None:
         """Wait until what was given to the writer is on disk (and known here only once ``post`` ran)."""
@@ -144,6 +156,7 @@ class DiskTier:
         self._closing = True
         self._jobs.put(None)
         self._thread.join()
+        self._make_room(0)
         self.store.close()
 
     # -- the writer thread --------------------------------------------------------------------------------------
@@ -171,10 +184,16 @@ class DiskTier:
 
     def _done(self, node: Node, record: DiskRecord | None, size: int) -> Callable[[], None]:
         def on_engine_thread() -> None:
+            is_wanted = node.id in self._pending  # nobody has dropped it meanwhile
             self._pending.discard(node.id)
             self._pending_bytes = max(self._pending_bytes - size, 0) if self._pending else 0
-            if record is not None:
+            if record is None:
+                return
+            if is_wanted:
                 self._attach(record)
+                self._make_room(0)  # others were on their way when room was made for it
+            else:
+                self._remove(record)
 
         return on_engine_thread
 
@@ -187,11 +206,13 @@ class DiskTier:
             self._tree.insert(record.namespace, record.tokens[: 4 * record.start], now)
         end = self._tree.insert(record.namespace, record.tokens, now)
         shared = _Shared(record)
+        if record.has_checkpoint and isinstance(end.disk, DiskRows) and not end.disk.has_checkpoint:
+            self.drop(end)  # it was written before there was one
         for node in end.path():
             if node.start >= record.start and node.disk is None:
                 node.disk = DiskRows(shared, node.start, node.end)
         if shared.n_nodes == 0:  # it is there twice
-            self.store.remove(record)
+            self._remove(record)
         self._tree.prune(end)
 
     def _forget(self, shared: _Shared) -> None:
@@ -200,16 +221,18 @@ class DiskTier:
                 node.disk = None
                 self._tree.prune(node)
 
-    def _make_room(self, n_bytes: int) -> bool:
-        """Remove records, the policy's lowest first and what depends on a stretch before it."""
+    def _make_room(self, n_bytes: int, keep: Node | None = None) -> bool:
+        """Remove records, the policy's lowest first and what depends on a stretch before it; ``keep``'s path stays."""
         if n_bytes > self.store.budget_bytes:
             return False
         policy, now = self._policy(), time.monotonic_ns()
+        safe = set(keep.path()) if keep is not None else set()
         while self.store.over_budget(n_bytes) > 0:
             leaves = [
                 node
                 for node in self._tree.nodes()
                 if node.disk is not None
+                and node not in safe
                 and node.pinned_until_ns <= now
                 and all(child.disk is None for child in node.children.values())
             ]

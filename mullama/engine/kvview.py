@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from mullama import abi
@@ -12,7 +11,6 @@ from mullama.engine.kvdisk import DiskRows
 from mullama.kv.choice import KvSource
 from mullama.kv.events import KvTier
 from mullama.kv.namespaces import short_namespace
-from mullama.kv.payload import Rows
 from mullama.kv.tree import Node, pack
 from mullama.types import ModelInfo
 
@@ -25,9 +23,10 @@ if TYPE_CHECKING:
 def snapshot(info: ModelInfo, core: Core, seqs: Sequences, kv: KvCache) -> dict[str, Any]:
     """Layout, bytes, cells used and by whom (llama.cpp's own cells), tiers, policy, totals."""
     truth = core.cells()
+    states = core.states()
     rows: list[dict[str, Any]] = []
     for slot in range(core.n_slots):
-        state, handle, n_past, _, _ = core.slot_info(slot)
+        state, handle, n_past = states[slot], seqs.slots[slot], core.slot_fill(slot)[0]
         seq = seqs.live.get(handle)
         end = kv.tree.end_of(slot)
         rows.append(
@@ -110,7 +109,7 @@ def fragments(core: Core, slot: int) -> int:
     """Runs of neighbouring cells that a sequence's tokens lie in: 1 is the best there is."""
     if core.slot_fill(slot)[0] == 0:
         return 0
-    return sum(1 for owner, _ in groupby(core.cell_map(slot), key=lambda cell: cell[1] == slot) if owner)
+    return sum(owner == slot for _, _, owner in core.cell_runs(slot))
 
 
 def cell_runs(core: Core) -> dict[str, Any]:
@@ -120,14 +119,8 @@ def cell_runs(core: Core) -> dict[str, Any]:
     for cache in range(truth["caches"]):
         streams = []
         for stream in range(1 if core.unified else core.n_slots):
-            cells = core.cell_map(stream, cache)
-            runs = []
-            at = 0
-            for owner, run in groupby(cells, key=lambda cell: cell[1]):
-                n = sum(1 for _ in run)
-                runs.append([at, n, owner])
-                at += n
-            streams.append({"stream": stream, "cells": len(cells), "runs": runs})
+            runs = core.cell_runs(stream, cache)
+            streams.append({"stream": stream, "cells": sum(n for _, n, _ in runs), "runs": runs})
         caches.append({"name": ("full", "window")[cache], "streams": streams})
     return {"caches": caches, "recurrent": truth["recurrent"]}
 
@@ -196,10 +189,8 @@ def drop(
     """Give up cached KV of prompts that start with ``tokens`` (None: of all); what runs keeps its own."""
     if tokens is not None:
         match = kv.tree.match(namespace or b"", pack(tokens))
-        whole = match.n_tokens == len(tokens)
-        tops = match.nodes[-1:] if whole else []
-        if tops and match.n_tokens < tops[0].end:
-            kv.tree.split(tops[0], match.n_tokens - tops[0].start)  # the lower part starts where the prefix ends
+        # The prefix may end within a stretch: all of it goes, because whoever passes through it begins so.
+        tops = match.nodes[-1:] if match.n_tokens == len(tokens) else []
         scope = {below for top in tops for below in _below(top)}
     else:
         scope = {node for node in kv.tree.nodes() if namespace is None or node.namespace == namespace}
@@ -221,7 +212,7 @@ def _below(node: Node) -> list[Node]:
 
 
 def save(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, int]:
-    """Hand what is cached of a prefix to the disk's writer, by way of host memory."""
+    """Hand what is cached of a prefix to the disk's writer. What it has already counts as well."""
     assert kv.disk is not None
     match = kv.tree.match(namespace, pack(tokens))
     for slot, shared in match.slots.items():
@@ -230,9 +221,10 @@ def save(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, int]
             break
     n_tokens = n_bytes = 0
     for node in kv.tree.match(namespace, pack(tokens)).nodes:
-        if isinstance(node.host, Rows):
-            kv.disk.keep(node)
-            n_tokens, n_bytes = node.end, n_bytes + node.n_bytes
+        kv.disk.keep(node)
+        if kv.disk.lacks(node, False):
+            break
+        n_tokens, n_bytes = node.end, n_bytes + node.n_tokens * kv.cells.token_bytes
     return {"tokens": min(n_tokens, len(tokens)), "bytes": n_bytes}
 
 

@@ -106,6 +106,7 @@ def open_disk_tier(
         token_bytes=kv.cells.token_bytes,
         # A checkpoint is llama.cpp's own, which depends on the number of streams.
         layout=f"rows:flash_attn={config.flash_attn}"
+        + (":deterministic" if config.deterministic else "")
         + (f":slots={core.n_slots}:unified={core.unified}" if kv.cells.needs_checkpoint else ""),
         state_version=llama_cpp_version(),
     )

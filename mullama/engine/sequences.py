@@ -112,18 +112,22 @@ class Sequences:
         core, kv, request = self._core, self._kv, seq.request
         n = len(request.prompt)
         slot, reuse, source, lost, match = kv.seat(seq.namespace, seq.key, n - 1, self.running(), request.id)
-        core.open(
-            slot,
-            seq.view.id,
-            request.prompt,
-            replace(request.sampling, max_tokens=seq.view.max_tokens),
-            reuse=reuse,
-            source=source.number,
-            evicted=lost,
-            arrival_ns=seq.view.arrival_ns,
-            priority=request.priority,
-            shift_keep=SINKS if request.context_shift else -1,
-        )
+        try:
+            core.open(
+                slot,
+                seq.view.id,
+                request.prompt,
+                replace(request.sampling, max_tokens=seq.view.max_tokens),
+                reuse=reuse,
+                source=source.number,
+                evicted=lost,
+                arrival_ns=seq.view.arrival_ns,
+                priority=request.priority,
+                shift_keep=SINKS if request.context_shift else -1,
+            )
+        except Exception:
+            kv.closed(slot, seq.namespace, request.id)  # the slot was made ready: it retains the prefix
+            raise
         reuse = core.slot_fill(slot)[0]
         kv.opened(slot, seq.namespace, seq.key, reuse, source)
         seq.borders = kv.borders(match, reuse, n)
@@ -239,7 +243,7 @@ class Sequences:
             if seq.request.context_shift and core_shifted(slot):
                 self._kv.released(slot)  # its KV is that of no prompt any more
             if seq.borders and n_past >= seq.borders[0] and n_past == seq.borders.pop(0):
-                self._kv.store(slot)
+                self._kv.checkpoint(slot, seq.request.id)
             if state == abi.DECODE and view.state is SeqState.PREFILL:
                 view.prefill_left = 0
                 seq.move(SeqState.DECODE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from mullama.kv.payload import Ghost
 from mullama.kv.tree import Node, PrefixTree
 
@@ -15,23 +13,26 @@ class Ghosts:
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._tree = PrefixTree()
-        self._order: deque[Node] = deque()
+        self._order: dict[Node, None] = {}  # every node that holds a mark, oldest first
         self._limit = limit
 
     def add(self, namespace: bytes, tokens: bytes, evicted_ns: int, request: str | None) -> None:
         """The KV of the end of ``tokens`` is gone."""
         node = self._tree.insert(namespace, tokens, evicted_ns)
-        if node.host is None:
-            self._order.append(node)
         node.host = Ghost(evicted_ns, request)
+        for one in (node.parent, node):  # the upper part of a stretch that was cut for it has a mark as well
+            if one is not None and one.host is not None:
+                self._order.setdefault(one)
         while len(self._order) > self._limit:
-            old = self._order.popleft()
+            old = next(iter(self._order))
+            del self._order[old]
             old.host = None
             self._tree.prune(old)
 
     def find(self, namespace: bytes, tokens: bytes, beyond: int) -> Ghost | None:
         """The eviction that explains why the KV of ``tokens`` ends after ``beyond``; None: it was never cached."""
-        for node in self._tree.match(namespace, tokens).nodes:
-            if isinstance(node.host, Ghost) and node.end > beyond:
+        match = self._tree.match(namespace, tokens)
+        for node in match.nodes:  # of the last one only a part may be shared
+            if isinstance(node.host, Ghost) and min(node.end, match.n_tokens) > beyond:
                 return node.host
         return None

@@ -159,6 +159,8 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.Core.kv_cells": lambda c: c.kv_cells == 512,
     "loop.Core.kv_costs": lambda c: set(c.kv_costs()) == {"save", "restore", "copy"},
     "loop.Core.note_evicted": lambda c: c.note_evicted(5) is None and c.counters_dict()["kv_evict_tokens"] == 5,
+    "loop.Core.packed": lambda c: running(c).packed(0)[:8] == bytes([104, 0, 0, 0, 105, 0, 0, 0]),
+    "loop.Core.cell_runs": lambda c: running(c).cell_runs(0) == [(0, 3, 0), (3, 253, -1)],
     "loop.Core.shifted": lambda c: running(c).shifted(0) == 0,
     "loop.Core.can_shift": lambda c: c.can_shift is True,
     "cells.Cells": lambda c: isinstance(c, Cells),

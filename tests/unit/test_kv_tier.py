@@ -397,6 +397,19 @@ def test_when_a_policy_is_asked() -> None:
     assert spy.went[1:] == [(0, 3.0)]
 
 
+def test_a_checkpoint_makes_a_policy_think_again() -> None:
+    """A leaf takes more memory with it; a trunk is asked about when it can go."""
+    spy = Spy()
+    tree = PrefixTree()
+    tier = HostTier(tree, 10_000, spy)
+    put_path(tree, tier, list(range(40)), 1)
+    put_path(tree, tier, list(range(60)), 2)
+    trunk, leaf = sorted(tree.nodes(), key=lambda node: node.start)
+    assert tier.put_checkpoint(leaf, FakeCheckpoint(leaf.tokens(), 7), 3)
+    assert tier.put_checkpoint(trunk, FakeCheckpoint(trunk.tokens(), 7), 4)
+    assert spy.asked[2:] == [(40, 3)]
+
+
 def test_another_policy_takes_over_at_once() -> None:
     tree, tier = tier_of(900)
     for i in range(3):
