@@ -47,7 +47,7 @@ MOST_BYTES = 8 << 20  # of the events' tokens
 
 
 class KvEventLog:
-    """The last ``limit`` events, fewer where prompts are long. ``append`` is the engine thread's, the rest anybody's."""
+    """The last ``limit`` events, fewer for long prompts. ``append`` is the engine thread's, the rest anybody's."""
 
     def __init__(self, limit: int = 1024) -> None:
         self._events: deque[KvEvent] = deque(maxlen=limit)
