@@ -195,6 +195,17 @@ def test_a_late_question_does_not_make_young() -> None:
     assert policy.score(Stretch(cost_ns=1e6, used_ns=29), 40) == first + 2000
 
 
+def test_the_inflation_never_falls() -> None:
+    """What was pinned goes late, with the score of old times."""
+    policy = create("cost")
+    dear, cheap = Stretch(cost_ns=9e6, used_ns=1), Stretch(cost_ns=1e6, used_ns=1)
+    scores = policy.score(dear, 1), policy.score(cheap, 1)
+    policy.evicted(dear, scores[0])
+    policy.score(cheap, 2)
+    policy.evicted(cheap, scores[1])
+    assert policy.score(Stretch(cost_ns=1e6, used_ns=3), 3) == 9000 + 1000
+
+
 def test_the_history_of_cost_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_module, "_HISTORY", 4)
     policy = Cost()
