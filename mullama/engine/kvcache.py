@@ -23,6 +23,7 @@ from mullama.kv.eviction import EvictionPolicy
 from mullama.kv.ghosts import Ghosts
 from mullama.kv.payload import Checkpoint, Rows
 from mullama.kv.placement import Placement, SlotView, place
+from mullama.kv.reasons import miss_reason
 from mullama.kv.tier import HostTier
 from mullama.kv.tree import Match, Node, PrefixTree, unpack
 
@@ -139,7 +140,7 @@ class KvCache:
             if n < 1:
                 continue
             running = states[slot] != abi.RETAINED
-            can_copy = (cells.has_rows or cells.needs_checkpoint) if not cells.needs_checkpoint else n == n_past
+            can_copy = n == n_past if cells.needs_checkpoint else cells.has_rows
             end = self.tree.end_of(slot)
             saved = end.end if end is not None and end.is_stored else 0
             yield SlotOffer(
@@ -223,12 +224,7 @@ class KvCache:
                 where = self._place(views, -1, 0)
         if choice.source is KvSource.IN_PLACE:
             where = self._place(views, choice.slot, choice.n_slot)
-        assert where is not None, "the plan was checked against the free slots"
-        if where.evict is not None:
-            self.vacate(where.evict)
-        if where.exchange is not None:
-            assert self._exchange is not None
-            self._exchange(*where.exchange)
+        where = self._take(where)
         n = self._fill(where.slot, choice, found, key)
         source = choice.source if n > 0 else KvSource.NONE
         return where.slot, n, source, self._lost, found.match
@@ -236,16 +232,20 @@ class KvCache:
     def clear_slot(self, running: Sequence[bool], request: str | None) -> tuple[int, int]:
         """An empty slot for a sequence that brings its own KV, and the tokens lost for it."""
         self._begin(request)
-        where = self._place(self._views(running), -1, 0)
+        where = self._take(self._place(self._views(running), -1, 0))
+        if self._core.retained(where.slot)[0]:
+            self.vacate(where.slot)
+        return where.slot, self._lost
+
+    def _take(self, where: Placement | None) -> Placement:
+        """Evict and exchange what a placement says."""
         assert where is not None, "the plan was checked against the free slots"
         if where.evict is not None:
             self.vacate(where.evict)
         if where.exchange is not None:
             assert self._exchange is not None
             self._exchange(*where.exchange)
-        if self._core.retained(where.slot)[0]:
-            self.vacate(where.slot)
-        return where.slot, self._lost
+        return where
 
     def borders(self, match: Match, reuse: int, n_prompt: int) -> list[int]:
         """Positions of a prompt where a checkpoint is worth its bytes, for models that need them.
@@ -288,7 +288,10 @@ class KvCache:
         if n_past > n:  # what is behind the prefix makes room
             self.store(slot)
             self._note_lost(slot, n)
-            n = cells.trim(slot, n) if n else core.evict(slot, 0) * 0
+            if n:
+                n = cells.trim(slot, n)
+            else:
+                core.evict(slot, 0)
             if n and cells.needs_checkpoint:
                 self.store(slot)  # here two prompts part, so the next one may do so as well
         if choice.n_tokens > n and found.pieces and found.pieces[0][0] <= n:
@@ -306,9 +309,7 @@ class KvCache:
             log.warning("slot %d did not take the saved KV of [%d, %d): it is computed", slot, start, end)
         return self._core.slot_fill(slot)[0]
 
-    def opened(
-        self, slot: int, namespace: bytes, key: bytes, reuse: int, source: KvSource, match: Match | None = None
-    ) -> None:
+    def opened(self, slot: int, namespace: bytes, key: bytes, reuse: int, source: KvSource) -> None:
         """A sequence of these tokens lives in the slot now; ``reuse`` of them were there."""
         now = time.monotonic_ns()
         node = self.tree.hold(slot, namespace, key, now)
@@ -400,8 +401,8 @@ class KvCache:
                     self.tier.put_checkpoint(node, checkpoint, now)
             elif self.tier.budget > 0 or (self.disk is not None and self.disk.lacks(node, at_end)):
                 rows = Rows(self.cells.save(slot, node.start, node.end), node.n_tokens, self.cells.token_bytes)
+                node.cost_ns = node.cost_ns or node.n_tokens * self.costs().prefill_token
                 if self.tier.put(node, rows, now, checkpoint):
-                    node.cost_ns = node.cost_ns or node.n_tokens * self.costs().prefill_token
                     self._event(KvEventKind.STORED, KvTier.HOST, node.start, node.end, node, source=KvTier.DEVICE)
                 elif self.disk is None:
                     break
@@ -415,6 +416,15 @@ class KvCache:
         """A request's prompt has got to where a checkpoint is worth its bytes (see ``borders``)."""
         self._begin(request)
         self.store(slot)
+
+    def stopping(self, slot: int, request: str | None) -> None:
+        """A running request is about to be cancelled and its cells freed: what is computed of its prompt is saved.
+
+        Else a reply that somebody stops would cost the chat all its history, which the request had taken over.
+        """
+        self._begin(request)
+        if not self.cells.needs_checkpoint:  # there it would be of no use: the end of the prompt is behind
+            self.store(slot)
 
     def evict_retained(self, n_tokens: int, running: Sequence[bool], request: str | None = None) -> int:
         """Free retained slots, in the policy's order, until ``n_tokens`` cells are free. Returns those freed."""
@@ -489,37 +499,12 @@ class KvCache:
         self._ghosts.add(node.namespace, node.tokens(), time.monotonic_ns(), self._request)
         self._event(KvEventKind.EVICTED, tier, start, node.end, node, gone=True)
 
-    def miss_reason(
+    def explain(
         self, namespace: bytes, key: bytes, reuse: int, match: Match, text: Callable[[Sequence[int]], str]
     ) -> str | None:
-        """Why the KV of a prompt's tokens from ``reuse`` on had to be computed; None: nothing was missing."""
-        n = len(key) // 4
-        if reuse >= n - 1:
-            return None
+        """Why the KV of a prompt's tokens from ``reuse`` on had to be computed (see kv/reasons.py)."""
         ghost = self._ghosts.find(namespace, key, reuse)
-        if ghost is not None:
-            ago = (time.monotonic_ns() - ghost.evicted_ns) / 1e9
-            whose = f"request {ghost.request}" if ghost.request else "nobody's request"
-            return f"tokens from {reuse} on were evicted {ago:.1f} s ago to make room for {whose}"
-        if match.n_tokens > reuse and match.n_tokens >= n - 1:
-            return f"the prompt was cached, but its KV could be used up to token {reuse} only"
-        at = match.n_tokens
-        if at == 0:
-            return "no cached prompt begins with its first token"
-        before, here = text(unpack(key[4 * max(at - 6, 0) : 4 * at])), text(unpack(key[4 * at : 4 * (at + 6)]))
-        cached = self._cached_after(match, at, key)
-        other = f", the cached one with {text(cached)!r}" if cached else ", the cached one ends there"
-        return f"diverges at token {at}: after {before!r} it goes on with {here!r}{other}"
-
-    def _cached_after(self, match: Match, at: int, key: bytes) -> list[int]:
-        """Up to six tokens that follow the first ``at`` ones of ``key`` in another prompt that is cached."""
-        node = match.nodes[-1]
-        if node.start <= at < node.end:
-            return unpack(node.key[4 * (at - node.start) :][:24])
-        for child in node.children.values():
-            if child.start == at and not key.startswith(child.key[:4], 4 * at):
-                return unpack(child.key[:24])
-        return []
+        return miss_reason(key, reuse, match, ghost, time.monotonic_ns(), text)
 
     # -- looking after it ---------------------------------------------------------------------------------------
 

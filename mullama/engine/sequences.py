@@ -131,7 +131,7 @@ class Sequences:
         reuse = core.slot_fill(slot)[0]
         kv.opened(slot, seq.namespace, seq.key, reuse, source)
         seq.borders = kv.borders(match, reuse, n)
-        self._reader.explain(seq.view.id, kv.miss_reason(seq.namespace, seq.key, reuse, match, core.model.detokenize))
+        self._reader.explain(seq.view.id, kv.explain(seq.namespace, seq.key, reuse, match, core.model.detokenize))
         self._seat(seq, slot, SeqState.PREFILL)
 
     def _resume(self, seq: LiveSequence, parked: Parked) -> None:
@@ -266,6 +266,7 @@ class Sequences:
         if seq is None:
             return
         if seq.slot >= 0:
+            self._kv.stopping(seq.slot, seq.request.id)
             self._core.cancel(seq.slot)  # writes the finish record
             self._kv.released(seq.slot)
         elif seq.parked is not None:

@@ -20,7 +20,6 @@ prompt, so the files are readable by this user alone; for more, put the folder o
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import os
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mullama.errors import StoreError
+from mullama.files import disk_errors, store_error, sync_folder
 from mullama.kv.records import (
     CHUNK_TOKENS,
     MAX_NAMESPACE_BYTES,
@@ -85,7 +85,7 @@ class DiskStore:
         self.skipped: Counter[str] = Counter()  # files that scans did not take, by reason
         self._identity = identity
         self._home = folder / identity.digest().hex()
-        with _disk_errors(f"keep KV in {folder}"):
+        with disk_errors(f"keep KV in {folder}"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._sealer = Sealer(load_secret(folder) if secret is None else secret, identity)
             self._home.mkdir(mode=0o700, exist_ok=True)
@@ -144,11 +144,11 @@ class DiskStore:
         path = self._home / f"{secrets.token_hex(16)}.kv"
         self._count(path, layout.n_bytes)
         try:
-            with _disk_errors(f"keep KV in {self._home}"):
+            with disk_errors(f"keep KV in {self._home}"):
                 seals = self._write(part, layout, namespace, tokens, pieces, checkpoint, sync)
                 part.replace(path)
                 if sync:
-                    _sync_folder(self._home)
+                    sync_folder(self._home)
         except BaseException:
             self._forget(path)
             _discard(part)
@@ -323,7 +323,7 @@ class DiskStore:
             _discard(record.path)
             raise StoreError(f"KV record {name} is {error}; it was deleted") from None
         except OSError as error:
-            raise _store_error(f"read KV record {name}", error) from error
+            raise store_error(f"read KV record {name}", error) from error
 
     # -- the end of a record, and of the store
 
@@ -333,7 +333,7 @@ class DiskStore:
         Raises StoreError when it cannot be deleted; it still counts then.
         """
         self._require_open()  # another process may own the folder now
-        with _disk_errors(f"remove KV record {record.path.name}"):
+        with disk_errors(f"remove KV record {record.path.name}"):
             record.path.unlink(missing_ok=True)
         self._forget(record.path)
 
@@ -352,7 +352,7 @@ class DiskStore:
     def _names(self) -> list[str]:
         """Names of the records, oldest first. Removes what killed processes were writing."""
         found = []
-        with _disk_errors(f"read the KV in {self._home}"), os.scandir(self._home) as entries:
+        with disk_errors(f"read the KV in {self._home}"), os.scandir(self._home) as entries:
             for entry in entries:
                 part = _PART.fullmatch(entry.name)
                 if part and part[1] != self._run:  # we own the folder: nobody writes it any more
@@ -407,7 +407,7 @@ def _make_key(path: Path) -> None:
     finally:
         os.close(descriptor)
     part.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _read_key(path: Path) -> bytes:
@@ -469,31 +469,3 @@ def _discard(path: Path) -> None:
     """Delete a file if that is possible; a link, not what it leads to."""
     with contextlib.suppress(OSError):
         path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable. Windows cannot open folders, and has no need to."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_errors(action: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _store_error(action, error) from error
-    except NotImplementedError as error:  # filelock: the file system has no locks
-        raise StoreError(f"cannot {action}: {error}") from error
-
-
-def _store_error(action: str, error: OSError) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(f"cannot {action}: the disk is full")
-    where = f" ({error.filename})" if error.filename else ""
-    return StoreError(f"cannot {action}: {error.strerror or error}{where}")

@@ -14,7 +14,6 @@ ref whose blob has the recorded size is complete, and resolving one costs a read
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mullama.errors import ReferenceNotFound, StoreError
+from mullama.files import disk_errors, store_error, sync_folder
 from mullama.models import gguf
 from mullama.models.reference import Reference, aliases
 from mullama.models.sources import Progress, Sink, load_source
@@ -137,7 +137,7 @@ class Store:
         try:
             paths = sorted(self._refs.glob("*.json"))
         except OSError as error:
-            raise _store_error("read the store", error) from None
+            raise store_error("read the store", error) from None
         entries = [entry for path in paths if (entry := self._read_ref(path)) and self._is_complete(entry)]
         return sorted(entries, key=lambda entry: entry.key)
 
@@ -155,7 +155,7 @@ class Store:
             raise ReferenceNotFound(f"{reference.key} is a local file; it is used where it lies and needs no pull")
         if not force and (entry := self.find(reference.key)):
             return entry
-        with _disk_errors(f"keep {reference.key} in the store {self.root}"):
+        with disk_errors(f"keep {reference.key} in the store {self.root}"):
             for folder in (self._blobs, self._refs, self._tmp, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
             with self._key_lock(reference.key, progress):
@@ -172,9 +172,9 @@ class Store:
         path = self._ref_path(key)
         if not self.has(key):
             raise ReferenceNotFound(f"'{key}' is not in the store")
-        with _disk_errors(f"remove {key} from the store"), self._store_lock():
+        with disk_errors(f"remove {key} from the store"), self._store_lock():
             path.unlink(missing_ok=True)
-            _sync_folder(self._refs)
+            sync_folder(self._refs)
             return self._drop_unused_blobs()
 
     # -- the steps of a pull; the caller holds the key's lock
@@ -220,7 +220,7 @@ class Store:
                 # On Windows an open file cannot be replaced, and need not be.
                 with contextlib.suppress(*((PermissionError,) if blob.exists() else ())):
                     part.replace(blob)
-                _sync_folder(self._blobs)
+                sync_folder(self._blobs)
                 return self._write_ref(reference, filename, sink.sha256, sink.size)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -246,7 +246,7 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        _sync_folder(self._refs)
+        sync_folder(self._refs)
         return entry
 
     def _check_space(self, reference: Reference) -> None:
@@ -377,31 +377,3 @@ def _verify(reference: Reference, sink: Sink) -> None:
 
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in the folder durable. Windows cannot open folders, and has no need to."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _disk_errors(action: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _store_error(action, error) from error
-    except NotImplementedError as error:  # filelock: the file system has no locks
-        raise StoreError(f"cannot {action}: {error}") from error
-
-
-def _store_error(action: str, error: OSError) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(f"cannot {action}: the disk is full")
-    where = f" ({error.filename})" if error.filename else ""
-    return StoreError(f"cannot {action}: {error.strerror or error}{where}")

@@ -38,6 +38,19 @@ def run(coroutine: Any) -> Any:
     return asyncio.run(coroutine)
 
 
+def test_a_stopped_reply_keeps_the_history_of_its_chat(make_engine: Make) -> None:
+    engine = make_engine(parallel=1, ctx_size=1024)
+    one(engine, tokens(1, 200))
+    (running,) = submit(engine, request("stopped", [*tokens(1, 200), 70, 71], n=700))
+    next(running)  # it took the history over in place, and decodes
+    running.cancel()
+    for _ in running:
+        pass
+    assert engine.kv.snapshot()["cells_used"] == 0, "its cells are free"
+    again = one(engine, [*tokens(1, 200), 72]).profile
+    assert (again.kv_cache_source, again.kv_cache_hit) == ("host", 200)
+
+
 # -- eviction ------------------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,12 @@ def test_ctrl_c_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from mullama.cli import version
 
     monkeypatch.setattr(version, "llama_commit", lambda: signal.raise_signal(signal.SIGINT))
-    status, _, err = run("version")
+    # A shell starts what it puts in the background with Ctrl-C ignored, also a test run.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status, _, err = run("version")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (status, err.strip()) == (130, "")
 
 

@@ -1,0 +1,41 @@
+"""What the stores on disk share: durable renames, and the system's errors in words."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mullama.errors import StoreError
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder durable. Windows cannot open folders, and has no need to."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(action: str) -> Iterator[None]:
+    """What the system refuses inside becomes a StoreError: "cannot ACTION: reason"."""
+    try:
+        yield
+    except OSError as error:
+        raise store_error(action, error) from error
+    except NotImplementedError as error:  # filelock: the file system has no locks
+        raise StoreError(f"cannot {action}: {error}") from error
+
+
+def store_error(action: str, error: OSError) -> StoreError:
+    """The StoreError that says why something could not be done."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(f"cannot {action}: the disk is full")
+    where = f" ({error.filename})" if error.filename else ""
+    return StoreError(f"cannot {action}: {error.strerror or error}{where}")
