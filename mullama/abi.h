@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define MULLAMA_ABI_MAGIC   0x00414D414C4C554Dull /* "MULLAMA\0", little-endian */
-#define MULLAMA_ABI_VERSION 3u
+#define MULLAMA_ABI_VERSION 4u
 
 /* F(type, name): every field is named once, here. */
 #define MULLAMA_HEADER_FIELDS(F)                                                              \
@@ -86,6 +86,11 @@
     F(uint64_t, kv_restore_ns)                                                                \
     F(uint64_t, kv_copy_bytes)    /* prefixes copied from one slot to another */              \
     F(uint64_t, kv_copy_ns)                                                                   \
+    F(uint64_t, turn_wait_ns)     /* waiting while another engine computes */                 \
+    F(uint64_t, weight_swaps)     /* times that other weights took over */                    \
+    F(uint64_t, weight_swap_bytes) /* KV carried over to them */                              \
+    F(uint64_t, weight_swap_ns)   /* engine time for that, copying ahead included */          \
+    F(uint64_t, weight_pause_ns)  /* gauge: last swap, last step before to first step after */ \
     F(uint64_t, checksum)
 
 /* A row is copied whole into the finish record, so that profiles lose nothing. */
@@ -183,13 +188,14 @@ enum {
     S(STORE,   15, "a = tokens copied out for the prefix tiers, b = bytes")                   \
     S(RESTORE, 16, "a = tokens put back from them, b = bytes")                                \
     S(COPY,    17, "a = slot that held the prefix, b = tokens")                               \
-    S(SHIFT,   18, "a = tokens dropped, b = tokens left")
+    S(SHIFT,   18, "a = tokens dropped, b = tokens left")                                     \
+    S(WEIGHTS, 19, "a = running sequences that go on with other weights, b = bytes of KV carried over")
 
 enum {
 #define MULLAMA_SITE_ENUM(name, number, doc) MULLAMA_SITE_##name = number,
     MULLAMA_SITES(MULLAMA_SITE_ENUM)
 #undef MULLAMA_SITE_ENUM
-    MULLAMA_SITE_COUNT = 19
+    MULLAMA_SITE_COUNT = 20
 };
 
 #endif

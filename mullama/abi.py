@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MAGIC = 0x00414D414C4C554D  # b"MULLAMA\0", little-endian
-VERSION = 3
+VERSION = 4
 
 u32, i32, u64, i64 = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int64
 
@@ -31,7 +31,7 @@ FINISH_REASONS = {0: "none", 1: "stop", 2: "length", 3: "cancelled", 4: "error"}
 SITES = {
     1: "OPEN", 2: "PLAN", 3: "UBATCH_BEGIN", 4: "UBATCH_END", 5: "SAMPLE", 6: "FINISH", 7: "CLOSE", 8: "MOVE",
     9: "EVICT", 10: "THREADS", 11: "RING_STALL", 12: "IDLE", 13: "PREEMPT", 14: "RESUME",
-    15: "STORE", 16: "RESTORE", 17: "COPY", 18: "SHIFT",
+    15: "STORE", 16: "RESTORE", 17: "COPY", 18: "SHIFT", 19: "WEIGHTS",
 }  # fmt: skip
 
 
@@ -60,7 +60,8 @@ class Counters(ctypes.Structure):
         "failed", "kv_hit_tokens", "kv_miss_tokens", "kv_evict_tokens", "kv_moves", "kv_move_bytes", "kv_move_ns",
         "decode_retries", "thread_changes", "threads", "running", "waiting", "retained", "cells_used",
         "preemptions", "swap_bytes", "swap_ns", "parked", "parked_bytes",
-        "kv_store_bytes", "kv_store_ns", "kv_restore_bytes", "kv_restore_ns", "kv_copy_bytes", "kv_copy_ns", "checksum",
+        "kv_store_bytes", "kv_store_ns", "kv_restore_bytes", "kv_restore_ns", "kv_copy_bytes", "kv_copy_ns",
+        "turn_wait_ns", "weight_swaps", "weight_swap_bytes", "weight_swap_ns", "weight_pause_ns", "checksum",
     )]  # fmt: skip
 
 

@@ -3,31 +3,45 @@
 model     weights, vocabulary, chat template
 sampling  SamplingParams to a sampler chain
 governor  thread count from measured step times
+arbiter   whose turn it is to compute, among the engines of a process
 page      the writing side of the instrumentation page
+context   a llama.cpp context and its limits
 loop      slots, batch, decode, sample, commit: the hot loop
 cells     KV in and out of the slots: rows, checkpoints, copies
+swap      other weights under a running loop
+quantize  llama.cpp's quantisation, for a process of its own
 """
 
+from mullama._core.arbiter import Arbiter, arbiter
 from mullama._core.cells import Cells
+from mullama._core.context import Context
 from mullama._core.governor import Governor
 from mullama._core.loop import FINISH, TEXT, Core, Parked, StopText
 from mullama._core.model import Model, devices, llama_cpp_version, set_log_level, system_info
 from mullama._core.page import Page
+from mullama._core.quantize import quantize, quantize_types
 from mullama._core.sampling import check_params
+from mullama._core.swap import Carrier
 
 __all__ = [
     "FINISH",
     "TEXT",
+    "Arbiter",
+    "Carrier",
     "Cells",
+    "Context",
     "Core",
     "Governor",
     "Model",
     "Page",
     "Parked",
     "StopText",
+    "arbiter",
     "check_params",
     "devices",
     "llama_cpp_version",
+    "quantize",
+    "quantize_types",
     "set_log_level",
     "system_info",
 ]

@@ -43,6 +43,8 @@ cdef class Cells:
         self.core.check_slot(slot)
         if not 0 <= p0 < p1 <= self.core.slots[slot].n_past:
             raise ValueError(f"slot {slot} holds KV of [0, {self.core.slots[slot].n_past}), not of [{p0}, {p1})")
+        if not self.core.bring(slot, p1):
+            raise RuntimeError(f"the KV of slot {slot} could not be carried over to the new weights")
         return 0
 
     def save(self, int slot, int p0, int p1):
@@ -89,6 +91,9 @@ cdef class Cells:
         cdef uint64_t began = now_ns()
         if s.open():
             raise RuntimeError(f"slot {slot} is in use")
+        if not self.core.bring(slot, s.n_past):
+            self.core.clear_slot(slot)
+            return False
         n_new = len(tokens)
         for token in tokens:
             if not 0 <= token < self.core.model.n_vocab:
@@ -138,7 +143,7 @@ cdef class Cells:
 
     cdef int lose_from(self, int slot, int n) except -1:
         """Take back what a failed ``extend`` put behind the first ``n`` tokens; all of them where that cannot be."""
-        if self.needs_checkpoint or n == 0 or not llama_memory_seq_rm(self.core.mem, slot, n, -1):
+        if self.needs_checkpoint or n == 0 or not self.core.cut(slot, n):
             self.core.clear_slot(slot)
         return 0
 
@@ -196,7 +201,7 @@ cdef class Cells:
         if s.state != MULLAMA_SLOT_RETAINED or n < 0:
             raise ValueError(f"slot {slot} retains nothing that could be cut to {n} tokens")
         if n < s.n_past:
-            if self.can_cut(slot, n) and llama_memory_seq_rm(self.core.mem, slot, n, -1):
+            if self.can_cut(slot, n) and self.core.cut(slot, n):
                 s.n_past = n
                 s.tokens.resize(n)
             else:

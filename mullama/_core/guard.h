@@ -2,6 +2,7 @@
 #pragma once
 
 #include "llama.h"
+#include "llama-cells.h"
 
 #include <cstdio>
 #include <exception>
@@ -32,6 +33,30 @@ inline int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard 
         guard.keep("unknown C++ exception");
     }
     return CORE_EXCEPTION;
+}
+
+inline bool guarded_get_rows(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, void * dst,
+                             Guard & guard) noexcept {
+    try {
+        return llama_cells_get_rows(ctx, 0, seq, p0, p1, dst);
+    } catch (const std::exception & e) {
+        guard.keep(e.what());
+    } catch (...) {
+        guard.keep("unknown C++ exception");
+    }
+    return false;
+}
+
+inline bool guarded_put_rows(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, const void * src,
+                             Guard & guard) noexcept {
+    try {
+        return llama_cells_put_rows(ctx, 0, seq, p0, p1, src);
+    } catch (const std::exception & e) {
+        guard.keep(e.what());
+    } catch (...) {
+        guard.keep("unknown C++ exception");
+    }
+    return false;
 }
 
 // Apply a chain to candidates and accept the choice. Returns the token or -1.

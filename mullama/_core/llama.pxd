@@ -147,12 +147,18 @@ cdef extern from "llama.h" nogil:
     void llama_free(llama_context * ctx)
     void llama_attach_threadpool(llama_context * ctx, ggml_threadpool_t pool, ggml_threadpool_t pool_batch)
     void llama_detach_threadpool(llama_context * ctx)
+    void llama_set_abort_callback(llama_context * ctx, ggml_abort_callback callback, void * data)
+    const llama_model * llama_get_model(const llama_context * ctx)
     void llama_set_n_threads(llama_context * ctx, int32_t n_threads, int32_t n_threads_batch)
 
     uint32_t llama_n_ctx_seq(const llama_context * ctx)
     uint32_t llama_n_ctx(const llama_context * ctx)
     uint32_t llama_n_batch(const llama_context * ctx)
     llama_memory_t llama_get_memory(const llama_context * ctx)
+    const char * llama_vocab_get_text(const llama_vocab * vocab, llama_token token)
+    size_t llama_state_get_size(llama_context * ctx) except +
+    size_t llama_state_get_data(llama_context * ctx, uint8_t * dst, size_t size) except +
+    size_t llama_state_set_data(llama_context * ctx, const uint8_t * src, size_t size) except +
     const llama_vocab * llama_model_get_vocab(const llama_model * model)
     int32_t llama_model_n_ctx_train(const llama_model * model)
     int32_t llama_model_n_embd(const llama_model * model)

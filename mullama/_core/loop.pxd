@@ -4,6 +4,8 @@ from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.arbiter cimport Arbiter, Flag
+from mullama._core.context cimport Context
 from mullama._core.governor cimport Governor
 from mullama._core.llama cimport *
 from mullama._core.model cimport Model
@@ -72,9 +74,6 @@ cdef extern from "wake.h" namespace "mullama" nogil:
 cdef extern from "clock.h" namespace "mullama" nogil:
     uint64_t now_ns()
     void sleep_us(int us)
-    cppclass Flag:
-        void set(int v)
-        int get()
     cppclass NeighbourLoad:
         double read()
         uint64_t age_ns()
@@ -96,6 +95,9 @@ cdef extern from "guard.h" namespace "mullama" nogil:
         CORE_EXCEPTION "mullama::CORE_EXCEPTION"
     cppclass Guard:
         const char * message
+    cbool guarded_get_rows(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, void * dst, Guard & guard)
+    cbool guarded_put_rows(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, const void * src,
+                           Guard & guard)
     int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard & guard)
     llama_token guarded_sample(llama_sampler * chain, llama_token_data_array * candidates, Guard & guard)
 
@@ -115,7 +117,16 @@ cdef class Parked:
 
 
 cdef class Core:
-    cdef readonly Model model
+    cdef readonly Context context
+    cdef readonly Model model          # of the context
+    cdef Context target                # being prepared to take over (swap.pyx)
+    cdef Context source                # was in charge before; slots that have not come over are still there
+    cdef vector[int32_t] ahead         # tokens of each slot whose KV the target has already
+    cdef vector[int32_t] away          # those that have come over from the source; -1: all, nothing is left behind
+    cdef uint64_t switched_ns          # last step of the old weights ended; 0: the new ones have taken one
+    cdef uint64_t reused_before        # graphs reused by contexts before this one
+    cdef readonly Arbiter turns
+    cdef readonly int seat             # of the arbiter
     cdef readonly Page page
     cdef readonly Governor governor
     cdef readonly int n_slots
@@ -139,7 +150,6 @@ cdef class Core:
     cdef vector[uint8_t] state_b
     cdef string released
     cdef vector[char] long_piece
-    cdef bint counted                  # among the model's users
     cdef vector[int32_t] plan_decode
     cdef vector[int32_t] plan_prefill
     cdef vector[int32_t] plan_chunk
@@ -175,7 +185,15 @@ cdef class Core:
     cdef void clear_slot(self, int slot) noexcept nogil
     cdef void lose(self, int slot) noexcept nogil
     cdef void forget(self, Parked parked) noexcept
-    cdef int set_up(self, int n_threads, bint threads_fixed, page_path) except -1
+    cdef void take_on(self, Context context) noexcept
+    cdef void attach(self, llama_context * ctx) noexcept nogil
+    cdef int set_up(self, page_path) except -1
     cdef void release(self) noexcept
-    cdef int warm_up(self) except -1
-    cdef bint try_threads(self, int threads, int pos, int n_tokens, bint note) except? True
+    cdef int warm_up(self, llama_context * ctx, Governor governor) except -1
+    cdef bint try_threads(self, llama_context * ctx, Governor governor, int threads, int pos, int n_tokens,
+                          bint note) except? True
+    cdef void resume_pool(self) noexcept nogil
+    cdef bint cut(self, int slot, int n) noexcept nogil
+    cdef int keep_head(self, int slot, int n) noexcept
+    cdef bint bring(self, int slot, int n) noexcept nogil
+    cdef bint carry_rows(self, llama_context * src, llama_context * dst, int slot, int p0, int p1) noexcept nogil

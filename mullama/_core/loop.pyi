@@ -2,6 +2,8 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
 
+from mullama._core.arbiter import Arbiter
+from mullama._core.context import Context
 from mullama._core.governor import Governor
 from mullama._core.model import Model
 from mullama._core.page import Page
@@ -18,7 +20,10 @@ class Parked:
     def left(self) -> int: ...
 
 class Core:
+    context: Context
     model: Model
+    turns: Arbiter
+    seat: int
     page: Page
     governor: Governor
     n_slots: int
@@ -30,17 +35,18 @@ class Core:
         self,
         model: Model,
         *,
+        n_threads: int = 1,
+        threads_fixed: bool = False,
+        page_path: str | PathLike[str] | None = None,
+        turns: Arbiter | None = None,
         n_slots: int,
         n_ctx: int,
         n_batch: int = 512,
-        n_threads: int = 1,
-        threads_fixed: bool = False,
         flash_attn: str = "auto",
         type_k: str = "f16",
         type_v: str = "f16",
         unified_cells: int = 0,
         reference: bool = False,
-        page_path: str | PathLike[str] | None = None,
     ) -> None: ...
     def close(self) -> None: ...
     def note_plan(self, plan_ns: int, waiting: int, n_decode: int, n_prefill: int) -> None: ...
@@ -86,6 +92,10 @@ class Core:
     def exchange(self, a: int, b: int) -> int: ...
     def preempt(self, slot: int, *, save: bool) -> Parked: ...
     def resume(self, slot: int, parked: Parked, *, reuse: int = 0, evicted: int = 0) -> None: ...
+    def hand_over(
+        self, parked: Parked, other: Core, tokens: Sequence[int] | None = None, params: SamplingParams | None = None
+    ) -> None: ...
+    def rename(self, parked: Parked, handle: int) -> None: ...
     def cancel_parked(self, parked: Parked) -> None: ...
     def run(
         self,
@@ -101,6 +111,7 @@ class Core:
     def cell_runs(self, slot: int, cache: int = 0) -> list[tuple[int, int, int]]: ...
     def audit(self) -> list[str]: ...
     def state_bytes(self, slot: int) -> int: ...
+    def memory(self) -> dict[str, Any]: ...
     def inject_nan(self, slot: int) -> None: ...
     def damage_parked(self, parked: Parked) -> None: ...
     def ring_usage(self) -> tuple[int, int]: ...

@@ -21,13 +21,17 @@ from libc.math cimport NAN
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from mullama._core.arbiter cimport Arbiter
+from mullama._core.context cimport Context
 from mullama._core.sampling cimport Chain, build_chain
+from mullama._core.arbiter import arbiter as default_arbiter
 from mullama.errors import ComputeFailed, InvalidRequest, ModelLoadError
 
 cdef enum:
     RING_BYTES = 1 << 20
     MAX_PIECE = 512
     WARM_UP_PREFILL = 16       # tokens
+    CARRY_TOKENS = 64          # at a time, when KV goes to another context
 
 # A shorter idle time says too little of what others do.
 cdef uint64_t IDLE_LOOK_NS = 200 * 1000 * 1000
@@ -68,95 +72,65 @@ cdef class Core:
         memset(&self.batch, 0, sizeof(llama_batch))
         memset(&self.counters, 0, sizeof(mullama_counters))
 
-    def __init__(self, Model model not None, *, int n_slots, int n_ctx, int n_batch=512, int n_threads=1,
-                 bint threads_fixed=False, flash_attn="auto", type_k="f16", type_v="f16", int unified_cells=0,
-                 bint reference=False, page_path=None):
-        """Make a context of ``n_slots`` sequences of ``n_ctx`` tokens each (rounded up to 256 by llama.cpp).
+    def __init__(self, Model model not None, *, int n_threads=1, bint threads_fixed=False, page_path=None,
+                 Arbiter turns=None, **sizes):
+        """Make a Context (``sizes`` are its arguments) and all that it takes to compute with it.
 
-        ``n_batch`` is the most tokens one decode computes. Each slot has cells of its own (a stream), unless there are
-        ``unified_cells`` for all of them together. ``type_k``, ``type_v``: types of the cells, by ggml's names.
-        ``reference``: compute so that results do not depend on what is computed beside them (CPU; slower).
-        Raises ModelLoadError when it does not fit.
+        ``turns`` is the arbiter that the engines of a process share. Raises ModelLoadError when it does not fit.
         """
-        model.check()
-        if model.vocab_only:
-            raise ModelLoadError("this model was loaded without weights")
-        facts = model.facts()
-        if facts["has_encoder"] or not facts["has_decoder"] or facts["is_diffusion"]:
-            raise ModelLoadError(f"{model.path}: only decoder-only text models can be served "
-                                 f"({facts['architecture']} is not one)")
-        if not 1 <= n_slots <= <int> llama_max_parallel_sequences():
-            raise ModelLoadError(f"parallel must be 1 to {llama_max_parallel_sequences()}, got {n_slots}",
-                                 param="parallel")
-        if not 32 <= n_batch <= 1 << 14 or not 16 <= n_ctx <= 1 << 24 or not 1 <= n_threads <= 512:
+        if not 1 <= n_threads <= 512:
             raise ModelLoadError("n_batch must be 32 to 16384, n_ctx 16 to 16777216, n_threads 1 to 512")
-        cdef ggml_type k_type = cell_type(type_k, "kv_type_k")
-        cdef ggml_type v_type = cell_type(type_v, "kv_type_v")
-        if unified_cells and not 256 <= unified_cells <= 1 << 28:
-            raise ModelLoadError("unified_cells must be 256 to 268435456")
-        self.model = model
-        self.n_slots = n_slots
-        self.unified = unified_cells > 0
-        self.n_batch = max(n_batch, n_slots)
-        self.n_swa = facts["n_swa"]
-        self.can_trim = not (facts["is_recurrent"] or facts["is_hybrid"])
-        self.can_abort = self.can_trim
+        self.turns = turns or default_arbiter
+        self.deadline.at_ns = 0
+        cdef Context context = Context(model, **sizes)
+        self.n_slots = context.n_slots
+        self.n_batch = context.n_batch
+        self.unified = context.unified
         # An idle pool sleeps at once (poll 0): a spinning one takes the event loop's core.
         cdef ggml_threadpool_params pool_params = ggml_threadpool_params_default(n_threads)
         pool_params.poll = 0
         pool_params.paused = True
         self.pool_paused = True
-        cdef llama_context_params params = llama_context_default_params()
-        # llama.cpp divides n_ctx by the number of streams and rounds up to 256 cells.
-        n_ctx = (n_ctx + 255) // 256 * 256
-        params.n_ctx = n_ctx * n_slots if not self.unified else (unified_cells + 255) // 256 * 256
-        params.n_batch = params.n_ubatch = self.n_batch
-        params.n_seq_max = n_slots
-        params.n_outputs_max = n_slots
-        params.n_threads = params.n_threads_batch = n_threads
-        params.flash_attn_type = {"auto": LLAMA_FLASH_ATTN_TYPE_AUTO, "on": LLAMA_FLASH_ATTN_TYPE_ENABLED,
-                                  "off": LLAMA_FLASH_ATTN_TYPE_DISABLED}[flash_attn]
-        params.kv_unified = self.unified
-        params.type_k = k_type
-        params.type_v = v_type
-        params.swa_full = False
-        params.no_perf = True
-        params.abort_callback = Deadline.expired
-        params.abort_callback_data = &self.deadline
         with nogil:
             self.pool = pool_new(&pool_params)
         if self.pool is NULL:
             raise ModelLoadError("the thread pool could not be created")
-        with nogil:
-            self.ctx = llama_init_from_model(model.ptr, params)
-        if self.ctx is NULL:
-            from mullama._core.model import _last_error
-            raise ModelLoadError(f"no context of {n_slots} x {n_ctx} tokens: {_last_error('llama.cpp refused')}")
-        self.n_ctx = min(llama_n_ctx_seq(self.ctx), n_ctx)
-        if reference and not llama_set_reference(self.ctx, True):
-            llama_free(self.ctx)
-            self.ctx = NULL
-            raise ModelLoadError("deterministic computation needs the CPU backend", param="deterministic")
-        model.n_users += 1
-        self.counted = True
+        self.threads_set = n_threads
+        self.governor = Governor(n_threads, threads_fixed)
+        self.synchronous = not llama_supports_gpu_offload()
+        self.seat = self.turns.table.get().join()
+        self.take_on(context)
         try:
-            self.set_up(n_threads, threads_fixed, page_path)
+            self.set_up(page_path)
         except BaseException:
             self.close()
             raise
 
-    cdef int set_up(self, int n_threads, bint threads_fixed, page_path) except -1:
+    cdef void take_on(self, Context context) noexcept:
+        """Compute with this context from now on."""
+        self.context = context
+        self.model = context.model
+        self.ctx = context.ctx
+        self.mem = context.mem
+        self.n_ctx = context.n_ctx
+        self.n_swa = context.n_swa
+        self.can_trim = self.can_abort = context.can_trim
+        self.can_shift = context.can_shift
+        self.eog = context.eog
+        self.attach(context.ctx)
+
+    cdef void attach(self, llama_context * ctx) noexcept nogil:
+        """Give a context this core's threads, deadline and thread count."""
+        llama_attach_threadpool(ctx, self.pool, self.pool)
+        llama_set_abort_callback(ctx, Deadline.expired, &self.deadline)
+        llama_set_n_threads(ctx, self.threads_set, self.threads_set)
+
+    cdef int set_up(self, page_path) except -1:
         """The rest of __init__, once the context exists."""
-        cdef Model model = self.model
-        self.mem = llama_get_memory(self.ctx)
-        self.can_shift = self.can_trim and self.n_swa == 0 and llama_memory_can_shift(self.mem) \
-            and llama_cells_token_bytes(self.ctx, 0) > 0
-        llama_attach_threadpool(self.ctx, self.pool, self.pool)
-        self.threads_set = n_threads
-        self.governor = Governor(n_threads, threads_fixed)
-        self.synchronous = not llama_supports_gpu_offload()
         self.batch = llama_batch_init(self.n_batch, 0, 1)
         self.slots.resize(self.n_slots)
+        self.ahead.resize(self.n_slots, 0)
+        self.away.resize(self.n_slots, -1)
         self.ring.reset(new Ring(RING_BYTES))
         if not self.wake.open():
             raise ModelLoadError("no file descriptor left for the wake-up")
@@ -164,11 +138,8 @@ cdef class Core:
             self.page = Page(self.n_slots, page_path)
         except OSError as error:
             raise ModelLoadError(f"the instrumentation page {page_path} cannot be made: {error.strerror}") from None
-        cdef llama_token token
-        for token in range(model.n_vocab):
-            if llama_vocab_is_eog(model.vocab, token):
-                self.eog.push_back(token)
-        self.warm_up()
+        self.neighbours.read()
+        self.warm_up(self.ctx, self.governor)
         self.publish()
         return 0
 
@@ -187,66 +158,75 @@ cdef class Core:
         cdef size_t i
         for i in range(self.slots.size()):
             self.slots[i].end_request()
-        if self.ctx is not NULL:
-            with nogil:
-                llama_free(self.ctx)
-            self.ctx = NULL
+        self.ctx = NULL
+        self.mem = NULL
+        for context in (self.context, self.target, self.source):
+            if context is not None:
+                (<Context> context).release()
+        self.context = self.target = self.source = None
         if self.pool is not NULL:
             with nogil:
                 pool_free(self.pool)
             self.pool = NULL
-        if self.counted:
-            self.counted = False
-            self.model.n_users -= 1
+        if self.seat != 0:
+            self.turns.table.get().leave(self.seat)
+            self.seat = 0
         self.wake.close()
 
-    cdef int warm_up(self) except -1:
+    cdef int warm_up(self, llama_context * ctx, Governor governor) except -1:
         """Fault the weights in and give the governor its first figures: single tokens, on one thread and on all.
 
-        One thread comes first and needs no luck; its cost is the measure that all threads must keep, also here.
+        One thread comes first and needs no luck; its cost is the measure that all threads must keep, also here. The
+        context must be empty, and is so again.
         """
-        cdef Governor governor = self.governor
         cdef int i
-        self.neighbours.read()
+        cdef llama_memory_t mem = llama_get_memory(ctx)
         if not governor.fixed:
             for i in range(3):
-                self.try_threads(1, i, 1, i > 0)
-            self.try_threads(1, 3, min(WARM_UP_PREFILL, self.n_batch), True)
-            llama_memory_clear(self.mem, False)
+                self.try_threads(ctx, governor, 1, i, 1, i > 0)
+            self.try_threads(ctx, governor, 1, 3, min(WARM_UP_PREFILL, self.n_batch), True)
+            llama_memory_clear(mem, False)
         for i in range(3):
-            if not self.try_threads(governor.n_max, i, 1, i > 0):
+            if not self.try_threads(ctx, governor, governor.n_max, i, 1, i > 0):
                 break
-        llama_memory_clear(self.mem, False)
+        llama_memory_clear(mem, False)
         return 0
 
-    cdef bint try_threads(self, int threads, int pos, int n_tokens, bint note) except? True:
-        """Decode ``n_tokens`` from ``pos`` on in slot 0. False: given up, since it took too long on these threads."""
+    cdef bint try_threads(self, llama_context * ctx, Governor governor, int threads, int pos, int n_tokens,
+                          bint note) except? True:
+        """Decode ``n_tokens`` from ``pos`` on as sequence 0. False: given up, since it took too long on these threads.
+        """
         cdef int i, rc
         cdef uint64_t start, end
+        cdef const llama_vocab * vocab = llama_model_get_vocab(llama_get_model(ctx))
         for i in range(n_tokens):
-            self.batch.token[i] = max(llama_vocab_bos(self.model.vocab), 0)
+            self.batch.token[i] = max(llama_vocab_bos(vocab), 0)
             self.batch.pos[i] = pos + i
             self.batch.n_seq_id[i] = 1
             self.batch.seq_id[i][0] = 0
             self.batch.logits[i] = i == n_tokens - 1
         self.batch.n_tokens = n_tokens
-        llama_set_n_threads(self.ctx, threads, threads)
-        self.threads_set = threads
-        start = now_ns()
-        cdef uint64_t allowance = self.governor.allowance(n_tokens) if threads > 1 and self.can_abort else 0
-        self.deadline.at_ns = start + allowance if allowance != 0 else 0
+        llama_set_n_threads(ctx, threads, threads)
+        cdef uint64_t allowance = governor.allowance(n_tokens) if threads > 1 and self.can_abort else 0
+        cdef bint turn
         with nogil:
-            rc = guarded_decode(self.ctx, self.batch, self.guard)
-            llama_synchronize(self.ctx)
-        end = now_ns()
-        self.deadline.at_ns = 0
+            turn = self.turns.acquire(self.seat, self.deadline.stop)
+            start = now_ns()
+            self.deadline.at_ns = start + allowance if allowance != 0 else 0
+            rc = guarded_decode(ctx, self.batch, self.guard) if turn else 2
+            llama_synchronize(ctx)
+            end = now_ns()
+            self.deadline.at_ns = 0
+            if turn:
+                self.turns.release(self.seat, end - start)
+        llama_set_n_threads(ctx, self.threads_set, self.threads_set)
         if rc == 2 and allowance != 0:
-            self.governor.measured(n_tokens, threads, end - start, True, end)
+            governor.measured(n_tokens, threads, end - start, True, end)
             return False
         if rc != 0:
             raise ModelLoadError(f"the first decode failed with code {rc} {self.guard.message.decode()}")
         if note:
-            self.governor.measured(n_tokens, threads, end - start, False, end)
+            governor.measured(n_tokens, threads, end - start, False, end)
         return True
 
     # -- instrumentation ------------------------------------------------------------------------------
@@ -285,7 +265,7 @@ cdef class Core:
         self.counters.waiting = self.waiting
         self.counters.threads = self.threads_set
         self.counters.thread_changes = self.governor.changes
-        self.counters.graphs_reused = llama_perf_context(self.ctx).n_reused
+        self.counters.graphs_reused = self.reused_before + llama_perf_context(self.ctx).n_reused
         self.counters.heartbeat_ns = now_ns()
         self.page.put_counters(self.counters)
 
@@ -521,10 +501,7 @@ cdef class Core:
         for stop in params.stop:
             stops.push_back(stop.encode("utf-8", "surrogatepass"))
         cdef Chain chain = build_chain(self.model, params, self.n_ctx, bias)
-        if s.n_past > reuse:
-            if reuse == 0 or not llama_memory_seq_rm(self.mem, slot, reuse, -1):
-                llama_memory_seq_rm(self.mem, slot, -1, -1)
-                reuse = 0
+        reuse = self.keep_head(slot, reuse)
         s.n_past = reuse
         s.tokens.swap(tokens)
         s.state = MULLAMA_SLOT_PREFILL
@@ -592,11 +569,63 @@ cdef class Core:
 
     cdef void clear_slot(self, int slot) noexcept nogil:
         cdef Slot * s = &self.slots[slot]
-        llama_memory_seq_rm(self.mem, slot, -1, -1)
+        self.cut(slot, 0)
         s.tokens.clear()
         s.n_past = 0
         s.end_request()
         s.state = MULLAMA_SLOT_FREE
+
+    # -- the KV of a slot while the weights change (swap.pyx) ------------------------------------------------
+
+    cdef bint cut(self, int slot, int n) noexcept nogil:
+        """Remove the KV of a slot from position ``n`` on, wherever it is. False where llama.cpp cannot."""
+        if self.target is not None and self.ahead[slot] > n:
+            llama_memory_seq_rm(self.target.mem, slot, n if n > 0 else -1, -1)
+            self.ahead[slot] = n
+        if self.away[slot] >= 0:
+            if n > self.away[slot]:
+                return True  # what is removed never came over
+            self.away[slot] = -1
+        return llama_memory_seq_rm(self.mem, slot, n if n > 0 else -1, -1)
+
+    cdef int keep_head(self, int slot, int n) noexcept:
+        """Keep the KV of the first ``n`` tokens of a slot, or none where that cannot be done. Returns those kept."""
+        cdef Slot * s = &self.slots[slot]
+        if n > 0 and (not self.bring(slot, n) or (s.n_past > n and not self.cut(slot, n))):
+            n = 0
+        if n == 0:
+            self.cut(slot, 0)
+        s.n_past = n
+        return n
+
+    cdef bint bring(self, int slot, int n) noexcept nogil:
+        """See that the first ``n`` tokens' KV of a slot is in the context in charge, where it was left behind.
+
+        False: that failed, and the slot has no KV any more.
+        """
+        cdef int at = self.away[slot]
+        if at < 0 or n <= at:
+            return True
+        if not self.carry_rows(self.source.ctx, self.ctx, slot, at, n):
+            self.cut(slot, 0)
+            return False
+        self.away[slot] = n if n < self.slots[slot].n_past else -1
+        return True
+
+    cdef bint carry_rows(self, llama_context * src, llama_context * dst, int slot, int p0, int p1) noexcept nogil:
+        """Copy the KV of [p0, p1) of a slot from one context to another. False: one of them refused."""
+        cdef size_t token_bytes = self.context.token_bytes
+        cdef int at = p0, end
+        if self.state_a.size() < CARRY_TOKENS * token_bytes:
+            self.state_a.resize(CARRY_TOKENS * token_bytes)
+        while at < p1:
+            end = min(at + <int> CARRY_TOKENS, p1)
+            if not guarded_get_rows(src, slot, at, end, self.state_a.data(), self.guard) \
+                    or not guarded_put_rows(dst, slot, at, end, self.state_a.data(), self.guard):
+                return False
+            self.counters.weight_swap_bytes += (end - at) * token_bytes
+            at = end
+        return True
 
     def evict(self, int slot, int lost=-1):
         """Drop a retained prefix. Returns the number of tokens (cells) freed.
@@ -632,6 +661,7 @@ cdef class Core:
         cdef bint ok = True
         cdef int i
         with nogil:
+            ok = self.bring(a, self.slots[a].n_past) and self.bring(b, self.slots[b].n_past)
             if self.slots[a].n_past > 0:
                 n_a = llama_state_seq_get_size(self.ctx, a)
                 if self.state_a.size() < n_a:
@@ -644,8 +674,8 @@ cdef class Core:
                     self.state_b.resize(n_b)
                 n_b = llama_state_seq_get_data(self.ctx, self.state_b.data(), n_b, b)
                 ok = ok and n_b > 0
-            llama_memory_seq_rm(self.mem, a, -1, -1)
-            llama_memory_seq_rm(self.mem, b, -1, -1)
+            self.cut(a, 0)
+            self.cut(b, 0)
             if n_a > 0:
                 ok = llama_state_seq_set_data(self.ctx, self.state_a.data(), n_a, b) == n_a and ok
             if n_b > 0:
@@ -749,18 +779,16 @@ cdef class Core:
                 raise ValueError("the retained tokens are not a prefix of the sequence")
         if parked.saved:
             reuse = parked.slot.n_past
+            self.keep_head(slot, 0)
             with nogil:
-                llama_memory_seq_rm(self.mem, slot, -1, -1)
                 restored = llama_state_seq_set_data(self.ctx, parked.state.data(), n, slot) == n
             if not restored:
-                llama_memory_seq_rm(self.mem, slot, -1, -1)
+                self.cut(slot, 0)
                 reuse = 0
             self.counters.swap_bytes += n
             self.counters.swap_ns += now_ns() - start
-        elif s.n_past > reuse:
-            if reuse == 0 or not llama_memory_seq_rm(self.mem, slot, reuse, -1):
-                llama_memory_seq_rm(self.mem, slot, -1, -1)
-                reuse = 0
+        else:
+            reuse = self.keep_head(slot, reuse)
         swap_slots(self.slots[slot], parked.slot)
         parked.slot.end_request()
         parked.slot.tokens.clear()
@@ -786,6 +814,50 @@ cdef class Core:
         parked.slot.end_request()
         self.forget(parked)
         self.publish()
+
+    def hand_over(self, Parked parked not None, Core other not None, tokens=None, params=None):
+        """Give a preempted sequence whose KV was not saved to another core, where ``resume`` goes on with it.
+
+        Where the other model's tokens are not these, ``tokens`` are the sequence's text in its vocabulary, and
+        ``params`` the request's sampling parameters, of which the sampler is made anew. Call between steps of both.
+        """
+        if parked.saved or parked.slot.handle == 0:
+            raise ValueError("only a preempted sequence without saved KV can change its core")
+        cdef vector[llama_token] new_tokens
+        cdef vector[llama_logit_bias] bias
+        cdef Chain chain
+        cdef size_t i
+        if tokens is not None:
+            new_tokens = tokens
+            for i in range(new_tokens.size()):
+                other.model.check_token(new_tokens[i])
+            if new_tokens.empty() or <int> new_tokens.size() > other.n_ctx:
+                raise InvalidRequest(f"{new_tokens.size()} tokens do not fit the new model's context of {other.n_ctx}")
+            chain = build_chain(other.model, params, other.n_ctx, bias)
+            if parked.slot.chain is not NULL:
+                llama_sampler_free(parked.slot.chain)
+            parked.slot.chain = chain.ptr
+            parked.slot.greedy = chain.greedy
+            parked.slot.top_k_first = chain.top_k_first
+            parked.slot.bias.swap(bias)
+            parked.slot.tokens.swap(new_tokens)
+            if chain.ptr is not NULL:
+                for i in range(parked.slot.tokens.size()):
+                    llama_sampler_accept(chain.ptr, parked.slot.tokens[i])
+        elif <int> parked.slot.tokens.size() > other.n_ctx:
+            raise InvalidRequest(f"{parked.slot.tokens.size()} tokens do not fit the new model's context of "
+                                 f"{other.n_ctx}")
+        parked.slot.max_tokens = min(
+            parked.slot.max_tokens,
+            parked.slot.n_generated + max(1, other.n_ctx - <int> parked.slot.tokens.size() + 1))
+        parked.computed = 0
+        parked.model = other.model
+        self.counters.parked -= 1
+        other.counters.parked += 1
+
+    def rename(self, Parked parked not None, uint64_t handle):
+        """Know a preempted sequence by another handle from now on."""
+        parked.slot.handle = parked.slot.row.handle = handle
 
     cdef void forget(self, Parked parked) noexcept:
         """A preempted sequence has left host memory."""
@@ -838,17 +910,20 @@ cdef class Core:
 
     cdef void steps(self, uint64_t max_steps, uint64_t until_ns) noexcept nogil:
         cdef size_t i, j
-        cdef uint64_t done = 0, start, now
+        cdef uint64_t done = 0, start, now, turn
         cdef bint fresh = self.busy_since == 0
         cdef bint last
-        if self.pool_paused:
-            pool_resume(self.pool)
-            self.pool_paused = False
+        self.resume_pool()
         # Plans and waits for the GIL between two runs are busy time too; only idling is not.
         start = now_ns() if fresh else self.busy_since
         if fresh and self.neighbours.age_ns() > IDLE_LOOK_NS:
             self.governor.awake(self.neighbours.read(), start)
         while True:
+            now = now_ns()
+            if not self.turns.acquire(self.seat, self.deadline.stop):
+                return
+            turn = now_ns()
+            self.counters.turn_wait_ns += turn - now
             i = 0
             while i < self.plan_decode.size():
                 j = i + 1
@@ -866,6 +941,7 @@ cdef class Core:
             self.counters.steps += 1
             done += 1
             now = now_ns()
+            self.turns.release(self.seat, now - turn)
             self.counters.busy_ns += now - start
             for i in range(self.slots.size()):
                 if self.slots[i].open():
@@ -902,6 +978,9 @@ cdef class Core:
             allowance = self.governor.allowance(n_tokens) if self.can_abort and not retry else 0
             self.site(MULLAMA_SITE_UBATCH_BEGIN, self.batch.seq_id[0][0], 0, n_tokens, n_seqs)
             start = now_ns()
+            if self.switched_ns != 0:
+                self.counters.weight_pause_ns = start - self.switched_ns
+                self.switched_ns = 0
             self.deadline.at_ns = start + allowance if allowance != 0 else 0
             rc = guarded_decode(self.ctx, self.batch, self.guard)
             if not self.synchronous:
@@ -931,6 +1010,9 @@ cdef class Core:
         cdef Slot * s = &self.slots[slot]
         cdef int keep = min(s.shift_keep, self.n_ctx // 2)
         cdef int drop = (s.n_past - keep) // 2
+        if self.target is not None and self.ahead[slot] > keep:  # what follows is turned, and has to be copied again
+            llama_memory_seq_rm(self.target.mem, slot, keep if keep > 0 else -1, -1)
+            self.ahead[slot] = keep
         llama_memory_seq_rm(self.mem, slot, keep, keep + drop)
         llama_memory_seq_add(self.mem, slot, keep + drop, s.n_past, -drop)
         s.tokens.erase(s.tokens.begin() + keep, s.tokens.begin() + keep + drop)
@@ -1144,6 +1226,11 @@ cdef class Core:
         self.push(header, &body, sizeof(FinishBody), &s.row, sizeof(mullama_row))
         self.site(MULLAMA_SITE_FINISH, slot, s.handle, reason, s.n_generated)
 
+    cdef void resume_pool(self) noexcept nogil:
+        if self.pool_paused:
+            pool_resume(self.pool)
+            self.pool_paused = False
+
     def pause(self):
         """Put the compute threads to sleep; ``run`` wakes them."""
         if not self.pool_paused:
@@ -1217,8 +1304,11 @@ cdef class Core:
         truth = self.cells()
         for i in range(self.n_slots):
             n = self.slots[i].n_past
-            if truth["caches"] > 0 and truth["used"][i] != n:
-                found.append(f"slot {i}: {n} tokens are accounted for, llama.cpp holds {truth['used'][i]} cells")
+            here = n
+            if self.away[i] >= 0:
+                here = self.away[i]
+            if truth["caches"] > 0 and truth["used"][i] != here:
+                found.append(f"slot {i}: {here} tokens are accounted for, llama.cpp holds {truth['used'][i]} cells")
             if self.slots[i].state == MULLAMA_SLOT_FREE and n != 0:
                 found.append(f"slot {i} is free but has {n} tokens")
             if n > <int> self.slots[i].tokens.size():
@@ -1229,9 +1319,16 @@ cdef class Core:
         """Bytes that moving a slot's KV would copy."""
         self.check_slot(slot)
         cdef size_t n
+        if self.away[slot] >= 0:
+            return self.slots[slot].n_past * self.context.token_bytes
         with nogil:
             n = llama_state_seq_get_size(self.ctx, slot)
         return n
+
+    def memory(self):
+        """Bytes allocated, by part and kind of buffer (see Context.memory)."""
+        self.check_slot(0)
+        return self.context.memory()
 
     def inject_nan(self, int slot):
         """Fault injection for tests: the next logits of this slot hold a NaN."""
@@ -1247,19 +1344,6 @@ cdef class Core:
     def ring_usage(self):
         """(bytes used, capacity) of the token ring."""
         return self.ring.get().used(), self.ring.get().capacity()
-
-
-cdef ggml_type cell_type(name, param) except *:
-    """A type of KV cells by ggml's name. Raises ModelLoadError with the valid ones."""
-    cdef int i
-    cdef const char * found
-    names = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-    if name in names:
-        for i in range(<int> GGML_TYPE_COUNT):
-            found = ggml_type_name(<ggml_type> i)
-            if found is not NULL and found.decode() == name:
-                return <ggml_type> i
-    raise ModelLoadError(f"{param} must be one of {', '.join(names)}, not '{name}'", param=param)
 
 
 cdef class StopText:

@@ -22,4 +22,9 @@ cdef class Model:
     cdef readonly bint vocab_only
     cdef int n_users  # contexts on it: it cannot be closed before them
 
+    cdef int n_inside  # threads in a method without the GIL: it is not freed before they have left
+    cdef bint closing
+
     cdef int check(self) except -1
+    cdef int enter(self) except -1
+    cdef void leave(self) noexcept

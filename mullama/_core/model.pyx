@@ -8,6 +8,7 @@ from libc.stdint cimport int32_t
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+import hashlib
 import os
 import threading
 
@@ -111,6 +112,8 @@ cdef class Model:
         self.ptr = NULL
         self.vocab = NULL
         self.n_users = 0
+        self.n_inside = 0
+        self.closing = False
 
     def __init__(self, path, *, gpu_layers=-1, devices=(), split_mode="layer", tensor_split=(), mmap=True,
                  vocab_only=False, chat_template="", progress=None):
@@ -189,19 +192,34 @@ cdef class Model:
             self.ptr = NULL
 
     cdef int check(self) except -1:
-        if self.ptr is NULL:
+        if self.ptr is NULL or self.closing:
             raise ModelLoadError("this model was closed")
         return 0
 
     def close(self):
-        """Free the weights. Contexts on it must be closed before."""
+        """Free the weights, as soon as no thread is inside a method. Contexts on it must be closed before."""
         if self.n_users:
             raise RuntimeError("a context still uses this model")
-        self.chat.reset()
-        if self.ptr is not NULL:
-            with nogil:
-                llama_model_free(self.ptr)
+        self.closing = True
+        self.leave()
+
+    cdef int enter(self) except -1:
+        """A method that releases the GIL is about to use the model: it cannot be freed under it."""
+        self.check()
+        self.n_inside += 1
+        return 0
+
+    cdef void leave(self) noexcept:
+        """The other end of ``enter``; the last one out frees a model that was closed meanwhile."""
+        cdef llama_model * ptr
+        if self.n_inside > 0:
+            self.n_inside -= 1
+        if self.closing and self.n_inside == 0 and self.ptr is not NULL:
+            self.chat.reset()
+            ptr = self.ptr
             self.ptr = NULL
+            with nogil:
+                llama_model_free(ptr)
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -248,6 +266,16 @@ cdef class Model:
                 found[key.decode("utf-8", "replace")] = value.data()[:n].decode("utf-8", "replace")
         return found
 
+    def vocab_digest(self):
+        """SHA-256 of the texts of all tokens, in order: equal for models whose token ids mean the same."""
+        self.check()
+        digest = hashlib.sha256()
+        cdef llama_token token
+        for token in range(self.n_vocab):
+            digest.update(llama_vocab_get_text(self.vocab, token))
+            digest.update(b"\0")
+        return digest.hexdigest()
+
     def is_eog(self, int token):
         """Whether a token ends generation."""
         self.check_token(token)
@@ -277,14 +305,18 @@ cdef class Model:
             raise InvalidRequest("the text is longer than 2 GiB")
         cdef vector[llama_token] tokens
         cdef int32_t n = 0
-        with nogil:
-            tokens.resize(size + 2)
-            n = llama_tokenize(self.vocab, data, <int32_t> size, tokens.data(), <int32_t> tokens.size(),
-                               add_special, parse_special)
-            if n < 0:
-                tokens.resize(-n)
+        self.enter()
+        try:
+            with nogil:
+                tokens.resize(size + 2)
                 n = llama_tokenize(self.vocab, data, <int32_t> size, tokens.data(), <int32_t> tokens.size(),
                                    add_special, parse_special)
+                if n < 0:
+                    tokens.resize(-n)
+                    n = llama_tokenize(self.vocab, data, <int32_t> size, tokens.data(), <int32_t> tokens.size(),
+                                       add_special, parse_special)
+        finally:
+            self.leave()
         if n < 0:
             raise InvalidRequest("the text could not be tokenised")
         return [tokens[i] for i in range(n)]
@@ -300,14 +332,18 @@ cdef class Model:
             ids.push_back(self.check_token(token))
         cdef vector[char] text
         cdef int32_t n
-        with nogil:
-            text.resize(ids.size() * 8 + 16)
-            n = llama_detokenize(self.vocab, ids.data(), <int32_t> ids.size(), text.data(), <int32_t> text.size(),
-                                 False, special)
-            if n < 0:
-                text.resize(-n)
-                n = llama_detokenize(self.vocab, ids.data(), <int32_t> ids.size(), text.data(),
-                                     <int32_t> text.size(), False, special)
+        self.enter()
+        try:
+            with nogil:
+                text.resize(ids.size() * 8 + 16)
+                n = llama_detokenize(self.vocab, ids.data(), <int32_t> ids.size(), text.data(), <int32_t> text.size(),
+                                     False, special)
+                if n < 0:
+                    text.resize(-n)
+                    n = llama_detokenize(self.vocab, ids.data(), <int32_t> ids.size(), text.data(),
+                                         <int32_t> text.size(), False, special)
+        finally:
+            self.leave()
         return text.data()[:max(n, 0)]
 
     def piece(self, token, *, bint special=False):
@@ -333,8 +369,12 @@ cdef class Model:
         cdef string source = messages_json
         cdef string prompt, error
         cdef cbool ok
-        with nogil:
-            ok = self.chat.get().apply(source, add_generation_prompt, prompt, error)
+        self.enter()
+        try:
+            with nogil:
+                ok = self.chat.get().apply(source, add_generation_prompt, prompt, error)
+        finally:
+            self.leave()
         if not ok:
             reason = error.decode("utf-8", "replace")[:300]
             raise InvalidRequest(f"the chat template refuses these messages: {reason}", param="messages")

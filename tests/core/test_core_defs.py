@@ -15,7 +15,8 @@ import pytest
 
 import mullama._core
 from mullama import abi
-from mullama._core import Cells, Core, Governor, Model, Page, Parked, StopText
+from mullama._core import Arbiter, Carrier, Cells, Context, Core, Governor, Model, Page, Parked, StopText
+from mullama.errors import ModelLoadError
 from mullama.types import SamplingParams
 
 MODULES = [m.name for m in pkgutil.iter_modules(mullama._core.__path__, "mullama._core.")]
@@ -61,6 +62,29 @@ def parked(core: Core) -> Parked:
     return running(core).preempt(0, save=True)
 
 
+def refuses(function: Callable[..., Any], *arguments: Any) -> bool:
+    with pytest.raises(ModelLoadError):
+        function(*arguments)
+    return True
+
+
+def switched(carrier: Carrier) -> Carrier:
+    carrier.commit()
+    return carrier
+
+
+def handed(core: Core) -> Core:
+    """A preempted sequence that went to another core and ended there."""
+    other = Core(core.model, n_slots=1, n_ctx=256, n_batch=64)
+    one = running(core).preempt(0, save=False)
+    core.hand_over(one, other)
+    other.rename(one, 9)
+    other.cancel_parked(one)
+    assert [record[1] for record in other.drain_records()] == [9]
+    other.close()
+    return core
+
+
 # Each gets a fresh object of its class (functions get nothing) and returns whether the result is what it should be.
 CALLS: dict[str, Callable[..., bool]] = {
     "governor.Governor": lambda: Governor(2, False) is not None,
@@ -76,6 +100,32 @@ CALLS: dict[str, Callable[..., bool]] = {
     "governor.Governor.wake": lambda g: g.wake(0.0, 2000) is None and g.neighbours == 0.0,
     "governor.Governor.cost": lambda g: g.record(1, 2, 900, 1000) is None and g.cost(1) == 900,
     "governor.Governor.snapshot": lambda g: g.snapshot()["threads"] == 2,
+    "arbiter.Arbiter": lambda: isinstance(Arbiter(), Arbiter),
+    "arbiter.Arbiter.policy": lambda a, c: a.policy == "round_robin",
+    "arbiter.Arbiter.contended": lambda a, c: a.contended is False,
+    "arbiter.Arbiter.set_share": lambda a, c: a.seats() == {} and c.turns.set_share(c.seat) is None,
+    "arbiter.Arbiter.seats": lambda a, c: a.seats() == {} and c.turns.seats()[c.seat]["turns"] > 0,
+    "context.Context": lambda c: isinstance(c.context, Context),
+    "context.Context.model": lambda c: c.context.model is c.model,
+    "context.Context.n_slots": lambda c: c.context.n_slots == 2,
+    "context.Context.n_ctx": lambda c: c.context.n_ctx == 256,
+    "context.Context.n_batch": lambda c: c.context.n_batch == 64,
+    "context.Context.unified": lambda c: c.context.unified is False,
+    "context.Context.can_shift": lambda c: c.context.can_shift is True,
+    "context.Context.needs_checkpoint": lambda c: c.context.needs_checkpoint is False,
+    "context.Context.token_bytes": lambda c: c.context.token_bytes == Cells(c).token_bytes,
+    "context.Context.close": lambda c: c.context.like(c.model).close() is None,
+    "context.Context.like": lambda c: c.context.like(c.model).n_ctx == 256,
+    "context.Context.memory": lambda c: sum(c.context.memory()["weights"].values()) > 0,
+    "swap.Carrier": lambda k: isinstance(k, Carrier),
+    "swap.Carrier.warm": lambda k: k.warm() in (True, False),
+    "swap.Carrier.ahead": lambda k: k.ahead(1000) == 0,
+    "swap.Carrier.commit": lambda k: k.commit() == (0, 0),
+    "swap.Carrier.follow": lambda k: switched(k).follow(1000) == 0,
+    "swap.Carrier.finish": lambda k: isinstance(switched(k).finish(), Context),
+    "swap.Carrier.abandon": lambda k: k.abandon().close() is None,
+    "quantize.quantize_types": lambda: "Q4_0" in mullama._core.quantize_types(),
+    "quantize.quantize": lambda: refuses(mullama._core.quantize, "/no/file", "/no/where", "Q4_0"),
     "page.Page": lambda: Page(1) is not None,
     "page.Page.path": lambda p: p.path == "",
     "page.Page.buffer": lambda p: abi.Reader(p.buffer()).header.n_rows == 2,
@@ -95,6 +145,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "model.Model.close": lambda m: m.close() is None and m.close() is None,
     "model.Model.facts": lambda m: m.facts()["architecture"] == "llama",
     "model.Model.metadata": lambda m: m.metadata()["general.name"] == "tiny-llama",
+    "model.Model.vocab_digest": lambda m: len(m.vocab_digest()) == 64,
     "model.Model.is_eog": lambda m: m.is_eog(0) is False,
     "model.Model.check_token": lambda m: m.check_token(5) == 5,
     "model.Model.tokenize": lambda m: m.tokenize("hi") == [104, 105],
@@ -117,6 +168,12 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.Core.resume": lambda c: c.resume(1, parked(c)) is None and c.states() == [abi.FREE, abi.DECODE],
     "loop.Core.cancel_parked": lambda c: c.cancel_parked(parked(c)) is None and c.parked_bytes() == 0,
     "loop.Core.damage_parked": lambda c: c.damage_parked(parked(c)) is None,
+    "loop.Core.hand_over": lambda c: handed(c).counters_dict()["parked"] == 0,
+    "loop.Core.rename": lambda c: c.rename(parked(c), 7) is None,
+    "loop.Core.context": lambda c: c.context.model is c.model,
+    "loop.Core.turns": lambda c: isinstance(c.turns, Arbiter),
+    "loop.Core.seat": lambda c: c.seat in c.turns.seats(),
+    "loop.Core.memory": lambda c: sum(c.memory()["kv"].values()) > 0,
     "loop.Core.slot_fill": lambda c: running(c).slot_fill(0) == (3, 4),
     "loop.Core.steps_done": lambda c: running(c).steps_done() == 2,
     "loop.Core.parked_bytes": lambda c: c.parked_bytes() == 0,
@@ -182,12 +239,16 @@ CALLS: dict[str, Callable[..., bool]] = {
 
 def test_there_are_compiled_modules() -> None:
     assert {m.__name__.rpartition(".")[2] for m in compiled_modules()} == {
+        "arbiter",
         "cells",
+        "context",
         "governor",
         "loop",
         "model",
         "page",
+        "quantize",
         "sampling",
+        "swap",
     }
 
 
@@ -198,13 +259,22 @@ def test_every_public_def_has_a_call() -> None:
 @pytest.fixture
 def subject(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
     kind = request.param.split(".")[1]
-    model = Model(tiny_model()) if kind in ("Model", "Core", "Parked", "Cells") else None
-    core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in ("Core", "Parked", "Cells") else None
+    on_core = ("Core", "Parked", "Cells", "Context", "Carrier", "Arbiter")
+    model = Model(tiny_model()) if kind in ("Model", *on_core) else None
+    core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
     arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Core": (core,), "Parked": (core,)}
     if core is not None:
         arguments["Cells"] = (Cells(core),)
+        arguments["Context"] = (core,)
+        if kind == "Carrier":
+            arguments["Carrier"] = (Carrier(core, core.context.like(core.model)),)
     if request.param.count(".") == 2:
-        arguments |= {"Governor": (Governor(2),), "Page": (Page(2),), "StopText": (StopText(),)}
+        arguments |= {
+            "Arbiter": (Arbiter(), core),
+            "Governor": (Governor(2),),
+            "Page": (Page(2),),
+            "StopText": (StopText(),),
+        }
     yield arguments.get(kind, ())
     if core is not None:
         core.close()

@@ -1,0 +1,306 @@
+"""Other weights under a running core (swap.pyx): what is carried over is what was there, whatever happens meanwhile.
+
+The target is the same model loaded a second time wherever the text must not change: then every difference is a bug.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from core_support import Driver, greedy, sampled
+
+from mullama import abi
+from mullama._core import Carrier, Cells, Context, Core, Model
+from mullama.errors import InvalidRequest
+
+SECOND = 10**9
+PROMPTS = ("the sun is", "all that we have to do here and there", "I", "of her and the others in it")
+
+
+def carry(driver: Driver, target: Context, *, steps: int = 3) -> Context:
+    """A whole swap with some steps of decoding in every phase. Returns the old context."""
+    carrier = Carrier(driver.core, target)
+    while carrier.warm():
+        driver.step()
+    for _ in range(steps):
+        carrier.ahead(0, retained=False)
+        carrier.ahead(1, retained=False)
+        driver.step()
+    carrier.ahead(SECOND, retained=False)
+    driver.step()
+    carrier.commit()
+    driver.step()
+    while carrier.follow(1):
+        driver.step()
+    return carrier.finish()
+
+
+def texts(driver: Driver, during: Callable[[Driver], Any] | None) -> list[str]:
+    handles = [driver.open(text, greedy(40), slot=i) for i, text in enumerate(PROMPTS[:3])]
+    driver.prefill()
+    driver.step(4)
+    if during is not None:
+        during(driver)
+    driver.finish_all()
+    assert all(driver.outputs[handle].reason == "length" for handle in handles)
+    return [driver.outputs[handle].text for handle in handles]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mamba", "lfm2"])
+@pytest.mark.parametrize("layout", ["streams", "unified"])
+def test_same_weights_same_text(
+    arch: str, layout: str, tiny_model: Callable[..., Path], make_core: Callable[..., Driver]
+) -> None:
+    path = tiny_model(arch)
+    options = {"unified_cells": 0 if layout == "streams" else 2048}
+    plain = texts(make_core(Model(path), **options), None)
+    driver = make_core(Model(path), **options)
+    old = driver.core.model
+
+    def swap(driver: Driver) -> None:
+        new = Model(path)
+        left = carry(driver, driver.core.context.like(new))
+        assert driver.core.model is new
+        left.close()
+        old.close()  # nothing uses the old weights any more
+
+    carried = texts(driver, swap)
+    if (arch, layout) == ("gemma3", "unified"):
+        # llama.cpp leaves out the cells that the window hides, so the others lie in another order and sums differ in
+        # their last bits: the nearly flat logits of a random model show that soon, but not at once.
+        carried, plain = [text[:16] for text in carried], [text[:16] for text in plain]
+    assert carried == plain
+    assert driver.core.counters_dict()["weight_swaps"] == 1
+    assert driver.core.counters_dict()["weight_swap_bytes"] > 0
+
+
+def test_a_sampler_keeps_its_state(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    params = sampled(40, seed=7, repeat_penalty=1.3, dry_multiplier=0.8)
+    path = tiny_model()
+    plain = make_core(Model(path)).generate(PROMPTS[1], params).text
+    driver = make_core(Model(path))
+    handle = driver.open(PROMPTS[1], params)
+    driver.prefill()
+    driver.step(9)
+    carry(driver, driver.core.context.like(Model(path))).close()
+    driver.finish_all()
+    assert driver.outputs[handle].text == plain
+
+
+def test_exported_kv_is_the_same_on_both_sides(
+    tiny_model: Callable[..., Path], make_core: Callable[..., Driver]
+) -> None:
+    driver = make_core(Model(tiny_model()))
+    driver.generate("the others are here and there", greedy(30), retain=True, slot=2)
+    n = driver.core.retained(2)[0]
+    before = Cells(driver.core).save(2, 0, n)
+    carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
+    assert carrier.ahead(SECOND) == 0
+    carrier.commit()
+    carrier.finish().close()
+    assert Cells(driver.core).save(2, 0, n) == before
+
+
+def test_a_prefix_left_behind_comes_over_when_it_is_asked_for(
+    tiny_model: Callable[..., Path], make_core: Callable[..., Driver]
+) -> None:
+    prompt = "the sun and the others are all here"
+    plain = make_core(Model(tiny_model())).generate(prompt + " to you", greedy(20)).text
+    driver = make_core(Model(tiny_model()))
+    driver.generate(prompt, greedy(20), retain=True, slot=1)
+    tokens = driver.tokenize(prompt + " to you")
+    reuse = len(driver.tokenize(prompt))
+    carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
+    carrier.commit()
+    assert driver.core.audit() == []
+    handle = driver.open(tokens, greedy(20), slot=1, reuse=reuse)
+    driver.finish_all()
+    carrier.finish().close()
+    assert driver.outputs[handle].text == plain
+    assert driver.outputs[handle].facts.kv_cache_hit == reuse
+
+
+def test_what_stays_behind_is_lost_with_the_old_context(
+    tiny_model: Callable[..., Path], make_core: Callable[..., Driver]
+) -> None:
+    driver = make_core(Model(tiny_model()))
+    driver.generate("the sun", greedy(20), retain=True, slot=1)
+    carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
+    carrier.commit()
+    carrier.finish().close()
+    assert driver.core.states() == [abi.FREE] * 4
+    assert driver.core.audit() == []
+
+
+def test_random_work_during_a_swap(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    """Requests come, end, move, are cancelled, preempted and shifted while KV is copied; the texts stay the same."""
+    path = tiny_model()
+    alone = make_core(Model(path))
+    expected: dict[tuple[str, int], str] = {}
+
+    def text_of(prompt: str, n: int) -> str:
+        if (prompt, n) not in expected:
+            expected[prompt, n] = alone.generate(prompt, greedy(n)).text
+        return expected[prompt, n]
+
+    for seed in range(12):
+        rng = random.Random(seed)
+        driver = make_core(Model(path))
+        core: Core = driver.core
+        carrier: Carrier | None = None
+        wanted: dict[int, tuple[str, int]] = {}
+        phase = 0
+        for _ in range(60):
+            act = rng.randrange(8)
+            free = [i for i, state in enumerate(core.states()) if state in (abi.FREE, abi.RETAINED)]
+            running = driver.slots_in(abi.DECODE)
+            if act < 3 and free:
+                prompt, n = rng.choice(PROMPTS), rng.randrange(4, 30)
+                wanted[driver.open(prompt, greedy(n), slot=rng.choice(free))] = (prompt, n)
+            elif act == 3:
+                core.exchange(rng.randrange(4), rng.randrange(4))
+            elif act == 4 and running:
+                slot = rng.choice(running)
+                parked = core.preempt(slot, save=rng.random() < 0.5)
+                reuse = core.retained(slot)[0] if not parked.saved else 0
+                core.resume(slot, parked, reuse=rng.choice([0, max(reuse - 1, 0)]))
+            elif act == 5 and running and rng.random() < 0.3:
+                slot = rng.choice(running)
+                wanted.pop(core.slot_info(slot)[1])
+                core.cancel(slot)
+            elif carrier is None and phase == 0:
+                carrier = Carrier(core, core.context.like(Model(path)))
+            elif carrier is not None and phase == 0:
+                if carrier.ahead(rng.choice([0, 1, SECOND]), retained=rng.random() < 0.5) == 0 and rng.random() < 0.4:
+                    carrier.commit()
+                    phase = 1
+            elif carrier is not None and phase == 1 and carrier.follow(rng.choice([0, 1, SECOND])) == 0:
+                carrier.finish().close()
+                carrier, phase = None, 0
+            driver.prefill()
+            driver.step()
+            for slot in driver.slots_in(abi.DONE):
+                core.close_slot(slot, retain=rng.random() < 0.7)
+            driver.check_law()
+        driver.finish_all()
+        for handle, (prompt, n) in wanted.items():
+            assert driver.outputs[handle].text == text_of(prompt, n), (seed, prompt)
+        if carrier is not None:
+            (carrier.finish() if phase else carrier.abandon()).close()
+
+
+def test_an_abandoned_swap_changes_nothing(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    plain = texts(make_core(Model(tiny_model())), None)
+    driver = make_core(Model(tiny_model()))
+    old = driver.core.context
+
+    def give_up(driver: Driver) -> None:
+        carrier = Carrier(driver.core, old.like(Model(tiny_model())))
+        carrier.warm()
+        carrier.ahead(SECOND)
+        carrier.abandon().close()
+
+    assert texts(driver, give_up) == plain
+    assert driver.core.context is old
+
+
+def test_a_shifted_sequence_is_copied_again(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    """The cells of a shifted sequence are out of order, which a copy mends: so its KV is compared and not its text."""
+    driver = make_core(Model(tiny_model()), n_ctx=256)
+    driver.open("the sun", greedy(600), shift_keep=4)
+    driver.prefill()
+    driver.step(150)
+    carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
+    carrier.ahead(SECOND)
+    driver.step(150)
+    assert driver.core.shifted(0) > 0
+    n = driver.core.slot_fill(0)[0]
+    before = Cells(driver.core).save(0, 0, n)
+    carrier.commit()
+    carrier.finish().close()
+    assert Cells(driver.core).save(0, 0, n) == before
+    driver.finish_all()
+
+
+def test_shapes_must_agree(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    driver = make_core(Model(tiny_model()))
+    sizes = {"n_slots": 4, "n_ctx": 512, "n_batch": 64}
+    for change, word in (
+        ({"n_slots": 3}, "slots"),
+        ({"n_ctx": 1024}, "context"),
+        ({"n_batch": 128}, "batch"),
+        ({"type_k": "f32", "type_v": "f32"}, "bytes of KV"),
+        ({"unified_cells": 2048}, "layout"),
+    ):
+        context = Context(driver.core.model, **{**sizes, **change})
+        with pytest.raises(InvalidRequest, match=word):
+            Carrier(driver.core, context)
+        context.close()
+    other = Context(Model(tiny_model("mamba")), **sizes)
+    with pytest.raises(InvalidRequest, match="differ"):
+        Carrier(driver.core, other)
+
+
+def test_one_swap_at_a_time(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    driver = make_core(Model(tiny_model()))
+    first = Carrier(driver.core, driver.core.context.like(driver.core.model))
+    with pytest.raises(InvalidRequest, match="already"):
+        Carrier(driver.core, driver.core.context.like(driver.core.model))
+    first.abandon().close()
+
+
+def test_without_kv_the_slots_must_be_empty(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    driver = make_core(Model(tiny_model()))
+    driver.generate("the sun", greedy(4), retain=True)
+    carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
+    with pytest.raises(RuntimeError, match="slot 0"):
+        carrier.commit(with_kv=False)
+    driver.core.evict(0)
+    assert carrier.commit(with_kv=False) == (0, 0)
+    carrier.finish().close()
+
+
+def test_a_sequence_goes_on_in_another_core(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    plain = make_core(Model(tiny_model())).generate(PROMPTS[1], greedy(30)).text
+    first, second = make_core(Model(tiny_model())), make_core(Model(tiny_model()), n_slots=2)
+    handle = first.open(PROMPTS[1], greedy(30))
+    first.prefill()
+    first.step(10)
+    begun = first.outputs[handle].text
+    parked = first.core.preempt(0, save=False)
+    first.core.evict(0)
+    first.core.hand_over(parked, second.core)
+    second.core.rename(parked, 77)
+    second.outputs[77] = first.outputs.pop(handle)
+    second.core.resume(1, parked)
+    second.finish_all()
+    assert second.outputs[77].text == plain
+    assert plain.startswith(begun)
+    assert first.core.counters_dict()["parked"] == second.core.counters_dict()["parked"] == 0
+
+
+def test_a_sequence_goes_on_in_another_vocabulary(
+    tiny_model: Callable[..., Path], make_core: Callable[..., Driver]
+) -> None:
+    first, second = make_core(Model(tiny_model())), make_core(Model(tiny_model("gemma3")))
+    params = sampled(30, repeat_penalty=1.2)
+    handle = first.open(PROMPTS[1], params)
+    first.prefill()
+    first.step(10)
+    begun = first.outputs[handle].text
+    parked = first.core.preempt(0, save=False)
+    first.core.evict(0)
+    with pytest.raises(InvalidRequest):
+        first.core.hand_over(parked, second.core, [10**6], params)
+    tokens = second.tokenize(PROMPTS[1] + begun)
+    first.core.hand_over(parked, second.core, tokens, params)
+    second.outputs[handle] = first.outputs.pop(handle)
+    second.core.resume(0, parked)
+    second.finish_all()
+    output = second.outputs[handle]
+    assert output.text.startswith(begun)
+    assert (output.reason, output.facts.completion_tokens) == ("length", 30)
