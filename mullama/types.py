@@ -6,6 +6,7 @@ Times are nanoseconds of the monotonic clock unless a name ends in ``_ms``.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -89,6 +90,17 @@ class Request:
     preempt: Preempt = Preempt.AUTO  # how it may be preempted
     cache_salt: str = ""  # requests with different ones never share KV
     context_shift: bool = False  # when the context is full, drop older tokens and go on
+    # The prompt in the words of another model, when one takes over: what a chat's template makes of the messages.
+    # Given the model; None: the prompt's text is tokenised again.
+    translate: Callable[[Any], SequenceOf[int]] | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class WeightSpan:
+    """Completion tokens from ``from_token`` on (to the next span's) came from these weights."""
+
+    weights: str
+    from_token: int
 
 
 @dataclass(slots=True)
@@ -121,6 +133,7 @@ class Profile:
     context_shifted: int = 0  # tokens dropped to go on when the context was full
     kv_bytes: int = 0  # its KV when it ended
     kv_byte_seconds: float = 0.0  # its KV over the time that it was held
+    weights: tuple[WeightSpan, ...] = ()  # which weights generated which tokens
 
     def to_dict(self) -> dict[str, Any]:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
@@ -169,3 +182,4 @@ class ModelInfo:
     is_hybrid: bool
     created: int  # Unix time at which it was loaded
     can_shift: bool = False  # requests may go on beyond the context by dropping older tokens
+    weights: str = ""  # which weights are in charge, by the name that a swap gave them

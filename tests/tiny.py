@@ -74,6 +74,7 @@ EMOJI = list("😀".encode())  # one character, four tokens
 class _Builder:
     def __init__(self, path: Path, arch: str, n_layer: int, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
+        self.rope_base = 10_000.0
         self.writer = _writer.GGUFWriter(str(path), arch)
         w = self.writer
         w.add_name(f"tiny-{arch}")
@@ -143,7 +144,7 @@ class _Builder:
         w.add_head_count_kv(kv)
         w.add_key_length(HEAD)
         w.add_value_length(HEAD)
-        w.add_rope_freq_base(10000.0)
+        w.add_rope_freq_base(self.rope_base)
 
     def finish(self) -> None:
         w = self.writer
@@ -153,11 +154,20 @@ class _Builder:
         w.close()
 
 
-def build(path: Path, arch: str = "llama", *, chat_template: str | None = CHAT_TEMPLATE, add_bos: bool = False) -> Path:
-    """Write the tiny model of an architecture to ``path`` and return it."""
+def build(
+    path: Path,
+    arch: str = "llama",
+    *,
+    chat_template: str | None = CHAT_TEMPLATE,
+    add_bos: bool = False,
+    seed: int = 7,
+    rope_base: float | None = None,
+) -> Path:
+    """Write the tiny model of an architecture to ``path`` and return it. Other seeds are other weights of one shape."""
     n_layer = {"llama": 2, "gemma3": 3, "mamba": 2, "lfm2": 3}[arch]
-    b = _Builder(path, arch, n_layer, seed=7)
+    b = _Builder(path, arch, n_layer, seed=seed)
     b.vocabulary(chat_template, add_bos)
+    b.rope_base = rope_base or b.rope_base
     if arch == "llama":
         b.heads()
         b.writer.add_rope_dimension_count(HEAD)

@@ -815,49 +815,55 @@ cdef class Core:
         self.forget(parked)
         self.publish()
 
-    def hand_over(self, Parked parked not None, Core other not None, tokens=None, params=None):
-        """Give a preempted sequence whose KV was not saved to another core, where ``resume`` goes on with it.
-
-        Where the other model's tokens are not these, ``tokens`` are the sequence's text in its vocabulary, and
-        ``params`` the request's sampling parameters, of which the sampler is made anew. Call between steps of both.
-        """
+    def let_go(self, Parked parked not None):
+        """Give up a preempted sequence whose KV was not saved: another core takes it in."""
         if parked.saved or parked.slot.handle == 0:
             raise ValueError("only a preempted sequence without saved KV can change its core")
-        cdef vector[llama_token] new_tokens
+        self.counters.parked -= 1
+
+    def take_in(self, Parked parked not None, uint64_t handle, tokens=None, params=None):
+        """Know a preempted sequence that another core has let go by ``handle``; ``resume`` goes on with it.
+
+        Where the other model's token ids mean something else, ``tokens`` are the sequence's text in this vocabulary
+        and ``params`` the request's sampling parameters, of which the sampler is made anew. Raises InvalidRequest when
+        it does not fit; then the sequence is as it was.
+        """
+        cdef vector[llama_token] known = parked.slot.tokens if tokens is None else tokens
         cdef vector[llama_logit_bias] bias
         cdef Chain chain
         cdef size_t i
+        if known.empty() or <int> known.size() > self.n_ctx:
+            raise InvalidRequest(f"{known.size()} tokens do not fit this model's context of {self.n_ctx}")
+        for i in range(known.size()):
+            self.model.check_token(known[i])
         if tokens is not None:
-            new_tokens = tokens
-            for i in range(new_tokens.size()):
-                other.model.check_token(new_tokens[i])
-            if new_tokens.empty() or <int> new_tokens.size() > other.n_ctx:
-                raise InvalidRequest(f"{new_tokens.size()} tokens do not fit the new model's context of {other.n_ctx}")
-            chain = build_chain(other.model, params, other.n_ctx, bias)
+            chain = build_chain(self.model, params, self.n_ctx, bias)
             if parked.slot.chain is not NULL:
                 llama_sampler_free(parked.slot.chain)
             parked.slot.chain = chain.ptr
             parked.slot.greedy = chain.greedy
             parked.slot.top_k_first = chain.top_k_first
             parked.slot.bias.swap(bias)
-            parked.slot.tokens.swap(new_tokens)
+            parked.slot.tokens.swap(known)
             if chain.ptr is not NULL:
                 for i in range(parked.slot.tokens.size()):
                     llama_sampler_accept(chain.ptr, parked.slot.tokens[i])
-        elif <int> parked.slot.tokens.size() > other.n_ctx:
-            raise InvalidRequest(f"{parked.slot.tokens.size()} tokens do not fit the new model's context of "
-                                 f"{other.n_ctx}")
         parked.slot.max_tokens = min(
             parked.slot.max_tokens,
-            parked.slot.n_generated + max(1, other.n_ctx - <int> parked.slot.tokens.size() + 1))
-        parked.computed = 0
-        parked.model = other.model
-        self.counters.parked -= 1
-        other.counters.parked += 1
-
-    def rename(self, Parked parked not None, uint64_t handle):
-        """Know a preempted sequence by another handle from now on."""
+            parked.slot.n_generated + max(1, self.n_ctx - <int> parked.slot.tokens.size() + 1))
         parked.slot.handle = parked.slot.row.handle = handle
+        parked.computed = 0
+        parked.model = self.model
+        self.counters.parked += 1
+
+    def drop_saved(self, Parked parked not None):
+        """Give up the saved KV of a preempted sequence; it is computed again when the sequence comes back."""
+        if parked.saved:
+            self.counters.parked_bytes -= parked.state.size()
+            parked.state.clear()
+            parked.state.shrink_to_fit()
+            parked.saved = False
+            parked.slot.n_past = 0
 
     cdef void forget(self, Parked parked) noexcept:
         """A preempted sequence has left host memory."""
@@ -1324,6 +1330,10 @@ cdef class Core:
         with nogil:
             n = llama_state_seq_get_size(self.ctx, slot)
         return n
+
+    def is_switching(self):
+        """Whether other weights have taken over and have not taken a step yet. Any thread."""
+        return self.switched_ns != 0
 
     def memory(self):
         """Bytes allocated, by part and kind of buffer (see Context.memory)."""

@@ -159,7 +159,7 @@ cdef class Carrier:
             core.ahead[i] = 0
         core.counters.weight_swaps += 1
         core.counters.weight_swap_ns += now_ns() - start
-        if n_running > 0:
+        if n_running > 0 or (not with_kv and core.busy_since != 0):
             core.switched_ns = core.busy_since if core.busy_since != 0 else start
         core.site(MULLAMA_SITE_WEIGHTS, -1, 0, n_running, core.counters.weight_swap_bytes - bytes_before)
         core.publish()

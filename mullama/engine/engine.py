@@ -23,20 +23,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
 from mullama.config import ServeConfig
-from mullama.engine import loading, sizing, snapshot
+from mullama.engine import handover, loading, sizing, snapshot
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
 from mullama.engine.kvcache import KvCache
 from mullama.engine.policy import PolicyHost
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
-from mullama.errors import ContextLengthExceeded, EngineDead, InvalidRequest, QueueFull, ShuttingDown
+from mullama.engine.weights import KvMode, NeedsAnotherEngine, SwapReport, Weights
+from mullama.errors import ContextLengthExceeded, EngineDead, InvalidRequest, ModelLoadError, QueueFull, ShuttingDown
 from mullama.kv import registry as kv_registry
 from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import namespace_of, pack
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
-from mullama.types import ModelInfo, Request, SeqState
+from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SeqState
 
 if TYPE_CHECKING:
     from mullama.engine.shadow import Shadow
@@ -78,11 +79,13 @@ class Engine(KvMethods):
             core,
             self._reader,
             info.name,
+            info.weights,
             config.swap_bytes or sizing.default_swap_bytes(),
             self._kv,
             self._policy.ended,
         )
         self._policy.views = self._seqs.views
+        self._weights = Weights(core, self._kv, self._seqs, config, self._post_quietly)
         capacity = core.kv_cells
         self._kv_tokens = min(config.kv_tokens or capacity, capacity)
         # What fits alone never fails: no request may use more than the whole budget.
@@ -121,8 +124,9 @@ class Engine(KvMethods):
         name: str | None = None,
         config: ServeConfig | None = None,
         progress: Callable[[float], bool | None] | None = None,
+        weights: str = "",
     ) -> Engine:
-        """Load a GGUF file and start its engine.
+        """Load a GGUF file and start its engine. ``weights`` names them in profiles (default: the file's stem).
 
         ``progress(fraction)`` may return False to cancel. Raises ModelLoadError (LoadCancelled) with the reason.
         """
@@ -134,7 +138,7 @@ class Engine(KvMethods):
         except BaseException:
             model.close()
             raise
-        return cls(model, core, loading.info_of(model, core, name), config)
+        return cls(model, core, loading.info_of(model, core, name, weights), config)
 
     # -- any thread -------------------------------------------------------------------------------------
 
@@ -338,6 +342,82 @@ class Engine(KvMethods):
         configure(**params)
         return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": len(self._seqs.live)}
 
+    def swap_weights(
+        self,
+        path: str | Path,
+        *,
+        label: str = "",
+        kv: KvMode | str = KvMode.AUTO,
+        progress: Callable[[float], bool | None] | None = None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> SwapReport:
+        """Go on with the weights of another file; no request is dropped. Blocks until the old ones are freed.
+
+        ``label`` names the new weights in profiles (default: the file's stem). ``kv``: ``carry`` the KV cache over (two
+        quantisations of one model), ``recompute`` it, or ``auto``. Not for an event loop's thread. Raises
+        InvalidRequest, ModelLoadError, or NeedsAnotherEngine for a model of another shape or vocabulary: then the old
+        weights stay in charge.
+        """
+        try:
+            mode = KvMode(kv)
+        except ValueError:
+            raise InvalidRequest(f"kv must be one of {', '.join(KvMode)}, not '{kv}'", param="kv") from None
+        if mode is KvMode.DRAIN:
+            raise NeedsAnotherEngine("to drain, a second engine has to take over", param="kv")
+        self._check_alive()
+        label = label or Path(path).stem
+        try:
+            return self._weights.swap(path, label, mode, self.call, self._weights_changed, progress, on_phase)
+        except ModelLoadError:
+            if self._closed:  # the old model was closed under the comparison
+                raise ShuttingDown(f"'{self.info.name}' was closed meanwhile") from None
+            raise
+
+    def _weights_changed(self, model: Model, label: str, with_kv: bool) -> None:
+        """The new weights are in charge. Engine thread."""
+        self.model = model
+        self._seqs.set_weights(label, with_kv=with_kv)
+        new = loading.info_of(model, self._core, self.info.name, label)
+        self.info = dataclasses.replace(
+            new, n_ctx=self.info.n_ctx, n_parallel=self.info.n_parallel, can_shift=self.info.can_shift
+        )
+
+    def hand_over(self, other: Engine) -> int:
+        """Let another engine go on with what waits and runs here, from its tokens or its text; nothing is dropped.
+
+        Returns how many requests went over; one that does not fit the other's context ends here. Blocks; not on the
+        engine threads or an event loop. The caller sees that no new requests come here.
+        """
+        same = self.info.n_vocab == other.info.n_vocab and self.model.vocab_digest() == other.model.vocab_digest()
+        travellers = self.call(
+            lambda: handover.leave(
+                self._core, self._seqs, self._reader, other, other.info.n_ctx - 1, same_vocab=same
+            )
+        ).result()  # fmt: skip
+        try:
+            other.call(lambda: other._take_in(travellers)).result()
+        except BaseException as error:
+            for one in travellers:
+                one.leaving.generation.end(Finish(FinishReason.ERROR, Profile(), error=EngineDead(str(error))))
+            raise
+        return len(travellers)
+
+    def _take_in(self, travellers: list[handover.Traveller]) -> None:
+        handover.arrive(
+            travellers,
+            self._core,
+            self._seqs,
+            self._reader,
+            lambda: next(self._handles),
+            self._request_cancel,
+            self.info.weights,
+            lambda seq: self._policy.arrived(seq.view),
+        )
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes allocated, by part and kind of buffer (see Context.memory), as they are at a step boundary."""
+        return self.call(self._core.memory).result()
+
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109 - at the deadline it acts, it does not give up
         """Refuse new requests, wait for running ones up to ``timeout`` seconds, cancel the rest. True: none was cut."""
         self._draining = True
@@ -371,6 +451,7 @@ class Engine(KvMethods):
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
         self._policy.close()
         self._kv.close()
+        self._weights.close()
         self._core.close()
         self.model.close()
 
@@ -390,9 +471,12 @@ class Engine(KvMethods):
                 if self._stopping:
                     break
                 self._take_commands()
+                swap = self._weights.active
+                if swap is not None:
+                    swap.advance(busy=bool(self._seqs))
                 if self._seqs:
                     self._step()
-                else:
+                elif self._weights.active is None:
                     self._sleep()
         except BaseException as error:
             log.exception("the engine of '%s' stopped", self.info.name)
@@ -401,6 +485,8 @@ class Engine(KvMethods):
             self._reader.end_all(EngineDead(f"the engine of '{self.info.name}' stopped: {self._failure}"))
         finally:
             # Nobody posts any more: close() and a failure are both seen under the lock.
+            if self._weights.active is not None:
+                self._weights.active.abort(EngineDead(f"the engine of '{self.info.name}' stopped meanwhile"))
             for future in list(self._calls):
                 if future.set_running_or_notify_cancel():
                     future.set_exception(EngineDead(f"the engine of '{self.info.name}' is not running"))
@@ -461,7 +547,8 @@ class Engine(KvMethods):
         decode, prefill = self._shape(plan)
         self._core.note_plan(planned_ns, self._n_waiting(), len(decode), sum(n for _, n in prefill))
         if decode or prefill:
-            self._core.run(decode, prefill, 1 if fresh else steps, plan.until_ns)
+            is_short = fresh or self._weights.active is not None
+            self._core.run(decode, prefill, 1 if is_short else steps, plan.until_ns)
             self._seqs.collect()
         elif self._seqs:
             self._sleep(plan.until_ns or time.monotonic_ns() + 1_000_000)

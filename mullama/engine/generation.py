@@ -8,8 +8,12 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING
 
 from mullama.types import Delta, Finish
+
+if TYPE_CHECKING:
+    from mullama.engine.reader import Reader
 
 log = logging.getLogger("mullama.engine")
 
@@ -22,11 +26,23 @@ class BaseGeneration:
         self.handle = handle
         self.finish: Finish | None = None
         self._cancel = cancel
+        self._is_cancelled = False
 
     def cancel(self) -> None:
         """Stop it from any thread. Harmless when it has ended."""
         if self.finish is None:
+            self._is_cancelled = True
             self._cancel(self.handle)
+
+    def belongs_to(self, handle: int, cancel: Callable[[int], None]) -> None:
+        """Another engine generates from now on, by the name ``handle``. A cancel that was on its way goes there."""
+        self.handle, self._cancel = handle, cancel
+        if self._is_cancelled:
+            cancel(handle)
+
+    def attach_to(self, reader: Reader) -> None:
+        """See that ``reader``, another engine's, reads for this one's loop or thread. Any thread."""
+        raise NotImplementedError
 
     def deliver(self, text: str, n_tokens: int) -> None:
         raise NotImplementedError
@@ -65,6 +81,9 @@ class AsyncGeneration(BaseGeneration):
             self._finish(finish)
         else:
             self._call(self._finish, finish)
+
+    def attach_to(self, reader: Reader) -> None:
+        self._call(reader.attach_loop, self._loop)
 
     def _call(self, callback: Callable[..., None], *args: object) -> None:
         try:
@@ -124,6 +143,9 @@ class SyncGeneration(BaseGeneration):
 
     def end(self, finish: Finish) -> None:
         self._queue.put(finish)
+
+    def attach_to(self, reader: Reader) -> None:
+        reader.attach_thread()
 
     def __iter__(self) -> Iterator[Delta]:
         return self

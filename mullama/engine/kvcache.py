@@ -320,9 +320,12 @@ class KvCache:
             origin = {KvSource.HOST: KvTier.HOST, KvSource.DISK: KvTier.DISK}.get(source, KvTier.DEVICE)
             self._event(KvEventKind.REUSED, KvTier.DEVICE, 0, reuse, node, source=origin, slot=slot)
 
-    def resumed(self, slot: int, namespace: bytes, tokens: bytes) -> None:
-        """A preempted sequence, prompt and answer so far, lives in the slot again."""
-        self.tree.hold(slot, namespace, tokens, time.monotonic_ns())
+    def resumed(self, slot: int, namespace: bytes, tokens: bytes, *, mixed: bool = False) -> None:
+        """A preempted sequence, prompt and answer so far, lives in the slot again (``mixed``: see Node)."""
+        end = self.tree.hold(slot, namespace, tokens, time.monotonic_ns())
+        if mixed:
+            for node in end.path():
+                node.mixed = True
         self.version += 1
 
     # -- out of a slot ------------------------------------------------------------------------------------------
@@ -523,6 +526,15 @@ class KvCache:
                 freed += self.forget(slot)
         self.drop_host()
         return freed
+
+    def forget_all(self) -> None:
+        """Give up everything that no running sequence holds, on every tier but the disk: it is of other weights."""
+        self.drop([False] * self._core.n_slots)
+
+    def note_mixed(self) -> None:
+        """The KV there is was computed by other weights than those that use it from now on."""
+        for node in self.tree.nodes():
+            node.mixed = True
 
     def drop_host(self) -> int:
         """Empty host memory. Returns the bytes freed."""

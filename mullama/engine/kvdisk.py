@@ -97,7 +97,7 @@ class DiskTier:
         """Write a node's KV, unless the disk has it or it is on its way: what is given, or what host memory holds."""
         rows = node.host if rows is None else rows
         at_end = node.checkpoint if at_end is None else at_end
-        if not isinstance(rows, Rows) or not self.lacks(node, at_end is not None):
+        if not isinstance(rows, Rows) or node.mixed or not self.lacks(node, at_end is not None):
             return
         checkpoint = at_end.data if isinstance(at_end, Checkpoint) else None
         size = self.store.size_of(node.namespace, node.start, node.end, None if checkpoint is None else len(checkpoint))
@@ -144,6 +144,15 @@ class DiskTier:
             return False
         return True
 
+    def detach(self) -> None:
+        """Leave the tree, which goes on without this tier; what is on its way is still written. ``close`` may follow
+        on any thread."""
+        self._detached = True
+        for node in list(self._tree.nodes()):
+            if isinstance(node.disk, DiskRows):
+                node.disk = None
+                self._tree.prune(node)
+
     def flush(self, timeout_s: float = 30.0) -> None:
         """Wait until what was given to the writer is on disk (and known here only once ``post`` ran)."""
         done = threading.Event()
@@ -156,12 +165,14 @@ class DiskTier:
         self._closing = True
         self._jobs.put(None)
         self._thread.join()
-        self._make_room(0)
+        if not self._detached:
+            self._make_room(0)
         self.store.close()
 
     # -- the writer thread --------------------------------------------------------------------------------------
 
     _closing = False
+    _detached = False
     _flushed: threading.Event | None = None
 
     def _run(self) -> None:
@@ -187,7 +198,7 @@ class DiskTier:
             is_wanted = node.id in self._pending  # nobody has dropped it meanwhile
             self._pending.discard(node.id)
             self._pending_bytes = max(self._pending_bytes - size, 0) if self._pending else 0
-            if record is None:
+            if record is None or self._detached:
                 return
             if is_wanted:
                 self._attach(record)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mullama import abi
+from mullama import abi, faults
 from mullama._core import Core, Model, devices, llama_cpp_version
 from mullama.config import ServeConfig
 from mullama.engine import sizing
@@ -40,7 +40,8 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         split = [float(part) for part in config.tensor_split.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"tensor_split must be numbers such as 3,1; got '{config.tensor_split}'") from None
-    return Model(
+    faults.crash_point("load:before-weights")
+    model = Model(
         path,
         gpu_layers=gpu_layers,
         devices=config.device,
@@ -50,6 +51,8 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         chat_template=_chat_template(config.chat_template),
         progress=progress,
     )
+    faults.crash_point("load:after-weights")
+    return model
 
 
 def _chat_template(value: str) -> str:
@@ -75,7 +78,7 @@ def make_core(model: Model, name: str, config: ServeConfig) -> Core:
         log.warning(
             "%s was trained on %d tokens of context, %d were asked for", name, facts["n_ctx_train"], sizes.n_ctx
         )
-    return Core(
+    core = Core(
         model,
         n_slots=sizes.n_parallel,
         n_ctx=sizes.n_ctx,
@@ -89,15 +92,35 @@ def make_core(model: Model, name: str, config: ServeConfig) -> Core:
         unified_cells=0 if config.kv_layout == "streams" else config.kv_tokens or sizes.n_ctx * sizes.n_parallel,
         page_path=_page_path(name, config.page_dir),
     )
+    faults.crash_point("load:after-context")
+    return core
 
 
 def open_disk_tier(
     model: Model, core: Core, kv: KvCache, config: ServeConfig, post: Callable[[Callable[[], None]], None]
 ) -> DiskTier | None:
     """The disk tier that the configuration asks for, with what it still holds. Raises StoreError."""
+    started = time.monotonic()
+    store = open_disk_store(model, core, kv, config)
+    if store is None:
+        return None
+    tier = join_disk_store(store, kv, post)
+    log.info(
+        "%s: %d MiB of KV found in %s (%.2f s)", model.path, store.bytes_used >> 20, config.kv_disk_dir,
+        time.monotonic() - started,
+    )  # fmt: skip
+    return tier
+
+
+def join_disk_store(store: DiskStore, kv: KvCache, post: Callable[[Callable[[], None]], None]) -> DiskTier:
+    """A tier of what a store holds. Engine thread, or before there is one."""
+    return DiskTier(store, kv.tree, lambda: kv.tier.policy, kv.cells.token_bytes, post, kv.leaves_disk)
+
+
+def open_disk_store(model: Model, core: Core, kv: KvCache, config: ServeConfig) -> DiskStore | None:
+    """The folder of the disk tier, for KV of these weights; None where there is to be none. Raises StoreError."""
     if not config.kv_disk_dir or not kv.cells.can_store:
         return None
-    started = time.monotonic()
     identity = Identity(
         weights=_weights_digest(Path(model.path)),
         architecture=model.facts()["architecture"],
@@ -110,13 +133,7 @@ def open_disk_tier(
         + (f":slots={core.n_slots}:unified={core.unified}" if kv.cells.needs_checkpoint else ""),
         state_version=llama_cpp_version(),
     )
-    store = DiskStore(Path(config.kv_disk_dir).expanduser(), config.kv_disk_bytes, identity)
-    tier = DiskTier(store, kv.tree, lambda: kv.tier.policy, kv.cells.token_bytes, post, kv.leaves_disk)
-    log.info(
-        "%s: %d MiB of KV found in %s (%.2f s)", model.path, store.bytes_used >> 20, config.kv_disk_dir,
-        time.monotonic() - started,
-    )  # fmt: skip
-    return tier
+    return DiskStore(Path(config.kv_disk_dir).expanduser(), config.kv_disk_bytes, identity)
 
 
 def _weights_digest(path: Path) -> str:
@@ -155,7 +172,8 @@ def _sweep(base: Path) -> None:
             continue
 
 
-def info_of(model: Model, core: Core, name: str) -> ModelInfo:
+def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo:
+    """``weights``: what tells these weights from others of the same name; the file's stem when it is not given."""
     facts = model.facts()
     return ModelInfo(
         name=name,
@@ -176,4 +194,5 @@ def info_of(model: Model, core: Core, name: str) -> ModelInfo:
         is_hybrid=facts["is_hybrid"],
         created=int(time.time()),
         can_shift=core.can_shift and not core.unified,
+        weights=weights or Path(model.path).stem,
     )

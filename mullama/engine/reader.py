@@ -7,12 +7,13 @@ import contextlib
 import logging
 import selectors
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mullama import abi
 from mullama.engine.generation import BaseGeneration
 from mullama.errors import ComputeFailed
-from mullama.types import Finish, FinishReason, Profile
+from mullama.types import Finish, FinishReason, Profile, WeightSpan
 
 if TYPE_CHECKING:
     from mullama._core import Core
@@ -35,8 +36,10 @@ ERROR_TEXTS = {
 }
 
 
-def profile_of(row: abi.Row, token_bytes: int = 0, why: str | None = None) -> Profile:
-    """The request's profile, made of its row; the words for a miss are the engine's."""
+def profile_of(
+    row: abi.Row, token_bytes: int = 0, why: str | None = None, weights: tuple[WeightSpan, ...] = ()
+) -> Profile:
+    """The request's profile, made of its row; the words for a miss and the weights' names are the engine's."""
 
     def ms(start: int, end: int) -> float:
         return (end - start) / 1e6 if end >= start > 0 else 0.0
@@ -65,7 +68,18 @@ def profile_of(row: abi.Row, token_bytes: int = 0, why: str | None = None) -> Pr
         context_shifted=row.shifted,
         kv_bytes=row.cells * token_bytes,
         kv_byte_seconds=row.kv_cell_ns * token_bytes / 1e9,
+        weights=weights,
     )
+
+
+@dataclass(slots=True)
+class Leaving:
+    """A request on its way from one engine's reader to another's."""
+
+    generation: BaseGeneration
+    stops: tuple[str, ...]
+    weights: tuple[WeightSpan, ...]
+    reason: str | None
 
 
 class Reader:
@@ -81,6 +95,7 @@ class Reader:
         self._generations: dict[int, BaseGeneration] = {}
         self._stops: dict[int, tuple[str, ...]] = {}
         self._reasons: dict[int, str | None] = {}  # why prompt tokens had to be computed
+        self._weights: dict[int, tuple[WeightSpan, ...]] = {}
         self._token_bytes = token_bytes  # KV of one token
         self._lock = threading.Lock()  # one reader of the ring at a time
         self._attaching = threading.Lock()
@@ -100,6 +115,36 @@ class Reader:
         if handle in self._stops:
             self._reasons[handle] = reason
 
+    def note_weights(self, handle: int, weights: str, from_token: int) -> None:
+        """Which weights generate a request's tokens from ``from_token`` on, for its profile. Engine thread."""
+        if handle in self._stops:
+            spans = self._weights.get(handle, ())
+            if spans and spans[-1].from_token == from_token:
+                spans = spans[:-1]  # those before generated nothing
+            self._weights[handle] = (*spans, WeightSpan(weights, from_token))
+
+    def let_go(self, handle: int) -> Leaving | None:
+        """Hand out all that is known of a request, which goes on elsewhere; None: it has ended. Engine thread.
+
+        What its records said so far is delivered before.
+        """
+        while self.read():
+            pass
+        generation = self._generations.get(handle)
+        if generation is None:
+            return None
+        leaving = Leaving(generation, self._stops[handle], self._weights.get(handle, ()), self._reasons.get(handle))
+        self.discard(handle)
+        return leaving
+
+    def take_in(self, handle: int, leaving: Leaving) -> None:
+        """Go on reading for a request that another reader has let go."""
+        leaving.generation.attach_to(self)
+        self._stops[handle] = leaving.stops
+        self._weights[handle] = leaving.weights
+        self._reasons[handle] = leaving.reason
+        self._generations[handle] = leaving.generation
+
     def handles(self) -> list[int]:
         """Requests that have not ended."""
         return list(self._generations)
@@ -108,6 +153,7 @@ class Reader:
         self._generations.pop(handle, None)
         self._stops.pop(handle, None)
         self._reasons.pop(handle, None)
+        self._weights.pop(handle, None)
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that what this loop submits is read; call on it."""
@@ -176,20 +222,26 @@ class Reader:
                 if generation is not None:
                     generation.deliver(record[2], record[3])
                 continue
-            stops, why = self._stops.get(handle, ()), self._reasons.get(handle)
+            stops, why, weights = self._stops.get(handle, ()), self._reasons.get(handle), self._weights.get(handle, ())
             self.discard(handle)
             if generation is not None:
-                generation.end(self._finish(record, stops, why))
+                generation.end(self._finish(record, stops, why, weights))
         return len(records)
 
-    def _finish(self, record: tuple[int, int, int, int, int, bytes], stops: tuple[str, ...], why: str | None) -> Finish:
+    def _finish(
+        self,
+        record: tuple[int, int, int, int, int, bytes],
+        stops: tuple[str, ...],
+        why: str | None,
+        weights: tuple[WeightSpan, ...],
+    ) -> Finish:
         _, _, reason, stop_index, error, row = record
         failure = None
         if reason == 4:
             failure = ComputeFailed(f"the request failed: {ERROR_TEXTS.get(error, f'core error {error}')}")
         return Finish(
             reason=REASONS[reason],
-            profile=profile_of(abi.Row.from_buffer_copy(row), self._token_bytes, why),
+            profile=profile_of(abi.Row.from_buffer_copy(row), self._token_bytes, why, weights),
             stop_string=stops[stop_index] if 0 <= stop_index < len(stops) else None,
             error=failure,
         )

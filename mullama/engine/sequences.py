@@ -43,6 +43,7 @@ class LiveSequence:
     key: bytes = b""  # the prompt as the prefix tree takes it
     namespace: bytes = b""  # prompts of another one share nothing with it
     borders: list[int] = field(default_factory=list)  # where a prompt chunk has to end, for a checkpoint
+    mixed: bool = False  # other weights than those in charge have computed of its KV
 
     def move(self, state: SeqState) -> None:
         """Change the state. Raises IllegalTransition."""
@@ -61,6 +62,7 @@ class Sequences:
         core: Core,
         reader: Reader,
         model: str,
+        weights: str,
         swap_bytes: int,
         kv: KvCache,
         on_end: Callable[[LiveSequence], None],
@@ -74,6 +76,7 @@ class Sequences:
         self._kv = kv
         self._reader = reader
         self._model = model
+        self.weights = weights  # name of those in charge
         self._swap_bytes = swap_bytes  # most host memory for the KV of preempted sequences
         self._on_end = on_end
 
@@ -83,7 +86,16 @@ class Sequences:
     def add(self, seq: LiveSequence) -> None:
         self.live[seq.view.id] = seq
         self.views[seq.view.id] = seq.view
-        self.n_queued += 1
+        if seq.view.state is SeqState.WAITING:
+            self.n_queued += 1
+
+    def remove(self, handle: int) -> None:
+        """Forget a sequence without a slot, which goes on elsewhere."""
+        seq = self.live.pop(handle)
+        self.views.pop(handle)
+        if seq.view.state is SeqState.WAITING:
+            self.n_queued -= 1
+        self._on_end(seq)
 
     # -- into a slot and out of it -------------------------------------------------------------------------
 
@@ -131,6 +143,7 @@ class Sequences:
         reuse = core.slot_fill(slot)[0]
         kv.opened(slot, seq.namespace, seq.key, reuse, source)
         seq.borders = kv.borders(match, reuse, n)
+        self._reader.note_weights(seq.view.id, self.weights, 0)
         self._reader.explain(seq.view.id, kv.explain(seq.namespace, seq.key, reuse, match, core.model.detokenize))
         self._seat(seq, slot, SeqState.PREFILL)
 
@@ -147,7 +160,7 @@ class Sequences:
         core.resume(slot, parked, reuse=reuse, evicted=lost)
         seq.parked = None
         if not core.shifted(slot):
-            kv.resumed(slot, seq.namespace, tokens)
+            kv.resumed(slot, seq.namespace, tokens, mixed=seq.mixed)
         state = core.states()[slot]
         self._seat(seq, slot, SeqState.DECODE if state == abi.DECODE else SeqState.PREFILL)
 
@@ -166,10 +179,13 @@ class Sequences:
         seq.view.prefill_left = 0 if state is SeqState.DECODE else n_tokens - n_past
         seq.move(state)
 
-    def preempt(self, handle: int, how: Preempt) -> None:
-        """PREFILL, DECODE -> PREEMPTED. The request's own wish goes before ``how``; AUTO takes the cheaper way."""
+    def preempt(self, handle: int, how: Preempt, *, insist: bool = False) -> None:
+        """PREFILL, DECODE -> PREEMPTED. The request's own wish goes before ``how``, unless the engine ``insist``s.
+
+        AUTO takes the cheaper way.
+        """
         seq = self.live[handle]
-        how = seq.view.preempt if seq.view.preempt is not Preempt.AUTO else how
+        how = seq.view.preempt if seq.view.preempt is not Preempt.AUTO and not insist else how
         parked = self._core.preempt(seq.slot, save=self._should_save(seq, how))
         self._kv.closed(seq.slot, seq.namespace, seq.request.id)  # what the slot retains, if its KV was not saved
         self.slots[seq.slot] = 0
@@ -222,6 +238,31 @@ class Sequences:
         for slot in (a, b):
             if self.slots[slot]:
                 self.live[self.slots[slot]].slot = slot
+
+    # -- other weights ------------------------------------------------------------------------------------------
+
+    def set_weights(self, weights: str, *, with_kv: bool) -> None:
+        """Other weights generate from now on. ``with_kv``: on KV that the old ones have computed."""
+        self.weights = weights
+        for handle, seq in self.live.items():
+            if seq.view.state is SeqState.WAITING:
+                continue
+            self._reader.note_weights(handle, weights, seq.view.generated)
+            seq.mixed = with_kv
+            if seq.parked is not None and not with_kv:
+                self._core.drop_saved(seq.parked)
+                seq.view.cells = 0
+                seq.view.prefill_left = seq.parked.left()
+
+    def vacate_all(self) -> int:
+        """Empty every slot; running sequences are computed again when they come back. Returns how many there were."""
+        n = 0
+        for handle in list(self.slots):
+            if handle:
+                self.preempt(handle, Preempt.RECOMPUTE, insist=True)
+                n += 1
+        self._kv.forget_all()
+        return n
 
     # -- follow and end -----------------------------------------------------------------------------------------
 

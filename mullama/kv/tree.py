@@ -81,6 +81,7 @@ class Node:
         "host",
         "id",
         "key",
+        "mixed",
         "namespace",
         "parent",
         "pinned_until_ns",
@@ -107,6 +108,8 @@ class Node:
         self.hits = 0
         self.cost_ns = 0.0  # what computing it took; 0 while unknown
         self.pinned_until_ns = 0
+        # Computed by other weights than those in charge, wholly or in what it builds on: never written to disk.
+        self.mixed: bool = parent is not None and parent.mixed
 
     @property
     def n_tokens(self) -> int:
@@ -290,6 +293,7 @@ class PrefixTree:
         upper = Node(next(self._ids), node.key[:cut], node.start, parent, node.namespace, node.created_ns)
         upper.slots = set(node.slots)
         upper.used_ns, upper.hits, upper.pinned_until_ns = node.used_ns, node.hits, node.pinned_until_ns
+        upper.mixed = node.mixed
         upper.cost_ns = node.cost_ns * n_tokens / node.n_tokens
         node.cost_ns -= upper.cost_ns
         if node.host is not None:

@@ -62,4 +62,5 @@ def total(profiles: Sequence[Profile]) -> Profile:
         context_shifted=sum(p.context_shifted for p in profiles),
         kv_bytes=sum(p.kv_bytes for p in profiles),
         kv_byte_seconds=sum(p.kv_byte_seconds for p in profiles),
+        weights=profiles[0].weights,
     )

@@ -77,8 +77,8 @@ def handed(core: Core) -> Core:
     """A preempted sequence that went to another core and ended there."""
     other = Core(core.model, n_slots=1, n_ctx=256, n_batch=64)
     one = running(core).preempt(0, save=False)
-    core.hand_over(one, other)
-    other.rename(one, 9)
+    core.let_go(one)
+    other.take_in(one, 9)
     other.cancel_parked(one)
     assert [record[1] for record in other.drain_records()] == [9]
     other.close()
@@ -168,8 +168,10 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.Core.resume": lambda c: c.resume(1, parked(c)) is None and c.states() == [abi.FREE, abi.DECODE],
     "loop.Core.cancel_parked": lambda c: c.cancel_parked(parked(c)) is None and c.parked_bytes() == 0,
     "loop.Core.damage_parked": lambda c: c.damage_parked(parked(c)) is None,
-    "loop.Core.hand_over": lambda c: handed(c).counters_dict()["parked"] == 0,
-    "loop.Core.rename": lambda c: c.rename(parked(c), 7) is None,
+    "loop.Core.let_go": lambda c: handed(c).counters_dict()["parked"] == 0,
+    "loop.Core.drop_saved": lambda c: c.drop_saved(parked(c)) is None and c.parked_bytes() == 0,
+    "loop.Core.is_switching": lambda c: c.is_switching() is False,
+    "loop.Core.take_in": lambda c: handed(c).audit() == [],
     "loop.Core.context": lambda c: c.context.model is c.model,
     "loop.Core.turns": lambda c: isinstance(c.turns, Arbiter),
     "loop.Core.seat": lambda c: c.seat in c.turns.seats(),

@@ -273,8 +273,8 @@ def test_a_sequence_goes_on_in_another_core(tiny_model: Callable[..., Path], mak
     begun = first.outputs[handle].text
     parked = first.core.preempt(0, save=False)
     first.core.evict(0)
-    first.core.hand_over(parked, second.core)
-    second.core.rename(parked, 77)
+    first.core.let_go(parked)
+    second.core.take_in(parked, 77)
     second.outputs[77] = first.outputs.pop(handle)
     second.core.resume(1, parked)
     second.finish_all()
@@ -294,10 +294,10 @@ def test_a_sequence_goes_on_in_another_vocabulary(
     begun = first.outputs[handle].text
     parked = first.core.preempt(0, save=False)
     first.core.evict(0)
-    with pytest.raises(InvalidRequest):
-        first.core.hand_over(parked, second.core, [10**6], params)
-    tokens = second.tokenize(PROMPTS[1] + begun)
-    first.core.hand_over(parked, second.core, tokens, params)
+    first.core.let_go(parked)
+    with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+        second.core.take_in(parked, handle, [10**6], params)
+    second.core.take_in(parked, handle, second.tokenize(PROMPTS[1] + begun), params)
     second.outputs[handle] = first.outputs.pop(handle)
     second.core.resume(0, parked)
     second.finish_all()

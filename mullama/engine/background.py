@@ -1,0 +1,42 @@
+"""Work that can wait, beside sequences that cannot: loading weights, making contexts, hashing files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+T = TypeVar("T")
+
+#: About a quarter of a core beside a busy compute thread: weights that fit the page cache come within a second, and
+#: the running streams lose less than that quarter.
+NICE = 6
+
+
+def in_background(work: Callable[[], T], *, nice: int = NICE) -> T:
+    """Run ``work`` in a thread of low priority and wait for it. Raises what it raises.
+
+    A thread for each: on Linux a thread may lower its priority, but not raise it again.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        if sys.platform == "linux":  # elsewhere priorities belong to processes
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, name="mullama-background", daemon=True)
+    thread.start()
+    try:
+        return done.result()
+    finally:
+        if done.done():
+            thread.join()

@@ -1,0 +1,314 @@
+"""Other weights for a running engine: how they come, and what becomes of the sequences. Nothing is dropped.
+
+``Weights`` is the engine's side. A thread of its own loads the model and makes a context, with the priority of work
+that can wait; then the engine thread takes the rest in steps between the sequences' steps (``Swap.advance``):
+
+    WARM -> AHEAD -> commit -> FOLLOW -> done        carry: KV goes over, ahead and in slices (_core/swap.pyx)
+    WARM -> commit -> done                           recompute: every sequence is computed again by the new weights
+
+Carrying is sound between two quantisations (or fine-tunes) of one model: what the tokens mean, how positions are
+turned and the shape of KV must be equal, and ``why_unsound`` says what is not. Whatever fails before the commit leaves
+the old weights in charge.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mullama import faults
+from mullama._core import Carrier, Context, Core, Model
+from mullama.engine import loading
+from mullama.engine.background import in_background
+from mullama.errors import InvalidRequest, ModelLoadError
+
+if TYPE_CHECKING:
+    from mullama.config import ServeConfig
+    from mullama.engine.kvcache import KvCache
+    from mullama.engine.kvdisk import DiskTier
+    from mullama.engine.sequences import Sequences
+
+log = logging.getLogger("mullama.engine")
+
+SHARE = 0.25  # of the engine's time, for copying ahead
+LEAST_SLICE_NS = 2_000_000
+MOST_SLICE_NS = 30_000_000
+
+
+class KvMode(enum.StrEnum):
+    """What becomes of the KV when the weights change."""
+
+    AUTO = "auto"  # carry where that is sound, else recompute
+    CARRY = "carry"
+    RECOMPUTE = "recompute"
+    DRAIN = "drain"  # what runs ends with the old weights (two engines for a while; not one engine's business)
+
+
+class NeedsAnotherEngine(InvalidRequest):
+    """The new model differs so much that it needs slots of another shape: an engine of its own takes over."""
+
+
+@dataclass(slots=True, frozen=True)
+class SwapReport:
+    """One change of weights. Times in ms; ``pause_ms`` is from the end of the last old step to the start of the first
+    new one, None when nothing ran."""
+
+    kv: str
+    weights_from: str
+    weights_to: str
+    load_ms: float
+    pause_ms: float | None
+    total_ms: float
+    sequences_moved: int  # that went on on their KV
+    sequences_recomputed: int
+    bytes_moved: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def why_unsound(old: Model, new: Model) -> str | None:
+    """Why KV computed by ``old`` means something else to ``new``; None: it does not."""
+    before, after = old.metadata(), new.metadata()
+    arch = before.get("general.architecture", "")
+    if after.get("general.architecture", "") != arch:
+        return f"its architecture is {after.get('general.architecture')}, not {arch}"
+    # Shape, heads, windows, RoPE: all that llama.cpp computes KV by lies under the architecture's name.
+    ignored = {f"{arch}.context_length", f"{arch}.vocab_size"}
+    for key in sorted((before.keys() | after.keys()) - ignored):
+        if key.startswith(f"{arch}.") and before.get(key) != after.get(key):
+            return f"{key} is {after.get(key, 'missing')}, not {before.get(key, 'there')}"
+    if old.vocab_digest() != new.vocab_digest():
+        return "its vocabulary is another one"
+    return None
+
+
+class Swap:
+    """One change of weights on the engine thread. ``done`` gets (sequences moved, recomputed, bytes, old context)."""
+
+    def __init__(
+        self, weights: Weights, carrier: Carrier, kv: KvMode, on_commit: Callable[[bool], None],
+        done: Future[tuple[int, int, int, Context]],
+    ) -> None:  # fmt: skip
+        self.done = done
+        self._weights = weights
+        self._carrier = carrier
+        self._kv = kv
+        self._on_commit = on_commit
+        self._phase = self._warm
+        self._last_ns = time.monotonic_ns()
+        self._caught_up = False
+        self._moved = self._recomputed = 0
+        self._bytes_before = 0
+
+    def advance(self, *, busy: bool) -> None:
+        """A slice of the work. ``busy``: sequences are running, so that it must be short."""
+        now = time.monotonic_ns()
+        slice_ns = int(SHARE * (now - self._last_ns))
+        budget = min(max(slice_ns, LEAST_SLICE_NS), MOST_SLICE_NS) if busy else 1_000_000_000
+        try:
+            self._phase(budget)
+        except BaseException as error:
+            self._fail(error)
+        self._last_ns = time.monotonic_ns()
+
+    def _warm(self, budget_ns: int) -> None:
+        if not self._carrier.warm():
+            self._bytes_before = self._weights.counter("weight_swap_bytes")
+            self._phase = self._ahead if self._kv is KvMode.CARRY else self._recompute
+
+    def _ahead(self, budget_ns: int) -> None:
+        left = self._carrier.ahead(budget_ns, retained=False)
+        if left == 0 and self._caught_up:
+            faults.crash_point("swap:before-commit")
+            self._moved, _ = self._carrier.commit()
+            self._committed(with_kv=True)
+            self._phase = self._follow
+        # One step more, so that the slice before the commit has only that step's tokens to copy.
+        self._caught_up = left == 0
+
+    def _recompute(self, budget_ns: int) -> None:
+        faults.crash_point("swap:before-commit")
+        self._recomputed = self._weights.seqs.vacate_all()
+        self._carrier.commit(with_kv=False)
+        self._committed(with_kv=False)
+        self._finish()
+
+    def _committed(self, *, with_kv: bool) -> None:
+        weights = self._weights
+        if with_kv:
+            weights.kv.note_mixed()
+        if weights.kv.disk is not None:
+            weights.kv.disk.detach()
+            weights.left_disk, weights.kv.disk = weights.kv.disk, None
+        weights.kv.version += 1
+        self._on_commit(with_kv)
+        faults.crash_point("swap:after-commit")
+
+    def _follow(self, budget_ns: int) -> None:
+        if self._carrier.follow(budget_ns) == 0:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._weights.active = None
+        n_bytes = self._weights.counter("weight_swap_bytes") - self._bytes_before
+        self.done.set_result((self._moved, self._recomputed, n_bytes, self._carrier.finish()))
+
+    def abort(self, error: BaseException) -> None:
+        """The engine has ended; its core frees both contexts."""
+        self._weights.active = None
+        if not self.done.done():
+            self.done.set_exception(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Before the commit the old weights simply stay. Afterwards nothing here can fail that a slot does not bear."""
+        log.warning("the weights were not changed: %s", error)
+        self._weights.active = None
+        try:
+            self._carrier.abandon()
+        except RuntimeError:
+            log.exception("a change of weights broke off after they had taken over")
+        self.done.set_exception(error)
+
+
+class Weights:
+    """The weights of an engine. ``active`` belongs to the engine thread."""
+
+    def __init__(
+        self, core: Core, kv: KvCache, seqs: Sequences, config: ServeConfig,
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:  # fmt: skip
+        self.active: Swap | None = None
+        self.left_disk: DiskTier | None = None  # of the weights before
+        self._post = post
+        self.kv = kv
+        self.seqs = seqs
+        self._core = core
+        self._config = config
+        self._one = threading.Lock()  # a swap at a time
+
+    def close(self) -> None:
+        """Let go of the engine, so that nothing waits for the garbage collector."""
+        self._post = _ignore
+
+    def counter(self, name: str) -> int:
+        return self._core.counters_dict()[name]
+
+    def swap(
+        self,
+        path: str | Path,
+        label: str,
+        kv: KvMode,
+        call: Callable[[Callable[[], None]], Future[None]],
+        on_commit: Callable[[Model, str, bool], None],
+        progress: Callable[[float], bool | None] | None = None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+    ) -> SwapReport:
+        """Change the weights to those of a file. Blocks; not on the engine thread.
+
+        ``call`` runs a function on the engine thread, ``on_commit(model, label, with_kv)`` is called there when the new
+        weights are in charge. Raises InvalidRequest (another swap is going on, or ``carry`` is not sound),
+        NeedsAnotherEngine, ModelLoadError: then the old weights stay.
+        """
+        if not self._one.acquire(blocking=False):
+            raise InvalidRequest("the weights of this model are being changed already", param="to")
+        try:
+            return in_background(lambda: self._swap(path, label, kv, call, on_commit, progress, on_phase))
+        finally:
+            self._one.release()
+
+    def _swap(
+        self, path: str | Path, label: str, kv: KvMode, call: Callable[[Callable[[], None]], Future[None]],
+        on_commit: Callable[[Model, str, bool], None], progress: Callable[[float], bool | None] | None,
+        on_phase: Callable[[str], None],
+    ) -> SwapReport:  # fmt: skip
+        began = time.monotonic()
+        old, before = self._core.model, self.seqs.weights
+        on_phase("loading")
+        model = loading.load_model(path, self._config, progress)
+        try:
+            faults.crash_point("swap:after-load")
+            mode = self._mode(old, model, kv)
+            context = self._core.context.like(model)
+        except BaseException:
+            model.close()
+            raise
+        load_ms = (time.monotonic() - began) * 1e3
+        done: Future[tuple[int, int, int, Context]] = Future()
+
+        def begin() -> None:
+            carrier = Carrier(self._core, context)
+            self.active = Swap(self, carrier, mode, lambda with_kv: on_commit(model, label, with_kv), done)
+
+        on_phase("copying" if mode is KvMode.CARRY else "switching")
+        try:
+            call(begin).result()
+            moved, recomputed, n_bytes, left = done.result()
+        except BaseException as error:
+            context.close()
+            model.close()
+            if isinstance(error, InvalidRequest):
+                raise NeedsAnotherEngine(error.message, param="to") from None
+            raise
+        total_ms = (time.monotonic() - began) * 1e3
+        pause_ns = self._pause_ns(moved + recomputed)
+        left.close()
+        old.close()
+        self._reopen_disk(call)
+        return SwapReport(
+            kv=str(mode),
+            weights_from=before,
+            weights_to=label,
+            load_ms=load_ms,
+            pause_ms=None if pause_ns is None else pause_ns / 1e6,
+            total_ms=total_ms,
+            sequences_moved=moved,
+            sequences_recomputed=recomputed,
+            bytes_moved=n_bytes,
+        )
+
+    def _mode(self, old: Model, new: Model, kv: KvMode) -> KvMode:
+        reason = why_unsound(old, new)
+        if reason is None:
+            return KvMode.CARRY if kv is KvMode.AUTO else kv
+        if kv is KvMode.CARRY:
+            raise InvalidRequest(f"the KV cache cannot be carried over to {new.path}: {reason}", param="kv")
+        if old.n_vocab != new.n_vocab or old.vocab_digest() != new.vocab_digest():
+            raise NeedsAnotherEngine(f"{new.path} is another model: {reason}", param="to")
+        return KvMode.RECOMPUTE
+
+    def _pause_ns(self, n: int) -> int | None:
+        """The pause, once the first new step has shown it; None when nothing ran."""
+        if n == 0:
+            return None
+        deadline = time.monotonic() + 5
+        while self._core.is_switching() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return None if self._core.is_switching() else self.counter("weight_pause_ns")
+
+    def _reopen_disk(self, call: Callable[[Callable[[], None]], Future[None]]) -> None:
+        """The disk tier goes on with what it has of the new weights."""
+        old, self.left_disk = self.left_disk, None
+        if old is None:
+            return
+        old.close()
+        try:
+            store = loading.open_disk_store(self._core.model, self._core, self.kv, self._config)
+        except ModelLoadError:
+            store = None
+
+        def join() -> None:
+            self.kv.disk = None if store is None else loading.join_disk_store(store, self.kv, self._post)
+
+        call(join).result()
+
+
+def _ignore(command: Callable[[], None]) -> None:
+    """What becomes of a command when the engine has ended."""

@@ -1,0 +1,378 @@
+"""Other weights under a running engine: nothing is dropped, and what cannot be done is refused."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from core_support import greedy, sampled
+
+from mullama.engine.engine import Engine
+from mullama.engine.weights import NeedsAnotherEngine, why_unsound
+from mullama.errors import EngineDead, InvalidRequest, LoadCancelled, ModelLoadError, ShuttingDown
+from mullama.types import FinishReason, Preempt, Request
+
+PROMPTS = ["the sun is here", "all that we have to do here and there and", "I", "of her and the others in it"]
+
+
+@pytest.fixture
+def twin(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """The tiny model's weights in another file."""
+    return Path(shutil.copy(tiny_model(), tmp_path / "twin.gguf"))
+
+
+@pytest.fixture
+def other(tiny_model: Callable[..., Path]) -> Path:
+    """Other weights of the same shape, as another quantisation would be."""
+    return tiny_model("llama", seed=8)
+
+
+def request(name: str, prompt: str, n: int = 60, **more: Any) -> Request:
+    return Request(name, list(prompt.encode()), greedy(n), **more)
+
+
+class Streams:
+    """Requests that run in threads of their own until they have ended."""
+
+    def __init__(self, engine: Engine, requests: list[Request]) -> None:
+        self.generations = [engine.submit_sync(one) for one in requests]
+        self.texts = [""] * len(requests)
+        self._threads = [threading.Thread(target=self._read, args=(i,)) for i in range(len(requests))]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, i: int) -> None:
+        for delta in self.generations[i]:
+            self.texts[i] += delta.text
+
+    def join(self) -> list[str]:
+        for thread in self._threads:
+            thread.join()
+        return self.texts
+
+    @property
+    def spans(self) -> list[list[tuple[str, int]]]:
+        return [[(s.weights, s.from_token) for s in g.finish.profile.weights] for g in self.generations if g.finish]
+
+
+def wait_for_tokens(engine: Engine, n: int) -> None:
+    deadline = time.monotonic() + 60
+    while engine.counters()["sampled_tokens"] < n:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def run(engine: Engine, requests: list[Request], during: Callable[[], Any] = lambda: None) -> Streams:
+    before = engine.counters()["sampled_tokens"]
+    streams = Streams(engine, requests)
+    wait_for_tokens(engine, before + 20)
+    during()
+    streams.join()
+    assert [g.finish.reason for g in streams.generations if g.finish] == [FinishReason.LENGTH] * len(requests)
+    return streams
+
+
+def say(engine: Engine, prompt: list[int], n: int = 5) -> str:
+    return "".join(delta.text for delta in engine.submit_sync(Request("say", prompt, greedy(n))))
+
+
+def begins_alike(streams: Streams, plain: list[str]) -> bool:
+    """Whether each text is what it was up to the change of weights: what is computed again may differ in last bits."""
+    starts = [spans[1][1] for spans in streams.spans]
+    return all(a[:n] == b[:n] for a, b, n in zip(streams.texts, plain, starts, strict=True))
+
+
+def requests(n: int = 300) -> list[Request]:
+    return [request(f"r{i}", prompt, n) for i, prompt in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("kv", ["carry", "recompute", "auto"])
+def test_twin_weights_change_nothing(make_engine: Callable[..., Engine], twin: Path, kv: str) -> None:
+    plain = run(make_engine(), requests()).texts
+    engine = make_engine()
+    reports: list[Any] = []
+    streams = run(engine, requests(), lambda: reports.append(engine.swap_weights(twin, kv=kv, label="twin")))
+    (report,) = reports
+    assert streams.texts == plain if kv != "recompute" else begins_alike(streams, plain)
+    assert report.weights_to == "twin"
+    assert report.kv == ("recompute" if kv == "recompute" else "carry")
+    assert (report.sequences_moved, report.sequences_recomputed) == ((0, 4) if kv == "recompute" else (4, 0))
+    assert report.pause_ms is not None
+    assert report.pause_ms > 0
+    assert (report.bytes_moved > 0) is (kv != "recompute")
+    assert engine.info.weights == "twin"
+    assert Path(engine.info.path) == twin
+    assert engine.counters()["weight_swaps"] == 1
+    for spans in streams.spans:
+        assert [name for name, _ in spans] == [report.weights_from, "twin"]
+        assert spans[0][1] == 0 < spans[1][1] < 300
+
+
+@pytest.mark.parametrize("modes", [["carry"], ["carry", "recompute"]], ids=["carry", "both"])
+def test_many_swaps_with_requests_coming_and_going(
+    make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], twin: Path, modes: list[str]
+) -> None:
+    """Texts are compared where nothing is computed again: what is may differ in its last bits."""
+    plain = {prompt: say(make_engine(), list(prompt.encode()), 80) for prompt in PROMPTS}
+    engine = make_engine(parallel=3, scheduler="round_robin")
+    rng = random.Random(1)
+    stop = threading.Event()
+    failures: list[str] = []
+
+    def client(seed: int) -> None:
+        mine = random.Random(seed)
+        while not stop.is_set():
+            prompt, n = mine.choice(PROMPTS), mine.randrange(1, 80)
+            generation = engine.submit_sync(request("r", prompt, n, preempt=mine.choice(list(Preempt))))
+            text = ""
+            for delta in generation:
+                text += delta.text
+                if mine.random() < 0.003:
+                    generation.cancel()
+            assert generation.finish is not None
+            if generation.finish.reason is FinishReason.LENGTH:
+                assert generation.finish.profile.completion_tokens == n
+            if generation.finish.reason is FinishReason.LENGTH:
+                if modes == ["carry"] and not plain[prompt].startswith(text):
+                    failures.append(f"{prompt}: {text} instead of {plain[prompt]}")
+            elif generation.finish.reason is not FinishReason.CANCELLED:
+                failures.append(f"{generation.finish}")
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    files = [twin, tiny_model()]
+    for i in range(20):
+        engine.swap_weights(files[i % 2], kv=rng.choice(modes))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert engine.counters()["weight_swaps"] == 20
+    assert engine.kv.audit() == []
+
+
+def test_retained_prefixes_are_carried_and_marked(make_engine: Callable[..., Engine], other: Path) -> None:
+    engine = make_engine()
+    prompt = list(b"the sun and the others are all here and so am I, and then some more")
+    say(engine, prompt, 5)
+    engine.swap_weights(other, kv="carry")
+    generation = engine.submit_sync(Request("again", [*prompt, 65], greedy(5)))
+    assert sum(delta.n_tokens for delta in generation) == 5
+    assert generation.finish is not None
+    assert generation.finish.profile.kv_cache_hit >= len(prompt)
+    assert [s.weights for s in generation.finish.profile.weights] == [other.stem]
+
+
+def test_recompute_reuses_nothing_of_the_old_weights(make_engine: Callable[..., Engine], other: Path) -> None:
+    engine = make_engine()
+    prompt = list(b"the sun and the others are all here and so am I, and then some more")
+    say(engine, prompt, 5)
+    engine.swap_weights(other, kv="recompute")
+    generation = engine.submit_sync(Request("again", [*prompt, 65], greedy(5)))
+    text = "".join(delta.text for delta in generation)
+    assert generation.finish is not None
+    assert generation.finish.profile.kv_cache_hit == 0
+    fresh = say(make_engine(other), [*prompt, 65])
+    assert text == fresh
+
+
+def test_carried_kv_never_reaches_the_disk(make_engine: Callable[..., Engine], other: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    prompt = list(b"the sun and the others are all here and so am I, and then some more of it")
+    engine = make_engine(kv_disk_dir=str(folder))
+    say(engine, prompt, 5)
+    engine.swap_weights(other, kv="carry")
+    say(engine, [*prompt, 66, 67, *range(68, 100)], 5)
+    fresh = list(b"a prompt that only the new weights have ever seen, word for word")
+    say(engine, fresh, 5)
+    engine.close()
+    again = make_engine(other, kv_disk_dir=str(folder))
+    carried = again.submit_sync(Request("carried", [*prompt, 66, 67, 68], greedy(2)))
+    own = again.submit_sync(Request("own", [*fresh, 66], greedy(2)))
+    list(carried), list(own)
+    assert carried.finish is not None
+    assert own.finish is not None
+    assert carried.finish.profile.kv_cache_hit == 0
+    assert own.finish.profile.kv_cache_hit >= len(fresh)
+    back = make_engine(kv_disk_dir=str(tmp_path / "kv2"))
+    back.close()
+
+
+def test_unsound_carry_is_refused_with_the_reason(
+    make_engine: Callable[..., Engine], tiny_model: Callable[..., Path]
+) -> None:
+    engine = make_engine()
+    turned = tiny_model("llama", rope_base=5000.0)
+    with pytest.raises(InvalidRequest, match=r"llama\.rope\.freq_base is 5000"):
+        engine.swap_weights(turned, kv="carry")
+    assert engine.swap_weights(turned).kv == "recompute"
+    with pytest.raises(InvalidRequest, match="architecture is mamba"):
+        engine.swap_weights(tiny_model("mamba"), kv="carry")
+
+
+def test_another_shape_needs_another_engine(
+    make_engine: Callable[..., Engine], tiny_model: Callable[..., Path]
+) -> None:
+    engine = make_engine()
+    before = engine.info
+    for arch in ("gemma3", "mamba"):
+        with pytest.raises(NeedsAnotherEngine):
+            engine.swap_weights(tiny_model(arch))
+    with pytest.raises(NeedsAnotherEngine):
+        engine.swap_weights(tiny_model(), kv="drain")
+    assert engine.info is before
+    assert say(engine, [104, 105])
+
+
+def test_a_bad_file_leaves_the_old_weights(make_engine: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = make_engine()
+    plain = run(make_engine(), requests()).texts
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(100))
+
+    def try_it() -> None:
+        with pytest.raises(ModelLoadError):
+            engine.swap_weights(bad)
+        with pytest.raises(ModelLoadError, match="no such file"):
+            engine.swap_weights(tmp_path / "none.gguf")
+        with pytest.raises(InvalidRequest, match="kv must be one of"):
+            engine.swap_weights(bad, kv="never")
+
+    assert run(engine, requests(), try_it).texts == plain
+    assert engine.counters()["weight_swaps"] == 0
+
+
+def test_a_load_can_be_cancelled(make_engine: Callable[..., Engine], twin: Path) -> None:
+    engine = make_engine()
+    with pytest.raises(LoadCancelled):
+        engine.swap_weights(twin, progress=lambda fraction: False)
+    assert engine.swap_weights(twin).kv == "carry"
+
+
+def test_one_swap_at_a_time(make_engine: Callable[..., Engine], twin: Path) -> None:
+    engine = make_engine()
+    loading, go_on = threading.Event(), threading.Event()
+
+    def wait(fraction: float) -> bool:
+        loading.set()
+        return go_on.wait(30)
+
+    thread = threading.Thread(target=lambda: engine.swap_weights(twin, progress=wait))
+    thread.start()
+    assert loading.wait(30)
+    with pytest.raises(InvalidRequest, match="being changed already"):
+        engine.swap_weights(twin)
+    go_on.set()
+    thread.join()
+    assert engine.counters()["weight_swaps"] == 1
+
+
+def test_closing_during_a_swap(make_engine: Callable[..., Engine], twin: Path) -> None:
+    engine = make_engine()
+    loading, go_on = threading.Event(), threading.Event()
+    errors: list[Exception] = []
+
+    def wait(fraction: float) -> bool:
+        loading.set()
+        return go_on.wait(30)
+
+    def swap() -> None:
+        try:
+            engine.swap_weights(twin, progress=wait)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    assert loading.wait(30)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    go_on.set()
+    thread.join()
+    closing.join()
+    assert [type(error) for error in errors] in ([EngineDead], [ShuttingDown], [])
+
+
+def test_samplers_and_stops_go_on(make_engine: Callable[..., Engine], twin: Path) -> None:
+    params = sampled(200, seed=5, repeat_penalty=1.2)
+    ask = [Request(f"s{i}", list(prompt.encode()), params) for i, prompt in enumerate(PROMPTS)]
+    plain = run(make_engine(), ask).texts
+    engine = make_engine()
+    assert run(engine, ask, lambda: engine.swap_weights(twin, kv="carry")).texts == plain
+    engine = make_engine()
+    assert begins_alike(run(engine, ask, lambda: engine.swap_weights(twin, kv="recompute")), plain)
+
+
+@pytest.mark.parametrize("arch", ["gemma3", "mamba", "lfm2"])
+def test_every_kind_of_memory(make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], arch: str) -> None:
+    path = tiny_model(arch)
+    plain = run(make_engine(path), requests()).texts
+    for kv in ("carry", "recompute"):
+        engine = make_engine(path)
+        streams = run(engine, requests(), lambda engine=engine, kv=kv: engine.swap_weights(path, kv=kv))
+        assert begins_alike(streams, plain)
+        assert streams.texts == plain or (arch, kv) in (
+            ("gemma3", "carry"),
+            ("gemma3", "recompute"),
+            ("lfm2", "recompute"),
+        )
+
+
+def test_soundness_looks_at_the_vocabulary(tiny_model: Callable[..., Path]) -> None:
+    from mullama._core import Model
+
+    one, same, turned = (
+        Model(tiny_model()),
+        Model(tiny_model("llama", seed=9)),
+        Model(tiny_model("llama", rope_base=9.0)),
+    )
+    assert why_unsound(one, same) is None
+    assert "rope" in str(why_unsound(one, turned))
+    assert "architecture" in str(why_unsound(one, Model(tiny_model("gemma3"))))
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["same-vocabulary", "another-vocabulary"])
+def test_another_engine_goes_on(
+    make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], same: bool
+) -> None:
+    first = make_engine(parallel=2)
+    second = make_engine(tiny_model() if same else tiny_model("gemma3"), ctx_size=1024)
+    ask = [*requests(100), Request("stays", [65] * 60, greedy(400))]
+    counts: list[int] = []
+    streams = run(first, ask, lambda: counts.append(first.hand_over(second)))
+    assert counts == [5]
+    texts = streams.texts
+    for generation, text in zip(streams.generations, texts, strict=True):
+        assert text
+        assert generation.finish is not None
+        assert generation.finish.profile.completion_tokens in (100, 400)
+    assert second.counters()["finished_length"] == 5
+    assert first.counters()["finished_length"] == 0
+    assert {names[-1] for names in [[name for name, _ in spans] for spans in streams.spans]} == {second.info.weights}
+
+
+def test_what_does_not_fit_stays(make_engine: Callable[..., Engine]) -> None:
+    first, second = make_engine(), make_engine(ctx_size=256)
+    ask = [request("short", "the sun", 100), Request("long", [65] * 300, greedy(100))]
+    counts: list[int] = []
+    run(first, ask, lambda: counts.append(first.hand_over(second)))
+    assert counts == [1]
+    assert (first.counters()["finished_length"], second.counters()["finished_length"]) == (1, 1)
+
+
+def test_a_cancel_reaches_the_new_engine(make_engine: Callable[..., Engine]) -> None:
+    first, second = make_engine(), make_engine()
+    generation = first.submit_sync(request("r", "the sun", 480))
+    next(generation)
+    assert first.hand_over(second) == 1
+    generation.cancel()
+    list(generation)
+    assert generation.finish is not None
+    assert generation.finish.reason is FinishReason.CANCELLED
