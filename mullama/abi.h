@@ -91,6 +91,7 @@
     F(uint64_t, weight_swap_bytes) /* KV carried over to them */                              \
     F(uint64_t, weight_swap_ns)   /* engine time for that, copying ahead included */          \
     F(uint64_t, weight_pause_ns)  /* gauge: last swap, last step before to first step after */ \
+    F(uint64_t, weight_first_ns)  /* gauge: when the first step after the last swap ended */   \
     F(uint64_t, checksum)
 
 /* A row is copied whole into the finish record, so that profiles lose nothing. */

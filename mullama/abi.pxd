@@ -31,7 +31,7 @@ cdef extern from "../abi.h" nogil:
         uint64_t decode_retries, thread_changes, threads, running, waiting, retained, cells_used
         uint64_t preemptions, swap_bytes, swap_ns, parked, parked_bytes
         uint64_t kv_store_bytes, kv_store_ns, kv_restore_bytes, kv_restore_ns, kv_copy_bytes, kv_copy_ns
-        uint64_t turn_wait_ns, weight_swaps, weight_swap_bytes, weight_swap_ns, weight_pause_ns
+        uint64_t turn_wait_ns, weight_swaps, weight_swap_bytes, weight_swap_ns, weight_pause_ns, weight_first_ns
 
     ctypedef struct mullama_row:
         uint64_t handle

@@ -61,7 +61,8 @@ class Counters(ctypes.Structure):
         "decode_retries", "thread_changes", "threads", "running", "waiting", "retained", "cells_used",
         "preemptions", "swap_bytes", "swap_ns", "parked", "parked_bytes",
         "kv_store_bytes", "kv_store_ns", "kv_restore_bytes", "kv_restore_ns", "kv_copy_bytes", "kv_copy_ns",
-        "turn_wait_ns", "weight_swaps", "weight_swap_bytes", "weight_swap_ns", "weight_pause_ns", "checksum",
+        "turn_wait_ns", "weight_swaps", "weight_swap_bytes", "weight_swap_ns", "weight_pause_ns",
+        "weight_first_ns", "checksum",
     )]  # fmt: skip
 
 

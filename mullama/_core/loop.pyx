@@ -986,12 +986,14 @@ cdef class Core:
             start = now_ns()
             if self.switched_ns != 0:
                 self.counters.weight_pause_ns = start - self.switched_ns
-                self.switched_ns = 0
             self.deadline.at_ns = start + allowance if allowance != 0 else 0
             rc = guarded_decode(self.ctx, self.batch, self.guard)
             if not self.synchronous:
                 llama_synchronize(self.ctx)
             end = now_ns()
+            if self.switched_ns != 0:
+                self.counters.weight_first_ns = end
+                self.switched_ns = 0
             ns[0] += end - start
             self.counters.decode_ns += end - start
             self.site(MULLAMA_SITE_UBATCH_END, self.batch.seq_id[0][0], 0, end - start, rc)

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 #: About a quarter of a core beside a busy compute thread: weights that fit the page cache come within a second, and
 #: the running streams lose less than that quarter.
-NICE = 6
+NICE = 4
 
 
 def in_background(work: Callable[[], T], *, nice: int = NICE) -> T:

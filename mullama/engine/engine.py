@@ -546,8 +546,11 @@ class Engine(KvMethods):
         self._seqs.collect()  # a sequence that could not be moved has ended
         decode, prefill = self._shape(plan)
         self._core.note_plan(planned_ns, self._n_waiting(), len(decode), sum(n for _, n in prefill))
+        swap = self._weights.active
+        if swap is not None:
+            swap.commit(quiet=not fresh)
         if decode or prefill:
-            is_short = fresh or self._weights.active is not None
+            is_short = fresh or swap is not None
             self._core.run(decode, prefill, 1 if is_short else steps, plan.until_ns)
             self._seqs.collect()
         elif self._seqs:

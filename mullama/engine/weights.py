@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mullama.engine")
 
-SHARE = 0.25  # of the engine's time, for copying ahead
+SHARE = 0.6  # of the engine's time, for copying ahead
 LEAST_SLICE_NS = 2_000_000
-MOST_SLICE_NS = 30_000_000
+MOST_SLICE_NS = 60_000_000
+MOST_POSTPONED = 20  # steps
 
 
 class KvMode(enum.StrEnum):
@@ -58,13 +59,14 @@ class NeedsAnotherEngine(InvalidRequest):
 @dataclass(slots=True, frozen=True)
 class SwapReport:
     """One change of weights. Times in ms; ``pause_ms`` is from the end of the last old step to the start of the first
-    new one, None when nothing ran."""
+    new one, ``first_token_ms`` from the request to the end of that one; None when nothing ran."""
 
     kv: str
     weights_from: str
     weights_to: str
     load_ms: float
     pause_ms: float | None
+    first_token_ms: float | None
     total_ms: float
     sequences_moved: int  # that went on on their KV
     sequences_recomputed: int
@@ -105,6 +107,8 @@ class Swap:
         self._phase = self._warm
         self._last_ns = time.monotonic_ns()
         self._caught_up = False
+        self.is_ready = False
+        self._n_postponed = 0
         self._moved = self._recomputed = 0
         self._bytes_before = 0
 
@@ -117,22 +121,44 @@ class Swap:
             self._phase(budget)
         except BaseException as error:
             self._fail(error)
+        if not busy:
+            self.commit(quiet=True)
         self._last_ns = time.monotonic_ns()
 
     def _warm(self, budget_ns: int) -> None:
-        if not self._carrier.warm():
+        until = time.monotonic_ns() + budget_ns
+        is_warm = False
+        while not is_warm:
+            is_warm = not self._carrier.warm()
+            if time.monotonic_ns() >= until:
+                break
+        if is_warm:
             self._bytes_before = self._weights.counter("weight_swap_bytes")
             self._phase = self._ahead if self._kv is KvMode.CARRY else self._recompute
 
     def _ahead(self, budget_ns: int) -> None:
         left = self._carrier.ahead(budget_ns, retained=False)
-        if left == 0 and self._caught_up:
+        # One step more, so that the slice before the commit has only that step's tokens to copy.
+        self.is_ready = left == 0 and self._caught_up
+        self._caught_up = left == 0
+
+    def commit(self, *, quiet: bool) -> None:
+        """Let the new weights take the next step, when they are ready. Right before that step, on its own sequences.
+
+        ``quiet``: nothing was admitted or preempted since the last step. That takes time of its own, which the pause
+        does not need to have; so the commit waits for a step boundary without, though not for long.
+        """
+        if not self.is_ready or not (quiet or self._n_postponed >= MOST_POSTPONED):
+            self._n_postponed += self.is_ready
+            return
+        self.is_ready = False
+        try:
             faults.crash_point("swap:before-commit")
             self._moved, _ = self._carrier.commit()
             self._committed(with_kv=True)
             self._phase = self._follow
-        # One step more, so that the slice before the commit has only that step's tokens to copy.
-        self._caught_up = left == 0
+        except BaseException as error:
+            self._fail(error)
 
     def _recompute(self, budget_ns: int) -> None:
         faults.crash_point("swap:before-commit")
@@ -229,7 +255,7 @@ class Weights:
         on_commit: Callable[[Model, str, bool], None], progress: Callable[[float], bool | None] | None,
         on_phase: Callable[[str], None],
     ) -> SwapReport:  # fmt: skip
-        began = time.monotonic()
+        began = time.monotonic_ns()
         old, before = self._core.model, self.seqs.weights
         on_phase("loading")
         model = loading.load_model(path, self._config, progress)
@@ -240,7 +266,7 @@ class Weights:
         except BaseException:
             model.close()
             raise
-        load_ms = (time.monotonic() - began) * 1e3
+        load_ms = (time.monotonic_ns() - began) / 1e6
         done: Future[tuple[int, int, int, Context]] = Future()
 
         def begin() -> None:
@@ -257,8 +283,8 @@ class Weights:
             if isinstance(error, InvalidRequest):
                 raise NeedsAnotherEngine(error.message, param="to") from None
             raise
-        total_ms = (time.monotonic() - began) * 1e3
-        pause_ns = self._pause_ns(moved + recomputed)
+        total_ms = (time.monotonic_ns() - began) / 1e6
+        pause_ns, first_ns = self._first_step(moved + recomputed)
         left.close()
         old.close()
         self._reopen_disk(call)
@@ -268,6 +294,7 @@ class Weights:
             weights_to=label,
             load_ms=load_ms,
             pause_ms=None if pause_ns is None else pause_ns / 1e6,
+            first_token_ms=None if first_ns is None else (first_ns - began) / 1e6,
             total_ms=total_ms,
             sequences_moved=moved,
             sequences_recomputed=recomputed,
@@ -284,14 +311,14 @@ class Weights:
             raise NeedsAnotherEngine(f"{new.path} is another model: {reason}", param="to")
         return KvMode.RECOMPUTE
 
-    def _pause_ns(self, n: int) -> int | None:
-        """The pause, once the first new step has shown it; None when nothing ran."""
-        if n == 0:
-            return None
+    def _first_step(self, n: int) -> tuple[int, int] | tuple[None, None]:
+        """The pause, and the time at which the first step of the new weights ended; None when nothing ran."""
         deadline = time.monotonic() + 5
-        while self._core.is_switching() and time.monotonic() < deadline:
+        while n and self._core.is_switching() and time.monotonic() < deadline:
             time.sleep(0.001)
-        return None if self._core.is_switching() else self.counter("weight_pause_ns")
+        if n == 0 or self._core.is_switching():
+            return None, None
+        return self.counter("weight_pause_ns"), self.counter("weight_first_ns")
 
     def _reopen_disk(self, call: Callable[[Callable[[], None]], Future[None]]) -> None:
         """The disk tier goes on with what it has of the new weights."""
