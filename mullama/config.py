@@ -42,6 +42,15 @@ class ServeConfig:
     """Options of ``mullama serve``. A field ``ctx_size`` is ``--ctx-size``, ``MULLAMA_CTX_SIZE`` and ``ctx_size =``."""
 
     model: list[str] = option([], "model to serve, as REFERENCE or NAME=REFERENCE; repeatable", metavar="MODEL")
+    quant: str = option(
+        "",
+        "quantisation of models whose reference names no file, such as Q4_K_M; none: the reference's own",
+        metavar="QUANT",
+        pattern=r"([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?",
+    )
+    allow_private_sources: bool = option(
+        False, "fetch models also from private addresses and over plain HTTP, also in pulls over HTTP"
+    )
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8080, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
 

@@ -66,6 +66,22 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class ModelNotLoaded(MullamaError):
+    """The model is served, but not in memory now."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "model_not_loaded"
+
+
+class ModelBusy(MullamaError):
+    """The model cannot be loaded or unloaded because of what runs or is pinned."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "model_busy"
+
+
 class PayloadTooLarge(MullamaError):
     status = 413
     type = "invalid_request_error"
@@ -129,6 +145,18 @@ class StoreError(MullamaError):
     """The model store could not keep its promises: disk full, wrong checksum, interrupted download."""
 
     code = "store_error"
+
+
+class PrivateAddress(StoreError):
+    """A source at an address that is not public, or over plain HTTP, and no leave to use such."""
+
+    status = 403
+
+
+class PullCancelled(StoreError):
+    """Nobody waits for a pull any more; what it has stays for the next attempt."""
+
+    code = "pull_cancelled"
 
 
 class ConfigError(MullamaError):

@@ -15,12 +15,18 @@ if TYPE_CHECKING:
     from mullama.models.store import Store
 
 
-def find_model(text: str, store: Store | None = None) -> ResolvedModel:
-    """Resolve a reference, pulling it when it is not here, and check the file's header."""
+def find_model(text: str, store: Store | None = None, *, config: ServeConfig | None = None) -> ResolvedModel:
+    """Resolve a reference, pulling it when it is not here, and check the file's header.
+
+    ``config`` says which quantisation is wanted and which sources are allowed.
+    """
+    from mullama.models.policy import allow_private
     from mullama.models.resolve import resolve_model
 
     with PullProgress(text) as progress:
-        return resolve_model(text, store=store, progress=progress)
+        if config is not None:
+            allow_private(config.allow_private_sources)
+        return resolve_model(text, store=store, progress=progress, quant=config.quant if config is not None else None)
 
 
 def load_engine(model: ResolvedModel, config: ServeConfig) -> Engine:

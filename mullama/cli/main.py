@@ -15,7 +15,10 @@ import click
 from mullama.errors import ConfigError, MullamaError
 
 #: In the order ``mullama --help`` shows them; each is the module ``mullama.cli.NAME``.
-COMMANDS = ("serve", "run", "pull", "list", "show", "schedulers", "compare", "simulate", "calibrate", "rm", "version")
+COMMANDS = (
+    *("serve", "run", "pull", "list", "show", "fit", "quantize", "cp", "du", "verify", "rm"),
+    *("schedulers", "compare", "simulate", "calibrate", "version"),
+)
 
 
 class Commands(click.Group):

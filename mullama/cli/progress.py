@@ -27,6 +27,7 @@ class _Display:
         self._task: TaskID | None = None
         self._step = ""
         self._logged_at = 0.0
+        self._step_began = (0.0, 0.0)  # when, and at which byte
 
     def __enter__(self) -> Self:
         return self
@@ -67,13 +68,27 @@ class _Display:
         now = time.monotonic()
         if step == self._step and now - self._logged_at < _LOG_SECONDS:
             return
-        share = f" {100 * done / total:.0f} %" if total and step == self._step else ""
+        share = f" {100 * done / total:.0f} %{self._pace(done, total, now)}" if total and step == self._step else ""
+        if step != self._step:
+            self._step_began = (now, done)
         self._step, self._logged_at = step, now
         print(f"{self._title}: {step}{share}", file=self._stream, flush=True)
 
+    def _pace(self, done: float, total: float, now: float) -> str:
+        """What a line of a log says beside the share."""
+        return ""
+
 
 class PullProgress(_Display):
-    """A ``mullama.models.sources.Progress`` for the time inside ``with``."""
+    """A ``mullama.models.sources.Progress`` for the time inside ``with``: each file's bytes, speed and time left."""
+
+    def _pace(self, done: float, total: float, now: float) -> str:
+        began, first = self._step_began
+        if now <= began or done <= first:
+            return ""
+        speed = (done - first) / (now - began)
+        left = int((total - done) / speed)
+        return f", {speed / 1e6:.1f} MB/s, {left // 60}:{left % 60:02} left"
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
         self.update(what, done, total)

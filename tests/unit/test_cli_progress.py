@@ -41,11 +41,11 @@ def test_a_log_gets_a_line_a_step_and_one_every_ten_seconds(clock: Clock) -> Non
     log = io.StringIO()
     with PullProgress("m", log) as show:
         show("downloading", 0, None)
-        show("downloading", 5, 10)
+        show("downloading", 5_000_000, 10_000_000)
         clock.now += 11
-        show("downloading", 9, 10)
+        show("downloading", 9_000_000, 10_000_000)
         show("unpacking", 1, 10)
-    assert log.getvalue() == "m: downloading\nm: downloading 90 %\nm: unpacking\n"
+    assert log.getvalue() == "m: downloading\nm: downloading 90 %, 0.8 MB/s, 0:01 left\nm: unpacking\n"
 
 
 def test_a_terminal_gets_a_bar_that_goes_away() -> None:

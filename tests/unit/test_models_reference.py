@@ -64,10 +64,13 @@ def test_an_existing_file_with_an_equals_sign_is_not_split(tmp_path: Path) -> No
     assert (spec.name, spec.reference.locations) == (None, (str(tmp_path / "a=b.gguf"),))
 
 
-def test_a_folder_is_explained(tmp_path: Path) -> None:
-    (tmp_path / "models").mkdir()
-    with pytest.raises(ReferenceNotFound, match="folder"):
-        parse_reference("models")
+def test_a_folder_is_a_model_unless_its_bare_name_is_an_alias(tmp_path: Path) -> None:
+    for name in ("models", "smollm2", "own/repo"):
+        (tmp_path / name).mkdir(parents=True)
+    for text, found in (("models", "models"), ("./smollm2", "smollm2"), ("own/repo", "own/repo")):
+        reference = parse_reference(text)
+        assert (reference.source, reference.locations) == ("file", (str(tmp_path / found),))
+    assert parse_reference("smollm2") is aliases()["smollm2:135m"]
 
 
 @pytest.mark.parametrize(
@@ -128,12 +131,82 @@ def test_a_file_stem_becomes_a_valid_name(filename: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["hf:a/b", "hf:a/b/c.gguf", "ollama:llama3", "https://h.example/m.gguf?x=1", "Qwen/Qwen2.5-7B-Instruct-GGUF"],
+    ("text", "key", "name"),
+    [
+        ("hf:a/b", "hf:a/b", "b"),
+        ("Qwen/Qwen2.5-7B-Instruct-GGUF", "hf:Qwen/Qwen2.5-7B-Instruct-GGUF", "qwen2.5-7b-instruct"),
+        ("Qwen/Qwen2.5-7B-Instruct-GGUF:q4_k_m", "hf:Qwen/Qwen2.5-7B-Instruct-GGUF:Q4_K_M", "qwen2.5-7b-instruct"),
+        ("hf:a/b.gguf:Q8_0@main", "hf:a/b.gguf:Q8_0@main", "b"),
+        ("a/b@v1.0", "hf:a/b@v1.0", "b"),
+        ("hf:a/b/c/d-Q8_0.gguf", "hf:a/b:c/d-Q8_0.gguf", "d-q8_0"),
+        ("a/b:D-00001-of-00003.gguf", "hf:a/b:D-00001-of-00003.gguf", "d"),
+        ("ollama:llama3", "ollama:llama3:latest", "llama3"),
+        ("ollama:llama3.2:3b", "ollama:llama3.2:3b", "llama3.2:3b"),
+        ("ollama:me/Mine:X", "ollama:me/Mine:X", "me/mine:x"),
+        ("ollama:hf.co/a/b:Q4_K_M", "ollama:hf.co/a/b:Q4_K_M", "a/b:q4_k_m"),
+        ("ollama:localhost:5000/library/x:1", "ollama:localhost:5000/library/x:1", "x:1"),
+        ("ollama:http://127.0.0.1:5000/n/x", "ollama:http://127.0.0.1:5000/n/x:latest", "n/x"),
+        ("https://h.example/d/M.Q8_0.gguf?x=1", "https://h.example/d/M.Q8_0.gguf?x=1", "m.q8_0"),
+        ("HTTPS://h.example/m.gguf#sha256=" + "A" * 64, "https://h.example/m.gguf#sha256=" + "a" * 64, "m"),
+    ],
 )
-def test_what_is_not_there_yet_says_so(text: str) -> None:
-    with pytest.raises(ReferenceNotFound, match="not supported yet"):
-        parse_spec(text)
+def test_references_of_the_hubs(text: str, key: str, name: str) -> None:
+    spec = parse_spec(text)
+    assert spec.reference.key == key
+    assert spec.name is None
+    assert parse_reference(key).key == key
+    assert spec.served_name("other.gguf") == name
+    assert parse_spec(f"Mine={text}").served_name("x.gguf") == "Mine"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("hf:a", "hf:a/../b", "hf:a/b:../c.gguf", "hf:/a/b", "hf:a/b@", "hf:a/b@../x", "a/b:c:d", "hf:a/b:"),
+        *("ollama:", "ollama:a/b/c/d", "ollama:../x", "ollama:x:", "ollama:x:a/b", "ollama:a..b", "ollama:a b"),
+        *("https://h.example/x.zip", "https:h/x.gguf", "https:///x.gguf", "https://h/x.gguf#sha256=12"),
+        *("https://h/x.gguf#md5=1", "https://[::1/x.gguf", "https://h:x/x.gguf", "https://h /x.gguf"),
+        f"https://h/x-00001-of-00002.gguf#sha256={'a' * 64}",
+    ],
+)
+def test_what_no_hub_has(text: str) -> None:
+    with pytest.raises(ReferenceNotFound):
+        parse_reference(text)
+
+
+def test_a_quant_applies_to_what_names_no_file() -> None:
+    repo = parse_spec("Qwen/Qwen2.5-7B-Instruct-GGUF", quant="q8_0")
+    assert repo.reference.key == "hf:Qwen/Qwen2.5-7B-Instruct-GGUF:Q8_0"
+    assert parse_reference("a/b:Q4_0@v1", quant="Q8_0").key == "hf:a/b:Q8_0@v1"
+    for text in ("hf:a/b:c.gguf", "pypi:a", "smollm2:135m", "./x.gguf", "https://h/x.gguf"):
+        assert parse_reference(text, quant="Q8_0") == parse_reference(text)
+    assert parse_reference("./folder/", quant="q8_0").quant == "Q8_0"
+    with pytest.raises(ConfigError, match="Q4_K_M"):
+        parse_reference("a/b", quant="Q8 0")
+
+
+def test_an_alias_keeps_its_name_in_another_quant() -> None:
+    spec = parse_spec("qwen2.5:7b", quant="Q8_0")
+    assert spec.reference.key == "hf:Qwen/Qwen2.5-7B-Instruct-GGUF:Q8_0"
+    assert spec.served_name("x.gguf") == "qwen2.5:7b"
+    assert parse_reference("qwen2.5:7b", quant="q4_k_m") is aliases()["qwen2.5:7b"]
+
+
+def test_every_alias_is_understood_by_its_source() -> None:
+    from mullama.models.sources import load_source
+
+    assert len(aliases()) >= 20
+    for name, reference in aliases().items():
+        source = load_source(reference.source)
+        assert [source.normalise(location) for location in reference.locations] == list(reference.locations), name
+        assert reference.license, name
+        assert reference.description, name
+        assert (reference.sha256 is None) == (reference.source != "pypi"), name
+
+
+def test_a_family_may_say_which_is_meant() -> None:
+    for family, meant in (("qwen2.5", "7b"), ("llama3.2", "3b"), ("gemma3", "270m"), ("smollm2", "135m")):
+        assert parse_reference(family).key == f"{family}:{meant}"
 
 
 @pytest.mark.parametrize("text", ["", "nosuch", "a\0b", "nosuch:thing", "x" * 5000, "?:"])

@@ -1,0 +1,69 @@
+"""Running a part of the work in a process of its own: one that may crash, hang or be killed without harm.
+
+Used where llama.cpp cannot be trusted with the server's life (a new file) or cannot be stopped (quantising).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+#: Devices are hidden: a child works on the CPU, and a driver wants more address space than its limit allows.
+_NO_DEVICES = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "GGML_VK_VISIBLE_DEVICES": ""}
+_PR_SET_PDEATHSIG = 1
+
+
+def start(module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start ``python -m MODULE ARGUMENTS``; stdout and stderr are pipes, stdin is closed.
+
+    It is in a session of its own, so that Ctrl-C at the terminal reaches it only through its parent.
+    """
+    return subprocess.Popen(
+        # -P: the current folder is no place to import from.
+        [sys.executable, "-P", "-m", module, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **_NO_DEVICES, "GGML_NO_BACKTRACE": "1", "PYTHONFAULTHANDLER": ""},
+        start_new_session=True,
+    )
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill it and wait for its end. Never raises."""
+    with contextlib.suppress(OSError):
+        process.kill()
+    process.wait()
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def become_child(niceness: int) -> None:
+    """Called first in a child: a low priority, no core dumps, and its end when its parent ends. Never raises."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(niceness)
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        import ctypes
+
+        parent = os.getppid()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(1)
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
