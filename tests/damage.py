@@ -205,6 +205,7 @@ def _broken(base: Path, layout: Layout, tensors: list[TensorInfo]) -> Iterator[C
 
 def _wrong_numbers(base: Path, layout: Layout) -> Iterator[Case]:
     """Hyper-parameters that no model has, and that llama.cpp may meet with an assertion."""
+    data = base.read_bytes()
     wrong = {
         "embedding_length": (0, 1, 3, 65, 1 << 30, 0xFFFFFFFF),
         "block_count": (0, 1, 9, 1 << 16, 0xFFFFFFFF),
@@ -223,8 +224,10 @@ def _wrong_numbers(base: Path, layout: Layout) -> Iterator[Case]:
             entry = layout.entry(key)
         except StopIteration:
             continue
-        if entry.kind in (_U32, _I32):
-            for value in values:
+        is_used = key != "feed_forward_length" or any("ffn" in info.name for info in layout.tensors)
+        if entry.kind in (_U32, _I32) and is_used:
+            right = int(struct.unpack_from("<I", data, entry.value)[0])
+            for value in (value for value in values if value != right):
                 yield Case(f"{key} is {value}", "header", base, patches=((entry.value, struct.pack("<I", value)),))
     for key, numbers in {
         "layer_norm_rms_epsilon": (-1.0, float("nan"), float("inf")),

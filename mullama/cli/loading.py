@@ -29,13 +29,18 @@ def find_model(text: str, store: Store | None = None, *, config: ServeConfig | N
         return resolve_model(text, store=store, progress=progress, quant=config.quant if config is not None else None)
 
 
+def weights_of(model: ResolvedModel) -> str:
+    """What profiles call these weights: the store's key, or the file's stem."""
+    return model.entry.key if model.entry is not None else model.path.stem
+
+
 def load_engine(model: ResolvedModel, config: ServeConfig) -> Engine:
     """Load a model. Ctrl-C gives the load up and raises KeyboardInterrupt."""
     from mullama.engine.engine import Engine
 
     with LoadProgress(model.name) as progress, on_interrupt(progress.cancel):
         try:
-            return Engine.load(model.path, name=model.name, config=config, progress=progress)
+            return Engine.load(model.path, name=model.name, config=config, progress=progress, weights=weights_of(model))
         except LoadCancelled:
             if progress.is_cancelled:
                 raise KeyboardInterrupt from None

@@ -13,6 +13,7 @@ from mullama.config import DEFAULT_MODEL
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
     from mullama.models.resolve import ResolvedModel
+    from mullama.serving.manager import ModelManager
 
 
 @click.command(short_help="Serve models over HTTP.")
@@ -23,22 +24,32 @@ def command(**params: Any) -> None:
     Every option can also be an environment variable or a line of a TOML file; a flag wins over the environment, and
     that over the file.
     """
-    from mullama.cli.loading import load_engine
-    from mullama.web.models import Models
+    from mullama.cli.serving import make_manager, make_swaps
     from mullama.web.server import bind, run_server
 
     config = config_from(params)
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # First of all: a port in use is known before minutes of download and loading.
     sock = bind(config)
-    models = Models()
+    models = make_manager(config)
     try:
-        for found in _find_models(config):
-            models.add(found.name, load_engine(found, config))
-        run_server(config, models, sock)
+        _load_first(models, config)
+        run_server(config, models, sock, make_swaps(config, models))
     finally:
         sock.close()
         models.close()
+
+
+def _load_first(models: ModelManager, config: ServeConfig) -> None:
+    """Load the named models as far as the limit allows; the others wait for a request."""
+    from mullama.cli.loading import load_engine
+
+    for n, found in enumerate(_find_models(config)):
+        reference = found.spec.reference.key
+        if config.max_models and n >= config.max_models:
+            models.add(found.name, reference)
+        else:
+            models.add_loaded(found.name, load_engine(found, config), reference)
 
 
 def _find_models(config: ServeConfig) -> list[ResolvedModel]:

@@ -152,6 +152,16 @@ class EngineClient(Protocol):
         charge stays.
         """
 
+    def arbiter_share(self) -> tuple[str, dict[str, Any]]:
+        """The arbiter's policy, and what this engine has of the cores: ``weight``, ``priority``, ``turns``,
+        ``computed_ms``, ``waited_ms``, ``is_waiting``."""
+
+    def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
+        """What this engine may expect beside others (policies ``weighted`` and ``priority``). Raises InvalidRequest."""
+
+    def set_arbiter_policy(self, policy: str) -> None:
+        """How the engines of this process take turns: round_robin, weighted, priority. Raises InvalidRequest."""
+
     def counters(self) -> dict[str, int]:
         """The engine's counters, one consistent copy of its instrumentation page (names: abi.h)."""
 

@@ -24,6 +24,7 @@ from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
 from mullama.config import ServeConfig
 from mullama.engine import handover, loading, sizing, snapshot
+from mullama.engine.background import in_background
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
 from mullama.engine.kvcache import KvCache
@@ -125,14 +126,19 @@ class Engine(KvMethods):
         config: ServeConfig | None = None,
         progress: Callable[[float], bool | None] | None = None,
         weights: str = "",
+        background: bool = False,
     ) -> Engine:
         """Load a GGUF file and start its engine. ``weights`` names them in profiles (default: the file's stem).
 
+        ``background``: other engines are at work, so that the weights come with low priority.
         ``progress(fraction)`` may return False to cancel. Raises ModelLoadError (LoadCancelled) with the reason.
         """
         config = config or ServeConfig()
         name = name or Path(path).stem.lower()
-        model = loading.load_model(path, config, progress)
+        if background:
+            model = in_background(lambda: loading.load_model(path, config, progress))
+        else:
+            model = loading.load_model(path, config, progress)
         try:
             core = loading.make_core(model, name, config)
         except BaseException:
@@ -277,6 +283,28 @@ class Engine(KvMethods):
     def counters(self) -> dict[str, int]:
         """The engine's counters as its page shows them (see abi.h)."""
         return abi.as_dict(self._page.counters())
+
+    def arbiter_share(self) -> tuple[str, dict[str, Any]]:
+        """The arbiter's policy, and what this engine has of the cores (see EngineClient)."""
+        turns = self._core.turns
+        seat = turns.seats().get(self._core.seat, {})
+        share = {
+            "weight": seat.get("weight", 1.0),
+            "priority": seat.get("priority", 0),
+            "turns": seat.get("turns", 0),
+            "computed_ms": round(seat.get("used_ns", 0) / 1e6, 3),
+            "waited_ms": round(seat.get("wait_ns", 0) / 1e6, 3),
+            "is_waiting": seat.get("is_waiting", False),
+        }
+        return turns.policy, share
+
+    def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
+        """What this engine may expect beside others. Raises InvalidRequest."""
+        self._core.turns.set_share(self._core.seat, weight=weight, priority=priority)
+
+    def set_arbiter_policy(self, policy: str) -> None:
+        """How the engines of this process take turns. Raises InvalidRequest."""
+        self._core.turns.policy = policy
 
     def page_path(self) -> str:
         """File of the instrumentation page, for abi.Reader.attach; empty when it is private."""

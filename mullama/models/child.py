@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 #: Devices are hidden: a child works on the CPU, and a driver wants more address space than its limit allows.
 _NO_DEVICES = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "GGML_VK_VISIBLE_DEVICES": ""}
+_PARENT = "MULLAMA_CHILD_OF"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -22,13 +23,14 @@ def start(module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
 
     It is in a session of its own, so that Ctrl-C at the terminal reaches it only through its parent.
     """
+    added = {**_NO_DEVICES, "GGML_NO_BACKTRACE": "1", "PYTHONFAULTHANDLER": "", _PARENT: str(os.getpid())}
     return subprocess.Popen(
         # -P: the current folder is no place to import from.
         [sys.executable, "-P", "-m", module, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, **_NO_DEVICES, "GGML_NO_BACKTRACE": "1", "PYTHONFAULTHANDLER": ""},
+        env={**os.environ, **added},
         start_new_session=True,
     )
 
@@ -55,10 +57,9 @@ def become_child(niceness: int) -> None:
     if sys.platform == "linux":
         import ctypes
 
-        parent = os.getppid()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the call
+        if os.environ.get(_PARENT) not in (None, str(os.getppid())):  # it ended before the call
             os._exit(1)
 
 

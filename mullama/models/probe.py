@@ -34,6 +34,9 @@ FORMAT = 1  # of the verdicts; another one is looked at again
 TEMPLATE_SECONDS = 2.0  # of processor time; a real one takes milliseconds
 
 _MIB = 1 << 20
+#: Exit statuses of a child that used up its processor time, and of one that somebody killed; Windows has no signals.
+_OUT_OF_TIME = {-getattr(signal, name) for name in ("SIGPROF", "SIGXCPU") if hasattr(signal, name)}
+_KILLED = -getattr(signal, "SIGKILL", 1 << 30)
 _LAST_WORDS = 300  # characters of what the child wrote to stderr
 
 
@@ -133,7 +136,8 @@ def probe(path: str | Path, *, timeout_s: float | None = None, memory_limit: int
 
 def _told(out: bytes) -> tuple[str, dict[str, Any]]:
     """The last stage that the child entered, and its result; empty where it died before."""
-    stage, result = "starting", {}
+    stage = "starting"
+    result: dict[str, Any] = {}
     for line in out.splitlines():
         with contextlib.suppress(ValueError):
             fields = json.loads(line)
@@ -158,9 +162,9 @@ def _verdict(
     words = _last_words(err)
     if late_after_s:
         return refused(f"{stage} hung: a test process was stopped after {late_after_s:.0f} seconds{words}")
-    if status in (-signal.SIGPROF, -signal.SIGXCPU):
+    if status in _OUT_OF_TIME:
         return refused(f"{stage} hung: a test process was stopped for using too much processor time{words}")
-    if status == -signal.SIGKILL:  # by the system, when memory is short, or by somebody
+    if status == _KILLED:  # by the system, when memory is short, or by somebody
         return refused(f"{stage} in a test process was killed; the machine may be short of memory", lasting=False)
     if status < 0:
         return refused(f"{stage} crashed a test process ({child.signal_name(-status)}){words}")

@@ -26,6 +26,7 @@ from mullama.models.digests import digest_of
 from mullama.models.entry import Entry
 from mullama.models.gguf import TENSOR_TYPES, Header
 from mullama.models.imatrix import check_matches, read_imatrix
+from mullama.models.pulling import sweep
 from mullama.models.reference import check_name, name_of_file
 from mullama.models.selection import quant_of
 from mullama.models.sources import Progress
@@ -94,6 +95,7 @@ def quantize_variant(
     with _one_at_a_time(store, key, progress, cancel):
         if imatrix is None and (found := find_variant(store, source, ftype, key)):
             return found
+        sweep(store, own="")  # what a process that was killed while it did this left behind
         with store.temp_folder() as folder:
             _check_space(folder, header, ftype, store)
             target = folder / "model.gguf"

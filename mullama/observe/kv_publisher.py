@@ -18,6 +18,7 @@ import math
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,6 +49,7 @@ class _Source:
         self.index = BlockIndex(block_size)
         self.seq = 0  # of the last event that was read
         self.number = 0  # of the next message
+        self.unwatch: Callable[[], None] = lambda: None
 
 
 class KvPublisher:
@@ -74,7 +76,7 @@ class KvPublisher:
         self._topic = topic
         self._block_size = block_size
         self._sources: list[_Source] = []
-        self._unwatch: list[Callable[[], None]] = []
+        self._changes: deque[tuple[str, KvEventLog | None]] = deque()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._is_rung = False
@@ -105,18 +107,44 @@ class KvPublisher:
             message = "--kv-events-topic: it must hold {model} where several models are served"
             raise ConfigError(message, param="kv_events_topic")
         for name, events in logs.items():
-            topic = self._topic.replace("{model}", name).encode()
-            self._sources.append(_Source(name, topic, events, self._block_size))
-            self._unwatch.append(events.watch(self._ring))
+            self._join(name, events)
         self._thread = threading.Thread(target=self._run, name="mullama-kv-publisher", daemon=True)
         self._thread.start()
         self._ring()
 
+    def follow(self, name: str, events: KvEventLog | None) -> None:
+        """Publish another log under a name from now on, instead of the one before; None: the model is gone. Any thread.
+
+        Subscribers are told that what they knew of the name is not cached any more.
+        """
+        self._changes.append((name, events))
+        self._is_rung = False
+        self._ring()
+
+    def _join(self, name: str, events: KvEventLog) -> None:
+        topic = self._topic.replace("{model}", name).encode()
+        source = _Source(name, topic, events, self._block_size)
+        source.unwatch = events.watch(self._ring)
+        self._sources.append(source)
+
+    def _follow_changes(self) -> None:
+        while self._changes:
+            name, events = self._changes.popleft()
+            for source in [one for one in self._sources if one.name == name]:
+                source.unwatch()
+                self._sources.remove(source)
+                self._send(source, [AllBlocksCleared()])
+            if events is None:
+                continue
+            if self._sources and "{model}" not in self._topic:
+                log.warning("KV events of %s are not published: --kv-events-topic does not hold {model}", name)
+                continue
+            self._join(name, events)
+
     def close(self) -> None:
         """Tell subscribers that nothing is cached here any more, and stop. Idempotent."""
-        for stop in self._unwatch:
-            stop()
-        self._unwatch.clear()
+        for source in list(self._sources):
+            source.unwatch()
         if not self._closing.is_set():
             self._closing.set()
             if self._thread is None:
@@ -159,6 +187,7 @@ class KvPublisher:
                 self._closing.wait(GATHER_SECONDS)
                 self._bell.recv(64)
                 self._is_rung = False  # before the logs are read: what comes later rings again
+                self._follow_changes()
                 for source in self._sources:
                     self._publish(source)
             if asked and time.monotonic() >= next_snapshot:

@@ -9,6 +9,7 @@ import falcon
 import falcon.asgi
 
 from mullama.config import ServeConfig
+from mullama.serving.manager import ModelManager
 from mullama.web.chat import ChatCompletions
 from mullama.web.completions import Completions
 from mullama.web.context import ContextPolicy, default_policy
@@ -16,8 +17,8 @@ from mullama.web.errors import add_error_handlers
 from mullama.web.health import Health, Ready
 from mullama.web.internal import SchedulerView, ShadowScheduler
 from mullama.web.kv import KvDrop, KvEvents, KvLoad, KvMap, KvPin, KvPolicy, KvSave, KvTree, KvUnpin, KvView
+from mullama.web.lifecycle import ArbiterView, ModelActions, ModelTable, SwapViews
 from mullama.web.listing import ModelDetail, ModelList
-from mullama.web.models import Models
 from mullama.web.pull import ModelPull
 from mullama.web.request import Request
 from mullama.web.security import Security
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 App = falcon.asgi.App[Request, falcon.asgi.Response]
 
 
-def create_app(config: ServeConfig, models: Models, services: Services | None = None) -> App:
+def create_app(config: ServeConfig, models: ModelManager, services: Services | None = None) -> App:
     """The ASGI app. Raises ConfigError for an option that cannot be carried out, such as a file that cannot be opened.
 
     ``services`` is for callers that close them on their own; without it the ASGI lifespan does.
@@ -42,10 +43,15 @@ def create_app(config: ServeConfig, models: Models, services: Services | None = 
 
     app.add_route("/v1/chat/completions", ChatCompletions(services))
     app.add_route("/v1/completions", Completions(services))
-    app.add_route("/v1/models", ModelList(models))
+    app.add_route("/v1/models", ModelList(models, services))
     app.add_route("/v1/models/{model_id:path}", ModelDetail(models))
     app.add_route("/health", Health())
     app.add_route("/ready", Ready(models))
+    app.add_route("/internal/models", ModelTable(services))
+    app.add_route("/internal/models/{name:path}", ModelActions(services))
+    app.add_route("/internal/swaps", SwapViews(services))
+    app.add_route("/internal/swaps/{swap_id}", SwapViews(services), suffix="one")
+    app.add_route("/internal/arbiter", ArbiterView(services))
     app.add_route("/internal/scheduler", SchedulerView(models, config))
     app.add_route("/internal/scheduler/shadow", ShadowScheduler(models, config))
     app.add_route("/internal/kv", KvView(models))
@@ -62,7 +68,7 @@ def create_app(config: ServeConfig, models: Models, services: Services | None = 
     return app
 
 
-def _check_context_policy(config: ServeConfig, models: Models) -> None:
+def _check_context_policy(config: ServeConfig, models: ModelManager) -> None:
     """Raises ConfigError for a policy that there is not; a model that does not have it is only logged."""
     if default_policy(config.context_policy) is ContextPolicy.SHIFT:
         for name, engine in models.items():

@@ -10,11 +10,12 @@ import falcon.asgi
 import msgspec
 
 from mullama.engine.client import EngineClient
+from mullama.serving.states import Lease
 from mullama.web.context import ContextPolicy, Dropped, Room, drop_turns, policy_for, without
 from mullama.web.generations import Group, Reply
 from mullama.web.request import Request
 from mullama.web.responding import new_id, respond
-from mullama.web.schemas import ChatCall, Message, parse_chat
+from mullama.web.schemas import ChatCall, Message, Options, options_of, parse_chat
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 
@@ -29,27 +30,41 @@ class ChatCompletions:
         """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
         services = self._services
         call = await services.parse(req, partial(parse_chat, models=services.models))
+        lease = await services.lease(req, call.model)
+        try:
+            group, options, dropped = await self._begin(req, call, lease)
+        except BaseException:
+            lease.release()
+            raise
+        await respond(req, resp, services, group, options, is_chat=True, choice=_choice, dropped=[dropped])
+
+    async def _begin(self, req: Request, call: ChatCall, lease: Lease) -> tuple[Group, Options, Dropped | None]:
+        """The prompt, and its generations. The group takes over the lease."""
+        services, engine = self._services, lease.engine
+        options = options_of(call.body, engine.info)
+        services.keep_alive(call.model, call.body.keep_alive)
         prompt = await services.offload(
-            len(call.messages_json) > LARGE_TEXT, partial(_prompt, call.engine, call.messages_json)
+            len(call.messages_json) > LARGE_TEXT, partial(_prompt, engine, call.messages_json)
         )
-        info = call.engine.info
-        policy = policy_for(call.options.context_policy, services.config.context_policy, can_shift=info.can_shift)
-        room = Room(info.n_ctx, call.options.sampling.max_tokens)
+        info = engine.info
+        policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
+        room = Room(info.n_ctx, options.sampling.max_tokens)
         dropped = None
         if policy.truncates and len(prompt) > room.wanted:
-            prompt, dropped = await services.offload(True, partial(_cut, call, prompt, policy, room))
+            prompt, dropped = await services.offload(True, partial(_cut, engine, call, prompt, policy, room))
         group = Group(
             services,
-            call.engine,
+            lease,
             request_id=new_id("chatcmpl"),
             model=call.model,
             endpoint="chat.completions",
             prompts=[prompt],
-            options=call.options.of_tenant(req.tenant),
+            options=options.of_tenant(req.tenant),
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
+            translate=partial(_prompt, messages_json=call.messages_json) if dropped is None else None,
         )
-        await respond(req, resp, services, group, call.options, is_chat=True, choice=_choice, dropped=[dropped])
+        return group, options, dropped
 
 
 def _prompt(engine: EngineClient, messages_json: bytes) -> list[int]:
@@ -58,11 +73,13 @@ def _prompt(engine: EngineClient, messages_json: bytes) -> list[int]:
     return engine.tokenize(text, add_special=True, parse_special=True)
 
 
-def _cut(call: ChatCall, whole: list[int], policy: ContextPolicy, room: Room) -> tuple[list[int], Dropped | None]:
+def _cut(
+    engine: EngineClient, call: ChatCall, whole: list[int], policy: ContextPolicy, room: Room
+) -> tuple[list[int], Dropped | None]:
     """The prompt of the chat less what ``policy`` drops, and what that is. Raises ContextLengthExceeded."""
 
     def prompt_of(messages: Sequence[Message]) -> list[int]:
-        return _prompt(call.engine, msgspec.json.encode(messages))
+        return _prompt(engine, msgspec.json.encode(messages))
 
     span = drop_turns(call.messages, lambda kept: len(prompt_of(kept)), policy, room, n_whole=len(whole))
     if not span:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import falcon.asgi
 
+from mullama.engine.client import EngineClient
+from mullama.serving.states import Lease
 from mullama.web.context import ContextPolicy, Dropped, Room, drop_tokens, policy_for, without
 from mullama.web.generations import Group, Reply
 from mullama.web.request import Request
 from mullama.web.responding import new_id, respond
-from mullama.web.schemas import CompletionCall, parse_completion
+from mullama.web.schemas import (
+    CompletionCall,
+    Options,
+    completion_prompts,
+    options_of,
+    parse_completion,
+)
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 
@@ -26,26 +35,12 @@ class Completions:
         """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
         services = self._services
         call = await services.parse(req, partial(parse_completion, models=services.models))
-        size = sum(len(prompt) for prompt in call.prompts)
-        prompts = await services.offload(size > LARGE_TEXT, partial(_tokens, call))
-        echoes = await services.offload(size > LARGE_TEXT, partial(_echoes, call)) if call.echo else None
-        info = call.engine.info
-        policy = policy_for(call.options.context_policy, services.config.context_policy, can_shift=info.can_shift)
-        room = Room(info.n_ctx, call.options.sampling.max_tokens)
-        dropped: list[Dropped | None] = []
-        if policy.truncates and any(len(prompt) > room.wanted for prompt in prompts):
-            prompts, dropped = await services.offload(True, partial(_cut, call, prompts, policy, room))
-        group = Group(
-            services,
-            call.engine,
-            request_id=new_id("cmpl"),
-            model=call.model,
-            endpoint="completions",
-            prompts=prompts,
-            options=call.options.of_tenant(req.tenant),
-            arrival_ns=req.arrival_ns,
-            context_shift=policy is ContextPolicy.SHIFT,
-        )
+        lease = await services.lease(req, call.model)
+        try:
+            group, options, echoes, dropped = await self._begin(req, call, lease)
+        except BaseException:
+            lease.release()
+            raise
 
         def choice(index: int, reply: Reply) -> dict[str, Any]:
             return {
@@ -55,24 +50,53 @@ class Completions:
                 "finish_reason": reply.finish.reason,
             }
 
-        await respond(
-            req, resp, services, group, call.options, is_chat=False, choice=choice, echoes=echoes, dropped=dropped
+        await respond(req, resp, services, group, options, is_chat=False, choice=choice, echoes=echoes, dropped=dropped)
+
+    async def _begin(
+        self, req: Request, call: CompletionCall, lease: Lease
+    ) -> tuple[Group, Options, list[str] | None, list[Dropped | None]]:
+        """The prompts, and their generations. The group takes over the lease."""
+        services, engine = self._services, lease.engine
+        options = options_of(call.body, engine.info)
+        asked = completion_prompts(call.body, options, engine.info)
+        services.keep_alive(call.model, call.body.keep_alive)
+        size = sum(len(prompt) for prompt in asked)
+        prompts = await services.offload(size > LARGE_TEXT, partial(_tokens, engine, asked))
+        echoes = None
+        if call.body.echo:
+            echoes = await services.offload(size > LARGE_TEXT, partial(_echoes, engine, asked, options.n))
+        info = engine.info
+        policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
+        room = Room(info.n_ctx, options.sampling.max_tokens)
+        dropped: list[Dropped | None] = []
+        if policy.truncates and any(len(prompt) > room.wanted for prompt in prompts):
+            prompts, dropped = await services.offload(True, partial(_cut, engine, prompts, policy, room))
+        group = Group(
+            services,
+            lease,
+            request_id=new_id("cmpl"),
+            model=call.model,
+            endpoint="completions",
+            prompts=prompts,
+            options=options.of_tenant(req.tenant),
+            arrival_ns=req.arrival_ns,
+            context_shift=policy is ContextPolicy.SHIFT,
         )
+        return group, options, echoes, dropped
 
 
-def _tokens(call: CompletionCall) -> list[list[int]]:
-    tokenize = call.engine.tokenize
+def _tokens(engine: EngineClient, prompts: Sequence[str | list[int]]) -> list[list[int]]:
     return [
-        tokenize(prompt, add_special=True, parse_special=True) if isinstance(prompt, str) else prompt
-        for prompt in call.prompts
+        engine.tokenize(prompt, add_special=True, parse_special=True) if isinstance(prompt, str) else prompt
+        for prompt in prompts
     ]
 
 
 def _cut(
-    call: CompletionCall, prompts: list[list[int]], policy: ContextPolicy, room: Room
+    engine: EngineClient, prompts: list[list[int]], policy: ContextPolicy, room: Room
 ) -> tuple[list[list[int]], list[Dropped | None]]:
     """The prompts less what ``policy`` drops, and what that is; None for a prompt that fits."""
-    marked, plain = (call.engine.tokenize("a", add_special=special)[:1] for special in (True, False))
+    marked, plain = (engine.tokenize("a", add_special=special)[:1] for special in (True, False))
     bos = marked if marked != plain else []
     cut, dropped = [], []
     for prompt in prompts:
@@ -83,7 +107,7 @@ def _cut(
     return cut, dropped
 
 
-def _echoes(call: CompletionCall) -> list[str]:
+def _echoes(engine: EngineClient, prompts: Sequence[str | list[int]], n: int) -> list[str]:
     """The text of every choice's prompt, as the request gives it: also where the model gets less of it."""
-    texts = [prompt if isinstance(prompt, str) else call.engine.detokenize(prompt) for prompt in call.prompts]
-    return [text for text in texts for _ in range(call.options.n)]
+    texts = [prompt if isinstance(prompt, str) else engine.detokenize(prompt) for prompt in prompts]
+    return [text for text in texts for _ in range(n)]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from mullama.engine.client import AsyncGeneration, EngineClient
+from mullama.engine.client import AsyncGeneration
+from mullama.serving.states import Lease
 from mullama.types import Delta, Finish, Request
 from mullama.web import request as web_request
 from mullama.web.errors import finish_error, internal_error
@@ -42,7 +44,7 @@ class Group:
     def __init__(
         self,
         services: Services,
-        engine: EngineClient,
+        lease: Lease,
         *,
         request_id: str,
         model: str,
@@ -51,8 +53,9 @@ class Group:
         options: Options,
         arrival_ns: int,
         context_shift: bool = False,
+        translate: Callable[[Any], list[int]] | None = None,
     ) -> None:
-        """Submit every choice, or none: raises what ``EngineClient.submit`` raises."""
+        """Submit every choice, or none: raises what ``EngineClient.submit`` raises. Takes over the lease either way."""
         self.id = request_id
         self.model = model
         self.n = options.n
@@ -63,6 +66,8 @@ class Group:
         self._services = services
         self._watcher: asyncio.Task[None] | None = None
         self._closed = False
+        self._lease = lease
+        engine = lease.engine
         salt = salt_of(options.tenant if services.config.cache_salt_per_key else None, options.cache_salt)
         num_choices = len(prompts) * options.n
         try:
@@ -78,6 +83,7 @@ class Group:
                     preempt=options.preempt,
                     cache_salt=salt,
                     context_shift=context_shift,
+                    translate=translate,
                 )
                 self.generations.append(engine.submit(request))
         except BaseException:
@@ -128,6 +134,7 @@ class Group:
         if self._watcher is not None:
             self._watcher.cancel()
         self.cancel()
+        self._lease.release()
         if self._services.profile_log is not None:
             for generation in self.generations:
                 if generation.finish is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import falcon.asgi
 import orjson
 
-from mullama.web.models import Models
+from mullama.serving.manager import ModelManager
 from mullama.web.request import Request
 from mullama.web.security import Access
 
@@ -22,7 +22,7 @@ class Health:
 class Ready:
     access = Access.OPEN
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: ModelManager) -> None:
         self._models = models
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:

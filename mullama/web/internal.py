@@ -10,7 +10,7 @@ import orjson
 from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest, PermissionDenied
-from mullama.web.models import Models
+from mullama.serving.manager import ModelManager
 from mullama.web.request import Request, read_body
 from mullama.web.schemas import SchedulerChange, parse_scheduler_change
 from mullama.web.security import Access
@@ -21,7 +21,7 @@ class Internal:
 
     access = Access.INTERNAL
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: ModelManager) -> None:
         self._models = models
 
     def _engine(self, req: Request) -> tuple[str, EngineClient]:
@@ -33,7 +33,7 @@ class Policies(Internal):
 
     kind = "a policy (mullama schedulers lists them)"
 
-    def __init__(self, models: Models, config: ServeConfig) -> None:
+    def __init__(self, models: ModelManager, config: ServeConfig) -> None:
         super().__init__(models)
         self._may_load_files = bool(config.admin_key)
         self._max_body = config.max_body_bytes

@@ -7,46 +7,59 @@ from typing import Any
 import falcon.asgi
 import orjson
 
-from mullama.types import ModelInfo
-from mullama.web.models import Models
+from mullama.serving.manager import ModelManager
+from mullama.serving.states import Served
 from mullama.web.request import Request
 from mullama.web.security import Access
+from mullama.web.services import Services
 
 
 class ModelList:
     access = Access.CLIENT
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: ModelManager, services: Services) -> None:
         self._models = models
+        self._services = services
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
-        data = [describe(name, engine.info) for name, engine in self._models.items()]
+        """Served names first, loaded or not, then what the store has besides."""
+        data = [describe(served) for served in self._models.all()]
+        others = await self._services.offload(True, self._models.others) if self._models.has_others else []
+        data += [_unloaded(name, "unloaded") for name, _ in others]
         resp.data = orjson.dumps({"object": "list", "data": data})
 
 
 class ModelDetail:
     access = Access.CLIENT
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: ModelManager) -> None:
         self._models = models
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response, model_id: str) -> None:
         """Raises ModelNotFound."""
-        name, engine = self._models.resolve(model_id)
-        resp.data = orjson.dumps(describe(name, engine.info))
+        resp.data = orjson.dumps(describe(self._models.get(model_id)))
 
 
-def describe(name: str, info: ModelInfo) -> dict[str, Any]:
-    """OpenAI's model object; ``max_model_len`` as vLLM has it, ``meta`` as llama-server has it."""
+def describe(served: Served) -> dict[str, Any]:
+    """OpenAI's model object; ``max_model_len`` as vLLM has it, ``meta`` as llama-server has it.
+
+    Of a model that is not loaded there is its name and state.
+    """
+    engine = served.engine
+    if engine is None:
+        return _unloaded(served.name, served.state)
+    info = engine.info
     return {
-        "id": name,
+        "id": served.name,
         "object": "model",
         "created": info.created,
         "owned_by": "mullama",
+        "state": served.state,
         "max_model_len": info.n_ctx,
         "meta": {
             "description": info.description,
             "architecture": info.architecture,
+            "weights": info.weights,
             "n_params": info.n_params,
             "size": info.size_bytes,
             "n_vocab": info.n_vocab,
@@ -58,3 +71,7 @@ def describe(name: str, info: ModelInfo) -> dict[str, Any]:
             "has_chat_template": info.has_chat_template,
         },
     }
+
+
+def _unloaded(name: str, state: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "mullama", "state": state, "meta": None}

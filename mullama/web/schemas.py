@@ -13,12 +13,11 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
+from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web import sampling
 from mullama.web.context import ContextPolicy, policy_of
-from mullama.web.models import Models
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
@@ -74,6 +73,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     preempt: str | None = None
     cache_salt: str | None = None
     context_policy: str | None = None
+    keep_alive: float | str | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -151,8 +151,7 @@ class Options:
 @dataclass(slots=True, frozen=True)
 class ChatCall:
     model: str  # the served name
-    engine: EngineClient
-    options: Options
+    body: ChatBody
     messages: list[Message]
     messages_json: bytes  # the same, encoded
 
@@ -160,10 +159,7 @@ class ChatCall:
 @dataclass(slots=True, frozen=True)
 class CompletionCall:
     model: str  # the served name
-    engine: EngineClient
-    options: Options
-    prompts: list[str | list[int]]
-    echo: bool
+    body: CompletionBody
 
 
 _chat_decoder = msgspec.json.Decoder(ChatBody)
@@ -171,9 +167,10 @@ _completion_decoder = msgspec.json.Decoder(CompletionBody)
 _scheduler_decoder = msgspec.json.Decoder(SchedulerChange)
 
 
-def parse_chat(data: bytes, models: Models) -> ChatCall:
+def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
+    """All that can be checked before the model is loaded. Raises InvalidRequest, ModelNotFound."""
     body = decode_body(_chat_decoder, data)
-    model, engine = models.resolve(body.model)
+    model = models.get(body.model).name
     _refuse_unsupported(body)
     _refuse(bool(body.tools or body.functions), "tools" if body.tools else "functions", "tool calls")
     _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
@@ -181,28 +178,34 @@ def parse_chat(data: bytes, models: Models) -> ChatCall:
     _refuse(bool(body.logprobs), "logprobs", "log-probabilities")
     _refuse(bool(body.top_logprobs), "top_logprobs", "log-probabilities")
     messages = normalise(body.messages)
-    return ChatCall(model, engine, _options(body, engine.info), messages, msgspec.json.encode(messages))
+    return ChatCall(model, body, messages, msgspec.json.encode(messages))
 
 
 def parse_scheduler_change(data: bytes) -> SchedulerChange:
     return decode_body(_scheduler_decoder, data)
 
 
-def parse_completion(data: bytes, models: Models) -> CompletionCall:
+def parse_completion(data: bytes, models: ModelManager) -> CompletionCall:
+    """All that can be checked before the model is loaded. Raises InvalidRequest, ModelNotFound."""
     body = decode_body(_completion_decoder, data)
-    model, engine = models.resolve(body.model)
+    model = models.get(body.model).name
     _refuse_unsupported(body)
     _refuse(body.logprobs is not None and body.logprobs is not False, "logprobs", "log-probabilities")
     _refuse(bool(body.suffix), "suffix", "filling in the middle")
     _refuse(body.best_of is not None and body.best_of != (body.n or 1), "best_of", "best_of other than n")
-    options = _options(body, engine.info)
-    prompts = _prompts(body.prompt, engine.info)
+    return CompletionCall(model, body)
+
+
+def completion_prompts(body: CompletionBody, options: Options, info: ModelInfo) -> list[str | list[int]]:
+    """The prompts of a completion, checked for the model that answers. Raises InvalidRequest."""
+    prompts = _prompts(body.prompt, info)
     if len(prompts) * options.n > MAX_CHOICES:
         raise InvalidRequest(f"prompt: prompts times n must be at most {MAX_CHOICES}", param="prompt")
-    return CompletionCall(model, engine, options, prompts, bool(body.echo))
+    return prompts
 
 
-def _options(body: GenerationBody, info: ModelInfo) -> Options:
+def options_of(body: GenerationBody, info: ModelInfo) -> Options:
+    """What the request asks of the model that answers. Raises InvalidRequest."""
     for name in ("n", "priority", "slo_ms"):
         sampling.check_range(name, getattr(body, name))
     values = sampling.sampler_values(body, info)

@@ -23,8 +23,9 @@ import uvicorn
 
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError
+from mullama.serving.manager import ModelManager
+from mullama.serving.swap import Swaps
 from mullama.web.app import create_app
-from mullama.web.models import Models
 from mullama.web.protocol import Protocol
 from mullama.web.services import Services
 
@@ -84,7 +85,9 @@ def url_of(config: ServeConfig, sock: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
-def run_server(config: ServeConfig, models: Models, sock: socket.socket | None = None) -> None:
+def run_server(
+    config: ServeConfig, models: ModelManager, sock: socket.socket | None = None, swaps: Swaps | None = None
+) -> None:
     """Serve until a signal comes, then drain and return. Blocks; call from the main thread.
 
     Prints one line when clients are answered. Raises ConfigError before anything is started when the port, the
@@ -92,7 +95,7 @@ def run_server(config: ServeConfig, models: Models, sock: socket.socket | None =
     """
     sock = sock or bind(config)
     try:
-        services = Services(config, models)
+        services = Services(config, models, swaps)
     except BaseException:
         sock.close()
         raise

@@ -15,8 +15,12 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from mullama.config import ServeConfig
+from mullama.errors import ClientLeft, InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
-from mullama.web.models import Models
+from mullama.serving.durations import parse_duration
+from mullama.serving.manager import ModelManager
+from mullama.serving.states import Lease
+from mullama.serving.swap import Swaps
 from mullama.web.profile_log import ProfileLog
 from mullama.web.request import Request, read_body
 from mullama.web.security import is_loopback
@@ -40,6 +44,11 @@ def _step_back() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), POOL_NICE)
 
 
+async def _disconnect(req: Request) -> None:
+    while (await req.receive())["type"] != "http.disconnect":
+        pass
+
+
 class Endless(Protocol):
     """A response that goes on until somebody ends it."""
 
@@ -53,9 +62,12 @@ class Services:
     cannot be opened or the KV events' endpoint cannot be had.
     """
 
-    def __init__(self, config: ServeConfig, models: Models, *, ping_seconds: float = 15.0) -> None:
+    def __init__(
+        self, config: ServeConfig, models: ModelManager, swaps: Swaps | None = None, *, ping_seconds: float = 15.0
+    ) -> None:
         self.config = config
         self.models = models
+        self.swaps = swaps or Swaps(models, _no_target, _no_engine)
         self.ping_seconds = ping_seconds
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="mullama-web", initializer=_step_back)
@@ -83,6 +95,30 @@ class Services:
         """
         data = await read_body(req, self.config.max_body_bytes)
         return await self.offload(len(data) > LARGE_BODY, lambda: parse(data))
+
+    async def lease(self, req: Request, name: str) -> Lease:
+        """The right to use a model, loaded if need be. Raises what ``ModelManager.lease`` raises.
+
+        A client that leaves while the model is loaded gives its place up.
+        """
+        lease = self.models.try_lease(name)
+        if lease is not None:
+            return lease
+        waiting = asyncio.ensure_future(self.models.lease(name))
+        leaving = asyncio.ensure_future(_disconnect(req))
+        try:
+            await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                raise ClientLeft("the client left while the model was loaded")
+            return await waiting
+        finally:
+            waiting.cancel()
+            leaving.cancel()
+
+    def keep_alive(self, name: str, value: float | str | None) -> None:
+        """What a request says of how long its model stays loaded. Raises InvalidRequest."""
+        if value is not None:
+            self.models.set_keep_alive(name, parse_duration(value))
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Hold a short background task until it is done (the event loop itself holds only weak references)."""
@@ -118,12 +154,21 @@ class Services:
             self.profile_log.close()
 
 
-def _start_publisher(config: ServeConfig, models: Models) -> KvPublisher:
+def _no_target(to: str, *_: Any) -> Any:
+    raise InvalidRequest("this server cannot look for other weights", param="to")
+
+
+def _no_engine(*_: Any) -> Any:
+    raise InvalidRequest("this server cannot load models", param="to")
+
+
+def _start_publisher(config: ServeConfig, models: ModelManager) -> KvPublisher:
     """A publisher that follows every model's KV events. Raises ConfigError."""
     endpoint = config.kv_events_endpoint
     publisher = KvPublisher(endpoint, topic=config.kv_events_topic, block_size=config.kv_events_block_size)
     try:
         publisher.start({name: engine.kv_events for name, engine in models.items()})
+        models.watchers.append(lambda name, engine: publisher.follow(name, engine.kv_events if engine else None))
     except BaseException:
         publisher.close()
         raise

@@ -246,7 +246,8 @@ def test_damaged_copies_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     chosen = [*truncated[::3], *header[::4]]
     assert len(chosen) >= 200
     for case in chosen:
-        refused(case.write(tmp_path / "damaged.gguf"), root=tmp_path)
+        path = case.write(tmp_path / "damaged.gguf")
+        assert refused(path, root=tmp_path), case.name
     for case in [case for case in cases if case.kind == "weights"][::4]:
         assert check_model(case.write(tmp_path / "damaged.gguf"), root=tmp_path).ok
 

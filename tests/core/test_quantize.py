@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
+import signal
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -145,6 +150,39 @@ def test_ctrl_c_leaves_nothing(store: Store, plain: Path) -> None:
     assert left_over(store) == []
 
 
+def test_ctrl_c_at_the_command(store: Store, tmp_path: Path) -> None:
+    """And ``kill -9``: the child ends with the command, and the next one clears what it left."""
+    big = shaped.build(tmp_path / "big.gguf", shaped.Shape(n_layer=8, n_embd=1024, n_ff=4096, kind="F16"))
+    env = {**os.environ, "MULLAMA_HOME": str(store.root)}
+    command = [sys.executable, "-m", "mullama", "quantize", str(big), "Q4_K_M", "--threads", "1"]
+    for signal_, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        assert process.stderr is not None
+        assert any("quantising" in line for line in iter(process.stderr.readline, ""))
+        process.send_signal(signal_)
+        process.stderr.read()
+        assert process.wait(timeout=60) == status
+        process.stderr.close()
+        if signal_ == signal.SIGINT:
+            assert left_over(store) == []
+    deadline = time.monotonic() + 20
+    while not _no_child_of(store) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert _no_child_of(store)
+    assert left_over(store) != []
+    quantize_variant(store, shaped.build(tmp_path / "small.gguf", shaped.Shape(kind="F16")), "Q8_0")
+    assert [path for path in store.tmp.iterdir() if path.name.startswith("work-")] == []
+
+
+def _no_child_of(store: Store) -> bool:
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                if str(store.root).encode() in (folder / "cmdline").read_bytes():
+                    return False
+    return True
+
+
 def test_a_full_disk_is_refused_beforehand(store: Store, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
@@ -247,9 +285,6 @@ def test_a_wrong_matrix(store: Store, plain: Path, tmp_path: Path) -> None:
 
 def test_the_child_ends_with_its_parent(tmp_path: Path, plain: Path) -> None:
     """A server that is killed leaves no process that quantises on."""
-    import subprocess
-    import sys
-
     code = (
         "import sys, time\n"
         "from mullama.models import child\n"

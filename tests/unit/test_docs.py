@@ -39,8 +39,8 @@ from mullama.config import ServeConfig
 from mullama.engine.lifecycle import TRANSITIONS
 from mullama.scheduling import Batching, EngineState, Scheduler, SeqView, describe, registry
 from mullama.scheduling.batching import COMMON
+from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
-from mullama.web.models import Models
 from mullama.web.services import Services
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -163,7 +163,7 @@ NOT_YET = {"/metrics"}  # named by the README as missing
 def routes() -> Iterator[dict[str, set[str]]]:
     """Path -> methods, from the app itself."""
     config = ServeConfig()
-    models = Models()
+    models = ModelManager()
     services = Services(config, models)
     app = create_app(config, models, services)
     found = {}

@@ -14,8 +14,8 @@ import falcon.testing
 import pytest
 
 from mullama.config import ServeConfig
+from mullama.serving.manager import ModelManager
 from mullama.web.app import App, create_app
-from mullama.web.models import Models
 from mullama.web.server import Server, bind
 from mullama.web.services import Services
 
@@ -34,7 +34,7 @@ def config() -> ServeConfig:
 
 @pytest.fixture
 def services(engine: FakeEngine, config: ServeConfig) -> Iterator[Services]:
-    services = Services(config, Models([("fake", engine), ("other", FakeEngine("other"))]))
+    services = Services(config, ModelManager([("fake", engine), ("other", FakeEngine("other"))]))
     yield services
     services.close()
 
@@ -165,7 +165,7 @@ def live(engine: FakeEngine, config: ServeConfig) -> Iterator[Callable[..., Live
     def start(*, ping_seconds: float = 15.0, direct: bool = True) -> Live:
         config.port = 0
         sock = bind(config)
-        services = Services(config, Models([("fake", engine)]), ping_seconds=ping_seconds)
+        services = Services(config, ModelManager([("fake", engine)]), ping_seconds=ping_seconds)
         server = Server(config, services, sock)
         if not direct:
             server.config.app = without_extensions(server.config.app)

@@ -124,6 +124,8 @@ class FakeEngine:
         self.scheduler_calls: list[tuple[str, str, dict[str, Any]]] = []
         self.kv_calls: list[tuple[str, list[int] | None, dict[str, Any]]] = []
         self.kv_events = KvEventLog()
+        self.arbiter_policy = "round_robin"
+        self.share: dict[str, Any] = {"weight": 1.0, "priority": 0}
 
     def is_ready(self) -> bool:
         return self.is_up and not self.draining

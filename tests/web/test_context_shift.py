@@ -13,8 +13,8 @@ from docs_support import ROOT, blocks
 
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError
+from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
-from mullama.web.models import Models
 from mullama.web.services import Services
 
 from .conftest import Client, Live, Result
@@ -166,7 +166,7 @@ def test_a_model_that_cannot_is_in_the_log(
 @pytest.mark.parametrize("policy", ["nonsense", ""])
 def test_a_policy_that_there_is_not_stops_the_app(policy: str) -> None:
     with pytest.raises(ConfigError, match=f"--context-policy: '{policy}' is not one of error, ") as raised:
-        create_app(ServeConfig(context_policy=policy), Models([("fake", FakeEngine())]))
+        create_app(ServeConfig(context_policy=policy), ModelManager([("fake", FakeEngine())]))
     assert raised.value.param == "context_policy"
 
 

@@ -15,7 +15,7 @@ from mullama.errors import ComputeFailed
 from mullama.types import Finish, FinishReason, Profile
 from mullama.web.direct import DirectBody
 from mullama.web.generations import Group, Merged
-from mullama.web.schemas import parse_chat
+from mullama.web.schemas import options_of, parse_chat
 from mullama.web.services import Services
 from mullama.web.streaming import PING, ChunkFormat, EventStream
 
@@ -212,14 +212,17 @@ class Door(DirectBody):
 def group_of(services: Services, engine: FakeEngine, n: int) -> Group:
     engine.hang = True
     call = parse_chat(json.dumps(STREAM | {"n": n}).encode(), models=services.models)
+    lease = services.models.try_lease("fake")
+    assert lease is not None
+    assert lease.engine is engine
     return Group(
         services,
-        engine,
+        lease,
         request_id="r",
         model="fake",
         endpoint="e",
         prompts=[[1]],
-        options=call.options,
+        options=options_of(call.body, engine.info),
         arrival_ns=0,
     )
 

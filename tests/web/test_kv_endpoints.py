@@ -18,10 +18,10 @@ from docs_support import ROOT, names
 from mullama.config import ServeConfig, load_config
 from mullama.errors import ConfigError
 from mullama.observe.kv_blocks import AllBlocksCleared, BlockRemoved, BlockStored
+from mullama.serving.manager import ModelManager
 from mullama.web import kv_schemas
 from mullama.web.app import create_app
 from mullama.web.kv import DEFAULT_NODES, MAX_NODES
-from mullama.web.models import Models
 from mullama.web.security import salt_of, tenant_of
 from mullama.web.services import LARGE_TEXT, Services
 
@@ -41,7 +41,7 @@ def keyed(engine: FakeEngine) -> Iterator[Callable[..., Client]]:
 
     def make(**options: Any) -> Client:
         config = ServeConfig(**options)
-        services = Services(config, Models([("fake", engine)]))
+        services = Services(config, ModelManager([("fake", engine)]))
         opened.append(services)
         return Client(create_app(config, services.models, services), services)
 
@@ -346,7 +346,7 @@ def publishers() -> list[str]:
 
 def test_the_server_publishes_what_happens(engine: FakeEngine) -> None:
     config = ServeConfig(kv_events_endpoint="tcp://127.0.0.1:*", kv_events_topic="kv@{model}", kv_events_block_size=2)
-    services = Services(config, Models([("fake", engine), ("other", FakeEngine("other"))]))
+    services = Services(config, ModelManager([("fake", engine), ("other", FakeEngine("other"))]))
     context = zmq.Context()
     try:
         assert services.kv_publisher is not None
@@ -378,14 +378,14 @@ def test_it_does_not_publish_unasked(services: Services) -> None:
 )
 def test_a_warning_off_loopback(endpoint: str, is_open: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    Services(ServeConfig(kv_events_endpoint=endpoint.format(folder=tmp_path)), Models()).close()
+    Services(ServeConfig(kv_events_endpoint=endpoint.format(folder=tmp_path)), ModelManager()).close()
     assert ("is open to other machines" in caplog.text) is is_open
 
 
 def test_what_cannot_be_published_stops_the_server(tmp_path: Path) -> None:
     """One line before anything is started, and nothing stays behind."""
     log = str(tmp_path / "profiles.jsonl")
-    two = Models([("one", FakeEngine()), ("two", FakeEngine())])
+    two = ModelManager([("one", FakeEngine()), ("two", FakeEngine())])
     before = threading.active_count()
     for config in (
         ServeConfig(kv_events_endpoint="tcp://no.such.host:1", profile_log=log),

@@ -10,9 +10,9 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError, ModelNotFound
+from mullama.serving.manager import ModelManager
 from mullama.types import Finish, FinishReason, Profile
 from mullama.web.app import create_app
-from mullama.web.models import Models
 from mullama.web.profile_log import ProfileLog
 from mullama.web.services import Services
 
@@ -36,7 +36,7 @@ def test_one_model(client: Client) -> None:
 
 
 def test_a_model_s_name_may_hold_slashes() -> None:
-    models = Models([("org/name:q4", FakeEngine())])
+    models = ModelManager([("org/name:q4", FakeEngine())])
     services = Services(ServeConfig(), models)
     client = Client(create_app(services.config, models, services), services)
     assert client.get("/v1/models/org/name:q4").json["id"] == "org/name:q4"
@@ -56,7 +56,7 @@ def test_health_and_ready(client: Client, engine: FakeEngine) -> None:
 
 
 def test_without_models_nothing_is_ready() -> None:
-    models = Models()
+    models = ModelManager()
     assert not models.ready
     with pytest.raises(ModelNotFound, match="no model"):
         models.resolve(None)
@@ -64,7 +64,7 @@ def test_without_models_nothing_is_ready() -> None:
 
 def test_a_name_is_served_once() -> None:
     with pytest.raises(ConfigError, match="two models"):
-        Models([("a", FakeEngine()), ("a", FakeEngine())])
+        ModelManager([("a", FakeEngine()), ("a", FakeEngine())])
 
 
 def test_internal_views(client: Client) -> None:
@@ -81,7 +81,7 @@ def test_every_request_has_a_line_in_the_profile_log(tmp_path: Path, engine: Fak
     path = tmp_path / "profiles.jsonl"
     path.write_text('{"earlier": true}\n')
     config = ServeConfig(profile_log=str(path))
-    services = Services(config, Models([("fake", engine)]))
+    services = Services(config, ModelManager([("fake", engine)]))
     client = Client(create_app(config, services.models, services), services)
     message = [{"role": "user", "content": "hi"}]
     reply = client.post("/v1/chat/completions", {"messages": message, "user": "ann"}).json

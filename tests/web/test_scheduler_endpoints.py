@@ -9,9 +9,9 @@ import orjson
 import pytest
 
 from mullama.config import ServeConfig
+from mullama.serving.manager import ModelManager
 from mullama.types import Preempt
 from mullama.web.app import create_app
-from mullama.web.models import Models
 from mullama.web.security import tenant_of
 from mullama.web.services import Services
 
@@ -32,7 +32,7 @@ def keyed(engine: FakeEngine) -> Callable[..., Client]:
 
     def make(**options: Any) -> Client:
         config = ServeConfig(**options)
-        services = Services(config, Models([("fake", engine)]))
+        services = Services(config, ModelManager([("fake", engine)]))
         return Client(create_app(config, services.models, services), services)
 
     return make

@@ -12,14 +12,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama.errors import InvalidRequest, MullamaError
+from mullama.serving.manager import ModelManager
 from mullama.types import SamplingParams
 from mullama.web import sampling
-from mullama.web.models import Models
-from mullama.web.schemas import ChatBody, CompletionBody, parse_chat, parse_completion
+from mullama.web.schemas import (
+    ChatBody,
+    CompletionBody,
+    Options,
+    completion_prompts,
+    options_of,
+    parse_chat,
+    parse_completion,
+)
 
 from .fake_engine import N_CTX, N_VOCAB, FakeEngine
 
-MODELS = Models([("fake", FakeEngine())])
+MODELS = ModelManager([("fake", FakeEngine())])
+INFO = FakeEngine().info
+
+
+def chat_options(data: bytes) -> Options:
+    """What a chat asks for, checked as it is before its generation."""
+    return options_of(parse_chat(data, MODELS).body, INFO)
+
+
+def completion(data: bytes) -> tuple[Options, list[str | list[int]]]:
+    body = parse_completion(data, MODELS).body
+    options = options_of(body, INFO)
+    return options, completion_prompts(body, options, INFO)
+
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 INTEGERS = {"n", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "repeat_last_n", "dry_allowed_length"}
 INTEGERS |= {"dry_penalty_last_n", "mirostat", "seed", "priority"}
@@ -65,10 +87,10 @@ def test_any_bytes_are_refused_in_words(data: bytes) -> None:
 @settings(max_examples=150, deadline=None)
 def test_values_in_range_arrive(body: dict[str, Any]) -> None:
     body.pop("min_tokens", None)
-    call = parse_chat(json.dumps({"messages": MESSAGES} | body).encode(), MODELS)
-    params = call.options.sampling
-    assert call.options.n == body.get("n", 1)
-    assert call.options.priority == body.get("priority", 0)
+    options = chat_options(json.dumps({"messages": MESSAGES} | body).encode())
+    params = options.sampling
+    assert options.n == body.get("n", 1)
+    assert options.priority == body.get("priority", 0)
     for name in ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "dry_base", "mirostat_tau"):
         if name in body:
             assert getattr(params, name) == body[name]
@@ -78,7 +100,7 @@ def test_values_in_range_arrive(body: dict[str, Any]) -> None:
     assert -1 <= params.repeat_last_n <= N_CTX
     assert params.seed is None or 0 <= params.seed < 0xFFFFFFFF
     for index in (0, 1, 127):
-        seed = call.options.of_choice(index).seed
+        seed = options.of_choice(index).seed
         assert (seed is None) == (params.seed is None)
         assert seed is None or 0 <= seed < 0xFFFFFFFF
 
@@ -91,7 +113,7 @@ def test_values_out_of_range_are_named(name: str, data: st.DataObject) -> None:
     above = st.nothing() if bounds.high is None else st.integers(int(bounds.high) + 1, 2**70)
     value = data.draw(below | above)
     with pytest.raises(InvalidRequest) as caught:
-        parse_chat(json.dumps({"messages": MESSAGES, name: value}).encode(), MODELS)
+        chat_options(json.dumps({"messages": MESSAGES, name: value}).encode())
     assert caught.value.param == name
     assert str(bounds) in caught.value.message
 
@@ -102,15 +124,14 @@ def test_token_prompts(tokens: list[int]) -> None:
     wrong = [i for i, token in enumerate(tokens) if not 0 <= token < N_VOCAB]
     if wrong:
         with pytest.raises(InvalidRequest) as caught:
-            parse_completion(body, MODELS)
+            completion(body)
         assert caught.value.param == f"prompt[{wrong[0]}]"
     else:
-        assert parse_completion(body, MODELS).prompts == [tokens]
+        assert completion(body)[1] == [tokens]
 
 
 def test_defaults_are_those_of_sampling_params() -> None:
-    call = parse_chat(json.dumps({"messages": MESSAGES}).encode(), MODELS)
-    assert call.options.sampling == SamplingParams()
+    assert chat_options(json.dumps({"messages": MESSAGES}).encode()).sampling == SamplingParams()
 
 
 def test_every_sampling_parameter_can_be_set() -> None:
@@ -141,7 +162,7 @@ def test_every_sampling_parameter_can_be_set() -> None:
         "ignore_eos": True,
         "stop": "end",
     }
-    params = parse_completion(json.dumps({"prompt": "x"} | body).encode(), MODELS).options.sampling
+    params = completion(json.dumps({"prompt": "x"} | body).encode())[0].sampling
     unset = [
         field.name
         for field in dataclasses.fields(SamplingParams)
@@ -155,7 +176,7 @@ def test_every_sampling_parameter_can_be_set() -> None:
 
 def test_two_spellings() -> None:
     body = {"messages": MESSAGES, "max_tokens": 5, "max_completion_tokens": 6}
-    assert parse_chat(json.dumps(body).encode(), MODELS).options.sampling.max_tokens == 6
+    assert chat_options(json.dumps(body).encode()).sampling.max_tokens == 6
 
 
 @pytest.mark.parametrize(
@@ -163,7 +184,7 @@ def test_two_spellings() -> None:
 )
 def test_seeds(seed: int | None, expected: int | None) -> None:
     body = {"messages": MESSAGES, "seed": seed}
-    assert parse_chat(json.dumps(body).encode(), MODELS).options.sampling.seed == expected
+    assert chat_options(json.dumps(body).encode()).sampling.seed == expected
 
 
 def test_the_documentation_lists_every_field_and_its_range() -> None:

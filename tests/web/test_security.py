@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mullama.config import ServeConfig
+from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
-from mullama.web.models import Models
 from mullama.web.security import host_name, is_loopback
 from mullama.web.services import Services
 
@@ -25,7 +25,7 @@ def make() -> Iterator[Callable[..., Client]]:
 
     def make(**options: object) -> Client:
         config = ServeConfig(**options)  # type: ignore[arg-type]
-        services = Services(config, Models([("fake", FakeEngine())]))
+        services = Services(config, ModelManager([("fake", FakeEngine())]))
         opened.append(services)
         return Client(create_app(config, services.models, services), services)
 

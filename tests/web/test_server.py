@@ -17,7 +17,7 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError
-from mullama.web.models import Models
+from mullama.serving.manager import ModelManager
 from mullama.web.server import bind, run_server, url_of
 
 from .fake_engine import FakeEngine
@@ -27,11 +27,12 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from fake_engine import FakeEngine
 from mullama.config import ServeConfig
-from mullama.web.models import Models
+from mullama.serving.manager import ModelManager
 from mullama.web.server import run_server
 engine = FakeEngine(reply=["x"] * int(sys.argv[2]))
 engine.delay = 0.02
-run_server(ServeConfig(port=0, drain_timeout=float(sys.argv[3]), profile_log=sys.argv[4]), Models([("fake", engine)]))
+models = ModelManager([("fake", engine)])
+run_server(ServeConfig(port=0, drain_timeout=float(sys.argv[3]), profile_log=sys.argv[4]), models)
 """
 
 
@@ -110,7 +111,10 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
 def test_a_port_in_use_is_one_line_before_anything_starts() -> None:
     with bind(ServeConfig(port=0)) as taken:
         port = taken.getsockname()[1]
-        for attempt in (lambda: bind(ServeConfig(port=port)), lambda: run_server(ServeConfig(port=port), Models())):
+        for attempt in (
+            lambda: bind(ServeConfig(port=port)),
+            lambda: run_server(ServeConfig(port=port), ModelManager()),
+        ):
             with pytest.raises(ConfigError) as caught:
                 attempt()
             assert caught.value.message.startswith(f"cannot listen on 127.0.0.1:{port}: the port is in use")
@@ -142,5 +146,5 @@ def test_a_profile_log_that_cannot_be_opened_frees_the_port(tmp_path: Path) -> N
     sock = bind(ServeConfig(port=0))
     port = sock.getsockname()[1]
     with pytest.raises(ConfigError, match="--profile-log"):
-        run_server(ServeConfig(profile_log=str(tmp_path / "no" / "x")), Models([("fake", FakeEngine())]), sock)
+        run_server(ServeConfig(profile_log=str(tmp_path / "no" / "x")), ModelManager([("fake", FakeEngine())]), sock)
     bind(ServeConfig(port=port)).close()

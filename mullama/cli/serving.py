@@ -1,0 +1,99 @@
+"""From the configuration to the manager of models and to hot-swap: what they load, and from where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mullama.cli.loading import weights_of
+from mullama.engine import sizing
+from mullama.errors import MullamaError
+from mullama.models.reference import parse_spec
+from mullama.models.store import Store
+from mullama.serving.durations import parse_duration
+from mullama.serving.manager import ModelManager
+from mullama.serving.swap import Swaps
+from mullama.serving.targets import Target, find_target
+
+if TYPE_CHECKING:
+    from mullama.config import ServeConfig
+    from mullama.engine.engine import Engine
+
+BUDGET_SHARE = 0.9  # of the memory that is free at the start
+
+
+def make_manager(config: ServeConfig) -> ModelManager:
+    """A manager that loads what the store has, and pulls nothing. Raises ConfigError, PluginError, InvalidRequest."""
+    store = Store()
+
+    def find(name: str) -> str | None:
+        found = store.lookup(name)
+        return found.key if found is not None else None
+
+    def others() -> list[tuple[str, str]]:
+        return [(entry.key, entry.key) for entry in store.list() if entry.is_named]
+
+    return ModelManager(
+        load=lambda name, reference: _load(name, reference, config, store),
+        max_models=config.max_models,
+        memory_budget=_budget(config.memory_budget),
+        max_waiting=max(config.max_queue, 1),
+        keep_alive_s=parse_duration(config.keep_alive),
+        policy=config.model_policy,
+        find=find if config.store_models else lambda name: None,
+        others=others if config.store_models else None,
+        estimate=lambda reference: _estimate(reference, config, store),
+    )
+
+
+def make_swaps(config: ServeConfig, models: ModelManager) -> Swaps:
+    """Hot-swap for the models of a manager."""
+    store = Store()
+
+    def find(to: str, reference: str, progress: Callable[[str, int, int | None], None], may_read_files: bool) -> Target:
+        return find_target(to, reference, store=store, progress=progress, may_read_files=may_read_files)
+
+    def load(name: str, target: Target) -> Any:
+        from mullama.engine.engine import Engine
+
+        return Engine.load(target.path, name=name, config=config, weights=target.label, background=True)
+
+    return Swaps(models, find, load)
+
+
+def _budget(text: str) -> int:
+    if text != "auto":
+        return int(text)
+    free = sizing.available_memory()
+    return 0 if free is None else int(free * BUDGET_SHARE)
+
+
+def _load(name: str, reference: str, config: ServeConfig, store: Store) -> Engine:
+    """An engine for a reference that is here already. Raises ReferenceNotFound, ModelLoadError, StoreError."""
+    from mullama.engine.engine import Engine
+    from mullama.models.probe import check_model
+    from mullama.models.resolve import resolve_model
+
+    found = resolve_model(reference, store=store, pull=False)
+    check_model(found.path)
+    return Engine.load(found.path, name=name, config=config, weights=weights_of(found), background=True)
+
+
+def _estimate(reference: str, config: ServeConfig, store: Store) -> int | None:
+    """Bytes that loading a reference will take; None where its file does not say."""
+    from mullama.models.estimate import estimate
+
+    try:
+        spec = parse_spec(reference, store.lookup)
+        entry = None if spec.reference.is_local else store.find(spec.reference.key)
+        path = store.path_of(entry) if entry is not None else store.resolve(spec.reference)
+        return estimate(
+            path,
+            n_ctx=config.ctx_size or sizing.DEFAULT_CTX,
+            n_parallel=config.parallel or sizing.DEFAULT_PARALLEL,
+            type_k=config.kv_type_k,
+            type_v=config.kv_type_v,
+            n_batch=config.batch_size,
+        ).total
+    except MullamaError:
+        return None

@@ -1,0 +1,46 @@
+"""``mullama swap``: other weights for a model that a server is serving."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import quote
+
+import click
+
+from mullama.cli.remote import Server, server_options
+
+
+@click.command(short_help="Change the weights of a served model.")
+@click.argument("name")
+@click.argument("to", metavar="TO")
+@click.option(
+    "--kv",
+    type=click.Choice(["auto", "carry", "recompute", "drain"]),
+    default="auto",
+    show_default=True,
+    help="What becomes of the KV cache.",
+)
+@server_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(name: str, to: str, kv: str, url: str, key: str, as_json: bool) -> None:
+    """Let the served model NAME go on with other weights; no request is dropped.
+
+    TO is a quantisation such as Q4_0 (made when there is none), a reference, or a file of the server.
+    """
+    server = Server(url, key)
+    path = f"/internal/models/{quote(name, safe='/:')}/swap"
+    found = server.post(path, {"to": to, "kv": kv}, timeout_s=None)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(_line(found))
+
+
+def _line(found: dict[str, Any]) -> str:
+    pause = "nothing ran" if found["pause_ms"] is None else f"a pause of {found['pause_ms']:.1f} ms"
+    moved, recomputed = found["sequences_moved"], found["sequences_recomputed"]
+    return (
+        f"{found['model']}: {found['weights_from']} -> {found['weights_to']} in {found['total_ms']:.0f} ms "
+        f"({found['kv']}: {pause}, {moved} sequences went on, {recomputed} are computed again)"
+    )

@@ -1,0 +1,1 @@
+"""The models of a server: which are loaded, who uses them, who has to go, and how one takes another's place."""

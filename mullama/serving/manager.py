@@ -1,0 +1,428 @@
+"""Many names, few of them loaded: loading on demand, one at a time, within a budget; idle models make room.
+
+The laws:
+
+- An engine that somebody has a lease on is neither unloaded nor freed.
+- Requests for a model that is not loaded wait in the order of their arrival; a model whose place is wanted takes no
+  new requests meanwhile, so that nobody waits for ever.
+- Every waiter is answered: with a lease, or with the error of the load.
+
+Everything belongs to one event loop, but for ``add_loaded`` and ``add`` before it runs, and ``close`` after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import cast
+
+from mullama.engine.client import EngineClient
+from mullama.errors import (
+    ConfigError,
+    ModelBusy,
+    ModelNotFound,
+    ModelNotLoaded,
+    QueueFull,
+    ShuttingDown,
+)
+from mullama.serving.eviction import POLICIES, ModelPolicy, ModelView
+from mullama.serving.states import Lease, ModelState, Resident, Served
+
+log = logging.getLogger(__name__)
+
+#: Load a model: (name, reference) -> engine. Blocks; runs in a thread.
+Loader = Callable[[str, str], EngineClient]
+FOR_EVER = -1.0
+
+
+class ModelManager:
+    """The models of a server, in the order they were named; the first answers requests that name none.
+
+    ``engines`` are loaded already, by name; ``load`` loads those that are asked for.
+
+    ``find`` says what a name stands for that nobody has added (a model of the store), ``others`` lists such names.
+    ``estimate`` guesses the bytes that a reference will take. A limit of 0 is none.
+    """
+
+    def __init__(
+        self,
+        engines: Iterable[tuple[str, EngineClient]] = (),
+        *,
+        load: Loader | None = None,
+        max_models: int = 0,
+        memory_budget: int = 0,
+        max_waiting: int = 256,
+        keep_alive_s: float = FOR_EVER,
+        policy: str = "lru",
+        find: Callable[[str], str | None] = lambda name: None,
+        others: Callable[[], Iterable[tuple[str, str]]] | None = None,
+        estimate: Callable[[str], int | None] = lambda reference: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.keep_alive_s = keep_alive_s
+        self._load_engine = load
+        self.max_models = max_models
+        self.memory_budget = memory_budget
+        self._max_waiting = max_waiting
+        self._policy: ModelPolicy = cast(ModelPolicy, POLICIES.load(policy)())
+        self._find = find
+        self._others = others
+        self._estimate = estimate
+        self._clock = clock
+        self._served: dict[str, Served] = {}
+        self._left: set[Resident] = set()  # replaced, and not closed yet
+        self._wanted: list[Served] = []  # to be loaded, in this order
+        self._changed = asyncio.Event()  # somebody went idle, or came
+        self._worker: asyncio.Task[None] | None = None
+        self._reaper: asyncio.Task[None] | None = None
+        self._is_ending = False
+        self.watchers: list[Callable[[str, EngineClient | None], None]] = []  # told of engines that come and go
+        for name, engine in engines:
+            self.add_loaded(name, engine)
+
+    # -- names ----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._served)
+
+    def add(self, name: str, reference: str, *, from_store: bool = False) -> Served:
+        """Serve a name, loaded on demand. Raises ConfigError when it is taken."""
+        if name in self._served:
+            raise ConfigError(f"two models are served as '{name}'; give one another name with NAME=REFERENCE")
+        served = self._served[name] = Served(name, reference, self.keep_alive_s, from_store=from_store)
+        return served
+
+    def add_loaded(self, name: str, engine: EngineClient, reference: str = "") -> Served:
+        """Serve an engine that is there. Raises ConfigError when the name is taken."""
+        served = self.add(name, reference)
+        self._install(served, engine)
+        return served
+
+    def _install(self, served: Served, engine: EngineClient) -> Resident:
+        served.resident = Resident(engine, self._went_idle)
+        served.state, served.error = ModelState.READY, None
+        served.loaded_at = served.last_used = self._clock()
+        served.n_bytes = served.n_bytes or engine.info.size_bytes
+        for watcher in self.watchers:
+            watcher(served.name, engine)
+        return served.resident
+
+    def get(self, name: str | None) -> Served:
+        """What is served as ``name``, or the first model when it is None. Raises ModelNotFound."""
+        if name is None:
+            for first in self._served.values():
+                return first
+            raise ModelNotFound("no model is served", param="model")
+        for candidate in (name, name.lower()):
+            served = self._served.get(candidate)
+            if served is not None:
+                return served
+        if len(name) <= 200 and (reference := self._find(name)) is not None:
+            return self.add(name.lower(), reference, from_store=True)
+        known = ", ".join(self._served) or "none"
+        raise ModelNotFound(f"the model '{name[:200]}' is not served here; served models: {known}", param="model")
+
+    def resolve(self, name: str | None) -> tuple[str, EngineClient]:
+        """The served name and its engine. Raises ModelNotFound, ModelNotLoaded.
+
+        For a look that does not outlast the moment, or that may fail when the engine is closed under it: native code
+        is never reached by a closed engine. What needs the model to stay takes a lease.
+        """
+        served = self.get(name)
+        if served.resident is None:
+            raise ModelNotLoaded(f"'{served.name}' is not loaded now (it is {served.state})", param="model")
+        return served.name, served.resident.engine
+
+    def now(self) -> float:
+        """The clock that ``last_used`` and ``loaded_at`` are of, in seconds."""
+        return self._clock()
+
+    def all(self) -> list[Served]:
+        """Every name that was added or asked for."""
+        return list(self._served.values())
+
+    def others(self) -> list[tuple[str, str]]:
+        """(name, reference) of what could be loaded as well, and nobody has asked for yet."""
+        if self._others is None:
+            return []
+        return [(name, reference) for name, reference in self._others() if name not in self._served]
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there is somewhere to look for them; ``others`` reads the disk."""
+        return self._others is not None
+
+    def items(self) -> list[tuple[str, EngineClient]]:
+        """The loaded ones."""
+        return [(one.name, one.resident.engine) for one in self._served.values() if one.resident is not None]
+
+    @property
+    def ready(self) -> bool:
+        """A model is served, none of the named ones has failed, and every loaded one makes progress."""
+        named = [one for one in self._served.values() if not one.from_store]
+        return bool(named) and all(
+            one.state is not ModelState.FAILED and (one.resident is None or one.resident.engine.is_ready())
+            for one in named
+        )
+
+    # -- leases ---------------------------------------------------------------------------------------------------
+
+    def try_lease(self, name: str | None) -> Lease | None:
+        """A lease at once, where the model is loaded and may take requests; else None. Raises ModelNotFound."""
+        served = self.get(name)
+        if served.state is not ModelState.READY or served.resident is None or self._is_ending:
+            return None
+        return self._grant(served, served.resident)
+
+    def _grant(self, served: Served, resident: Resident) -> Lease:
+        served.n_requests += 1
+        served.last_used = self._clock()
+        return resident.lease(served.name)
+
+    async def lease(self, name: str | None) -> Lease:
+        """A lease, once the model is loaded. Cancel to give up waiting.
+
+        Raises ModelNotFound, QueueFull, ShuttingDown, and what loading it raised.
+        """
+        lease = self.try_lease(name)
+        if lease is not None:
+            return lease
+        if self._is_ending:
+            raise ShuttingDown("the server is shutting down", retry_after=5)
+        served = self.get(name)
+        if sum(len(one.waiters) for one in self._served.values()) >= self._max_waiting:
+            raise QueueFull(f"{self._max_waiting} requests wait for models already", retry_after=1)
+        waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        served.waiters.append(waiter)
+        self._want(served)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                waiter.result().release()  # it came in the same moment
+            raise
+        finally:
+            with contextlib.suppress(ValueError):
+                served.waiters.remove(waiter)
+
+    def _want(self, served: Served) -> None:
+        if served not in self._wanted:
+            self._wanted.append(served)
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+        self._changed.set()
+
+    def _went_idle(self) -> None:
+        self._changed.set()
+
+    # -- the worker: one load at a time -----------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        while self._wanted:
+            served = self._wanted[0]
+            try:
+                if served.resident is not None:  # it was to go; now it is its turn again
+                    served.state = ModelState.READY
+                    self._answer(served)
+                else:
+                    await self._bring(served)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                self._fail(served, error)
+            finally:
+                if served in self._wanted:
+                    self._wanted.remove(served)
+
+    async def _bring(self, served: Served) -> None:
+        """Make room and load. Raises what the loader raised."""
+        if self._load_engine is None:
+            raise ModelNotLoaded(f"'{served.name}' is not loaded, and nothing here loads models", param="model")
+        expected: int | None = await asyncio.to_thread(self._estimate, served.reference)
+        served.n_bytes = expected or served.n_bytes
+        await self._make_room(served)
+        served.state = ModelState.LOADING
+        began = self._clock()
+        engine = await asyncio.to_thread(self._load_engine, served.name, served.reference)
+        if self._is_ending:
+            await asyncio.to_thread(engine.close)
+            raise ShuttingDown("the server is shutting down", retry_after=5)
+        self._install(served, engine)
+        log.info("%s: loaded in %.2f s", served.name, self._clock() - began)
+        self._answer(served)
+        self._watch_idle()
+
+    def _answer(self, served: Served) -> None:
+        assert served.resident is not None
+        waiters, served.waiters = served.waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(self._grant(served, served.resident))
+
+    def _fail(self, served: Served, error: Exception) -> None:
+        if served.resident is None:
+            served.state = ModelState.FAILED
+            served.error = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+        log.warning("%s could not be loaded: %s", served.name, error)
+        waiters, served.waiters = served.waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    async def _make_room(self, served: Served) -> None:
+        """Unload others until ``served`` fits. Raises ModelBusy when it never can."""
+        if self.memory_budget and served.n_bytes > self.memory_budget:
+            raise ModelBusy(
+                f"'{served.name}' needs {served.n_bytes >> 20} MiB, the budget for models is "
+                f"{self.memory_budget >> 20} MiB (--memory-budget)"
+            )
+        while not self._fits(served):
+            now = self._clock()
+            candidates = [
+                self._view(one, now)
+                for one in self._served.values()
+                if one is not served and one.resident is not None and not one.pinned
+            ]
+            if not candidates:
+                raise ModelBusy(f"there is no room for '{served.name}': every loaded model is pinned")
+            name = self._policy.victim(candidates)
+            victim = self._served.get(name)
+            if victim is None or victim.resident is None or victim.pinned or victim is served:
+                log.error("the model policy named '%s', which cannot be unloaded; lru is asked instead", name)
+                victim = self._served[POLICIES.load("lru")().victim(candidates)]
+            await self._unload(victim)
+
+    def _fits(self, served: Served) -> bool:
+        loaded = [one for one in self._served.values() if one.resident is not None and one is not served]
+        if self.max_models and len(loaded) >= self.max_models:
+            return False
+        return not self.memory_budget or sum(one.n_bytes for one in loaded) + served.n_bytes <= self.memory_budget
+
+    def _view(self, one: Served, now: float) -> ModelView:
+        return ModelView(one.name, one.n_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, one.in_use)
+
+    async def _unload(self, served: Served) -> None:
+        """Take no new requests, wait for those that run, close. Who asks meanwhile waits for it to be loaded again."""
+        resident = served.resident
+        if resident is None:
+            return
+        served.state = ModelState.UNLOADING
+        await resident.idle()
+        served.resident = None
+        for watcher in self.watchers:
+            watcher(served.name, None)
+        await asyncio.to_thread(resident.engine.close)
+        served.state = ModelState.UNLOADED
+        if served.waiters:
+            self._want(served)
+
+    # -- by hand --------------------------------------------------------------------------------------------------
+
+    async def load(self, name: str) -> Served:
+        """See that a model is loaded. Raises as ``lease`` does."""
+        (await self.lease(name)).release()
+        return self.get(name)
+
+    async def unload(self, name: str, *, force: bool = False, timeout_s: float = 30.0) -> Served:
+        """Unload a model now. Raises ModelBusy when it is in use and ``force`` is not set.
+
+        ``force`` lets what runs end for up to ``timeout_s`` seconds and then cancels it.
+        """
+        served = self.get(name)
+        resident = served.resident
+        if resident is None:
+            return served
+        if resident.n_leases and not force:
+            raise ModelBusy(f"'{served.name}' answers {resident.n_leases} requests now; unload it with force")
+        served.state = ModelState.UNLOADING
+        if resident.n_leases:
+            await resident.engine.drain(timeout_s)
+        await self._unload(served)
+        return served
+
+    def set_keep_alive(self, name: str, seconds: float) -> None:
+        """Unload a model after so many idle seconds; < 0: never, 0: as soon as it is idle."""
+        self.get(name).keep_alive_s = seconds
+        self._watch_idle()
+
+    def replace(self, name: str, engine: EngineClient, *, reference: str = "") -> Resident:
+        """New leases get another engine from now on. Returns the one before, which its leases keep alive.
+
+        The caller lets it end: ``await resident.idle()``, then ``retire``.
+        """
+        served = self.get(name)
+        old = served.resident
+        if old is None:
+            raise ModelNotLoaded(f"'{name}' is not loaded", param="model")
+        served.n_bytes = 0
+        served.reference = reference or served.reference
+        self._left.add(old)
+        self._install(served, engine)
+        return old
+
+    async def retire(self, resident: Resident) -> None:
+        """Close an engine that was replaced and that nobody uses any more."""
+        await resident.idle()
+        self._left.discard(resident)
+        await asyncio.to_thread(resident.engine.close)
+
+    # -- keep-alive -------------------------------------------------------------------------------------------------
+
+    def _watch_idle(self) -> None:
+        if self._reaper is None or self._reaper.done():
+            self._reaper = asyncio.get_running_loop().create_task(self._reap())
+        self._changed.set()
+
+    async def _reap(self) -> None:
+        """Unload what has been idle for longer than its keep-alive."""
+        while not self._is_ending:
+            due = [
+                self._due(one) for one in self._served.values() if one.resident is not None and one.keep_alive_s >= 0
+            ]
+            if not due:
+                return
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), max(min(due), 0.05))
+            for one in list(self._served.values()):
+                if one.state is ModelState.READY and one.in_use == 0 and one.keep_alive_s >= 0 and self._due(one) <= 0:
+                    log.info("%s: unloaded after %.0f idle seconds", one.name, self._clock() - one.last_used)
+                    await self._unload(one)
+
+    def _due(self, one: Served) -> float:
+        """Seconds until its keep-alive ends; the lease that was given back last counts."""
+        if one.in_use:
+            one.last_used = self._clock()
+        return one.last_used + one.keep_alive_s - self._clock()
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def engines(self) -> list[EngineClient]:
+        """Every engine that is not closed, also those that were replaced."""
+        return [*(engine for _, engine in self.items()), *(one.engine for one in self._left)]
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse new requests on every engine and wait up to ``seconds``. True: no request was cut."""
+        self._is_ending = True
+        self._changed.set()
+        for one in self._served.values():
+            self._end_waiters(one)
+        return all(await asyncio.gather(*(engine.drain(seconds) for engine in self.engines())))
+
+    def _end_waiters(self, served: Served) -> None:
+        waiters, served.waiters = served.waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(ShuttingDown("the server is shutting down", retry_after=5))
+
+    def close(self) -> None:
+        """Stop every engine. Idempotent. The loop has ended, or nothing of this runs on it."""
+        self._is_ending = True
+        for engine in self.engines():
+            engine.close()
+        for one in self._served.values():
+            one.resident = None
+        self._left.clear()

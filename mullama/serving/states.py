@@ -1,0 +1,96 @@
+"""A served name, the engine behind it, and the leases that keep the engine alive."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from mullama.engine.client import EngineClient
+
+
+class ModelState(enum.StrEnum):
+    """Where a served name is in its life."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"  # it takes no new requests; those that run end first
+    FAILED = "failed"  # the last load failed; the next request tries again
+
+
+class Resident:
+    """A loaded engine and how many use it. Event loop only, but for reading ``n_leases``."""
+
+    def __init__(self, engine: EngineClient, on_idle: Callable[[], None]) -> None:
+        self.engine = engine
+        self.n_leases = 0
+        self._on_idle = on_idle
+        self._idle = asyncio.Event()
+
+    def lease(self, name: str) -> Lease:
+        self.n_leases += 1
+        return Lease(name, self)
+
+    def give_back(self) -> None:
+        self.n_leases -= 1
+        if self.n_leases == 0:
+            self._idle.set()
+            self._on_idle()
+
+    async def idle(self) -> None:
+        """Wait until nobody uses it."""
+        while self.n_leases:
+            self._idle.clear()
+            await self._idle.wait()
+
+
+class Lease:
+    """The right to use an engine: while it is held, the engine is neither unloaded nor freed."""
+
+    __slots__ = ("_resident", "engine", "name")
+
+    def __init__(self, name: str, resident: Resident) -> None:
+        self.name = name
+        self.engine = resident.engine
+        self._resident: Resident | None = resident
+
+    def release(self) -> None:
+        """Give it back. Idempotent. On the event loop."""
+        resident, self._resident = self._resident, None
+        if resident is not None:
+            resident.give_back()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+@dataclass(slots=True)
+class Served:
+    """One name that clients may ask for."""
+
+    name: str
+    reference: str
+    keep_alive_s: float  # idle seconds after which it is unloaded; < 0: never
+    state: ModelState = ModelState.UNLOADED
+    resident: Resident | None = None
+    error: str | None = None  # why the last load failed
+    pinned: bool = False
+    n_bytes: int = 0  # memory it takes or will take; 0: unknown
+    n_requests: int = 0
+    last_used: float = 0.0  # of the manager's clock
+    loaded_at: float = 0.0
+    from_store: bool = False  # nobody named it: it is served because the store has it
+    waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
+
+    @property
+    def engine(self) -> EngineClient | None:
+        return self.resident.engine if self.resident is not None else None
+
+    @property
+    def in_use(self) -> int:
+        return self.resident.n_leases if self.resident is not None else 0

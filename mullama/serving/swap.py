@@ -1,0 +1,227 @@
+"""Hot-swap: other weights, or another model, under a name that is being served. No request is dropped.
+
+Two ways, and the model decides which:
+
+- *in place*: the engine stays and changes its weights (engine/weights.py); KV is carried over or computed again;
+- *side by side*: a model of another shape or vocabulary gets an engine of its own. New requests go to it at once, and
+  what runs either ends where it is (``drain``) or goes on there from its text (``recompute``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from mullama.engine.client import EngineClient
+from mullama.errors import InvalidRequest, ModelNotLoaded, MullamaError
+from mullama.serving.manager import ModelManager
+from mullama.serving.states import Lease, Resident, Served
+from mullama.serving.targets import Target
+
+log = logging.getLogger(__name__)
+
+KV_MODES = ("auto", "carry", "recompute", "drain")
+HISTORY = 200  # swaps that are remembered
+
+#: (to, reference, progress, may read files) -> target; blocks
+FindTarget = Callable[[str, str, Callable[[str, int, int | None], None], bool], Target]
+
+
+class SwappableEngine(EngineClient, Protocol):
+    """What a swap asks of an engine."""
+
+    def swap_weights(
+        self, path: Any, *, label: str = "", kv: Any = "auto", on_phase: Callable[[str], None] = ...
+    ) -> Any: ...
+
+    def hand_over(self, other: Any) -> int: ...
+
+
+@dataclass(slots=True)
+class SwapRecord:
+    """One swap, as GET /internal/swaps shows it."""
+
+    id: str
+    model: str
+    to: str
+    kv: str
+    started: float  # Unix time
+    phase: str = "resolving"
+    state: str = "running"  # done, failed
+    done: int = 0  # of the phase, in its own unit
+    total: int | None = None
+    report: dict[str, Any] | None = None
+    error: MullamaError | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "id": self.id,
+            "model": self.model,
+            "to": self.to,
+            "kv": self.kv,
+            "started": round(self.started, 3),
+            "state": self.state,
+            "phase": self.phase,
+        }
+        if self.state == "running":
+            found |= {"done": self.done, "total": self.total}
+        if self.report is not None:
+            found |= self.report
+        if self.error is not None:
+            found["error"] = self.error.to_openai()["error"]
+        return found
+
+
+class Swaps:
+    """The swaps of a server. Event loop only.
+
+    ``find`` says what a ``to`` means, ``load(name, path, label)`` makes an engine for a side-by-side swap; both block.
+    """
+
+    def __init__(
+        self,
+        models: ModelManager,
+        find: FindTarget,
+        load: Callable[[str, Target], EngineClient],
+        *,
+        drain_s: float = 600.0,
+    ) -> None:
+        self.history: deque[SwapRecord] = deque(maxlen=HISTORY)
+        self._models = models
+        self._find = find
+        self._load = load
+        self._drain_s = drain_s
+        self._ids = itertools.count(1)
+        self._busy: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def find_record(self, swap_id: str) -> SwapRecord | None:
+        return next((one for one in self.history if one.id == swap_id), None)
+
+    def begin(self, name: str, to: str, kv: str = "auto", *, may_read_files: bool = False) -> SwapRecord:
+        """Start a swap; it goes on whoever waits for it. Raises InvalidRequest, ModelNotFound, ModelNotLoaded."""
+        served = self._models.get(name)
+        if kv not in KV_MODES:
+            raise InvalidRequest(f"kv: it must be one of {', '.join(KV_MODES)}", param="kv")
+        if not to:
+            raise InvalidRequest("to: a reference, a path or a quantisation is missing", param="to")
+        if served.resident is None:
+            raise ModelNotLoaded(f"'{served.name}' is not loaded: there is nothing to swap", param="model")
+        if served.name in self._busy:
+            raise InvalidRequest(f"the weights of '{served.name}' are being changed already", param="to")
+        record = SwapRecord(f"swap-{next(self._ids)}", served.name, to, kv, time.time())
+        self.history.append(record)
+        self._busy.add(served.name)
+        task = asyncio.get_running_loop().create_task(self._run(served, record, may_read_files))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return record
+
+    async def _run(self, served: Served, record: SwapRecord, may_read_files: bool) -> None:
+        loop = asyncio.get_running_loop()
+
+        def note(phase: str, done: int = 0, total: int | None = None) -> None:
+            record.phase, record.done, record.total = phase, done, total
+            record.changed.set()
+
+        def progress(phase: str, done: int = 0, total: int | None = None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(note, phase, done, total)
+
+        began = time.monotonic()
+        lease = self._models.try_lease(served.name)  # the engine is not unloaded meanwhile
+        try:
+            if lease is None:
+                raise ModelNotLoaded(f"'{served.name}' is not loaded any more", param="model")
+            target = await asyncio.to_thread(self._find, record.to, served.reference, progress, may_read_files)
+            resolve_ms = (time.monotonic() - began) * 1e3
+            engine = cast(SwappableEngine, lease.engine)
+            record.report = await self._swap(served, engine, target, record.kv, progress)
+            record.report |= {
+                "resolve_ms": round(resolve_ms, 3),
+                "total_ms": round((time.monotonic() - began) * 1e3, 3),
+            }
+            record.state, record.phase = "done", "done"
+            log.info("%s: %s", served.name, record.report)
+        except Exception as error:
+            record.error = (
+                error if isinstance(error, MullamaError) else MullamaError(f"{type(error).__name__}: {error}")
+            )
+            record.state = "failed"
+            log.warning("%s goes on with its weights: %s", served.name, error)
+        finally:
+            if lease is not None:
+                lease.release()
+            self._busy.discard(served.name)
+            record.ended.set()
+            record.changed.set()
+
+    async def _swap(
+        self, served: Served, engine: SwappableEngine, target: Target, kv: str, progress: Callable[[str], None]
+    ) -> dict[str, Any]:
+        from mullama.engine.weights import NeedsAnotherEngine
+
+        if kv != "drain":
+            try:
+                report = await asyncio.to_thread(
+                    engine.swap_weights, target.path, label=target.label, kv=kv, on_phase=progress
+                )
+            except NeedsAnotherEngine as error:
+                log.info("%s: an engine of its own is made: %s", served.name, error.message)
+            else:
+                served.reference, served.n_bytes = target.reference, engine.info.size_bytes
+                found: dict[str, Any] = report.to_dict()
+                return {**found, "way": "in_place"}
+        return await self._side_by_side(served, engine, target, kv, progress)
+
+    async def _side_by_side(
+        self, served: Served, old: SwappableEngine, target: Target, kv: str, progress: Callable[[str], None]
+    ) -> dict[str, Any]:
+        began = time.monotonic()
+        weights_before = old.info.weights
+        progress("loading")
+        new = await asyncio.to_thread(self._load, served.name, target)
+        load_ms = (time.monotonic() - began) * 1e3
+        resident = self._models.replace(served.name, new, reference=target.reference)
+        moved = 0
+        if kv != "drain":
+            progress("handing over")
+            try:
+                moved = await asyncio.to_thread(old.hand_over, new)
+            except MullamaError:
+                log.exception("%s: what runs ends with the old weights", served.name)
+        # Leases on the old engine also stand for requests that go on in the new one.
+        guard = self._models.try_lease(served.name)
+        retiring = asyncio.get_running_loop().create_task(self._retire(resident, guard))
+        self._tasks.add(retiring)
+        retiring.add_done_callback(self._tasks.discard)
+        return {
+            "kv": "drain" if kv == "drain" else "recompute",
+            "weights_from": weights_before,
+            "weights_to": new.info.weights,
+            "load_ms": round(load_ms, 3),
+            "pause_ms": None,
+            "sequences_moved": 0,
+            "sequences_recomputed": moved,
+            "bytes_moved": 0,
+            "way": "side_by_side",
+        }
+
+    async def _retire(self, resident: Resident, guard: Lease | None) -> None:
+        """The old engine ends when nobody uses it, or after a long while."""
+        try:
+            await asyncio.wait_for(resident.idle(), self._drain_s)
+        except TimeoutError:
+            log.warning("an engine that was replaced is still used after %g s: it is cut", self._drain_s)
+            await resident.engine.drain(0)
+        await self._models.retire(resident)
+        if guard is not None:
+            guard.release()
