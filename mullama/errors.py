@@ -137,6 +137,13 @@ class ModelLoadError(MullamaError):
     code = "model_load_failed"
 
 
+class BadModelFile(ModelLoadError):
+    """A client named a file that cannot be loaded; what runs goes on without it."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
 class LoadCancelled(ModelLoadError):
     code = "model_load_cancelled"
 

@@ -29,6 +29,7 @@ struct TurnSeat {
     uint64_t wait_ns  = 0;
     uint64_t turns    = 0;
     uint64_t ticket   = 0;   // order of arrival while waiting; 0: not waiting
+    uint64_t last_ns  = 0;   // its last turn began or ended
     std::condition_variable granted;
 };
 
@@ -62,6 +63,7 @@ class TurnTable {
         if (holder == 0 && n_waiting == 0) {
             holder = id;
             seat.turns++;
+            seat.last_ns = now_ns();
             return true;
         }
         const uint64_t start = now_ns();
@@ -77,7 +79,8 @@ class TurnTable {
                 return false;
             }
         }
-        seat.wait_ns += now_ns() - start;
+        seat.last_ns = now_ns();
+        seat.wait_ns += seat.last_ns - start;
         seat.turns++;
         return true;
     }
@@ -86,8 +89,19 @@ class TurnTable {
         std::lock_guard<std::mutex> hold(lock);
         TurnSeat & seat = *seats.at(id);
         seat.used_ns += used_ns;
+        seat.last_ns = now_ns();
         seat.spent += (double) used_ns / seat.weight;
         if (holder == id) pass_on();
+    }
+
+    // Whether another engine has computed within the last ``ns``.
+    bool busy_beside(int id, uint64_t ns) {
+        std::lock_guard<std::mutex> hold(lock);
+        const uint64_t now = now_ns();
+        for (auto & entry : seats) {
+            if (entry.first != id && (entry.first == holder || now - entry.second->last_ns < ns)) return true;
+        }
+        return false;
     }
 
     // Whether somebody else wants to compute. No lock: a late answer does no harm.

@@ -21,6 +21,7 @@ cdef extern from "arbiter.h" namespace "mullama" nogil:
         cbool acquire(int id, const Flag & stop)
         void release(int id, uint64_t used_ns)
         cbool contended()
+        cbool busy_beside(int id, uint64_t ns)
         cbool share(int id, double weight, int priority)
         vector[SeatUse] uses() except +
         int get_policy "policy.load" ()

@@ -41,6 +41,10 @@ cdef class Arbiter:
         """Whether an engine waits for its turn."""
         return self.table.get().contended()
 
+    def busy_beside(self, int seat, double seconds):
+        """Whether another engine has computed within the last ``seconds``."""
+        return self.table.get().busy_beside(seat, <uint64_t> (seconds * 1e9))
+
     def set_share(self, int seat, *, double weight=1.0, int priority=0):
         """What an engine may expect: ``weight`` (0.01 to 100) under ``weighted``, ``priority`` under ``priority``.
 

@@ -127,6 +127,42 @@ cdef class Context:
         found["output"] = self.n_slots * self.model.n_vocab * sizeof(float)
         return found
 
+    def buffers(self):
+        """Where its buffers and its model's lie: (part, name of the kind, address, bytes), each once.
+
+        Parts: "weights", "full", "window", "recurrent", "compute". The address is 0 for memory of a device. It says
+        where pages lie, for observe.memory; the buffer may be gone when somebody looks. Between two decodes only.
+        """
+        if self.ctx is NULL:
+            raise RuntimeError("this context was closed")
+        cdef vector[llama_buffer_at] at
+        at.resize(llama_buffers(self.ctx, NULL, 0))
+        llama_buffers(self.ctx, at.data(), <int32_t> at.size())
+        parts = ("weights", "full", "window", "recurrent", "compute")
+        return [(parts[at[i].part], at[i].name.decode(), <size_t> at[i].base, at[i].size) for i in range(at.size())]
+
+    def cell_bytes(self):
+        """Bytes of one cell by cache: {"full": …, "window": …, "recurrent": …}, those that there are.
+
+        A recurrent cell is the state of one sequence.
+        """
+        if self.ctx is NULL:
+            raise RuntimeError("this context was closed")
+        sizes = {}
+        for part, _, _, size in self.buffers():
+            sizes[part] = sizes.get(part, 0) + size
+        found = {}
+        cdef int cache
+        cdef size_t n_cells
+        for cache, part in enumerate(("full", "window")):
+            n_cells = <size_t> llama_cells_n_streams(self.ctx, cache) * llama_cells_size(self.ctx, cache)
+            if n_cells and part in sizes:
+                # Cells without rows (M-RoPE): a share of the buffer.
+                found[part] = llama_cells_token_bytes(self.ctx, cache) or sizes[part] // n_cells
+        if "recurrent" in sizes:
+            found["recurrent"] = sizes["recurrent"] // self.n_slots
+        return found
+
 
 cdef ggml_type cell_type(name, param) except *:
     """A type of KV cells by ggml's name. Raises ModelLoadError with the valid ones."""

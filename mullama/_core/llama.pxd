@@ -247,6 +247,12 @@ cdef extern from "llama-cells.h" nogil:
     uint64_t llama_cells_token_bytes(const llama_context * ctx, int32_t cache)
     int32_t llama_cells_n_layers(const llama_context * ctx, int32_t cache)
     cbool llama_cells_layer_at(const llama_context * ctx, int32_t cache, int32_t i, llama_cells_layer * out)
+    ctypedef struct llama_buffer_at:
+        int32_t part
+        const char * name
+        const void * base
+        size_t size
+    int32_t llama_buffers(const llama_context * ctx, llama_buffer_at * out, int32_t n) except +
     cbool llama_cells_get_rows(llama_context * ctx, int32_t cache, llama_seq_id seq, llama_pos p0, llama_pos p1,
                                void * dst) except +
     cbool llama_cells_put_rows(llama_context * ctx, int32_t cache, llama_seq_id seq, llama_pos p0, llama_pos p1,

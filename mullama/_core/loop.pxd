@@ -187,9 +187,10 @@ cdef class Core:
     cdef void forget(self, Parked parked) noexcept
     cdef void take_on(self, Context context) noexcept
     cdef void attach(self, llama_context * ctx) noexcept nogil
-    cdef int set_up(self, page_path) except -1
+    cdef int set_up(self, page_path, bint quick) except -1
     cdef void release(self) noexcept
-    cdef int warm_up(self, llama_context * ctx, Governor governor) except -1
+    cdef int warm_up(self, llama_context * ctx, Governor governor, bint quick) except -1
+    cdef bint take_turn(self) noexcept
     cdef bint try_threads(self, llama_context * ctx, Governor governor, int threads, int pos, int n_tokens,
                           bint note) except? True
     cdef void resume_pool(self) noexcept nogil

@@ -73,9 +73,10 @@ cdef class Core:
         memset(&self.counters, 0, sizeof(mullama_counters))
 
     def __init__(self, Model model not None, *, int n_threads=1, bint threads_fixed=False, page_path=None,
-                 Arbiter turns=None, **sizes):
+                 Arbiter turns=None, bint quick=False, **sizes):
         """Make a Context (``sizes`` are its arguments) and all that it takes to compute with it.
 
+        ``quick``: somebody waits, so that only the decodes are run that the governor cannot do without.
         ``turns`` is the arbiter that the engines of a process share. Raises ModelLoadError when it does not fit.
         """
         if not 1 <= n_threads <= 512:
@@ -101,7 +102,7 @@ cdef class Core:
         self.seat = self.turns.table.get().join()
         self.take_on(context)
         try:
-            self.set_up(page_path)
+            self.set_up(page_path, quick)
         except BaseException:
             self.close()
             raise
@@ -125,7 +126,7 @@ cdef class Core:
         llama_set_abort_callback(ctx, Deadline.expired, &self.deadline)
         llama_set_n_threads(ctx, self.threads_set, self.threads_set)
 
-    cdef int set_up(self, page_path) except -1:
+    cdef int set_up(self, page_path, bint quick) except -1:
         """The rest of __init__, once the context exists."""
         self.batch = llama_batch_init(self.n_batch, 0, 1)
         self.slots.resize(self.n_slots)
@@ -139,7 +140,7 @@ cdef class Core:
         except OSError as error:
             raise ModelLoadError(f"the instrumentation page {page_path} cannot be made: {error.strerror}") from None
         self.neighbours.read()
-        self.warm_up(self.ctx, self.governor)
+        self.warm_up(self.ctx, self.governor, quick)
         self.publish()
         return 0
 
@@ -173,28 +174,45 @@ cdef class Core:
             self.seat = 0
         self.wake.close()
 
-    cdef int warm_up(self, llama_context * ctx, Governor governor) except -1:
+    cdef int warm_up(self, llama_context * ctx, Governor governor, bint quick) except -1:
         """Fault the weights in and give the governor its first figures: single tokens, on one thread and on all.
 
         One thread comes first and needs no luck; its cost is the measure that all threads must keep, also here. The
         context must be empty, and is so again.
         """
-        cdef int i
+        cdef int i, n = 2 if quick else 3
         cdef llama_memory_t mem = llama_get_memory(ctx)
-        if not governor.fixed:
-            for i in range(3):
-                self.try_threads(ctx, governor, 1, i, 1, i > 0)
-            self.try_threads(ctx, governor, 1, 3, min(WARM_UP_PREFILL, self.n_batch), True)
+        cdef uint64_t start
+        if not self.take_turn():
+            raise ModelLoadError("loading was given up")
+        start = now_ns()
+        try:
+            if not governor.fixed:
+                for i in range(n):
+                    self.try_threads(ctx, governor, 1, i, 1, i > 0)
+                if not quick:
+                    self.try_threads(ctx, governor, 1, n, min(WARM_UP_PREFILL, self.n_batch), True)
+                llama_memory_clear(mem, False)
+            for i in range(n):
+                if not self.try_threads(ctx, governor, governor.n_max, i, 1, i > 0):
+                    break
             llama_memory_clear(mem, False)
-        for i in range(3):
-            if not self.try_threads(ctx, governor, governor.n_max, i, 1, i > 0):
-                break
-        llama_memory_clear(mem, False)
+        finally:
+            self.turns.release(self.seat, now_ns() - start)
         return 0
+
+    cdef bint take_turn(self) noexcept:
+        """Wait for the turn without the GIL, for decodes outside ``run``. False: told to stop."""
+        cdef bint got
+        with nogil:
+            got = self.turns.acquire(self.seat, self.deadline.stop)
+        return got
 
     cdef bint try_threads(self, llama_context * ctx, Governor governor, int threads, int pos, int n_tokens,
                           bint note) except? True:
         """Decode ``n_tokens`` from ``pos`` on as sequence 0. False: given up, since it took too long on these threads.
+
+        The caller has the turn.
         """
         cdef int i, rc
         cdef uint64_t start, end
@@ -208,17 +226,13 @@ cdef class Core:
         self.batch.n_tokens = n_tokens
         llama_set_n_threads(ctx, threads, threads)
         cdef uint64_t allowance = governor.allowance(n_tokens) if threads > 1 and self.can_abort else 0
-        cdef bint turn
         with nogil:
-            turn = self.turns.acquire(self.seat, self.deadline.stop)
             start = now_ns()
             self.deadline.at_ns = start + allowance if allowance != 0 else 0
-            rc = guarded_decode(ctx, self.batch, self.guard) if turn else 2
+            rc = guarded_decode(ctx, self.batch, self.guard)
             llama_synchronize(ctx)
             end = now_ns()
             self.deadline.at_ns = 0
-            if turn:
-                self.turns.release(self.seat, end - start)
         llama_set_n_threads(ctx, self.threads_set, self.threads_set)
         if rc == 2 and allowance != 0:
             governor.measured(n_tokens, threads, end - start, True, end)
@@ -1341,6 +1355,10 @@ cdef class Core:
         """Bytes allocated, by part and kind of buffer (see Context.memory)."""
         self.check_slot(0)
         return self.context.memory()
+
+    def staging_bytes(self):
+        """Host memory in which states wait while they move from slot to slot; it is kept for the next time."""
+        return self.state_a.capacity() + self.state_b.capacity()
 
     def inject_nan(self, int slot):
         """Fault injection for tests: the next logits of this slot hold a NaN."""

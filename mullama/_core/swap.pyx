@@ -68,6 +68,10 @@ cdef class Carrier:
         if i >= (WARM_DECODES if self.governor.fixed else 2 * WARM_DECODES):
             return False
         self.core.resume_pool()
+        cdef uint64_t start
+        if not self.core.take_turn():
+            return False
+        start = now_ns()
         if i % WARM_DECODES == 0:
             self.clear()
         try:
@@ -77,6 +81,7 @@ cdef class Carrier:
             else:
                 self.warmed = 2 * WARM_DECODES  # somebody takes a core: the governor knows
         finally:
+            self.core.turns.release(self.core.seat, now_ns() - start)
             self.is_clear = False
         return self.warmed < (WARM_DECODES if self.governor.fixed else 2 * WARM_DECODES)
 

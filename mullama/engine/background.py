@@ -14,7 +14,9 @@ T = TypeVar("T")
 
 #: About a quarter of a core beside a busy compute thread: weights that fit the page cache come within a second, and
 #: the running streams lose less than that quarter.
-NICE = 4
+NICE = 3
+#: For weights that somebody waits for, or that end a state which costs memory twice.
+NICE_URGENT = 1
 
 
 def in_background(work: Callable[[], T], *, nice: int = NICE) -> T:

@@ -162,6 +162,17 @@ class EngineClient(Protocol):
     def set_arbiter_policy(self, policy: str) -> None:
         """How the engines of this process take turns: round_robin, weighted, priority. Raises InvalidRequest."""
 
+    async def memory_report(self) -> dict[str, Any]:
+        """This model's part of GET /internal/memory, in bytes: allocated, and resident in this process.
+
+        ``resident_bytes`` (the sum) and ``device_bytes``; ``weights`` (``mapped_bytes``, ``copied_bytes``,
+        ``buffers``), ``kv`` (also used, retained and shared, and by kind ``full``, ``window``, ``recurrent``),
+        ``compute``, ``output``, ``tables_bytes``, ``adapters``, ``host_tier_bytes``, ``disk_tier_bytes``,
+        ``parked_sequences``, ``parked_bytes``, ``staging_bytes``, ``is_changing_weights``; ``requests``: each ``id``,
+        ``state``, ``kv_bytes``, ``kv_bytes_peak``, ``kv_byte_seconds``, ``parked_bytes``. Cells are counted at a step
+        boundary, pages right after it.
+        """
+
     def counters(self) -> dict[str, int]:
         """The engine's counters, one consistent copy of its instrumentation page (names: abi.h)."""
 

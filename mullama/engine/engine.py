@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
 from mullama.config import ServeConfig
-from mullama.engine import handover, loading, sizing, snapshot
-from mullama.engine.background import in_background
+from mullama.engine import handover, loading, memory, sizing, snapshot
+from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
 from mullama.engine.kvcache import KvCache
@@ -51,6 +51,8 @@ STALLED_SECONDS = 30.0  # no step for so long, with work to do: not ready
 GIL_SWITCH_SECONDS = 0.0005  # what the engine waits at most for a busy event loop
 ESTIMATES = 8  # queued requests whose prompts are looked up in the KV cache before their turn
 IDLE_AUDIT_S = 1.0  # without work before the KV cache's bookkeeping is compared with llama.cpp's
+BESIDE_S = 0.2  # another engine that computed so lately wants the cores as well
+SHARED_PREFILL = 128  # tokens: about 0.2 s of a small model on two cores
 PRESSURE_STEPS = 64  # steps that eviction under KV pressure makes room for
 
 
@@ -101,6 +103,7 @@ class Engine(KvMethods):
         self._n_posted = 0  # submitted, not taken by the engine thread yet; under the lock
         self._audited = -1  # version of the KV cache that was audited last
         self._estimated = -1  # version of the KV cache that the queue was last compared with
+        self._tables_bytes = 0  # what loading took beside the buffers
         self._idle = False
         self._draining = False
         self._stopping = False
@@ -135,16 +138,20 @@ class Engine(KvMethods):
         """
         config = config or ServeConfig()
         name = name or Path(path).stem.lower()
+        meter = memory.LoadMeter()
         if background:
-            model = in_background(lambda: loading.load_model(path, config, progress))
+            model = in_background(lambda: loading.load_model(path, config, progress), nice=NICE_URGENT)
         else:
             model = loading.load_model(path, config, progress)
         try:
-            core = loading.make_core(model, name, config)
+            core = loading.make_core(model, name, config, quick=background)
+            tables = meter.tables(core)
         except BaseException:
             model.close()
             raise
-        return cls(model, core, loading.info_of(model, core, name, weights), config)
+        engine = cls(model, core, loading.info_of(model, core, name, weights), config)
+        engine._tables_bytes = tables
+        return engine
 
     # -- any thread -------------------------------------------------------------------------------------
 
@@ -446,6 +453,14 @@ class Engine(KvMethods):
         """Bytes allocated, by part and kind of buffer (see Context.memory), as they are at a step boundary."""
         return self.call(self._core.memory).result()
 
+    async def memory_report(self) -> dict[str, Any]:
+        """GET /internal/memory: what is allocated and what is resident (see EngineClient)."""
+        return await memory.report(self)
+
+    def memory_report_sync(self) -> dict[str, Any]:
+        """The same for a thread without an event loop."""
+        return memory.report_sync(self)
+
     async def drain(self, timeout: float) -> bool:  # noqa: ASYNC109 - at the deadline it acts, it does not give up
         """Refuse new requests, wait for running ones up to ``timeout`` seconds, cancel the rest. True: none was cut."""
         self._draining = True
@@ -597,11 +612,18 @@ class Engine(KvMethods):
             now_ns=time.monotonic_ns(),
             step=core.steps_done(),
             free_slots=self._seqs.slots.count(0),
-            max_prefill=core.n_batch,
+            max_prefill=self._max_prefill(),
             n_slots=core.n_slots,
             free_cells=self._kv_tokens - self._seqs.cells_running(),
             costs=costs,
         )
+
+    def _max_prefill(self) -> int:
+        """Prompt tokens of one step: fewer while somebody waits for its end, another engine or a change of weights."""
+        core = self._core
+        if self._weights.active is not None or core.turns.busy_beside(core.seat, BESIDE_S):
+            return min(core.n_batch, SHARED_PREFILL)
+        return core.n_batch
 
     def _fit_budget(self, plan: Plan) -> tuple[Plan, int]:
         """Cut the plan to the KV budget. Returns it and the cells that it needs on top of the used ones."""

@@ -64,8 +64,8 @@ def _chat_template(value: str) -> str:
         raise ConfigError(f"cannot read the chat template {value[1:]}: {error}") from None
 
 
-def make_core(model: Model, name: str, config: ServeConfig) -> Core:
-    """A context that fits memory, with its instrumentation page in the runtime folder."""
+def make_core(model: Model, name: str, config: ServeConfig, *, quick: bool = False) -> Core:
+    """A context that fits memory, with its instrumentation page in the runtime folder. ``quick``: see Core."""
     facts = model.facts()
     sizes = sizing.fit_sizes(
         config.ctx_size,
@@ -91,6 +91,7 @@ def make_core(model: Model, name: str, config: ServeConfig) -> Core:
         reference=config.deterministic,
         unified_cells=0 if config.kv_layout == "streams" else config.kv_tokens or sizes.n_ctx * sizes.n_parallel,
         page_path=_page_path(name, config.page_dir),
+        quick=quick,
     )
     faults.crash_point("load:after-context")
     return core

@@ -43,6 +43,7 @@ class LiveSequence:
     key: bytes = b""  # the prompt as the prefix tree takes it
     namespace: bytes = b""  # prompts of another one share nothing with it
     borders: list[int] = field(default_factory=list)  # where a prompt chunk has to end, for a checkpoint
+    peak: int = 0  # most tokens in the KV cache at the end of a step
     mixed: bool = False  # other weights than those in charge have computed of its KV
 
     def move(self, state: SeqState) -> None:
@@ -279,6 +280,7 @@ class Sequences:
                 view.prefill_left -= n_past - view.cells
             view.generated = generated
             view.cells = n_past
+            seq.peak = max(seq.peak, n_past)
             if generated and not seq.first_token_ns:
                 seq.first_token_ns = time.monotonic_ns()
             if seq.request.context_shift and core_shifted(slot):

@@ -39,8 +39,8 @@ log = logging.getLogger("mullama.engine")
 
 SHARE = 0.6  # of the engine's time, for copying ahead
 LEAST_SLICE_NS = 2_000_000
-MOST_SLICE_NS = 60_000_000
-MOST_POSTPONED = 20  # steps
+MOST_SLICE_NS = 90_000_000
+MOST_POSTPONED_S = 0.1
 
 
 class KvMode(enum.StrEnum):
@@ -105,10 +105,10 @@ class Swap:
         self._kv = kv
         self._on_commit = on_commit
         self._phase = self._warm
-        self._last_ns = time.monotonic_ns()
+        self._last_ns = time.monotonic_ns() - MOST_SLICE_NS  # the first slice may be a whole one
         self._caught_up = False
         self.is_ready = False
-        self._n_postponed = 0
+        self._ready_since = 0.0
         self._moved = self._recomputed = 0
         self._bytes_before = 0
 
@@ -117,8 +117,13 @@ class Swap:
         now = time.monotonic_ns()
         slice_ns = int(SHARE * (now - self._last_ns))
         budget = min(max(slice_ns, LEAST_SLICE_NS), MOST_SLICE_NS) if busy else 1_000_000_000
+        until = now + budget
         try:
-            self._phase(budget)
+            phase = None
+            while phase != self._phase and self._weights.active is self and now < until:
+                phase = self._phase
+                phase(until - now)
+                now = time.monotonic_ns()
         except BaseException as error:
             self._fail(error)
         if not busy:
@@ -148,8 +153,10 @@ class Swap:
         ``quiet``: nothing was admitted or preempted since the last step. That takes time of its own, which the pause
         does not need to have; so the commit waits for a step boundary without, though not for long.
         """
-        if not self.is_ready or not (quiet or self._n_postponed >= MOST_POSTPONED):
-            self._n_postponed += self.is_ready
+        if not self.is_ready:
+            return
+        self._ready_since = self._ready_since or time.monotonic()
+        if not quiet and time.monotonic() - self._ready_since < MOST_POSTPONED_S:
             return
         self.is_ready = False
         try:

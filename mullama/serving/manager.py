@@ -73,7 +73,9 @@ class ModelManager:
         self._estimate = estimate
         self._clock = clock
         self._served: dict[str, Served] = {}
+        self._closing: set[asyncio.Future[None]] = set()
         self._left: set[Resident] = set()  # replaced, and not closed yet
+        self._tasks: set[asyncio.Task[None]] = set()
         self._wanted: list[Served] = []  # to be loaded, in this order
         self._changed = asyncio.Event()  # somebody went idle, or came
         self._worker: asyncio.Task[None] | None = None
@@ -102,7 +104,7 @@ class ModelManager:
         return served
 
     def _install(self, served: Served, engine: EngineClient) -> Resident:
-        served.resident = Resident(engine, self._went_idle)
+        served.resident = Resident(engine, lambda: self._went_idle(served))
         served.state, served.error = ModelState.READY, None
         served.loaded_at = served.last_used = self._clock()
         served.n_bytes = served.n_bytes or engine.info.size_bytes
@@ -180,7 +182,16 @@ class ModelManager:
     def _grant(self, served: Served, resident: Resident) -> Lease:
         served.n_requests += 1
         served.last_used = self._clock()
+        if served.keep_alive_s >= 0 and (self._reaper is None or self._reaper.done()):
+            self._watch_idle()  # a model that was loaded before the loop ran has nobody who watches it
         return resident.lease(served.name)
+
+    def hold(self, name: str | None) -> Lease | None:
+        """As ``try_lease``, for what is no request: it is not counted as one, and does not make the model look used."""
+        served = self.get(name)
+        if served.state is not ModelState.READY or served.resident is None or self._is_ending:
+            return None
+        return served.resident.lease(served.name, is_hold=True)
 
     async def lease(self, name: str | None) -> Lease:
         """A lease, once the model is loaded. Cancel to give up waiting.
@@ -215,7 +226,8 @@ class ModelManager:
             self._worker = asyncio.get_running_loop().create_task(self._work())
         self._changed.set()
 
-    def _went_idle(self) -> None:
+    def _went_idle(self, served: Served) -> None:
+        served.last_used = self._clock()  # idle time begins with the end of the last answer
         self._changed.set()
 
     # -- the worker: one load at a time -----------------------------------------------------------------------------
@@ -224,11 +236,11 @@ class ModelManager:
         while self._wanted:
             served = self._wanted[0]
             try:
-                if served.resident is not None:  # it was to go; now it is its turn again
-                    served.state = ModelState.READY
-                    self._answer(served)
-                else:
+                if served.resident is None and served.waiters:  # else all who wanted it have left
                     await self._bring(served)
+                elif served.resident is not None and served.state is ModelState.READY:
+                    self._answer(served)
+                # One that is being unloaded is wanted again when that is done: _unload sees to it.
             except asyncio.CancelledError:
                 raise
             except Exception as error:
@@ -244,6 +256,8 @@ class ModelManager:
         expected: int | None = await asyncio.to_thread(self._estimate, served.reference)
         served.n_bytes = expected or served.n_bytes
         await self._make_room(served)
+        if self._is_ending:
+            raise ShuttingDown("the server is shutting down", retry_after=5)
         served.state = ModelState.LOADING
         began = self._clock()
         engine = await asyncio.to_thread(self._load_engine, served.name, served.reference)
@@ -293,7 +307,20 @@ class ModelManager:
             if victim is None or victim.resident is None or victim.pinned or victim is served:
                 log.error("the model policy named '%s', which cannot be unloaded; lru is asked instead", name)
                 victim = self._served[POLICIES.load("lru")().victim(candidates)]
-            await self._unload(victim)
+            await self._unload(victim, wait=not self._has_room_beside(served))
+        await self._closed()
+
+    def _has_room_beside(self, served: Served) -> bool:
+        """Whether an engine may still be closing while ``served`` is loaded: its memory is not needed."""
+        if not self.memory_budget:
+            return False
+        loaded = sum(one.n_bytes for one in self._served.values() if one.resident is not None)
+        return loaded + served.n_bytes <= self.memory_budget
+
+    async def _closed(self) -> None:
+        """Wait until as many engines are closing as may be: one."""
+        while len(self._closing) > 1:
+            await asyncio.wait(self._closing, return_when=asyncio.FIRST_COMPLETED)
 
     def _fits(self, served: Served) -> bool:
         loaded = [one for one in self._served.values() if one.resident is not None and one is not served]
@@ -302,20 +329,36 @@ class ModelManager:
         return not self.memory_budget or sum(one.n_bytes for one in loaded) + served.n_bytes <= self.memory_budget
 
     def _view(self, one: Served, now: float) -> ModelView:
-        return ModelView(one.name, one.n_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, one.in_use)
+        return ModelView(
+            one.name, one.n_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, self._n_leases(one)
+        )
 
-    async def _unload(self, served: Served) -> None:
-        """Take no new requests, wait for those that run, close. Who asks meanwhile waits for it to be loaded again."""
-        resident = served.resident
-        if resident is None:
+    @staticmethod
+    def _n_leases(one: Served) -> int:
+        return one.resident.n_leases if one.resident is not None else 0
+
+    async def _unload(self, served: Served, *, wait: bool = True) -> None:
+        """Take no new requests, wait for those that run, close. Who asks meanwhile waits for it to be loaded again.
+
+        Without ``wait`` the engine is closed while the caller goes on.
+        """
+        while (resident := served.resident) is not None:
+            served.state = ModelState.UNLOADING
+            await resident.idle()
+            if served.resident is resident:  # else a swap has put another engine there meanwhile
+                break
+        else:
             return
-        served.state = ModelState.UNLOADING
-        await resident.idle()
         served.resident = None
         for watcher in self.watchers:
             watcher(served.name, None)
-        await asyncio.to_thread(resident.engine.close)
-        served.state = ModelState.UNLOADED
+        closing = asyncio.ensure_future(asyncio.to_thread(resident.engine.close))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        if wait:
+            await closing
+        if served.state is ModelState.UNLOADING and served.resident is None:  # it may be loading again already
+            served.state = ModelState.UNLOADED
         if served.waiters:
             self._want(served)
 
@@ -336,12 +379,20 @@ class ModelManager:
         if resident is None:
             return served
         if resident.n_leases and not force:
-            raise ModelBusy(f"'{served.name}' answers {resident.n_leases} requests now; unload it with force")
+            what = f"answers {served.in_use} requests now" if served.in_use else "changes its weights now"
+            raise ModelBusy(f"'{served.name}' {what}; unload it with force")
+        # An engine that drains takes no request any more: whoever asked may leave, and it is unloaded all the same.
+        task = asyncio.get_running_loop().create_task(self._unload_now(served, resident, timeout_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+        return served
+
+    async def _unload_now(self, served: Served, resident: Resident, timeout_s: float) -> None:
         served.state = ModelState.UNLOADING
         if resident.n_leases:
             await resident.engine.drain(timeout_s)
         await self._unload(served)
-        return served
 
     def set_keep_alive(self, name: str, seconds: float) -> None:
         """Unload a model after so many idle seconds; < 0: never, 0: as soon as it is idle."""
@@ -388,14 +439,19 @@ class ModelManager:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(min(due), 0.05))
             for one in list(self._served.values()):
-                if one.state is ModelState.READY and one.in_use == 0 and one.keep_alive_s >= 0 and self._due(one) <= 0:
+                if (
+                    one.state is ModelState.READY
+                    and not self._n_leases(one)
+                    and one.keep_alive_s >= 0
+                    and self._due(one) <= 0
+                ):
                     log.info("%s: unloaded after %.0f idle seconds", one.name, self._clock() - one.last_used)
                     await self._unload(one)
 
     def _due(self, one: Served) -> float:
-        """Seconds until its keep-alive ends; the lease that was given back last counts."""
-        if one.in_use:
-            one.last_used = self._clock()
+        """Seconds until its keep-alive ends; from when the last lease was given back."""
+        if self._n_leases(one):
+            return max(one.keep_alive_s, 1.0)  # its end wakes the watcher
         return one.last_used + one.keep_alive_s - self._clock()
 
     # -- the end --------------------------------------------------------------------------------------------------

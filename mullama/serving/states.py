@@ -26,15 +26,18 @@ class Resident:
     def __init__(self, engine: EngineClient, on_idle: Callable[[], None]) -> None:
         self.engine = engine
         self.n_leases = 0
+        self.n_holds = 0  # leases that stand for no request
         self._on_idle = on_idle
         self._idle = asyncio.Event()
 
-    def lease(self, name: str) -> Lease:
+    def lease(self, name: str, *, is_hold: bool = False) -> Lease:
         self.n_leases += 1
-        return Lease(name, self)
+        self.n_holds += is_hold
+        return Lease(name, self, is_hold=is_hold)
 
-    def give_back(self) -> None:
+    def give_back(self, *, is_hold: bool = False) -> None:
         self.n_leases -= 1
+        self.n_holds -= is_hold
         if self.n_leases == 0:
             self._idle.set()
             self._on_idle()
@@ -49,10 +52,11 @@ class Resident:
 class Lease:
     """The right to use an engine: while it is held, the engine is neither unloaded nor freed."""
 
-    __slots__ = ("_resident", "engine", "name")
+    __slots__ = ("_is_hold", "_resident", "engine", "name")
 
-    def __init__(self, name: str, resident: Resident) -> None:
+    def __init__(self, name: str, resident: Resident, *, is_hold: bool = False) -> None:
         self.name = name
+        self._is_hold = is_hold
         self.engine = resident.engine
         self._resident: Resident | None = resident
 
@@ -60,7 +64,7 @@ class Lease:
         """Give it back. Idempotent. On the event loop."""
         resident, self._resident = self._resident, None
         if resident is not None:
-            resident.give_back()
+            resident.give_back(is_hold=self._is_hold)
 
     def __enter__(self) -> Lease:
         return self
@@ -93,4 +97,5 @@ class Served:
 
     @property
     def in_use(self) -> int:
-        return self.resident.n_leases if self.resident is not None else 0
+        """Requests that have a lease; what only holds the engine does not count."""
+        return self.resident.n_leases - self.resident.n_holds if self.resident is not None else 0

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from mullama.engine.client import EngineClient
-from mullama.errors import InvalidRequest, ModelNotLoaded, MullamaError
+from mullama.errors import BadModelFile, InvalidRequest, ModelLoadError, ModelNotLoaded, MullamaError
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease, Resident, Served
 from mullama.serving.targets import Target
@@ -137,11 +137,11 @@ class Swaps:
                 loop.call_soon_threadsafe(note, phase, done, total)
 
         began = time.monotonic()
-        lease = self._models.try_lease(served.name)  # the engine is not unloaded meanwhile
+        lease = self._models.hold(served.name)  # the engine is not unloaded meanwhile
         try:
             if lease is None:
                 raise ModelNotLoaded(f"'{served.name}' is not loaded any more", param="model")
-            target = await asyncio.to_thread(self._find, record.to, served.reference, progress, may_read_files)
+            target = await asyncio.to_thread(self._find_target, record.to, served.reference, progress, may_read_files)
             resolve_ms = (time.monotonic() - began) * 1e3
             engine = cast(SwappableEngine, lease.engine)
             record.report = await self._swap(served, engine, target, record.kv, progress)
@@ -163,6 +163,13 @@ class Swaps:
             self._busy.discard(served.name)
             record.ended.set()
             record.changed.set()
+
+    def _find_target(self, to: str, reference: str, progress: Any, may_read_files: bool) -> Target:
+        """Raises BadModelFile for a file that cannot be loaded: the client's fault, not the server's."""
+        try:
+            return self._find(to, reference, progress, may_read_files)
+        except ModelLoadError as error:
+            raise (BadModelFile(error.message, param="to") if type(error) is ModelLoadError else error) from None
 
     async def _swap(
         self, served: Served, engine: SwappableEngine, target: Target, kv: str, progress: Callable[[str], None]
@@ -191,15 +198,16 @@ class Swaps:
         new = await asyncio.to_thread(self._load, served.name, target)
         load_ms = (time.monotonic() - began) * 1e3
         resident = self._models.replace(served.name, new, reference=target.reference)
-        moved = 0
+        moved, first_ms = 0, None
         if kv != "drain":
             progress("handing over")
             try:
                 moved = await asyncio.to_thread(old.hand_over, new)
+                first_ms = await self._first_token(new, began) if moved else None
             except MullamaError:
                 log.exception("%s: what runs ends with the old weights", served.name)
         # Leases on the old engine also stand for requests that go on in the new one.
-        guard = self._models.try_lease(served.name)
+        guard = self._models.hold(served.name)
         retiring = asyncio.get_running_loop().create_task(self._retire(resident, guard))
         self._tasks.add(retiring)
         retiring.add_done_callback(self._tasks.discard)
@@ -209,11 +217,21 @@ class Swaps:
             "weights_to": new.info.weights,
             "load_ms": round(load_ms, 3),
             "pause_ms": None,
+            "first_token_ms": None if first_ms is None else round(first_ms, 3),
             "sequences_moved": 0,
             "sequences_recomputed": moved,
             "bytes_moved": 0,
             "way": "side_by_side",
         }
+
+    async def _first_token(self, engine: EngineClient, began: float) -> float | None:
+        """Ms from ``began`` until the engine has generated a token; None when that takes too long."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            if engine.counters().get("sampled_tokens", 1):
+                return (time.monotonic() - began) * 1e3
+            await asyncio.sleep(0.002)
+        return None
 
     async def _retire(self, resident: Resident, guard: Lease | None) -> None:
         """The old engine ends when nobody uses it, or after a long while."""

@@ -10,7 +10,7 @@ from mullama.errors import InvalidRequest, PermissionDenied, ReferenceNotFound
 from mullama.models.entry import Entry
 from mullama.models.probe import check_model
 from mullama.models.quantize import check_type, quantize_variant
-from mullama.models.reference import parse_spec
+from mullama.models.reference import aliases, parse_spec
 from mullama.models.resolve import resolve_model
 from mullama.models.selection import quant_of
 from mullama.models.store import Store
@@ -75,6 +75,16 @@ def _variant(ftype: str, reference: str, store: Store, progress: Progress) -> Ta
 
 
 def _checked(path: Path, entry: Entry | None, reference: str) -> Target:
-    whole = entry is not None and not entry.parts
-    check_model(path, digest=entry.sha256 if entry is not None and whole else None)
+    digest, is_known = known_digest(entry)
+    check_model(path, digest=digest, known_good=is_known)
     return Target(path, entry.key if entry is not None else path.stem, reference)
+
+
+def known_digest(entry: Entry | None) -> tuple[str | None, bool]:
+    """The sha256 that a file of the store must have, and whether it is one that came with mullama.
+
+    A split model's is that of its parts' digests, which no file has.
+    """
+    if entry is None or entry.parts:
+        return None, False
+    return entry.sha256, any(alias.sha256 == entry.sha256 for alias in aliases().values())

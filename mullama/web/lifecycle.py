@@ -97,6 +97,10 @@ def row_of(one: Served, now: float) -> dict[str, Any]:
     return row
 
 
+#: Each is a method of ModelActions, by its name behind an underscore.
+ACTIONS = ("load", "unload", "pin", "unpin", "swap", "share")
+
+
 class ModelActions:
     """``/internal/models/NAME`` and ``/internal/models/NAME/ACTION``; a name may hold slashes."""
 
@@ -113,17 +117,9 @@ class ModelActions:
     async def on_post(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """Carry out an action. Raises NotFound for an unknown one, ModelNotFound, and what the action raises."""
         model, _, action = name.rpartition("/")
-        carry_out = {
-            "load": self._load,
-            "unload": self._unload,
-            "pin": self._pin,
-            "unpin": self._unpin,
-            "swap": self._swap,
-            "share": self._share,
-        }.get(action)
-        if carry_out is None or not model:
-            raise NotFound(f"there is no action '{action[:40]}'; there are load, unload, pin, unpin, swap, share")
-        await carry_out(req, resp, model)
+        if action not in ACTIONS or not model:
+            raise NotFound(f"there is no action '{action[:40]}'; there are {', '.join(ACTIONS)}")
+        await getattr(self, f"_{action}")(req, resp, model)
 
     async def _body(self, req: Request, kind: type[Any]) -> Any:
         return await self._services.parse(req, lambda data: decode_body(_decoders[kind], data or b"{}"))

@@ -103,6 +103,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "arbiter.Arbiter": lambda: isinstance(Arbiter(), Arbiter),
     "arbiter.Arbiter.policy": lambda a, c: a.policy == "round_robin",
     "arbiter.Arbiter.contended": lambda a, c: a.contended is False,
+    "arbiter.Arbiter.busy_beside": lambda a, c: a.busy_beside(1, 1.0) is False,
     "arbiter.Arbiter.set_share": lambda a, c: a.seats() == {} and c.turns.set_share(c.seat) is None,
     "arbiter.Arbiter.seats": lambda a, c: a.seats() == {} and c.turns.seats()[c.seat]["turns"] > 0,
     "context.Context": lambda c: isinstance(c.context, Context),
@@ -116,6 +117,8 @@ CALLS: dict[str, Callable[..., bool]] = {
     "context.Context.token_bytes": lambda c: c.context.token_bytes == Cells(c).token_bytes,
     "context.Context.close": lambda c: c.context.like(c.model).close() is None,
     "context.Context.like": lambda c: c.context.like(c.model).n_ctx == 256,
+    "context.Context.buffers": lambda c: {b[0] for b in c.context.buffers()} == {"weights", "full", "compute"},
+    "context.Context.cell_bytes": lambda c: c.context.cell_bytes() == {"full": c.context.token_bytes},
     "context.Context.memory": lambda c: sum(c.context.memory()["weights"].values()) > 0,
     "swap.Carrier": lambda k: isinstance(k, Carrier),
     "swap.Carrier.warm": lambda k: k.warm() in (True, False),
@@ -235,6 +238,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "cells.Cells.can_cut": lambda c: Cells(retained(c.core)).can_cut(0, 4) is True,
     "cells.Cells.checkpoint": lambda c: Cells(retained(c.core)).checkpoint(0) == b"",
     "cells.Cells.layers": lambda c: len(c.layers()) == 2,
+    "loop.Core.staging_bytes": lambda c: c.staging_bytes() == 0 < retained(c).exchange(0, 1) <= c.staging_bytes(),
     "loop.Core.ring_usage": lambda c: 0 < running(c).ring_usage()[0] < c.ring_usage()[1],
 }
 

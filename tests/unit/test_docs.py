@@ -41,6 +41,7 @@ from mullama.scheduling import Batching, EngineState, Scheduler, SeqView, descri
 from mullama.scheduling.batching import COMMON
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
+from mullama.web.lifecycle import ACTIONS
 from mullama.web.services import Services
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -91,7 +92,8 @@ def flags_of(command: click.Command) -> set[str]:
 
 
 FLAGS = {name: flags_of(cli.get_command(click.Context(cli), name) or cli) for name in COMMANDS}
-ENVIRONMENT = {f"MULLAMA_{option.name.upper()}" for option in fields(ServeConfig)} | {"MULLAMA_HOME", "MULLAMA_CONFIG"}
+_OWN = {"MULLAMA_HOME", "MULLAMA_CONFIG", "MULLAMA_URL"}
+ENVIRONMENT = {f"MULLAMA_{option.name.upper()}" for option in fields(ServeConfig)} | _OWN
 
 
 @by_name
@@ -168,8 +170,13 @@ def routes() -> Iterator[dict[str, set[str]]]:
     app = create_app(config, models, services)
     found = {}
     for route in falcon.inspect.inspect_routes(app):
-        path = route.path.replace("{model_id:path}", "{id}")
-        found[path] = {method.method for method in route.methods if not method.internal}
+        path = route.path.replace("{model_id:path}", "{id}").replace("{swap_id}", "{id}")
+        methods = {method.method for method in route.methods if not method.internal}
+        if "{name:path}" in path:
+            path = path.replace("{name:path}", "NAME")
+            found |= {f"{path}/{action}": {"POST"} for action in ACTIONS}
+            methods = {"GET"}
+        found[path] = methods
     yield found
     services.close()
 

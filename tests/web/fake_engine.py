@@ -124,6 +124,7 @@ class FakeEngine:
         self.scheduler_calls: list[tuple[str, str, dict[str, Any]]] = []
         self.kv_calls: list[tuple[str, list[int] | None, dict[str, Any]]] = []
         self.kv_events = KvEventLog()
+        self.memory_error: Exception | None = None
         self.arbiter_policy = "round_robin"
         self.share: dict[str, Any] = {"weight": 1.0, "priority": 0}
 
@@ -179,6 +180,17 @@ class FakeEngine:
 
     async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
         self.scheduler_calls.append(("shadow", spec or "", dict(params or {})))
+
+    async def memory_report(self) -> dict[str, Any]:
+        if self.memory_error is not None:
+            raise self.memory_error
+        return {
+            "resident_bytes": 3000,
+            "device_bytes": 0,
+            "weights": {"allocated_bytes": 2000, "resident_bytes": 1500, "mapped_bytes": 1000, "copied_bytes": 500},
+            "kv": {"allocated_bytes": 4000, "resident_bytes": 1500, "used_bytes": 70},
+            "requests": [{"id": generation.id, "kv_bytes": 70} for generation in self.running],
+        }
 
     async def kv_snapshot(self) -> dict[str, Any]:
         return {"layout": "streams", "cells_used": 7, "retained": [], "policy": {"policy": "lru", "params": {}}}
