@@ -1358,7 +1358,7 @@ cdef class Core:
 
     def staging_bytes(self):
         """Host memory in which states wait while they move from slot to slot; it is kept for the next time."""
-        return self.state_a.capacity() + self.state_b.capacity()
+        return self.state_a.size() + self.state_b.size()  # what is reserved beyond that was never touched
 
     def inject_nan(self, int slot):
         """Fault injection for tests: the next logits of this slot hold a NaN."""

@@ -25,6 +25,7 @@ def command(**params: Any) -> None:
     that over the file.
     """
     from mullama.cli.serving import make_manager, make_swaps
+    from mullama.engine.background import share_cores
     from mullama.web.server import bind, run_server
 
     config = config_from(params)
@@ -33,6 +34,7 @@ def command(**params: Any) -> None:
     sock = bind(config)
     models = make_manager(config)
     try:
+        share_cores(config.arbiter)
         _load_first(models, config)
         run_server(config, models, sock, make_swaps(config, models))
     finally:

@@ -1,4 +1,4 @@
-"""Work that can wait, beside sequences that cannot: loading weights, making contexts, hashing files."""
+"""Who computes beside whom: engines take turns, and work that can wait (loading weights, hashing) steps back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ T = TypeVar("T")
 NICE = 3
 #: For weights that somebody waits for, or that end a state which costs memory twice.
 NICE_URGENT = 1
+
+
+def share_cores(policy: str) -> None:
+    """How the engines of this process take turns: round_robin, weighted, priority. Raises InvalidRequest."""
+    from mullama._core import arbiter
+
+    arbiter.policy = policy
 
 
 def in_background(work: Callable[[], T], *, nice: int = NICE) -> T:

@@ -16,9 +16,9 @@ def parse_duration(text: str | float, param: str = "keep_alive") -> float:
     else:
         units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
         text = text.strip().lower()
-        if re.fullmatch(r"-?\d{1,12}(\.\d{1,9})?", text):
+        if re.fullmatch(r"-?\d{1,12}(\.\d{1,9})?", text, re.ASCII):
             seconds = float(text)
-        elif re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h|d))+", text):
+        elif re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h|d))+", text, re.ASCII):
             parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
             seconds = sum(float(number) * units[unit] for number, unit in parts)
         else:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -73,7 +74,7 @@ class ModelManager:
         self._estimate = estimate
         self._clock = clock
         self._served: dict[str, Served] = {}
-        self._closing: set[asyncio.Future[None]] = set()
+        self._closing: dict[asyncio.Future[None], int] = {}  # engines that are being closed, and their bytes
         self._left: set[Resident] = set()  # replaced, and not closed yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._wanted: list[Served] = []  # to be loaded, in this order
@@ -81,6 +82,9 @@ class ModelManager:
         self._worker: asyncio.Task[None] | None = None
         self._reaper: asyncio.Task[None] | None = None
         self._is_ending = False
+        self._lock = threading.RLock()  # names come from the threads that parse bodies, engines from those that load
+        self._is_closed = False
+        self._arriving: list[EngineClient] = []  # loaded by a thread, and not taken over by the loop yet
         self.watchers: list[Callable[[str, EngineClient | None], None]] = []  # told of engines that come and go
         for name, engine in engines:
             self.add_loaded(name, engine)
@@ -92,9 +96,11 @@ class ModelManager:
 
     def add(self, name: str, reference: str, *, from_store: bool = False) -> Served:
         """Serve a name, loaded on demand. Raises ConfigError when it is taken."""
-        if name in self._served:
-            raise ConfigError(f"two models are served as '{name}'; give one another name with NAME=REFERENCE")
-        served = self._served[name] = Served(name, reference, self.keep_alive_s, from_store=from_store)
+        with self._lock:
+            if name in self._served:
+                raise ConfigError(f"two models are served as '{name}'; give one another name with NAME=REFERENCE")
+            served = Served(name, reference, self.keep_alive_s, from_store=from_store)
+            self._served = {**self._served, name: served}  # another one: somebody may be iterating
         return served
 
     def add_loaded(self, name: str, engine: EngineClient, reference: str = "") -> Served:
@@ -104,8 +110,8 @@ class ModelManager:
         return served
 
     def _install(self, served: Served, engine: EngineClient) -> Resident:
-        served.resident = Resident(engine, lambda: self._went_idle(served))
-        served.state, served.error = ModelState.READY, None
+        served.resident = Resident(engine, lambda was_request: self._returned(served, was_request))
+        served.state, served.error, served.gives_way = ModelState.READY, None, False
         served.loaded_at = served.last_used = self._clock()
         served.n_bytes = served.n_bytes or engine.info.size_bytes
         for watcher in self.watchers:
@@ -123,7 +129,8 @@ class ModelManager:
             if served is not None:
                 return served
         if len(name) <= 200 and (reference := self._find(name)) is not None:
-            return self.add(name.lower(), reference, from_store=True)
+            with self._lock:
+                return self._served.get(name.lower()) or self.add(name.lower(), reference, from_store=True)
         known = ", ".join(self._served) or "none"
         raise ModelNotFound(f"the model '{name[:200]}' is not served here; served models: {known}", param="model")
 
@@ -218,6 +225,7 @@ class ModelManager:
         finally:
             with contextlib.suppress(ValueError):
                 served.waiters.remove(waiter)
+                self._changed.set()  # the room may not be wanted any more
 
     def _want(self, served: Served) -> None:
         if served not in self._wanted:
@@ -226,9 +234,11 @@ class ModelManager:
             self._worker = asyncio.get_running_loop().create_task(self._work())
         self._changed.set()
 
-    def _went_idle(self, served: Served) -> None:
-        served.last_used = self._clock()  # idle time begins with the end of the last answer
-        self._changed.set()
+    def _returned(self, served: Served, was_request: bool) -> None:
+        if was_request:
+            served.last_used = self._clock()  # idle time begins with the end of the last answer
+        if not self._n_leases(served):
+            self._changed.set()
 
     # -- the worker: one load at a time -----------------------------------------------------------------------------
 
@@ -258,9 +268,12 @@ class ModelManager:
         await self._make_room(served)
         if self._is_ending:
             raise ShuttingDown("the server is shutting down", retry_after=5)
+        if not served.waiters:
+            return  # all who wanted it have left
         served.state = ModelState.LOADING
         began = self._clock()
-        engine = await asyncio.to_thread(self._load_engine, served.name, served.reference)
+        engine = await asyncio.to_thread(self._load_now, self._load_engine, served)
+        self._arriving.remove(engine)
         if self._is_ending:
             await asyncio.to_thread(engine.close)
             raise ShuttingDown("the server is shutting down", retry_after=5)
@@ -268,6 +281,16 @@ class ModelManager:
         log.info("%s: loaded in %.2f s", served.name, self._clock() - began)
         self._answer(served)
         self._watch_idle()
+
+    def _load_now(self, load: Loader, served: Served) -> EngineClient:
+        """In a thread, which may outlive the loop that asked: then ``close`` closes the engine, or it is done here."""
+        engine = load(served.name, served.reference)
+        with self._lock:
+            if not self._is_closed:
+                self._arriving.append(engine)
+                return engine
+        engine.close()
+        raise ShuttingDown("the server is shutting down", retry_after=5)
 
     def _answer(self, served: Served) -> None:
         assert served.resident is not None
@@ -278,7 +301,9 @@ class ModelManager:
 
     def _fail(self, served: Served, error: Exception) -> None:
         if served.resident is None:
-            served.state = ModelState.FAILED
+            # That there is no room now says nothing of the model.
+            is_ours = isinstance(error, ModelBusy | ShuttingDown)
+            served.state = ModelState.UNLOADED if is_ours else ModelState.FAILED
             served.error = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         log.warning("%s could not be loaded: %s", served.name, error)
         waiters, served.waiters = served.waiters, []
@@ -293,34 +318,61 @@ class ModelManager:
                 f"'{served.name}' needs {served.n_bytes >> 20} MiB, the budget for models is "
                 f"{self.memory_budget >> 20} MiB (--memory-budget)"
             )
-        while not self._fits(served):
-            now = self._clock()
-            candidates = [
-                self._view(one, now)
-                for one in self._served.values()
-                if one is not served and one.resident is not None and not one.pinned
-            ]
-            if not candidates:
-                raise ModelBusy(f"there is no room for '{served.name}': every loaded model is pinned")
-            name = self._policy.victim(candidates)
-            victim = self._served.get(name)
-            if victim is None or victim.resident is None or victim.pinned or victim is served:
-                log.error("the model policy named '%s', which cannot be unloaded; lru is asked instead", name)
-                victim = self._served[POLICIES.load("lru")().victim(candidates)]
-            await self._unload(victim, wait=not self._has_room_beside(served))
-        await self._closed()
+        asked: Served | None = None
+        try:
+            while not self._fits(served) and served.waiters and not self._is_ending:
+                self._changed.clear()
+                victim = self._victim(served)
+                if not self._n_leases(victim):
+                    await self._unload(victim, wait=False)
+                    continue
+                # All are busy. This one takes no new requests, so that it ends; another one may end before it.
+                if asked is None or asked.pinned or not asked.gives_way:
+                    self._take_back(asked)
+                    asked = self._ask(victim)
+                await self._changed.wait()
+        finally:
+            self._take_back(asked)
+        while len(self._closing) > 1 or (self._closing and not self._has_room_beside(served)):
+            await asyncio.wait(list(self._closing), return_when=asyncio.FIRST_COMPLETED)
+
+    def _victim(self, served: Served) -> Served:
+        """Whom the policy names to make room for ``served``: an idle one where there is one. Raises ModelBusy."""
+        now = self._clock()
+        candidates = [
+            self._view(one, now)
+            for one in self._served.values()
+            if one is not served and one.resident is not None and not one.pinned
+        ]
+        if not candidates:
+            raise ModelBusy(f"there is no room for '{served.name}': every loaded model is pinned")
+        candidates = [view for view in candidates if not view.in_use] or candidates
+        name = self._policy.victim(candidates)
+        if name not in [view.name for view in candidates]:
+            log.error("the model policy named '%s', which cannot be unloaded; lru is asked instead", name)
+            name = POLICIES.load("lru")().victim(candidates)
+        return self._served[name]
+
+    def _ask(self, victim: Served) -> Served:
+        """Let a busy model take no new requests for now."""
+        if victim.state is ModelState.READY:  # else it is being unloaded by hand already
+            victim.state, victim.gives_way = ModelState.UNLOADING, True
+        return victim
+
+    def _take_back(self, asked: Served | None) -> None:
+        """Its room is not needed after all, or it is gone."""
+        if asked is not None and asked.gives_way:
+            asked.gives_way = False
+            if asked.resident is not None:
+                asked.state = ModelState.READY
+                self._answer(asked)
 
     def _has_room_beside(self, served: Served) -> bool:
-        """Whether an engine may still be closing while ``served`` is loaded: its memory is not needed."""
+        """Whether an engine may go on closing while ``served`` is loaded: its memory is not needed."""
         if not self.memory_budget:
             return False
         loaded = sum(one.n_bytes for one in self._served.values() if one.resident is not None)
-        return loaded + served.n_bytes <= self.memory_budget
-
-    async def _closed(self) -> None:
-        """Wait until as many engines are closing as may be: one."""
-        while len(self._closing) > 1:
-            await asyncio.wait(self._closing, return_when=asyncio.FIRST_COMPLETED)
+        return loaded + sum(self._closing.values()) + served.n_bytes <= self.memory_budget
 
     def _fits(self, served: Served) -> bool:
         loaded = [one for one in self._served.values() if one.resident is not None and one is not served]
@@ -329,9 +381,8 @@ class ModelManager:
         return not self.memory_budget or sum(one.n_bytes for one in loaded) + served.n_bytes <= self.memory_budget
 
     def _view(self, one: Served, now: float) -> ModelView:
-        return ModelView(
-            one.name, one.n_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, self._n_leases(one)
-        )
+        in_use = self._n_leases(one)
+        return ModelView(one.name, one.n_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, in_use)
 
     @staticmethod
     def _n_leases(one: Served) -> int:
@@ -343,7 +394,7 @@ class ModelManager:
         Without ``wait`` the engine is closed while the caller goes on.
         """
         while (resident := served.resident) is not None:
-            served.state = ModelState.UNLOADING
+            served.state, served.gives_way = ModelState.UNLOADING, False
             await resident.idle()
             if served.resident is resident:  # else a swap has put another engine there meanwhile
                 break
@@ -353,8 +404,8 @@ class ModelManager:
         for watcher in self.watchers:
             watcher(served.name, None)
         closing = asyncio.ensure_future(asyncio.to_thread(resident.engine.close))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
+        self._closing[closing] = served.n_bytes
+        closing.add_done_callback(self._closing.pop)
         if wait:
             await closing
         if served.state is ModelState.UNLOADING and served.resident is None:  # it may be loading again already
@@ -389,7 +440,7 @@ class ModelManager:
         return served
 
     async def _unload_now(self, served: Served, resident: Resident, timeout_s: float) -> None:
-        served.state = ModelState.UNLOADING
+        served.state, served.gives_way = ModelState.UNLOADING, False
         if resident.n_leases:
             await resident.engine.drain(timeout_s)
         await self._unload(served)
@@ -439,12 +490,8 @@ class ModelManager:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(min(due), 0.05))
             for one in list(self._served.values()):
-                if (
-                    one.state is ModelState.READY
-                    and not self._n_leases(one)
-                    and one.keep_alive_s >= 0
-                    and self._due(one) <= 0
-                ):
+                is_idle = one.state is ModelState.READY and not self._n_leases(one)
+                if is_idle and one.keep_alive_s >= 0 and self._due(one) <= 0:
                     log.info("%s: unloaded after %.0f idle seconds", one.name, self._clock() - one.last_used)
                     await self._unload(one)
 
@@ -477,7 +524,10 @@ class ModelManager:
     def close(self) -> None:
         """Stop every engine. Idempotent. The loop has ended, or nothing of this runs on it."""
         self._is_ending = True
-        for engine in self.engines():
+        with self._lock:
+            self._is_closed = True
+            arriving, self._arriving = self._arriving, []
+        for engine in [*self.engines(), *arriving]:
             engine.close()
         for one in self._served.values():
             one.resident = None

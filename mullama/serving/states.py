@@ -23,11 +23,12 @@ class ModelState(enum.StrEnum):
 class Resident:
     """A loaded engine and how many use it. Event loop only, but for reading ``n_leases``."""
 
-    def __init__(self, engine: EngineClient, on_idle: Callable[[], None]) -> None:
+    def __init__(self, engine: EngineClient, on_return: Callable[[bool], None]) -> None:
+        """``on_return`` is told of every lease that is given back, and whether it was a request's."""
         self.engine = engine
         self.n_leases = 0
         self.n_holds = 0  # leases that stand for no request
-        self._on_idle = on_idle
+        self._on_return = on_return
         self._idle = asyncio.Event()
 
     def lease(self, name: str, *, is_hold: bool = False) -> Lease:
@@ -40,7 +41,7 @@ class Resident:
         self.n_holds -= is_hold
         if self.n_leases == 0:
             self._idle.set()
-            self._on_idle()
+        self._on_return(not is_hold)
 
     async def idle(self) -> None:
         """Wait until nobody uses it."""
@@ -84,6 +85,7 @@ class Served:
     resident: Resident | None = None
     error: str | None = None  # why the last load failed
     pinned: bool = False
+    gives_way: bool = False  # UNLOADING, but only as long as another model wants its room
     n_bytes: int = 0  # memory it takes or will take; 0: unknown
     n_requests: int = 0
     last_used: float = 0.0  # of the manager's clock

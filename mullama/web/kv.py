@@ -64,7 +64,7 @@ class KvEvents(Internal):
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Events as they happen, after ``?since=`` or ``Last-Event-ID``. Raises InvalidRequest, ModelNotFound."""
-        _, engine = self._engine(req)
+        name, engine = self._engine(req)
         log = engine.kv_events
         since = _number(req.get_param("since"), "since", 0)
         if since is None:
@@ -73,13 +73,21 @@ class KvEvents(Internal):
         # SAFETY: tokens are prompts. A key that may only send requests does not open those of others.
         if with_tokens and not req.is_operator:
             raise PermissionDenied("tokens are only shown to those who may write under /internal (--admin-key)")
+        watchers = self._models.watchers
         stream = KvEventStream(
             log,
             since=log.last_seq if since is None else since,
             with_tokens=with_tokens,
             ping_seconds=self._services.ping_seconds,
             receive=req.receive,
+            on_close=lambda: watchers.remove(follow),
         )
+
+        def follow(model: str, engine: EngineClient | None) -> None:
+            if model == name:
+                stream.follow(engine.kv_events if engine is not None else None)
+
+        watchers.append(follow)
         self._services.end_at_shutdown(stream)
         start_stream(resp, stream)
 

@@ -2,7 +2,8 @@
 
 The engine thread only rings (one ``call_soon_threadsafe`` at a time, however many events there are); everything else
 is done on the event loop, at the pace of the client. One that falls behind by more than the log holds misses events,
-and is told how many.
+and is told how many. When the model is unloaded, or another engine takes its place, an event ``reset`` says that
+nothing of what was told before is cached any more, and the stream goes on with the engine that comes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -28,11 +30,18 @@ class KvEventStream:
     """The body of a response: an async iterator of bytes that Falcon closes in a ``finally``.
 
     Construct on the event loop. It follows the events after number ``since`` until ``end`` is called or the client
-    leaves, which ``receive`` reports.
+    leaves, which ``receive`` reports. ``on_close`` is called once.
     """
 
     def __init__(
-        self, log: KvEventLog, *, since: int, with_tokens: bool, ping_seconds: float, receive: Receive
+        self,
+        log: KvEventLog,
+        *,
+        since: int,
+        with_tokens: bool,
+        ping_seconds: float,
+        receive: Receive,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._log = log
         # A number that is still to come is one of an engine that was here before; this one's events are all new.
@@ -44,9 +53,21 @@ class KvEventStream:
         self._some = asyncio.Event()
         self._is_ringing = False
         self._ended = False
+        self._is_reset = False
+        self._on_close: Callable[[], None] | None = on_close
         self._silence = Silence(ping_seconds)
         self._watcher = self._loop.create_task(self._watch(receive))
         self._unwatch = log.watch(self._ring)
+
+    def follow(self, log: KvEventLog | None) -> None:
+        """Go on with the log of another engine; None: the model is not loaded now. On the event loop."""
+        self._unwatch()
+        self._log = KvEventLog() if log is None else log
+        self._unwatch = self._log.watch(self._ring)
+        self._seq = 0
+        self._events.clear()
+        self._is_reset = True
+        self._some.set()
 
     def _ring(self) -> None:
         """Wake the iterator, from any thread, without waiting."""
@@ -84,6 +105,9 @@ class KvEventStream:
     def _piece(self) -> bytes:
         out: list[bytes] = []
         size = 0
+        if self._is_reset:
+            self._is_reset = False
+            out.append(_event(0, "reset", {"seq": 0}))
         if not self._events:
             events, lost = self._log.since(self._seq)
             self._events.extend(events)
@@ -124,6 +148,9 @@ class KvEventStream:
         """Stop following. Idempotent."""
         self.end()
         self._unwatch()
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
         self._silence.close()
         self._watcher.cancel()
 

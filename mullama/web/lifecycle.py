@@ -139,9 +139,11 @@ class ModelActions:
     async def _pin(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         body: PinBody = await self._body(req, PinBody)
         models = self._services.models
-        models.get(name).pinned = True
-        if body.keep_alive is not None:
-            models.set_keep_alive(name, parse_duration(body.keep_alive))
+        served = models.get(name)
+        keep_alive_s = None if body.keep_alive is None else parse_duration(body.keep_alive)
+        served.pinned = True
+        if keep_alive_s is not None:
+            models.set_keep_alive(name, keep_alive_s)
         await self.on_get(req, resp, name)
 
     async def _unpin(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:

@@ -74,7 +74,9 @@ class FakeEngine:
         self.closed = 0
 
     @classmethod
-    def load(cls, path: str | Path, *, name: str, config: Any, progress: Callable[[float], bool] | None) -> Self:
+    def load(
+        cls, path: str | Path, *, name: str, config: Any, progress: Callable[[float], bool] | None, weights: str = ""
+    ) -> Self:
         if cls.load_error:
             raise cls.load_error
         assert progress is not None and progress(0.5)

@@ -89,7 +89,7 @@ class TimedEngine:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
-    def load(cls, path: Any, *, name: str, config: Any, progress: Any) -> TimedEngine:
+    def load(cls, path: Any, *, name: str, config: Any, progress: Any, weights: str = "") -> TimedEngine:
         engine = cls(parallel=config.parallel or 2, ctx=config.ctx_size, prefill_s=1e-6, step_s=1e-4)
         engine.config = config
         cls.loaded.append(engine)

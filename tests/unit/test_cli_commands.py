@@ -397,7 +397,7 @@ def _refuse(self: FakeEngine, request: object) -> None:
 def test_ctrl_c_while_loading_is_130(
     run: Run, engines: list[FakeEngine], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(path: Path, *, name: str, config: object, progress: Callable[[float], bool]) -> None:
+    def load(path: Path, *, name: str, config: object, progress: Callable[[float], bool], weights: str) -> None:
         assert progress(0.1) is True
         signal.raise_signal(signal.SIGINT)
         assert progress(0.2) is False
@@ -439,13 +439,13 @@ def test_run_takes_the_configured_model(
 
 
 class Web:
-    """Stands for mullama.web.server and mullama.web.models; records in which order things happened."""
+    """Stands for mullama.web.server and the manager of models; records in which order things happened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []
         self.error: Exception | None = None
         self.config: Any = None
-        server, models = types.ModuleType("mullama.web.server"), types.ModuleType("mullama.web.models")
+        server, serving = types.ModuleType("mullama.web.server"), types.ModuleType("mullama.cli.serving")
         web = self
 
         class Socket:
@@ -456,7 +456,10 @@ class Web:
             def __init__(self) -> None:
                 self.engines: dict[str, FakeEngine] = {}
 
-            def add(self, name: str, engine: FakeEngine) -> None:
+            def add(self, name: str, reference: str) -> None:
+                web.events.append(f"later {name}")
+
+            def add_loaded(self, name: str, engine: FakeEngine, reference: str) -> None:
                 web.events.append(f"add {name}")
                 self.engines[name] = engine
 
@@ -471,14 +474,15 @@ class Web:
                 raise web.error
             return Socket()
 
-        def run_server(config: Any, models: Models, sock: Socket) -> None:
+        def run_server(config: Any, models: Models, sock: Socket, swaps: Any) -> None:
             web.config = config
             web.events.append("serve")
 
         server.bind, server.run_server = bind, run_server  # type: ignore[attr-defined]
-        models.Models = Models  # type: ignore[attr-defined]
+        serving.make_manager = lambda config: Models()  # type: ignore[attr-defined]
+        serving.make_swaps = lambda config, models: None  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "mullama.web.server", server)
-        monkeypatch.setitem(sys.modules, "mullama.web.models", models)
+        monkeypatch.setitem(sys.modules, "mullama.cli.serving", serving)
 
 
 @pytest.fixture
@@ -492,6 +496,15 @@ def test_serve_in_order(run: Run, web: Web, engines: list[FakeEngine], model: st
     assert web.events == ["bind", "add Small", "add tiny", "serve", "socket closed", "models closed"]
     assert (web.config.port, web.config.mmap, web.config.model) == (0, False, [f"Small={model}", "pypi:tiny"])
     assert [engine.closed for engine in engines] == [1, 1]
+
+
+def test_what_the_limit_leaves_out_waits_for_a_request(
+    run: Run, web: Web, engines: list[FakeEngine], model: str
+) -> None:
+    status, _, err = run("serve", "--model", f"a={model}", "--model", f"b={model}", "--max-models", "1")
+    assert status == 0, err
+    assert web.events[:4] == ["bind", "add a", "later b", "serve"]
+    assert [engine.closed for engine in engines] == [1]
 
 
 def test_a_port_in_use_is_known_before_any_model(run: Run, web: Web, engines: list[FakeEngine], model: str) -> None:

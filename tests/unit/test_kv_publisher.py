@@ -327,3 +327,27 @@ def test_the_module_needs_neither_pyzmq_nor_compiled_code() -> None:
     code = "import sys; import mullama.observe.kv_publisher; assert not {'zmq', 'mullama._core'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_gets_another_log_and_then_none() -> None:
+    """After a swap or a load the name goes on with the new engine's log; subscribers forget what was before."""
+    first, second = KvEventLog(), KvEventLog()
+    add(first, KvEventKind.STORED, [1, 2])
+    publisher = KvPublisher(FREE, topic="kv-{model}", block_size=2)
+    publisher.start({"a": first})
+    try:
+        with subscribed(publisher, topic="kv-") as subscriber:
+            n_cleared = subscriber.router.n_cleared
+            publisher.follow("a", second)
+            add(second, KvEventKind.STORED, [3, 4])
+            subscriber.take_until(lambda: subscriber.router.n_cleared > n_cleared)
+            publisher.follow("a", None)
+            n_cleared = subscriber.router.n_cleared
+            subscriber.take_until(lambda: subscriber.router.n_cleared > n_cleared)
+            assert subscriber.topics == {"kv-a"}
+            deadline = time.monotonic() + SECONDS
+            while publisher._sources and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert publisher._sources == first._wakers == second._wakers == []
+    finally:
+        publisher.close()

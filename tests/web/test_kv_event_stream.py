@@ -328,6 +328,48 @@ def test_a_shutdown_ends_the_stream_in_order(live: Start, engine: FakeEngine) ->
     assert engine.kv_events._wakers == []
 
 
+def test_a_stream_goes_on_with_the_engine_that_comes() -> None:
+    first, second = KvEventLog(), KvEventLog()
+    add(first, 3)
+
+    async def main() -> None:
+        async with following(first, ping_seconds=0.01) as (stream, _):
+            add(first)
+            stream.follow(None)  # what was not told yet is of no use any more
+            assert [(seq, kind) for seq, kind, _ in parse(await anext(stream))] == [(0, "reset")]
+            assert first._wakers == []
+            assert await anext(stream) == PING
+            add(second, 2)
+            stream.follow(second)
+            assert [seq for seq, *_ in parse(await anext(stream))] == [0, 1, 2]
+            add(second)
+            assert [seq for seq, *_ in parse(await anext(stream))] == [3]
+        assert second._wakers == []
+
+    run(main)
+
+
+def test_a_stream_outlives_its_engine(live: Start, engine: FakeEngine) -> None:
+    running = live()
+    services = running.server._services
+    models, loop = services.models, running.server.servers[0].get_loop()
+    models._load_engine = lambda name, reference: other
+    other = FakeEngine("fake")
+    other.store([1, 2, 3])
+
+    def play(coroutine: Any) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
+
+    with open_stream(running) as raw:
+        wait_until(lambda: len(engine.kv_events._wakers) == 1)
+        play(models.unload("fake"))
+        assert [kind for _, kind, _ in parse(raw.chunk())] == ["reset"]
+        play(models.load("fake"))
+        assert [(seq, kind) for seq, kind, _ in parse(raw.chunk())] == [(0, "reset"), (1, "stored")]
+        assert len(models.watchers) == 1
+    wait_until(lambda: not models.watchers and not other.kv_events._wakers)
+
+
 def test_running_requests_are_seen_to_their_end(live: Start, engine: FakeEngine) -> None:
     """The stream ends after the drain, not before."""
     engine.reply, engine.delay = ["x"] * 20, 0.01

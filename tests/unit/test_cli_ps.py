@@ -1,0 +1,141 @@
+"""``mullama ps`` and ``mullama swap`` against a small server on the loopback."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mullama.cli.main import main
+
+ROW = {
+    "name": "smollm2:135m", "state": "ready", "pinned": True, "weights": "Q8_0", "memory_bytes": 145_000_000,
+    "in_use": 2, "requests": 17, "tokens_per_second": 98.6, "idle_s": 0.0, "keep_alive_s": 300.0,
+}  # fmt: skip
+UNLOADED = {
+    "name": "b", "state": "unloaded", "pinned": False, "memory_bytes": None, "in_use": 0, "requests": 0,
+    "idle_s": None, "keep_alive_s": None,
+}  # fmt: skip
+REPORT = {
+    "model": "a/b", "weights_from": "Q8_0", "weights_to": "Q4_0", "total_ms": 300.4, "kv": "carry", "pause_ms": 7.25,
+    "sequences_moved": 4, "sequences_recomputed": 0,
+}  # fmt: skip
+
+
+class Remote(http.server.ThreadingHTTPServer):
+    """Answers everything with ``status`` and ``body``; keeps what it was asked."""
+
+    status = 200
+    body = b"{}"
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[tuple[str, str, Any, str | None]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        remote = self.server
+        assert isinstance(remote, Remote)
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = json.loads(data) if data else None
+        remote.asked.append((self.command, self.path, asked, self.headers["Authorization"]))
+        self.send_response(remote.status)
+        self.send_header("Content-Length", str(len(remote.body)))
+        self.end_headers()
+        self.wfile.write(remote.body)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the base class
+        pass
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
+    with Remote() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        monkeypatch.setenv("MULLAMA_URL", server.url)
+        monkeypatch.delenv("MULLAMA_ADMIN_KEY", raising=False)
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_ps_is_a_table(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+    remote.body = json.dumps({"models": [ROW, UNLOADED]}).encode()
+    assert main(["ps"]) == 0
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["NAME", "STATE", "WEIGHTS"]
+    for text in ("smollm2:135m", "ready (pinned)", "Q8_0", "145 MB", "17", "99", "0 s", "300 s"):
+        assert text in first
+    assert second.split()[:2] == ["b", "unloaded"]
+    assert second.rstrip().endswith("for ever")
+    assert remote.asked == [("GET", "/internal/models", None, None)]
+
+
+def test_ps_as_json_with_a_key(
+    remote: Remote, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.body = json.dumps({"models": []}).encode()
+    assert main(["ps", "--json", "--url", remote.url + "/", "--key", "k1"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"models": []}
+    monkeypatch.setenv("MULLAMA_ADMIN_KEY", "k2")
+    assert main(["ps"]) == 0
+    assert capsys.readouterr().out == "no models\n"
+    assert [asked[3] for asked in remote.asked] == ["Bearer k1", "Bearer k2"]
+
+
+def test_swap(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+    remote.body = json.dumps(REPORT).encode()
+    assert main(["swap", "a/b c", "Q4_0", "--kv", "carry"]) == 0
+    out = capsys.readouterr().out
+    assert "a/b: Q8_0 -> Q4_0 in 300 ms" in out
+    assert "a pause of 7.2 ms, 4 sequences went on, 0 are computed again" in out
+    assert remote.asked == [("POST", "/internal/models/a/b%20c/swap", {"to": "Q4_0", "kv": "carry"}, None)]
+    remote.body = json.dumps(REPORT | {"pause_ms": None}).encode()
+    assert main(["swap", "a", "Q4_0"]) == 0
+    assert "nothing ran" in capsys.readouterr().out
+    assert main(["swap", "a", "Q4_0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pause_ms"] is None
+
+
+@pytest.mark.parametrize("command", [("ps",), ("swap", "a", "Q4_0")])
+@pytest.mark.parametrize(
+    ("status", "body", "text"),
+    [
+        (404, b'{"error": {"message": "the model is not served here"}}', "the model is not served here"),
+        (500, b"{}", "status 500"),
+        (502, b"[]", "status 502"),
+        (200, b"<html>", "does not answer like a mullama server"),
+        (200, b"[]", "does not answer like a mullama server"),
+    ],
+)
+def test_errors_are_one_line(
+    remote: Remote, capsys: pytest.CaptureFixture[str], command: tuple[str, ...], status: int, body: bytes, text: str
+) -> None:
+    remote.status, remote.body = status, body
+    assert main(command) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and text in line
+
+
+def test_nobody_there(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.socket() as sock:  # bound, and nobody listens
+        sock.bind(("127.0.0.1", 0))
+        assert main(["ps", "--url", f"http://127.0.0.1:{sock.getsockname()[1]}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no server answers at" in line and "mullama serve" in line
+
+
+def test_a_kv_mode_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["swap", "a", "Q4_0", "--kv", "keep"]) == 2
+    assert "keep" in capsys.readouterr().err

@@ -1,0 +1,292 @@
+"""Making room where several models are busy, and loads that nobody waits for any more (serving/manager.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving_support import Engine, World, play, settle, until
+
+from mullama.errors import ModelBusy, ShuttingDown
+from mullama.serving.states import ModelState
+
+
+def test_whichever_busy_model_ends_first_makes_room() -> None:
+    async def test() -> None:
+        world = World("abc", max_models=2)
+        models = world.models
+        long = await models.lease("a")
+        world.clock.now += 1
+        short = await models.lease("b")
+        waiting = asyncio.ensure_future(models.lease("c"))
+        await until(lambda: models.get("a").gives_way)
+        short.release()
+        with await waiting:
+            assert world.loaded() == ["a", "c"]
+            # a was named by lru, but its room was not needed: it takes requests again
+            assert models.get("a").state is ModelState.READY
+        long.release()
+
+    play(test())
+
+
+def test_who_waited_for_a_model_that_stays_after_all_is_answered() -> None:
+    async def test() -> None:
+        world = World("abc", max_models=2)
+        models = world.models
+        long = await models.lease("a")
+        world.clock.now += 1
+        short = await models.lease("b")
+        waiting = asyncio.ensure_future(models.lease("c"))
+        await until(lambda: models.get("a").gives_way)
+        late = asyncio.ensure_future(models.lease("a"))
+        await settle()
+        assert not late.done()
+        short.release()
+        (await waiting).release()
+        assert (await late).engine is long.engine
+        assert world.loads == ["a", "b", "c"]
+
+    play(test())
+
+
+def test_a_room_that_nobody_wants_any_more_is_given_back() -> None:
+    async def test() -> None:
+        world = World("ab", max_models=1)
+        models = world.models
+        lease = await models.lease("a")
+        waiting = asyncio.ensure_future(models.lease("b"))
+        await until(lambda: models.get("a").gives_way)
+        waiting.cancel()
+        await until(lambda: not models.get("a").gives_way)
+        again = models.try_lease("a")
+        assert again is not None and again.engine is lease.engine
+        lease.release()
+        again.release()
+        await settle()
+        assert (world.loads, world.engines[0].n_closed) == (["a"], 0)
+
+    play(test())
+
+
+def test_a_model_is_not_loaded_for_who_left_while_room_was_made() -> None:
+    async def test() -> None:
+        world = World("ab", max_models=1)
+        models = world.models
+        (await models.lease("a")).release()
+        world.engines[0].may_close.clear()
+        waiting = asyncio.ensure_future(models.lease("b"))
+        await until(lambda: not world.loaded())
+        waiting.cancel()
+        await settle()
+        world.engines[0].may_close.set()
+        await until(lambda: models._worker is None or models._worker.done())
+        assert world.loads == ["a"]
+
+    play(test())
+
+
+def test_a_pin_that_comes_while_a_model_gives_way_holds() -> None:
+    async def test() -> None:
+        world = World("ab", max_models=1)
+        models = world.models
+        lease = await models.lease("a")
+        waiting = asyncio.ensure_future(models.lease("b"))
+        await until(lambda: models.get("a").gives_way)
+        models.get("a").pinned = True
+        lease.release()
+        with pytest.raises(ModelBusy, match="pinned"):
+            await waiting
+        assert (world.loaded(), world.engines[0].n_closed) == (["a"], 0)
+        again = models.try_lease("a")
+        assert again is not None
+        again.release()
+
+    play(test())
+
+
+def test_no_room_now_says_nothing_of_the_model_or_the_server() -> None:
+    async def test() -> None:
+        world = World("ab", max_models=1)
+        models = world.models
+        await models.load("a")
+        models.get("a").pinned = True
+        with pytest.raises(ModelBusy):
+            await models.lease("b")
+        assert models.get("b").state is ModelState.UNLOADED
+        assert "pinned" in (models.get("b").error or "")
+        assert models.ready
+        models.get("a").pinned = False
+        (await models.lease("b")).release()
+        assert models.get("b").error is None
+
+    play(test())
+
+
+def test_a_forced_unload_of_a_model_that_gives_way_is_not_taken_back() -> None:
+    async def test() -> None:
+        world = World("ab", max_models=1)
+        models = world.models
+        lease = await models.lease("a")
+        waiting = asyncio.ensure_future(models.lease("b"))
+        await until(lambda: models.get("a").gives_way)
+        unloading = asyncio.ensure_future(models.unload("a", force=True))
+        await until(lambda: bool(world.engines[0].drained))
+        waiting.cancel()
+        await settle()
+        assert models.try_lease("a") is None, "a drained engine would refuse it"
+        lease.release()
+        await unloading
+        assert world.engines[0].n_closed == 1
+
+    play(test())
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_load_that_outlives_the_loop_leaves_no_engine(is_late: bool) -> None:
+    world = World("a")
+
+    async def test() -> None:
+        waiting = asyncio.ensure_future(world.models.lease("a"))
+        await until(lambda: world.loads == ["a"])
+        await world.models.drain(0)
+        with pytest.raises(ShuttingDown):
+            await waiting
+        if not is_late:  # asyncio.run waits for its threads before it returns
+            threading.Timer(0.05, world.may_load.set).start()
+
+    world.may_load.clear()
+    if is_late:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(test())
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        world.models.close()
+        world.may_load.set()
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+    else:
+        asyncio.run(test())
+        world.models.close()
+    assert [engine.n_closed for engine in world.engines] == [1]
+
+
+def test_a_model_that_was_there_from_the_start_counts_as_one_that_is_loaded_later() -> None:
+    async def test() -> None:
+        world = World("", sizes={"a": 30, "b": 30}, memory_budget=50)
+        engine = Engine("a", size=10)
+        world.engines.append(engine)
+        models = world.models
+        models.add_loaded("a", engine, "a")  # type: ignore[arg-type]
+        models.add("b", "b")
+        assert models.get("a").n_bytes == 30
+        (await models.lease("b")).release()
+        assert world.loaded() == ["b"], "30 and 30 are more than 50, though the weights are 10"
+
+    play(test())
+
+
+def test_what_a_model_takes_beside_its_weights_stays_when_it_is_replaced() -> None:
+    async def test() -> None:
+        world = World("a", sizes={"a": 30})
+        first = Engine("a", size=10)
+        world.models.add_loaded("z", first, "a")  # type: ignore[arg-type]
+        old = world.models.replace("z", Engine("z", size=25))  # type: ignore[arg-type]
+        assert world.models.get("z").n_bytes == 45
+        await world.models.retire(old)
+        assert first.n_closed == 1
+
+    play(test())
+
+
+class BusyFirst:
+    """A policy that would rather stop a model in use."""
+
+    def victim(self, candidates: object) -> str:
+        return max(candidates, key=lambda view: (view.in_use, view.name)).name  # type: ignore[call-overload,no-any-return]
+
+
+def test_a_policy_is_not_asked_about_busy_models_where_one_is_idle() -> None:
+    async def test() -> None:
+        world = World("abc", max_models=2)
+        world.models._policy = BusyFirst()
+        with await world.models.lease("b"):
+            await world.models.load("a")
+            await asyncio.wait_for(world.models.load("c"), 5)
+            assert world.loaded() == ["b", "c"]
+
+    play(test())
+
+
+def test_a_name_that_comes_while_somebody_goes_through_them() -> None:
+    """Bodies are parsed in threads, so that a name of the store may come at any moment, and twice at once."""
+    world = World("ab", find=lambda name: name)
+    going_through = iter(world.models._served.values())
+    assert next(going_through).name == "a"
+    world.models.get("stored")
+    assert [one.name for one in going_through] == ["b"]
+
+    def find_slowly(name: str) -> str:
+        if len(world.models) == 3:
+            world.models.add(name, name, from_store=True)  # the other thread is first
+        return name
+
+    world.models._find = find_slowly
+    assert world.models.get("twice") is world.models.get("twice")
+    assert [one.name for one in world.models.all()] == ["a", "b", "stored", "twice"]
+
+
+@given(seed=st.integers(0, 2**32), max_models=st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_long_and_short_answers_never_lock_anybody_out(seed: int, max_models: int) -> None:
+    """Whoever stays is answered, though models are always busy and clients leave while room is made."""
+    choose = random.Random(seed)
+
+    async def test() -> None:
+        world = World("abcd", max_models=max_models)
+        models = world.models
+        in_use: dict[int, int] = {}
+        for_each = world.make
+
+        def make(name: str, **options: object) -> object:
+            engine = for_each(name, **options)
+            engine.in_use = lambda: in_use.get(id(engine), 0)  # type: ignore[attr-defined]
+            return engine
+
+        world.make = make  # type: ignore[method-assign,assignment]
+
+        async def client(leaves: bool) -> None:
+            for _ in range(4):
+                asking = asyncio.ensure_future(models.lease(choose.choice("abcd")))
+                if leaves:
+                    for _ in range(choose.randrange(6)):
+                        await asyncio.sleep(0)
+                    asking.cancel()
+                try:
+                    lease = await asking
+                except asyncio.CancelledError:
+                    continue
+                key = id(lease.engine)
+                in_use[key] = in_use.get(key, 0) + 1
+                assert len(models.items()) <= max_models
+                for _ in range(choose.choice((0, 1, 30))):
+                    await asyncio.sleep(0)
+                in_use[key] -= 1
+                lease.release()
+
+        await asyncio.gather(*(client(leaves=i % 3 == 0) for i in range(9)))
+        assert not any(one.waiters or one.gives_way for one in models.all())
+        await models.drain(0)
+        await until(lambda: models._worker is None or models._worker.done())
+        await until(lambda: not models._closing)
+        models.close()
+        assert [engine.n_closed for engine in world.engines] == [1] * len(world.engines)
+        assert not any(engine.closed_in_use for engine in world.engines)
+
+    play(test())

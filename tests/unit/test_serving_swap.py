@@ -1,0 +1,180 @@
+"""Hot-swap with fake engines: in place, side by side, failures, one at a time, the history."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from serving_support import TIMEOUT, Engine, World, play, settle, until
+
+from mullama.engine.client import EngineClient
+from mullama.engine.weights import NeedsAnotherEngine
+from mullama.errors import InvalidRequest, ModelBusy, ModelNotFound, ModelNotLoaded, ReferenceNotFound
+from mullama.serving.swap import SwapRecord, Swaps
+from mullama.serving.targets import Target
+
+
+class Report:
+    def to_dict(self) -> dict[str, Any]:
+        return {"kv": "carry", "pause_ms": 1.0, "sequences_moved": 2}
+
+
+class Swappable(Engine):
+    """``needs_another``: its weights cannot be changed in place."""
+
+    needs_another = False
+    n_handed = 3
+
+    def swap_weights(self, path: Path, *, label: str = "", kv: str = "auto", on_phase: Any = None) -> Report:
+        on_phase("loading")
+        if self.needs_another:
+            raise NeedsAnotherEngine("another architecture")
+        self.info = replace(self.info, weights=label, size_bytes=77)
+        return Report()
+
+    def hand_over(self, other: Any) -> int:
+        assert other is not self
+        return self.n_handed
+
+
+class SwapWorld(World):
+    """One loaded model ``m``; ``find`` waits for ``may_find``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("", **options)
+        self.engine = Swappable("m")
+        self.models.add_loaded("m", cast(EngineClient, self.engine), "ref:m")
+        self.may_find = threading.Event()
+        self.may_find.set()
+        self.asked: list[tuple[str, str, bool]] = []
+        self.error: Exception | None = None
+        self.made: list[Swappable] = []
+        self.swaps = Swaps(self.models, self.find, self.make_new)
+
+    def find(self, to: str, reference: str, progress: Any, may_read_files: bool) -> Target:
+        self.asked.append((to, reference, may_read_files))
+        progress("fetching", 1, 2)
+        assert self.may_find.wait(TIMEOUT)
+        if self.error:
+            raise self.error
+        return Target(Path("/x.gguf"), f"label:{to}", f"ref:{to}")
+
+    def make_new(self, name: str, target: Target) -> EngineClient:
+        engine = Swappable(name, weights=target.label)
+        self.made.append(engine)
+        return cast(EngineClient, engine)
+
+    async def swap(self, to: str = "Q4_0", kv: str = "auto", **options: Any) -> SwapRecord:
+        record = self.swaps.begin("m", to, kv, **options)
+        await record.ended.wait()
+        return record
+
+
+def test_in_place() -> None:
+    async def test() -> None:
+        world = SwapWorld()
+        record = await world.swap(may_read_files=True)
+        assert (record.state, record.error, world.asked) == ("done", None, [("Q4_0", "ref:m", True)])
+        found = record.to_dict()
+        assert found.items() >= {"way": "in_place", "kv": "carry", "sequences_moved": 2, "model": "m"}.items()
+        assert found["total_ms"] >= found["resolve_ms"] >= 0
+        served = world.models.get("m")
+        assert (served.reference, served.n_bytes, served.n_requests, served.in_use) == ("ref:Q4_0", 77, 0, 0)
+        assert world.engine.n_closed == 0 and world.made == []
+
+    play(test())
+
+
+@pytest.mark.parametrize("kv", ["recompute", "drain"])
+def test_side_by_side(kv: str) -> None:
+    async def test() -> None:
+        world = SwapWorld()
+        world.engine.needs_another = True
+        lease = await world.models.lease("m")
+        record = await world.swap("other", kv)
+        assert record.report is not None
+        assert record.report.items() >= {"way": "side_by_side", "kv": kv, "weights_to": "label:other"}.items()
+        assert record.report["sequences_recomputed"] == (0 if kv == "drain" else 3)
+        new = await world.models.lease("m")
+        assert new.engine is cast(EngineClient, world.made[0])
+        assert world.engine.n_closed == 0  # somebody is still on it
+        lease.release()
+        await until(lambda: world.engine.n_closed == 1)
+        new.release()
+        assert world.models.get("m").reference == "ref:other"
+
+    play(test())
+
+
+def test_an_engine_that_is_used_too_long_is_cut() -> None:
+    async def test() -> None:
+        world = SwapWorld()
+        world.swaps = Swaps(world.models, world.find, world.make_new, drain_s=0)
+        lease = await world.models.lease("m")
+        world.engine.on_drain = lease.release
+        await world.swap("other", "drain")
+        await until(lambda: world.engine.n_closed == 1)
+        assert world.engine.drained == [0]
+
+    play(test())
+
+
+@pytest.mark.parametrize("error", [ReferenceNotFound("no such model"), ZeroDivisionError("x")])
+def test_a_failure_leaves_the_old_one(error: Exception) -> None:
+    async def test() -> None:
+        world = SwapWorld()
+        world.error = error
+        record = await world.swap()
+        found = record.to_dict()
+        assert (found["state"], world.models.get("m").reference) == ("failed", "ref:m")
+        assert str(error) in found["error"]["message"]
+        assert world.models.resolve("m")[1] is cast(EngineClient, world.engine)
+        world.error = None
+        assert (await world.swap()).state == "done"
+        assert [one.state for one in world.swaps.history] == ["failed", "done"]
+        assert world.swaps.find_record(record.id) is record
+        assert world.swaps.find_record("nosuch") is None
+
+    play(test())
+
+
+def test_one_at_a_time_and_the_model_stays_meanwhile() -> None:
+    async def test() -> None:
+        world = SwapWorld()
+        world.may_find.clear()
+        record = world.swaps.begin("m", "Q4_0")
+        await until(lambda: record.phase == "fetching")
+        assert record.to_dict().items() >= {"state": "running", "done": 1, "total": 2}.items()
+        with pytest.raises(InvalidRequest, match="already"):
+            world.swaps.begin("m", "Q8_0")
+        with pytest.raises(ModelBusy):
+            await world.models.unload("m")
+        world.models.set_keep_alive("m", 0)
+        await settle()
+        assert world.engine.n_closed == 0
+        world.models.set_keep_alive("m", -1)
+        world.may_find.set()
+        await record.ended.wait()
+        assert record.state == "done"
+
+    play(test())
+
+
+def test_what_cannot_begin() -> None:
+    async def test() -> None:
+        world = SwapWorld()
+        world.models.add("later", "ref")
+        for arguments, error in (
+            (("m", "Q4_0", "keep"), InvalidRequest),
+            (("m", ""), InvalidRequest),
+            (("nosuch", "Q4_0"), ModelNotFound),
+            (("later", "Q4_0"), ModelNotLoaded),
+        ):
+            with pytest.raises(error):
+                world.swaps.begin(*arguments)
+        assert not world.swaps.history
+
+    play(test())
