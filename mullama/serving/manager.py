@@ -106,6 +106,8 @@ class ModelManager:
     def add_loaded(self, name: str, engine: EngineClient, reference: str = "") -> Served:
         """Serve an engine that is there. Raises ConfigError when the name is taken."""
         served = self.add(name, reference)
+        if reference:  # as when it is loaded later: the weights are not all that it takes
+            served.n_bytes = self._estimate(reference) or 0
         self._install(served, engine)
         return served
 
@@ -459,7 +461,8 @@ class ModelManager:
         old = served.resident
         if old is None:
             raise ModelNotLoaded(f"'{name}' is not loaded", param="model")
-        served.n_bytes = 0
+        # What a model takes beside its weights is taken to stay.
+        served.n_bytes = max(served.n_bytes - old.engine.info.size_bytes, 0) + engine.info.size_bytes
         served.reference = reference or served.reference
         self._left.add(old)
         self._install(served, engine)

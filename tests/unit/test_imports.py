@@ -44,6 +44,11 @@ PURE = [
     "mullama.engine.generation",
     "mullama.engine.reader",
     "mullama.engine.snapshot",
+    "mullama.serving",
+    "mullama.serving.eviction",
+    "mullama.serving.manager",
+    "mullama.serving.states",
+    "mullama.serving.swap",
 ]
 
 
