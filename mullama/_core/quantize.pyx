@@ -5,7 +5,6 @@ import os
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int32_t, uint32_t
 from libcpp cimport bool as cbool
-from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from mullama._core.model import _last_error, init_backend
@@ -25,7 +24,8 @@ cdef extern from "llama.h" nogil:
         cbool only_copy
         const llama_model_imatrix_data * imatrix
     llama_model_quantize_params llama_model_quantize_default_params()
-    uint32_t llama_model_quantize(const char * src, const char * dst, const llama_model_quantize_params * params) except +
+    uint32_t llama_model_quantize(const char * src, const char * dst,
+                                  const llama_model_quantize_params * params) except +
 
 # llama_ftype of llama.h
 FTYPES = {

@@ -12,7 +12,7 @@ shifted, and the Core takes note of both (Core.cut, Core.shift). Where KV has no
 or is shared between sequences (the unified layout), it goes over whole in ``commit``, and the pause grows with it.
 """
 
-from libc.stdint cimport int32_t, uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libcpp.vector cimport vector
 
 from mullama._core.context cimport Context

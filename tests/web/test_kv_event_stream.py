@@ -353,8 +353,8 @@ def test_a_stream_outlives_its_engine(live: Start, engine: FakeEngine) -> None:
     running = live()
     services = running.server._services
     models, loop = services.models, running.server.servers[0].get_loop()
-    models._load_engine = lambda name, reference: other
     other = FakeEngine("fake")
+    models._load_engine = lambda name, reference: other
     other.store([1, 2, 3])
 
     def play(coroutine: Any) -> None:
