@@ -176,6 +176,7 @@ class Swaps:
     ) -> dict[str, Any]:
         from mullama.engine.weights import NeedsAnotherEngine
 
+        size_before = engine.info.size_bytes
         if kv != "drain":
             try:
                 report = await asyncio.to_thread(
@@ -184,7 +185,8 @@ class Swaps:
             except NeedsAnotherEngine as error:
                 log.info("%s: an engine of its own is made: %s", served.name, error.message)
             else:
-                served.reference, served.n_bytes = target.reference, engine.info.size_bytes
+                beside = max(served.n_bytes - size_before, 0)  # KV and compute buffers, which stay
+                served.reference, served.n_bytes = target.reference, beside + engine.info.size_bytes
                 found: dict[str, Any] = report.to_dict()
                 return {**found, "way": "in_place"}
         return await self._side_by_side(served, engine, target, kv, progress)
@@ -197,7 +199,11 @@ class Swaps:
         progress("loading")
         new = await asyncio.to_thread(self._load, served.name, target)
         load_ms = (time.monotonic() - began) * 1e3
-        resident = self._models.replace(served.name, new, reference=target.reference)
+        try:
+            resident = self._models.replace(served.name, new, reference=target.reference)
+        except BaseException:
+            await asyncio.to_thread(new.close)
+            raise
         moved, first_ms = 0, None
         if kv != "drain":
             progress("handing over")

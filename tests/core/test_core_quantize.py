@@ -156,7 +156,11 @@ def test_ctrl_c_at_the_command(store: Store, tmp_path: Path) -> None:
     env = {**os.environ, "MULLAMA_HOME": str(store.root)}
     command = [sys.executable, "-m", "mullama", "quantize", str(big), "Q4_K_M", "--threads", "1"]
     for signal_, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        # A shell that runs this in the background has SIGINT ignored, which a child inherits.
+        process = subprocess.Popen(
+            command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         assert process.stderr is not None
         assert any("quantising" in line for line in iter(process.stderr.readline, ""))
         process.send_signal(signal_)

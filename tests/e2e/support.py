@@ -36,10 +36,14 @@ PROFILE_FIELDS = frozenset(
 
 
 def clean_env(**extra: str) -> dict[str, str]:
-    """The environment without options of ours, so that a test says all that counts; the store stays."""
+    """The environment without options of ours, so that a test says all that counts.
+
+    The store stays; what else is in it is not served.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("MULLAMA_") or k == "MULLAMA_HOME"}
     # PYTHONSAFEPATH: the checkout's own mullama folder, where tests may be started, has no compiled modules.
-    return {**kept, "NO_COLOR": "1", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", **extra}
+    ours = {"NO_COLOR": "1", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "MULLAMA_STORE_MODELS": "0"}
+    return {**kept, **ours, **extra}
 
 
 def mullama(*args: str) -> list[str]:
