@@ -37,6 +37,10 @@ class InvalidRequest(MullamaError):
     type = "invalid_request_error"
 
 
+class NeedsAnotherEngine(InvalidRequest):
+    """The new model differs so much that it needs slots of another shape: an engine of its own takes over."""
+
+
 class ContextLengthExceeded(InvalidRequest):
     """The prompt does not fit the context one request may use."""
 

@@ -21,6 +21,15 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class KvMode(enum.StrEnum):
+    """What becomes of the KV when the weights change."""
+
+    AUTO = "auto"  # carry where that is sound, else recompute
+    CARRY = "carry"
+    RECOMPUTE = "recompute"
+    DRAIN = "drain"  # what runs ends with the old weights, in an engine beside the new one
+
+
 class SeqState(enum.StrEnum):
     """Where a sequence is in its life; the legal moves are in engine/lifecycle.py."""
 

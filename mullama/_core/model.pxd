@@ -28,3 +28,4 @@ cdef class Model:
     cdef int check(self) except -1
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
+    cdef void free_unused(self) noexcept

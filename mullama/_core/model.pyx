@@ -201,7 +201,7 @@ cdef class Model:
         if self.n_users:
             raise RuntimeError("a context still uses this model")
         self.closing = True
-        self.leave()
+        self.free_unused()
 
     cdef int enter(self) except -1:
         """A method that releases the GIL is about to use the model: it cannot be freed under it."""
@@ -211,9 +211,11 @@ cdef class Model:
 
     cdef void leave(self) noexcept:
         """The other end of ``enter``; the last one out frees a model that was closed meanwhile."""
+        self.n_inside -= 1
+        self.free_unused()
+
+    cdef void free_unused(self) noexcept:
         cdef llama_model * ptr
-        if self.n_inside > 0:
-            self.n_inside -= 1
         if self.closing and self.n_inside == 0 and self.ptr is not NULL:
             self.chat.reset()
             ptr = self.ptr

@@ -6,7 +6,7 @@ from mullama._core.loop cimport Core
 
 cdef class Carrier:
     cdef Core core
-    cdef Context target
+    cdef readonly Context target
     cdef Governor governor
     cdef bint by_rows                  # KV is copied ahead token by token; else whole, when the weights change
     cdef bint committed

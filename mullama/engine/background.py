@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
+
+from mullama.priority import step_back
 
 T = TypeVar("T")
 
@@ -34,9 +33,7 @@ def in_background(work: Callable[[], T], *, nice: int = NICE) -> T:
     done: Future[T] = Future()
 
     def run() -> None:
-        if sys.platform == "linux":  # elsewhere priorities belong to processes
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        step_back(nice)
         try:
             done.set_result(work())
         except BaseException as error:

@@ -31,14 +31,22 @@ from mullama.engine.kvcache import KvCache
 from mullama.engine.policy import PolicyHost
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
-from mullama.engine.weights import KvMode, NeedsAnotherEngine, SwapReport, Weights
-from mullama.errors import ContextLengthExceeded, EngineDead, InvalidRequest, ModelLoadError, QueueFull, ShuttingDown
+from mullama.engine.weights import SwapReport, Weights
+from mullama.errors import (
+    ContextLengthExceeded,
+    EngineDead,
+    InvalidRequest,
+    ModelLoadError,
+    NeedsAnotherEngine,
+    QueueFull,
+    ShuttingDown,
+)
 from mullama.kv import registry as kv_registry
 from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import namespace_of, pack
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
-from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SeqState
+from mullama.types import Finish, FinishReason, KvMode, ModelInfo, Profile, Request, SeqState
 
 if TYPE_CHECKING:
     from mullama.engine.shadow import Shadow

@@ -6,16 +6,15 @@ the way there. A shadow that is slower than the engine loses observations, count
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
-import os
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mullama.priority import step_back
 from mullama.scheduling import EngineState, Plan, SeqView, registry
 from mullama.simulation import SimConfig
 from mullama.simulation.shadow import Finished, ShadowPolicy
@@ -106,9 +105,7 @@ class Shadow:
             self._predicting = False
 
     def _run(self) -> None:
-        # The engine and the event loop come first.
-        with contextlib.suppress(AttributeError, OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        step_back(10)  # the engine and the event loop come first
         while (message := self._messages.get()) is not None:
             try:
                 message()

@@ -13,7 +13,6 @@ the old weights in charge.
 
 from __future__ import annotations
 
-import enum
 import logging
 import threading
 import time
@@ -23,11 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mullama import faults
+from mullama import abi, faults
 from mullama._core import Carrier, Context, Core, Model
 from mullama.engine import loading
 from mullama.engine.background import in_background
-from mullama.errors import InvalidRequest, ModelLoadError
+from mullama.errors import InvalidRequest, ModelLoadError, NeedsAnotherEngine
+from mullama.types import KvMode
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
@@ -41,19 +41,6 @@ SHARE = 0.6  # of the engine's time, for copying ahead
 LEAST_SLICE_NS = 2_000_000
 MOST_SLICE_NS = 90_000_000
 MOST_POSTPONED_S = 0.1
-
-
-class KvMode(enum.StrEnum):
-    """What becomes of the KV when the weights change."""
-
-    AUTO = "auto"  # carry where that is sound, else recompute
-    CARRY = "carry"
-    RECOMPUTE = "recompute"
-    DRAIN = "drain"  # what runs ends with the old weights (two engines for a while; not one engine's business)
-
-
-class NeedsAnotherEngine(InvalidRequest):
-    """The new model differs so much that it needs slots of another shape: an engine of its own takes over."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -201,13 +188,14 @@ class Swap:
             self.done.set_exception(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Before the commit the old weights simply stay. Afterwards nothing here can fail that a slot does not bear."""
-        log.warning("the weights were not changed: %s", error)
+        """Before the commit the old weights simply stay; after it the new ones do, without what was left behind."""
         self._weights.active = None
-        try:
+        if self._weights.in_charge(self._carrier):
+            log.error("a change of weights broke off after they had taken over", exc_info=error)
+            self._carrier.finish()
+        else:
+            log.warning("the weights were not changed: %s", error)
             self._carrier.abandon()
-        except RuntimeError:
-            log.exception("a change of weights broke off after they had taken over")
         self.done.set_exception(error)
 
 
@@ -231,7 +219,12 @@ class Weights:
         """Let go of the engine, so that nothing waits for the garbage collector."""
         self._post = _ignore
 
+    def in_charge(self, carrier: Carrier) -> bool:
+        """Whether a change has got so far that its weights take the steps."""
+        return self._core.context is carrier.target
+
     def counter(self, name: str) -> int:
+        """A counter as it is now. Engine thread."""
         return self._core.counters_dict()[name]
 
     def swap(
@@ -285,13 +278,14 @@ class Weights:
             call(begin).result()
             moved, recomputed, n_bytes, left = done.result()
         except BaseException as error:
-            context.close()
-            model.close()
+            if self._core.context is not context:  # else it is in charge, and goes with the core
+                context.close()
+                model.close()
             if isinstance(error, InvalidRequest):
                 raise NeedsAnotherEngine(error.message, param="to") from None
             raise
         total_ms = (time.monotonic_ns() - began) / 1e6
-        pause_ns, first_ns = self._first_step(moved + recomputed)
+        pause_ns, first_ns = self._first_step(moved + recomputed, began)
         left.close()
         old.close()
         self._reopen_disk(call)
@@ -318,14 +312,18 @@ class Weights:
             raise NeedsAnotherEngine(f"{new.path} is another model: {reason}", param="to")
         return KvMode.RECOMPUTE
 
-    def _first_step(self, n: int) -> tuple[int, int] | tuple[None, None]:
-        """The pause, and the time at which the first step of the new weights ended; None when nothing ran."""
-        deadline = time.monotonic() + 5
-        while n and self._core.is_switching() and time.monotonic() < deadline:
+    def _first_step(self, n: int, began: int) -> tuple[int, int] | tuple[None, None]:
+        """The pause, and the time at which the first step of the new weights ended; None when nothing ran.
+
+        Read from the page, as anybody would: only the engine thread may write it.
+        """
+        page, deadline = abi.Reader(self._core.page.buffer()), time.monotonic() + 5
+        while n and time.monotonic() < deadline:
+            seen = page.counters()
+            if seen.weight_first_ns > began:
+                return int(seen.weight_pause_ns), int(seen.weight_first_ns)
             time.sleep(0.001)
-        if n == 0 or self._core.is_switching():
-            return None, None
-        return self.counter("weight_pause_ns"), self.counter("weight_first_ns")
+        return None, None
 
     def _reopen_disk(self, call: Callable[[Callable[[], None]], Future[None]]) -> None:
         """The disk tier goes on with what it has of the new weights."""

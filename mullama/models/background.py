@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +11,7 @@ from mullama.errors import PullCancelled, QueueFull, StoreError
 from mullama.models.entry import Entry
 from mullama.models.reference import Reference
 from mullama.models.store import Store
+from mullama.priority import step_back
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +75,7 @@ class RunningPull:
         return self._is_cancelled
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # elsewhere priorities belong to processes
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        step_back(_NICE)
         try:
             self.entry = self._store.pull(self.reference, self._progress, force=self._force)
         except BaseException as error:  # the watchers raise it

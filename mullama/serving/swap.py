@@ -19,14 +19,21 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from mullama.engine.client import EngineClient
-from mullama.errors import BadModelFile, InvalidRequest, ModelLoadError, ModelNotLoaded, MullamaError
+from mullama.errors import (
+    BadModelFile,
+    InvalidRequest,
+    ModelLoadError,
+    ModelNotLoaded,
+    MullamaError,
+    NeedsAnotherEngine,
+)
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease, Resident, Served
 from mullama.serving.targets import Target
+from mullama.types import KvMode
 
 log = logging.getLogger(__name__)
 
-KV_MODES = ("auto", "carry", "recompute", "drain")
 HISTORY = 200  # swaps that are remembered
 
 #: (to, reference, progress, may read files) -> target; blocks
@@ -109,8 +116,8 @@ class Swaps:
     def begin(self, name: str, to: str, kv: str = "auto", *, may_read_files: bool = False) -> SwapRecord:
         """Start a swap; it goes on whoever waits for it. Raises InvalidRequest, ModelNotFound, ModelNotLoaded."""
         served = self._models.get(name)
-        if kv not in KV_MODES:
-            raise InvalidRequest(f"kv: it must be one of {', '.join(KV_MODES)}", param="kv")
+        if kv not in set(KvMode):
+            raise InvalidRequest(f"kv: it must be one of {', '.join(KvMode)}", param="kv")
         if not to:
             raise InvalidRequest("to: a reference, a path or a quantisation is missing", param="to")
         if served.resident is None:
@@ -174,8 +181,6 @@ class Swaps:
     async def _swap(
         self, served: Served, engine: SwappableEngine, target: Target, kv: str, progress: Callable[[str], None]
     ) -> dict[str, Any]:
-        from mullama.engine.weights import NeedsAnotherEngine
-
         size_before = engine.info.size_bytes
         if kv != "drain":
             try:

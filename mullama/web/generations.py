@@ -95,8 +95,7 @@ class Group:
         self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
 
     async def _watch(self, receive: web_request.Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await web_request.until_disconnect(receive)
         # NOTE: uvicorn reports the end of the response the same way; cancelling what has ended does no harm.
         self.disconnected = True
         self.cancel()

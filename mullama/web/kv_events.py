@@ -20,7 +20,7 @@ import orjson
 from mullama.kv.events import KvEvent, KvEventLog
 from mullama.kv.namespaces import short_namespace
 from mullama.kv.tree import TOKEN_BYTES, unpack
-from mullama.web.request import Receive
+from mullama.web.request import Receive, until_disconnect
 from mullama.web.streaming import PING, Silence
 
 MAX_PIECE = 64 << 10  # bytes after which a piece of the body ends
@@ -81,8 +81,7 @@ class KvEventStream:
         self._some.set()
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_disconnect(receive)
         self.end()
 
     def __aiter__(self) -> KvEventStream:

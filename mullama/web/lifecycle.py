@@ -9,11 +9,11 @@ import falcon.asgi
 import msgspec
 import orjson
 
-from mullama.errors import InvalidRequest, NotFound
+from mullama.errors import InvalidRequest, ModelNotLoaded, NotFound
 from mullama.serving.durations import parse_duration
 from mullama.serving.states import Served
 from mullama.serving.swap import SwapRecord
-from mullama.web.request import Receive, Request
+from mullama.web.request import Receive, Request, until_disconnect
 from mullama.web.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
@@ -204,8 +204,7 @@ class SwapStream:
         self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_disconnect(receive)
         self.end()
 
     def __aiter__(self) -> SwapStream:
@@ -254,13 +253,15 @@ class ArbiterView:
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Another policy: round_robin, weighted, or priority. Raises InvalidRequest."""
         body = await self._services.parse(req, lambda data: decode_body(_arbiter_decoder, data))
-        for _, engine in self._services.models.items():
-            engine.set_arbiter_policy(body.policy)
-            break
+        engines = self._services.models.items()
+        if not engines:
+            raise ModelNotLoaded("no model is loaded, so that nobody takes turns")
+        engines[0][1].set_arbiter_policy(body.policy)  # it is the same for all
         resp.data = orjson.dumps(self._snapshot())
 
     def _snapshot(self) -> dict[str, Any]:
-        policy, rows = "round_robin", {}
+        policy: str | None = None
+        rows = {}
         for name, engine in self._services.models.items():
             policy, rows[name] = engine.arbiter_share()
         return {"policy": policy, "models": rows}

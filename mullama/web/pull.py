@@ -24,7 +24,7 @@ from mullama.models.policy import allow_private
 from mullama.models.reference import Reference, parse_spec
 from mullama.models.store import Store, named
 from mullama.web.errors import as_mullama_error
-from mullama.web.request import Receive, Request
+from mullama.web.request import Receive, Request, until_disconnect
 from mullama.web.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
@@ -108,8 +108,7 @@ class Watch:
         self._changed.set()
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_disconnect(receive)
         self.end()
 
     def end(self) -> None:

@@ -13,6 +13,12 @@ from mullama.errors import PayloadTooLarge
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
+async def until_disconnect(receive: Receive) -> None:
+    """Wait until the client is gone (or has been answered: uvicorn reports both the same way)."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 class Request(falcon.asgi.Request):
     """``arrival_ns`` is stamped before any middleware ran (monotonic nanoseconds).
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import sys
-import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +13,13 @@ from urllib.parse import urlsplit
 from mullama.config import ServeConfig
 from mullama.errors import ClientLeft, InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
+from mullama.priority import step_back
 from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
 from mullama.serving.swap import Swaps
 from mullama.web.profile_log import ProfileLog
-from mullama.web.request import Request, read_body
+from mullama.web.request import Request, read_body, until_disconnect
 from mullama.web.security import is_loopback
 
 log = logging.getLogger(__name__)
@@ -35,18 +32,6 @@ LARGE_BODY = 256 << 10
 LARGE_TEXT = 2000
 POOL_THREADS = 2
 POOL_NICE = 10  # about a tenth of a core's time beside a busy compute thread
-
-
-def _step_back() -> None:
-    """Run this thread at low priority: one that tokenises a long text must not take a core from running decodes."""
-    if sys.platform == "linux":  # elsewhere priorities belong to processes
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), POOL_NICE)
-
-
-async def _disconnect(req: Request) -> None:
-    while (await req.receive())["type"] != "http.disconnect":
-        pass
 
 
 class Endless(Protocol):
@@ -70,7 +55,10 @@ class Services:
         self.swaps = swaps or Swaps(models, _no_target, _no_engine)
         self.ping_seconds = ping_seconds
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
-        self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="mullama-web", initializer=_step_back)
+        # One that tokenises a long text must not take a core from running decodes.
+        self._pool = ThreadPoolExecutor(
+            POOL_THREADS, thread_name_prefix="mullama-web", initializer=step_back, initargs=(POOL_NICE,)
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._endless: weakref.WeakSet[Endless] = weakref.WeakSet()
         self.kv_publisher: KvPublisher | None = None
@@ -105,7 +93,7 @@ class Services:
         if lease is not None:
             return lease
         waiting = asyncio.ensure_future(self.models.lease(name))
-        leaving = asyncio.ensure_future(_disconnect(req))
+        leaving = asyncio.ensure_future(until_disconnect(req.receive))
         try:
             await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():

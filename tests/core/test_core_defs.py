@@ -121,6 +121,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "context.Context.cell_bytes": lambda c: c.context.cell_bytes() == {"full": c.context.token_bytes},
     "context.Context.memory": lambda c: sum(c.context.memory()["weights"].values()) > 0,
     "swap.Carrier": lambda k: isinstance(k, Carrier),
+    "swap.Carrier.target": lambda k: isinstance(k.target, Context),
     "swap.Carrier.warm": lambda k: k.warm() in (True, False),
     "swap.Carrier.ahead": lambda k: k.ahead(1000) == 0,
     "swap.Carrier.commit": lambda k: k.commit() == (0, 0),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,6 +163,8 @@ def test_messages_that_are_not_utf8_are_refused(model: Model, messages: bytes) -
 
 NESTED = """
 import sys
+import threading
+import time
 from mullama._core import Model
 from mullama.errors import InvalidRequest
 model = Model(sys.argv[1])
@@ -228,3 +232,29 @@ def test_bos_is_not_doubled(models: Callable[..., Model]) -> None:
 def test_the_template_of_smollm2(real_model: Model) -> None:
     text = chat(real_model, {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"})
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_model_closed_under_a_method_is_freed_when_that_has_ended(tiny_model: Callable[..., Path]) -> None:
+    """No thread may be inside a model that is freed: what it is doing ends, and the next call is refused."""
+    text = "the sun and the others are here " * 20_000
+    expected = Model(tiny_model()).tokenize(text)
+    for _ in range(5):
+        model, results = Model(tiny_model()), []
+        inside = threading.Event()
+
+        def work(model: Model = model, results: list[Any] = results, inside: threading.Event = inside) -> None:
+            inside.set()
+            try:
+                results.append(model.tokenize(text))
+            except ModelLoadError:
+                results.append(None)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        inside.wait()
+        time.sleep(0.005)
+        model.close()
+        thread.join()
+        assert results in ([expected], [None])
+        with pytest.raises(ModelLoadError, match="closed"):
+            model.tokenize("x")

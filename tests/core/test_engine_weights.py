@@ -14,8 +14,8 @@ import pytest
 from core_support import greedy, sampled
 
 from mullama.engine.engine import Engine
-from mullama.engine.weights import NeedsAnotherEngine, why_unsound
-from mullama.errors import EngineDead, InvalidRequest, LoadCancelled, ModelLoadError, ShuttingDown
+from mullama.engine.weights import why_unsound
+from mullama.errors import EngineDead, InvalidRequest, LoadCancelled, ModelLoadError, NeedsAnotherEngine, ShuttingDown
 from mullama.types import FinishReason, Preempt, Request
 
 PROMPTS = ["the sun is here", "all that we have to do here and there and", "I", "of her and the others in it"]
@@ -376,3 +376,25 @@ def test_a_cancel_reaches_the_new_engine(make_engine: Callable[..., Engine]) -> 
     list(generation)
     assert generation.finish is not None
     assert generation.finish.reason is FinishReason.CANCELLED
+
+
+def test_a_swap_that_breaks_off_after_the_commit(
+    make_engine: Callable[..., Engine], twin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that take the steps are never freed, and the next swap works."""
+    engine = make_engine()
+    right = engine._seqs.set_weights
+
+    def broken(*args: Any, **more: Any) -> None:
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(engine._seqs, "set_weights", broken)
+    streams = Streams(engine, requests())
+    wait_for_tokens(engine, 20)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        engine.swap_weights(twin, kv="carry")
+    assert all(streams.join())
+    assert engine.counters()["weight_swaps"] == 1
+    monkeypatch.setattr(engine._seqs, "set_weights", right)
+    assert engine.swap_weights(twin).kv == "carry"
+    assert say(engine, [104, 105])

@@ -11,8 +11,14 @@ import pytest
 from serving_support import TIMEOUT, Engine, World, play, settle, until
 
 from mullama.engine.client import EngineClient
-from mullama.engine.weights import NeedsAnotherEngine
-from mullama.errors import InvalidRequest, ModelBusy, ModelNotFound, ModelNotLoaded, ReferenceNotFound
+from mullama.errors import (
+    InvalidRequest,
+    ModelBusy,
+    ModelNotFound,
+    ModelNotLoaded,
+    NeedsAnotherEngine,
+    ReferenceNotFound,
+)
 from mullama.serving.swap import SwapRecord, Swaps
 from mullama.serving.targets import Target
 
