@@ -31,6 +31,8 @@ class Speaker(Protocol):
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]: ...
 
+    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
+
 
 @dataclass(slots=True)
 class Traveller:
