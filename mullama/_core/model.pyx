@@ -287,8 +287,8 @@ cdef class Model:
     def vocab_facts(self):
         """What tokenising in pieces rests on, of all tokens; the GIL is released.
 
-        ``longest``: bytes of the longest one; ``byte_tokens``: the token of each byte alone, or -1; ``joins``: whether one
-        holds a letter with a space behind it, or may swallow the space between two words.
+        ``longest``: bytes of the longest one; ``byte_tokens``: the token of each byte alone, or -1; ``joins``: whether
+        one holds a letter with a space behind it, or may swallow the space between two words.
         """
         self.check()
         cdef vector[char] buf
