@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--sdist", type=Path, help="use this file instead of downloading (its sha256 is still checked)")
     parser.add_argument("--force", action="store_true", help="fetch again even if the folder is up to date")
     parser.add_argument("--into", type=Path, default=HERE / "llama.cpp", help="where the source goes")
-    parser.add_argument("--pristine", action="store_true", help="leave our patches out, to compare with llama.cpp itself")
+    parser.add_argument("--pristine", action="store_true", help="leave our patches out: llama.cpp as it is published")
     args = parser.parse_args()
     if args.pristine and args.into.resolve() == HERE / "llama.cpp":
         parser.error("--pristine needs --into: mullama is built from the patched source")

@@ -287,18 +287,18 @@ cdef class Model:
     def vocab_facts(self):
         """What tokenising in pieces rests on, of all tokens; the GIL is released.
 
-        ``longest``: bytes of the longest one; ``lone_bytes``: the bytes that have a token each; ``joins``: whether one
-        holds a letter with a space behind it, or may swallow the space between two words.
+        ``longest``: bytes of the longest one; ``byte_tokens``: the token of each byte alone, or -1; ``joins``: whether
+        one holds a letter with a space behind it, or may swallow the space between two words.
         """
         self.check()
         cdef vector[char] buf
-        cdef vector[cbool] lone
+        cdef vector[int32_t] lone
         cdef int32_t token, n, i
         cdef int32_t longest = 0
         cdef int attr
         cdef cbool joins = False
         buf.resize(256)
-        lone.resize(256)
+        lone.resize(256, -1)
         self.enter()
         try:
             with nogil:
@@ -308,12 +308,12 @@ cdef class Model:
                         buf.resize(-n)
                         n = llama_token_to_piece(self.vocab, token, buf.data(), <int32_t> buf.size(), 0, True)
                     longest = max(longest, n)
-                    if n == 1:
-                        lone[<unsigned char> buf[0]] = True
                     for i in range(n - 1):
                         if buf[i + 1] == 0x20 and is_letter(buf[i]):
                             joins = True
                     attr = llama_vocab_get_attr(self.vocab, token)
+                    if n == 1 and lone[<unsigned char> buf[0]] < 0 and not attr & LLAMA_TOKEN_ATTR_CONTROL:
+                        lone[<unsigned char> buf[0]] = token
                     if attr & (LLAMA_TOKEN_ATTR_LSTRIP | LLAMA_TOKEN_ATTR_RSTRIP):
                         joins = True
                     # These are looked for in the text before words are: one may take the space before a word.
@@ -322,7 +322,7 @@ cdef class Model:
                             joins = True
         finally:
             self.leave()
-        return {"longest": longest, "lone_bytes": bytes(i for i in range(256) if lone[i]), "joins": joins}
+        return {"longest": longest, "byte_tokens": [lone[i] for i in range(256)], "joins": joins}
 
     def is_eog(self, int token):
         """Whether a token ends generation."""

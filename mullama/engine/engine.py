@@ -184,6 +184,10 @@ class Engine(KvMethods):
                 n_tokens=error.n,
             ) from None
 
+    def bytes_alone(self, data: bytes) -> list[int]:
+        """The token of each byte, as for a character that has only begun; nothing when the vocabulary lacks one."""
+        return self._tokenizer.bytes_alone(data) if data else []
+
     def detokenize(self, tokens: SequenceOf[int]) -> str:
         """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
         return self.model.detokenize(tokens)

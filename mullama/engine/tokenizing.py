@@ -117,7 +117,7 @@ class Tokenizer:
         if self._model.metadata().get("tokenizer.ggml.model") not in _FAITHFUL:
             return _Ways(cuts=False, eats_space=False, longest=0, vanishing=b"")
         facts = self._model.vocab_facts()
-        vanishing = bytes(byte for byte in range(256) if byte not in facts["lone_bytes"])
+        vanishing = bytes(byte for byte, token in enumerate(facts["byte_tokens"]) if token < 0)
 
         def tokens(text: str) -> list[int]:
             return self._model.tokenize(text, add_special=False)
@@ -129,6 +129,12 @@ class Tokenizer:
             eats_space = whole == tokens("in") + tokens("a")
             cuts = cuts and eats_space
         return _Ways(cuts, eats_space, facts["longest"], vanishing)
+
+    def bytes_alone(self, data: bytes) -> list[int]:
+        """The token of each byte, as for a character that has only begun; nothing when a byte has none."""
+        known = self._model.vocab_facts()["byte_tokens"]
+        tokens = [known[byte] for byte in data]
+        return tokens if min(tokens, default=0) >= 0 else []
 
     def _affixes(self) -> tuple[list[int], list[int]]:
         """The tokens that the vocabulary puts before and behind every text."""

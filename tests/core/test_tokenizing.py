@@ -129,7 +129,7 @@ def test_bytes_that_have_no_token_do_not_count(real_model: Model) -> None:
 
 def test_facts_of_the_vocabulary(model: Model) -> None:
     facts = model.vocab_facts()
-    assert facts == {"longest": tiny.LONG_TOKEN_BYTES, "lone_bytes": bytes(range(256)), "joins": False}
+    assert facts == {"longest": tiny.LONG_TOKEN_BYTES, "byte_tokens": list(range(256)), "joins": False}
 
 
 class WordModel:
@@ -143,7 +143,7 @@ class WordModel:
         return {"tokenizer.ggml.model": "llama"}
 
     def vocab_facts(self) -> dict[str, Any]:
-        return {"longest": 100, "lone_bytes": bytes(range(256)), "joins": self.joins}
+        return {"longest": 100, "byte_tokens": list(range(256)), "joins": self.joins}
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         self.asked.append(text)
