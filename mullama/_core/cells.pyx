@@ -160,7 +160,6 @@ cdef class Cells:
         if self.needs_checkpoint and n != self.core.slots[src].n_past:
             raise ValueError("this model's KV can be copied as a whole only")
         cdef uint64_t start = now_ns()
-        cdef int at = 0, end
         cdef size_t size = 0
         cdef bint ok = True
         if self.core.unified and not self.needs_checkpoint:
@@ -175,14 +174,8 @@ cdef class Cells:
             if ok and n < self.core.slots[src].n_past:
                 ok = llama_memory_seq_rm(self.core.mem, dst, n, -1)
         else:
-            if self.core.state_a.size() < CHUNK * self.token_bytes:
-                self.core.state_a.resize(CHUNK * self.token_bytes)
-            while ok and at < n:
-                end = min(at + CHUNK, n)
-                with nogil:
-                    ok = llama_cells_get_rows(self.core.ctx, 0, src, at, end, self.core.state_a.data()) \
-                        and llama_cells_put_rows(self.core.ctx, 0, dst, at, end, self.core.state_a.data())
-                at = end
+            with nogil:
+                ok = llama_cells_carry_rows(self.core.ctx, src, self.core.ctx, dst, 0, 0, n)
             size = self.token_bytes * n
         if not ok:
             self.core.clear_slot(dst)

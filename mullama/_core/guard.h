@@ -35,22 +35,10 @@ inline int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard 
     return CORE_EXCEPTION;
 }
 
-inline bool guarded_get_rows(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, void * dst,
-                             Guard & guard) noexcept {
+inline bool guarded_carry_rows(llama_context * src, llama_context * dst, llama_seq_id seq, llama_pos p0, llama_pos p1,
+                               Guard & guard) noexcept {
     try {
-        return llama_cells_get_rows(ctx, 0, seq, p0, p1, dst);
-    } catch (const std::exception & e) {
-        guard.keep(e.what());
-    } catch (...) {
-        guard.keep("unknown C++ exception");
-    }
-    return false;
-}
-
-inline bool guarded_put_rows(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, const void * src,
-                             Guard & guard) noexcept {
-    try {
-        return llama_cells_put_rows(ctx, 0, seq, p0, p1, src);
+        return llama_cells_carry_rows(src, seq, dst, seq, 0, p0, p1);
     } catch (const std::exception & e) {
         guard.keep(e.what());
     } catch (...) {

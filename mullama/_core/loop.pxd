@@ -95,9 +95,8 @@ cdef extern from "guard.h" namespace "mullama" nogil:
         CORE_EXCEPTION "mullama::CORE_EXCEPTION"
     cppclass Guard:
         const char * message
-    cbool guarded_get_rows(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, void * dst, Guard & guard)
-    cbool guarded_put_rows(llama_context * ctx, llama_seq_id seq, llama_pos p0, llama_pos p1, const void * src,
-                           Guard & guard)
+    cbool guarded_carry_rows(llama_context * src, llama_context * dst, llama_seq_id seq, llama_pos p0, llama_pos p1,
+                             Guard & guard)
     int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard & guard)
     llama_token guarded_sample(llama_sampler * chain, llama_token_data_array * candidates, Guard & guard)
 

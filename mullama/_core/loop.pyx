@@ -31,7 +31,6 @@ cdef enum:
     RING_BYTES = 1 << 20
     MAX_PIECE = 512
     WARM_UP_PREFILL = 16       # tokens
-    CARRY_TOKENS = 64          # at a time, when KV goes to another context
 
 # A shorter idle time says too little of what others do.
 cdef uint64_t IDLE_LOOK_NS = 200 * 1000 * 1000
@@ -629,16 +628,11 @@ cdef class Core:
     cdef bint carry_rows(self, llama_context * src, llama_context * dst, int slot, int p0, int p1) noexcept nogil:
         """Copy the KV of [p0, p1) of a slot from one context to another. False: one of them refused."""
         cdef size_t token_bytes = self.context.token_bytes
-        cdef int at = p0, end
-        if self.state_a.size() < CARRY_TOKENS * token_bytes:
-            self.state_a.resize(CARRY_TOKENS * token_bytes)
-        while at < p1:
-            end = min(at + <int> CARRY_TOKENS, p1)
-            if not guarded_get_rows(src, slot, at, end, self.state_a.data(), self.guard) \
-                    or not guarded_put_rows(dst, slot, at, end, self.state_a.data(), self.guard):
-                return False
-            self.counters.weight_swap_bytes += (end - at) * token_bytes
-            at = end
+        if p0 >= p1:
+            return True
+        if not guarded_carry_rows(src, dst, slot, p0, p1, self.guard):
+            return False
+        self.counters.weight_swap_bytes += (p1 - p0) * token_bytes
         return True
 
     def evict(self, int slot, int lost=-1):

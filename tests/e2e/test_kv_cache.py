@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import httpx
 from .support import ServerProcess, wait_until
 
 Start = Callable[..., ServerProcess]
+REQUESTS = 500 if os.environ.get("MULLAMA_LONG") else 60
 SYSTEM = "You are the keeper of a lighthouse, and you answer every question about the sea in one short sentence. " * 6
 
 
@@ -116,3 +118,21 @@ def test_determinism_does_not_depend_on_the_cache_or_on_neighbours(start: Start)
     again = [ask(server, question, max_tokens=24) for question in questions]
     assert all(answer["profile"]["kv_cache_hit"] > 400 for answer in again)
     assert [answer["choices"][0]["text"] for answer in again] == alone
+
+
+def test_too_few_cells_for_all_fail_nobody(start: Start) -> None:
+    """Requests that fit alone all succeed where the KV budget holds two or three of eight at a time."""
+    server = start("--parallel", "8", "--ctx-size", "512", "--kv-tokens", "900", "--max-queue", str(REQUESTS))
+    rng = random.Random(7)
+    words = SYSTEM.split()
+    prompts = [f"{i}: " + " ".join(rng.choices(words, k=rng.randint(20, 260))) for i in range(REQUESTS)]
+
+    def send(prompt: str) -> tuple[int, int]:
+        body = {"prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+        reply = httpx.post(server.url + "/v1/completions", json=body, timeout=1200)
+        return reply.status_code, reply.json().get("usage", {}).get("completion_tokens", 0)
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(send, prompts))
+    assert answers == [(200, 24)] * REQUESTS
+    server.assert_kv_sound()
