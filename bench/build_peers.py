@@ -1,4 +1,6 @@
-"""Builds llama.cpp's own tools from the vendored source, with the flags that mullama itself is built with.
+"""Builds llama.cpp's own tools from the pinned source, with the flags that mullama itself is built with.
+
+The source is the one its makers published, without our patches: that is what people run instead of mullama.
 
 The web UI of llama-server is neither built nor downloaded: with ``LLAMA_BUILD_UI=OFF`` and
 ``LLAMA_USE_PREBUILT_UI=OFF`` its build step embeds an empty table and touches no network.
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from bench.common import ROOT, progress
 
-SOURCE = ROOT / "vendor" / "llama.cpp"
+SOURCE = ROOT / "build" / "peers-source"
 BUILD = ROOT / "build" / "peers"
 TARGETS = ("llama-bench", "llama-batched-bench", "llama-server", "llama-quantize")
 
@@ -86,12 +88,20 @@ def build_tools(build: Path = BUILD) -> Tools:
     """
     if shutil.which("cmake") is None:
         raise BuildFailed("cmake was not found: install it (Debian: apt install cmake ninja-build)")
-    # returns at once when the folder matches the lock file and the patches
-    _run([sys.executable, str(ROOT / "vendor" / "fetch.py")], "fetching llama.cpp")
+    # returns at once when the folder matches the lock file
+    fetch = [sys.executable, str(ROOT / "vendor" / "fetch.py"), "--pristine", "--into", str(SOURCE)]
+    _run(fetch, "fetching llama.cpp")
+    _forget_another_source(build / "CMakeCache.txt")
     _run(configure_command(build), "configuring llama.cpp's tools")
     jobs = str(os.cpu_count() or 1)
     _run(["cmake", "--build", str(build), "--target", *TARGETS, "--parallel", jobs], "building", show_steps=True)
     return Tools.at(build)
+
+
+def _forget_another_source(cache: Path) -> None:
+    """CMake refuses a build folder that was made for another source folder, such as a checkout that moved."""
+    if cache.is_file() and f"CMAKE_HOME_DIRECTORY:INTERNAL={SOURCE.as_posix()}\n" not in cache.read_text("utf-8"):
+        cache.unlink()
 
 
 _STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)\]|%\])")  # Ninja's "[12/225]", Make's "[ 12%]"

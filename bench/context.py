@@ -36,6 +36,7 @@ class Context:
     restart: bool = False
     prompt_tokens: int = 140
     max_tokens: int = 64
+    count: int = 0  # prompts of a scenario that takes many of them; 0: as many as it says
     mullama_args: Sequence[str] = ()
     peer_args: Sequence[str] = ()
     _maker: PromptMaker | None = field(default=None, repr=False)

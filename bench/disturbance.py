@@ -20,6 +20,7 @@ from bench.prompts import PromptMaker
 WINDOW_S = 0.5  # rates are looked at in windows of this length
 RECOVERED = 0.9  # of the quiet rate
 SETTLE_S = 1.0
+QUIET_S = 0.5  # between two long prompts
 
 BUSY_LOOP = [sys.executable, "-S", "-c", "while True: pass"]
 
@@ -164,6 +165,7 @@ def long_text(seed: int, n_chars: int) -> str:
 async def _with_long_prompt(server: servers.Server, context: Context, n_chars: int, repeats: int) -> dict[str, Any]:
     maker = context.prompts()
     n_out = min(1024, context.ctx - 32)
+    quiet: list[tuple[int, int]] = []
     spans: list[tuple[int, int]] = []
     answers: list[RawCall] = []
     bodies = [
@@ -178,19 +180,19 @@ async def _with_long_prompt(server: servers.Server, context: Context, n_chars: i
 
     async with clients.background_streams(server.port, 4, request) as calls:
         await asyncio.sleep(2 * SETTLE_S)
-        quiet_begin = time.monotonic_ns()
-        await asyncio.sleep(4 * SETTLE_S)
-        quiet_end = time.monotonic_ns()
         connection = clients.Connection(server.port)
         for body in bodies:
+            # Steps grow longer as the streams do, so quiet times and prompts alternate.
+            begin = time.monotonic_ns()
+            await asyncio.sleep(QUIET_S)
+            quiet.append((begin, time.monotonic_ns()))
             begin = time.monotonic_ns()
             answers.append(await connection.call(body))
             await asyncio.sleep(0.2)  # what it left behind counts too
             spans.append((begin, time.monotonic_ns()))
-            await asyncio.sleep(0.3)
         connection.close()
     streams = [parse(call).chunk_ns for call in calls]
-    before = gaps_within(streams, quiet_begin, quiet_end)
+    before = [gap for begin, end in quiet for gap in gaps_within(streams, begin, end)]
     during = [gap for begin, end in spans for gap in gaps_within(streams, begin, end)]
     parsed = [parse(answer) for answer in answers]
     computed = [out for out in parsed if out.status == 200]
@@ -205,6 +207,7 @@ async def _with_long_prompt(server: servers.Server, context: Context, n_chars: i
         "itl_p99_before_ms": common.percentile(before, 99),
         "itl_p50_during_ms": common.percentile(during, 50),
         "itl_p99_during_ms": common.percentile(during, 99),
+        "itl_p99_ratio": common.percentile(during, 99) / common.percentile(before, 99),
         "itl_max_during_ms": max(during, default=float("nan")),
         "samples_before": len(before),
         "samples_during": len(during),

@@ -4,7 +4,8 @@
 
 No model and no compiled code. The index is filled as chats fill it: system prompts of various lengths, shared by
 conversations of several turns, each turn a stretch for the question and one for the answer. Every timed prompt is
-another one, so that holding it cuts what it must cut; KV is stood for by its size.
+another one, so that holding it cuts what it must cut; KV is stood for by its size. *match* includes packing the tokens;
+*all* is what the engine does for a request: pack, match, hold, and note which stretches served.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ if __package__ in (None, ""):  # started as a file; last on the path, so that th
 
 from bench import common
 from bench.common import progress
-from bench.kv_trace import Rows
+from bench.kv_trace import BOUNDLESS, Rows
+from mullama.kv import registry
+from mullama.kv.tier import HostTier
 from mullama.kv.tree import PrefixTree, pack
 
 VOCABULARY = 49152
@@ -98,25 +101,33 @@ def time_us(call: Callable[[list[int]], object], prompts: Sequence[list[int]]) -
 
 
 def timings(tree: PrefixTree, prompts: Sequence[list[int]]) -> dict[str, float]:
-    """µs of the two ways an engine uses the index, and what the prompts were like."""
+    """µs of what a request costs here, whole and in parts, and what the prompts were like."""
     matches = [tree.match(b"", pack(prompt)) for prompt in prompts]
-
-    def hold(prompt: list[int]) -> None:
-        tree.hold(SLOT, b"", packed[id(prompt)], 1)
+    tier = HostTier(tree, BOUNDLESS, registry.create("lru"))
+    whole_us, hold_us = [], []
+    for prompt in prompts:
+        begin = time.perf_counter_ns()
+        key = pack(prompt)
+        reuse = tree.match(b"", key).n_host
+        middle = time.perf_counter_ns()
+        end = tree.hold(SLOT, b"", key, 1)
+        held = time.perf_counter_ns()
+        tier.touch([node for node in end.path() if node.start < reuse], 1)
+        whole_us.append((time.perf_counter_ns() - begin) / 1e3)
+        hold_us.append((held - middle) / 1e3)
         tree.release(SLOT)
-
     match_us = time_us(lambda prompt: tree.match(b"", pack(prompt)), prompts)
     pack_us = time_us(pack, prompts)
-    packed = {id(prompt): pack(prompt) for prompt in prompts}
-    hold_us = time_us(hold, prompts)
     return {
         "cached": sum(match.n_host for match in matches) / len(matches),
         "stretches": sum(len(match.nodes) for match in matches) / len(matches),
+        "pack p50": common.percentile(pack_us, 50),
         "match p50": common.percentile(match_us, 50),
         "match p99": common.percentile(match_us, 99),
-        "of it pack": common.percentile(pack_us, 50),
         "hold p50": common.percentile(hold_us, 50),
         "hold p99": common.percentile(hold_us, 99),
+        "all p50": common.percentile(whole_us, 50),
+        "all p99": common.percentile(whole_us, 99),
     }
 
 
@@ -155,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print()
     print(common.table(["index", *used], [["memory", *used.values()]]))
     common.write_record(common.record("micro_index", vars(args), {"timings": rows, "memory": used}), args.json)
-    worst = max(row["match p50"] for row in rows.values())
-    print(f"\nmatch, worst median: {worst:.0f} µs ({WANTED_US:g} wanted)")
+    worst = max(row["all p99"] for row in rows.values())
+    print(f"\nall of a request, worst 99th percentile: {worst:.0f} µs ({WANTED_US:g} wanted)")
     return int(worst > WANTED_US)
 
 

@@ -9,8 +9,10 @@ Without ``--url`` it starts ``python -m mullama serve`` and stops it afterwards:
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,22 @@ def check_lengths(outcomes: Sequence[Outcome], prompt_tokens: int, max_tokens: i
     return None
 
 
+def engine_times(server: servers.Server, host: str) -> tuple[int, int] | None:
+    """Nanoseconds that mullama's engine was busy, and of these inside llama_decode. None for other servers."""
+    if server.kind != servers.MULLAMA:
+        return None
+    with urllib.request.urlopen(f"http://{host}:{server.port}/internal/scheduler", timeout=10) as answer:
+        counters = json.load(answer)["counters"]
+    return counters["busy_ns"], counters["decode_ns"]
+
+
+def decode_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+    """The share of the busy time that lay inside llama_decode; None where nothing was computed or nobody counts."""
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    return (after[1] - before[1]) / (after[0] - before[0])
+
+
 def measure(server: servers.Server, host: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     progress("preparing prompts")
     maker = prompt_maker(server, args.seed, host)
@@ -78,6 +96,7 @@ def measure(server: servers.Server, host: str, args: argparse.Namespace) -> list
     loads: list[tuple[str, float]] = [("closed", float(n)) for n in args.clients] + [("open", r) for r in args.rate]
     for kind, amount in loads:
         for i in range(args.rounds):
+            before = engine_times(server, host)
             if kind == "closed":
                 work = [batch(args.requests, 1000 * (i + 1) + c) for c in range(int(amount))]
                 outcomes = clients.run(clients.closed_loop(server.port, work, host=host))
@@ -86,6 +105,7 @@ def measure(server: servers.Server, host: str, args: argparse.Namespace) -> list
                 arrivals = clients.poisson_arrivals(n, amount, args.seed + i)
                 outcomes = clients.run(clients.open_loop(server.port, batch(n, 1000 * i), arrivals, host=host))
             figures = clients.load_figures(outcomes)
+            figures["in_llama_decode"] = decode_share(before, engine_times(server, host))
             figures["warning"] = check_lengths(outcomes, args.prompt_tokens, args.max_tokens)
             progress(f"{kind} {amount:g}, round {i + 1}/{args.rounds}: {common.number(figures.get('tok_s'))} t/s")
             results.append({"load": kind, "amount": amount, "round": i + 1, **figures})
@@ -113,10 +133,11 @@ def report(results: Sequence[dict[str, Any]]) -> str:
                 middle("decode_tok_s"),
                 *(middle("ttft_ms", part) for part in ("p50", "p99")),
                 *(middle("itl_ms", part) for part in ("p50", "p99")),
+                middle("in_llama_decode") if all(row["in_llama_decode"] is not None for row in done) else None,
             ]
         )
     counts = ["load", "requests", "errors", "t/s", "decode t/s a client"]
-    text = common.table([*counts, "TTFT p50 ms", "TTFT p99", "ITL p50 ms", "ITL p99"], rows)
+    text = common.table([*counts, "TTFT p50 ms", "TTFT p99", "ITL p50 ms", "ITL p99", "in llama_decode"], rows)
     warnings = dict.fromkeys(row["warning"] for row in results if row["warning"])
     errors = dict.fromkeys(row["first_error"] for row in results if "first_error" in row)
     return "\n\n".join([text, *(f"NOTE: {line}" for line in [*warnings, *errors])])

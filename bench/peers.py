@@ -23,7 +23,19 @@ if __package__ in (None, ""):  # started as a file; last on the path, so that th
 
 import json
 
-from bench import build_peers, calibrate, common, context, disturbance, equality, models, reuse, scenarios, servers
+from bench import (
+    build_peers,
+    cached_equality,
+    calibrate,
+    common,
+    context,
+    disturbance,
+    equality,
+    models,
+    reuse,
+    scenarios,
+    servers,
+)
 from bench.common import progress
 from bench.context import MULLAMA, PEER, Context, comparison_table
 
@@ -105,6 +117,7 @@ SCENARIOS: dict[str, Scenario] = {
     "eight-sampled": (True, scenarios.eight_sampled, lambda r: comparison_table("eight-sampled", r)),
     "short-ttft": (True, scenarios.short_ttft, lambda r: comparison_table("short-ttft", r)),
     "greedy-equality": (True, equality.greedy_equality, equality.report),
+    "cached-equality": (False, cached_equality.cached_equality, cached_equality.report),
     "itl-under-long-prompt": (True, disturbance.itl_under_long_prompt, disturbance.itl_report),
     "shared-prefix": (False, reuse.shared_prefix, reuse.report_shared),
     "chats": (False, reuse.chats, lambda r: comparison_table("chats", r)),
@@ -156,6 +169,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="most CPU threads, on both servers")
     parser.add_argument("--prompt-tokens", type=int, default=140)
     parser.add_argument("--max-tokens", type=int, default=64, help="out, of the eight-client scenarios")
+    parser.add_argument("--count", type=int, default=0, help="prompts of cached-equality (default: 500)")
     parser.add_argument("--restart", action="store_true", help="never keep both servers loaded at once")
     parser.add_argument("--no-build", action="store_true", help="use what build/peers already holds")
     parser.add_argument("--build-only", action="store_true", help="build the peers and stop")
@@ -187,6 +201,7 @@ def make_context(args: argparse.Namespace, tools: build_peers.Tools) -> Context:
         restart=args.restart,
         prompt_tokens=args.prompt_tokens,
         max_tokens=args.max_tokens,
+        count=args.count,
         mullama_args=args.mullama_arg,
         peer_args=args.peer_arg,
     )

@@ -5,7 +5,8 @@
 
 Parts: ``quants`` swaps one model's quantisations under streams, at two amounts of cached tokens, carrying KV and
 recomputing it; ``models`` swaps two different models under one name; ``switch`` alternates requests between two models
-of which one fits, and between two that both do; ``together`` lets two models decode at once.
+of which one fits, and between two that both do; ``together`` lets two models decode at once; ``quantise`` makes another
+quantisation beside four streams.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from bench.common import percentile, progress
 from bench.models import DEFAULT_MODEL, model_file
 
 QUANTS = ("Q8_0", "Q4_0", "Q4_K_M")
-PARTS = ("quants", "models", "switch", "together")
+PARTS = ("quants", "models", "switch", "together", "quantise")
+QUANTISE_QUIET_S = 4.0
 ADMIN = "bench"  # the key that may name files of the server
 
 
@@ -287,6 +289,54 @@ async def _loaded(port: int, names: Sequence[str], streams: int) -> dict[str, di
     return found
 
 
+async def quantising(files: dict[str, Path], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of four streams before, while and after ``mullama quantize`` works on the same machine."""
+    home = folder / "home"
+    rows: list[dict[str, float]] = []
+    with serve([f"m={files['Q8_0']}"], ctx=1024, parallel=8) as server:
+
+        def make(i: int) -> bytes:
+            return clients.completion_request(servers.MULLAMA, f"Chapter {i}: It was", 512)
+
+        async with clients.background_streams(server.port, 4, make) as calls:
+            await asyncio.sleep(3)
+            for i in range(args.rounds):
+                marks = [time.monotonic_ns()]
+                await asyncio.sleep(QUANTISE_QUIET_S)
+                marks.append(time.monotonic_ns())
+                for k in range(2):
+                    await _quantise(files["Q8_0"], f"variant-{i}-{k}", home)
+                marks.append(time.monotonic_ns())
+                await asyncio.sleep(QUANTISE_QUIET_S)
+                marks.append(time.monotonic_ns())
+                before, during, after = (rate_between(calls, *span) for span in itertools.pairwise(marks))
+                row = {
+                    "before": before,
+                    "during": during,
+                    "after": after,
+                    "quantise_s": (marks[2] - marks[1]) / 2e9,
+                    "of_quiet": 2 * during / (before + after),
+                }
+                rows.append(row)
+                progress("quantise: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {"rounds": rows}
+
+
+async def _quantise(model: Path, name: str, home: Path) -> None:
+    """Run ``mullama quantize`` into a store of its own. Raises SystemExit when it fails."""
+    command = [sys.executable, "-P", "-m", "mullama", "quantize", str(model), "Q4_K_M", "--name", name]
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        env={**os.environ, "MULLAMA_HOME": str(home)},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await process.communicate()
+    if process.returncode:
+        raise SystemExit(f"mullama quantize exited with {process.returncode}: {said.decode()[-500:]}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the model whose quantisations are swapped")
@@ -318,6 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results["switch"] = clients.run(switching(files, folder, args))
         if "together" in parts:
             results["together"] = clients.run(together(files, args))
+        if "quantise" in parts:
+            results["quantise"] = clients.run(quantising(files, folder, args))
     flags = {key: str(value) for key, value in vars(args).items()}
     path = common.write_record(common.record("swap", flags, results), args.json)
     print(json.dumps(results, indent=2))

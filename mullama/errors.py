@@ -42,9 +42,16 @@ class NeedsAnotherEngine(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt does not fit the context one request may use."""
+    """The prompt does not fit the context one request may use.
+
+    ``n_tokens``: how many it has, or at least has; None where that was not counted.
+    """
 
     code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, param: str | None = None, n_tokens: int | None = None) -> None:
+        super().__init__(message, param=param)
+        self.n_tokens = n_tokens
 
 
 class AuthenticationError(MullamaError):

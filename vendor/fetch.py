@@ -38,11 +38,11 @@ def patches() -> list[Path]:
     return sorted((HERE / "patches").glob("*.patch"))
 
 
-def stamp_text(lock: dict) -> str:
+def stamp_text(lock: dict, patched: list[Path]) -> str:
     """Identify source and patches, so that a changed patch refetches instead of building stale code."""
     digest = hashlib.sha256(lock["sdist_sha256"].encode())
     digest.update("\n".join(lock["paths"]).encode())
-    for patch in patches():
+    for patch in patched:
         digest.update(patch.read_bytes())
     return digest.hexdigest()
 
@@ -108,8 +108,8 @@ def unpack(sdist: Path, lock: dict, into: Path) -> None:
         raise FetchError(f"the archive lacks {', '.join(missing)}")
 
 
-def apply_patches(into: Path) -> None:
-    for patch in patches():
+def apply_patches(into: Path, patched: list[Path]) -> None:
+    for patch in patched:
         print(f"vendor: applying {patch.name}", flush=True)
         if shutil.which("patch") is not None:
             command = ["patch", "-p1", "--no-backup-if-mismatch", "-i", str(patch)]
@@ -123,21 +123,23 @@ def apply_patches(into: Path) -> None:
             raise FetchError(f"{patch.name} does not apply to llama.cpp {read_lock()['upstream_commit']}")
 
 
-def fetch(sdist: Path | None, force: bool) -> None:
+def fetch(sdist: Path | None, force: bool, target: Path = HERE / "llama.cpp", pristine: bool = False) -> None:
+    """Have the source in ``target``, with our patches or as its makers published it."""
     lock = read_lock()
-    target = HERE / "llama.cpp"
+    patched = [] if pristine else patches()
     stamp = target / STAMP
-    if not force and stamp.exists() and stamp.read_text() == stamp_text(lock):
+    if not force and stamp.exists() and stamp.read_text() == stamp_text(lock, patched):
         return
-    with tempfile.TemporaryDirectory(dir=HERE, prefix=".fetch-") as scratch:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
         if sdist is None:
             sdist = download(lock, Path(scratch))
         verify(sdist, lock)
         print(f"vendor: unpacking llama.cpp {lock['upstream_commit']}", flush=True)
         unpacked = Path(scratch) / "llama.cpp"
         unpack(sdist, lock, unpacked)
-        apply_patches(unpacked)
-        (unpacked / STAMP).write_text(stamp_text(lock))
+        apply_patches(unpacked, patched)
+        (unpacked / STAMP).write_text(stamp_text(lock, patched))
         if target.exists():
             shutil.rmtree(target)
         unpacked.rename(target)
@@ -147,9 +149,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sdist", type=Path, help="use this file instead of downloading (its sha256 is still checked)")
     parser.add_argument("--force", action="store_true", help="fetch again even if the folder is up to date")
+    parser.add_argument("--into", type=Path, default=HERE / "llama.cpp", help="where the source goes")
+    parser.add_argument("--pristine", action="store_true", help="leave our patches out: llama.cpp as it is published")
     args = parser.parse_args()
+    if args.pristine and args.into.resolve() == HERE / "llama.cpp":
+        parser.error("--pristine needs --into: mullama is built from the patched source")
     try:
-        fetch(args.sdist, args.force)
+        fetch(args.sdist, args.force, args.into, args.pristine)
     except (FetchError, OSError, tarfile.TarError) as error:
         print(f"vendor/fetch.py: {error}", file=sys.stderr)
         return 1

@@ -31,7 +31,7 @@ inline uint64_t now_ns() {
 
 inline void sleep_us(int us) { std::this_thread::sleep_for(std::chrono::microseconds(us)); }
 
-// How many cores other processes kept busy since the last call. Negative: this system does not say.
+// How many cores other processes of usual priority kept busy since the last call. Negative: this system does not say.
 class NeighbourLoad {
   public:
     double read() {
@@ -72,7 +72,9 @@ class NeighbourLoad {
                                   &v[0], &v[1], &v[2], &v[3], &v[4], &v[5], &v[6], &v[7]);
         std::fclose(file);
         if (n < 4) return false;
-        busy = v[0] + v[1] + v[2] + v[5] + v[6] + v[7];
+        // Not v[1]: who runs at a low priority yields to the decodes. Fewer threads would hand it the core that it does
+        // not ask for; one that disturbs nevertheless shows in the times of the decodes.
+        busy = v[0] + v[2] + v[5] + v[6] + v[7];
         return true;
     }
 #endif

@@ -181,6 +181,11 @@ cdef extern from "llama.h" nogil:
     llama_token llama_vocab_bos(const llama_vocab * vocab)
     llama_token llama_vocab_eos(const llama_vocab * vocab)
     cbool llama_vocab_get_add_bos(const llama_vocab * vocab)
+    int llama_vocab_get_attr(const llama_vocab * vocab, llama_token token)
+    int LLAMA_TOKEN_ATTR_LSTRIP
+    int LLAMA_TOKEN_ATTR_RSTRIP
+    int LLAMA_TOKEN_ATTR_CONTROL
+    int LLAMA_TOKEN_ATTR_USER_DEFINED
     cbool llama_vocab_is_eog(const llama_vocab * vocab, llama_token token)
     int32_t llama_tokenize(const llama_vocab * vocab, const char * text, int32_t n, llama_token * tokens,
                            int32_t n_max, cbool add_special, cbool parse_special) except +

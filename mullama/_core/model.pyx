@@ -105,6 +105,12 @@ cdef cbool _on_progress(float progress, void * user_data) noexcept with gil:
         return False
 
 
+cdef inline cbool is_letter(char byte) noexcept nogil:
+    """An ASCII letter, or a byte of a character beyond ASCII, which may be one."""
+    cdef unsigned char c = <unsigned char> byte
+    return c >= 0x80 or 0x61 <= (c | 0x20) <= 0x7A
+
+
 cdef class Model:
     """A GGUF model. ``vocab_only`` loads no weights: enough to tokenise and to read metadata."""
 
@@ -277,6 +283,46 @@ cdef class Model:
             digest.update(llama_vocab_get_text(self.vocab, token))
             digest.update(b"\0")
         return digest.hexdigest()
+
+    def vocab_facts(self):
+        """What tokenising in pieces rests on, of all tokens; the GIL is released.
+
+        ``longest``: bytes of the longest one; ``byte_tokens``: the token of each byte alone, or -1; ``joins``: whether
+        one holds a letter with a space behind it, or may swallow the space between two words.
+        """
+        self.check()
+        cdef vector[char] buf
+        cdef vector[int32_t] lone
+        cdef int32_t token, n, i
+        cdef int32_t longest = 0
+        cdef int attr
+        cdef cbool joins = False
+        buf.resize(256)
+        lone.resize(256, -1)
+        self.enter()
+        try:
+            with nogil:
+                for token in range(self.n_vocab):
+                    n = llama_token_to_piece(self.vocab, token, buf.data(), <int32_t> buf.size(), 0, True)
+                    if n < 0:
+                        buf.resize(-n)
+                        n = llama_token_to_piece(self.vocab, token, buf.data(), <int32_t> buf.size(), 0, True)
+                    longest = max(longest, n)
+                    for i in range(n - 1):
+                        if buf[i + 1] == 0x20 and is_letter(buf[i]):
+                            joins = True
+                    attr = llama_vocab_get_attr(self.vocab, token)
+                    if n == 1 and lone[<unsigned char> buf[0]] < 0 and not attr & LLAMA_TOKEN_ATTR_CONTROL:
+                        lone[<unsigned char> buf[0]] = token
+                    if attr & (LLAMA_TOKEN_ATTR_LSTRIP | LLAMA_TOKEN_ATTR_RSTRIP):
+                        joins = True
+                    # These are looked for in the text before words are: one may take the space before a word.
+                    if attr & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_USER_DEFINED) and n > 0:
+                        if buf[0] == 0x20 and (n == 1 or is_letter(buf[1])):
+                            joins = True
+        finally:
+            self.leave()
+        return {"longest": longest, "byte_tokens": [lone[i] for i in range(256)], "joins": joins}
 
     def is_eog(self, int token):
         """Whether a token ends generation."""

@@ -5,7 +5,7 @@ No compiled code is imported here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from mullama.kv.events import KvEventLog
@@ -52,6 +52,14 @@ class EngineClient(Protocol):
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text. The GIL is released while it works. Raises InvalidRequest for lone surrogates."""
+
+    def prompt_tokens(
+        self, text: str, *, most: int | None = None, between: Callable[[], None] | None = None
+    ) -> list[int]:
+        """What ``tokenize`` gives, worked out in pieces; ``between`` is called from one to the next.
+
+        Raises ContextLengthExceeded as soon as there are surely more than ``most``, InvalidRequest.
+        """
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of token ids, malformed UTF-8 replaced by U+FFFD."""

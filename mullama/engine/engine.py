@@ -31,6 +31,7 @@ from mullama.engine.kvcache import KvCache
 from mullama.engine.policy import PolicyHost
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
+from mullama.engine.tokenizing import Tokenizer, TooManyTokens
 from mullama.engine.weights import SwapReport, Weights
 from mullama.errors import (
     ContextLengthExceeded,
@@ -70,6 +71,7 @@ class Engine(KvMethods):
 
     def __init__(self, model: Model, core: Core, info: ModelInfo, config: ServeConfig) -> None:
         self.model = model
+        self._tokenizer = Tokenizer(lambda: self.model)
         self.config = config
         self._core = core
         self._policy = PolicyHost(
@@ -168,6 +170,25 @@ class Engine(KvMethods):
         """Token ids of a text. The GIL is released while it works. Raises InvalidRequest for lone surrogates."""
         return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
+    def prompt_tokens(
+        self, text: str, *, most: int | None = None, between: Callable[[], None] | None = None
+    ) -> list[int]:
+        """The tokens of a prompt, worked out in pieces (see EngineClient.prompt_tokens)."""
+        try:
+            return self._tokenizer.tokenize(text, most=most, between=between)
+        except TooManyTokens as error:
+            at_least = "" if error.is_all else "at least "
+            raise ContextLengthExceeded(
+                f"the prompt has {at_least}{error.n} tokens; one request may use {self.info.n_ctx}, "
+                "completion included",
+                param="prompt",
+                n_tokens=error.n,
+            ) from None
+
+    def bytes_alone(self, data: bytes) -> list[int]:
+        """The token of each byte, as for a character that has only begun; nothing when the vocabulary lacks one."""
+        return self._tokenizer.bytes_alone(data) if data else []
+
     def detokenize(self, tokens: SequenceOf[int]) -> str:
         """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
         return self.model.detokenize(tokens)
@@ -238,6 +259,7 @@ class Engine(KvMethods):
             raise ContextLengthExceeded(
                 f"the prompt has {n} tokens; one request may use {self.info.n_ctx}, completion included",
                 param="prompt",
+                n_tokens=n,
             )
         if min(request.prompt) < 0 or max(request.prompt) >= self.info.n_vocab:
             raise InvalidRequest(f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt")

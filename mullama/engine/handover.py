@@ -7,6 +7,7 @@ with the old engine to its end.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import logging
 from dataclasses import dataclass
@@ -27,9 +28,13 @@ log = logging.getLogger("mullama.engine")
 
 
 class Speaker(Protocol):
-    """What is needed of a model: an engine, or its Model."""
+    """What is needed of an engine."""
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]: ...
+
+    def bytes_alone(self, data: bytes) -> list[int]: ...
+
+    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
 
 
 @dataclass(slots=True)
@@ -87,8 +92,12 @@ def _translate(
     else:
         text = core.model.detokenize(request.prompt, special=True)
         prompt = speaker.tokenize(text, add_special=True, parse_special=True)
-    answer = core.model.detokenize(known[len(request.prompt) :])
-    tokens = [*prompt, *speaker.tokenize(answer, add_special=False, parse_special=False)]
+    # A character that has only begun waits in the slot for its other bytes: the new model goes on behind the first.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    answer = decoder.decode(core.model.detokenize_bytes(known[len(request.prompt) :]))
+    begun = decoder.getstate()[0]
+    spoken = speaker.tokenize(answer, add_special=False, parse_special=False)
+    tokens = [*prompt, *spoken, *speaker.bytes_alone(begun)]
     return prompt, tokens, len(tokens)
 
 

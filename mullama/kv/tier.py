@@ -86,9 +86,9 @@ class HostTier:
         for node in nodes:
             node.used_ns = now_ns
             node.hits += 1
-        for node in nodes:
-            if node in self._valid:
-                self._push(node, now_ns)
+        valid = self._valid
+        for node in [node for node in nodes if node in valid]:
+            self._push(node, now_ns)
 
     def make_room(self, n_bytes: int, now_ns: int, keep: Node | None = None) -> bool:
         """Evict until ``n_bytes`` more fit. ``keep`` and what is above it stay, and so does what is pinned.

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 #: Devices are hidden: a child works on the CPU, and a driver wants more address space than its limit allows.
 _NO_DEVICES = {"CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1", "GGML_VK_VISIBLE_DEVICES": ""}
@@ -61,6 +62,17 @@ def become_child(niceness: int) -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.environ.get(_PARENT) not in (None, str(os.getppid())):  # it ended before the call
             os._exit(1)
+
+
+def yield_to_other_sessions(niceness: int) -> None:
+    """Let this child's session, which is its alone (``start``), have a low priority among sessions. Never raises.
+
+    Where Linux shares the cores among sessions first (autogroups), the priority of a process counts within its own one
+    only: beside a server that was started elsewhere, a child of the lowest priority still gets half of the cores.
+    """
+    if sys.platform == "linux" and os.getsid(0) == os.getpid():
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def signal_name(number: int) -> str:

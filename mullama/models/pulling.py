@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mullama.errors import StoreError
 from mullama.faults import crash_point
@@ -62,13 +62,24 @@ def pull(store: Store, reference: Reference, progress: Progress, *, force: bool)
 
 
 def place_made(
-    store: Store, path: Path, key: str, variant_of: str | None, quant: str | None, filename: str, progress: Progress
+    store: Store,
+    path: Path,
+    key: str,
+    variant_of: str | None,
+    quant: str | None,
+    filename: str,
+    progress: Progress,
+    made_of: Entry | None = None,
 ) -> Entry:
     """See ``Store.add_file``."""
     header = gguf.check(path, label=key)
     size = path.stat().st_size
     digest = hash_file(path, lambda done: progress("hashing", done, size))
-    base = store.read(variant_of) if variant_of is not None else None
+    base = made_of or (store.read(variant_of) if variant_of is not None else None)
+    # What came beside the weights holds for every quantisation of them.
+    beside: dict[str, Any] = {}
+    if base is not None:
+        beside = {name: getattr(base, name) for name in ("defaults", "template", "system", "license_text")}
     entry = Entry(
         key=key.lower(),
         source=MADE,
@@ -80,6 +91,7 @@ def place_made(
         pulled_at=_now(),
         quant=quant,
         variant_of=variant_of,
+        **beside,
     )
     with store.store_lock():
         _place_blob(store, path, digest)

@@ -106,6 +106,7 @@ def quantize_variant(
             return store.add_file(
                 target, key=key, variant_of=source.key, quant=ftype,
                 filename=_filename(source.filename, ftype), progress=progress,
+                made_of=model if isinstance(model, Entry) else None,
             )  # fmt: skip
 
 

@@ -207,8 +207,12 @@ class Store:
         quant: str | None = None,
         filename: str | None = None,
         progress: Progress = no_progress,
+        made_of: Entry | None = None,
     ) -> Entry:
         """Move a finished file of :meth:`temp_folder` into the store, under a new key; one of that key is replaced.
+
+        ``made_of``, or else the entry of ``variant_of``, gives it its licence and what came beside the weights:
+        parameters, template, system message.
 
         Raises StoreError (disk), ModelLoadError (not a sound GGUF), ConfigError (a key that cannot be a name).
         """
@@ -217,7 +221,7 @@ class Store:
         check_name(key)
         with disk_errors(f"keep {key} in the store {self.root}"):
             self.make_folders()
-            return place_made(self, path, key, variant_of, quant, filename or path.name, progress)
+            return place_made(self, path, key, variant_of, quant, filename or path.name, progress, made_of)
 
     @contextlib.contextmanager
     def temp_folder(self) -> Iterator[Path]:

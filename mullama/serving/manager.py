@@ -77,7 +77,7 @@ class ModelManager:
         self._clock = clock
         self._served: dict[str, Served] = {}
         self._closing: dict[asyncio.Future[None], int] = {}  # engines that are being closed, and their bytes
-        self._left: set[Resident] = set()  # replaced, and not closed yet
+        self._left: dict[Resident, int] = {}  # replaced, and not closed yet; their bytes
         self._tasks: set[asyncio.Task[None]] = set()
         self._wanted: list[Served] = []  # to be loaded, in this order
         self._changed = asyncio.Event()  # somebody went idle, or came
@@ -204,6 +204,14 @@ class ModelManager:
             return None
         return served.resident.lease(served.name, is_hold=True)
 
+    def borrow(self, name: str | None) -> Lease:
+        """A hold on an engine in whatever state, for a look or a change that does not take long: it is closed after
+        that. Raises ModelNotFound, ModelNotLoaded."""
+        name, _ = self.resolve(name)
+        resident = self._served[name].resident
+        assert resident is not None
+        return resident.lease(name, is_hold=True)
+
     async def lease(self, name: str | None) -> Lease:
         """A lease, once the model is loaded. Cancel to give up waiting.
 
@@ -326,6 +334,9 @@ class ModelManager:
         try:
             while not self._fits(served) and served.waiters and not self._is_ending:
                 self._changed.clear()
+                if self._left and self._fits(served, with_left=False):
+                    await self._changed.wait()  # an engine that was replaced ends soon, and nobody needs to go
+                    continue
                 victim = self._victim(served)
                 if not self._n_leases(victim):
                     await self._unload(victim, wait=False)
@@ -376,13 +387,18 @@ class ModelManager:
         if not self.memory_budget:
             return False
         loaded = sum(one.n_bytes for one in self._served.values() if one.resident is not None)
-        return loaded + sum(self._closing.values()) + served.n_bytes <= self.memory_budget
+        ending = sum(self._closing.values()) + sum(self._left.values())
+        return loaded + ending + served.n_bytes <= self.memory_budget
 
-    def _fits(self, served: Served) -> bool:
+    def _fits(self, served: Served, *, with_left: bool = True) -> bool:
+        """Whether there is room for it; ``with_left``: beside the engines that were replaced and still drain."""
         loaded = [one for one in self._served.values() if one.resident is not None and one is not served]
         if self.max_models and len(loaded) >= self.max_models:
             return False
-        return not self.memory_budget or sum(one.n_bytes for one in loaded) + served.n_bytes <= self.memory_budget
+        left = sum(self._left.values()) if with_left else 0
+        return (
+            not self.memory_budget or sum(one.n_bytes for one in loaded) + left + served.n_bytes <= self.memory_budget
+        )
 
     def _view(self, one: Served, now: float) -> ModelView:
         in_use = self._n_leases(one)
@@ -434,7 +450,9 @@ class ModelManager:
         if resident is None:
             return served
         if resident.n_leases and not force:
-            what = f"answers {served.in_use} requests now" if served.in_use else "changes its weights now"
+            what = (
+                f"answers {served.in_use} requests now" if served.in_use else "is looked at or changes its weights now"
+            )
             raise ModelBusy(f"'{served.name}' {what}; unload it with force")
         # An engine that drains takes no request any more: whoever asked may leave, and it is unloaded all the same.
         task = asyncio.get_running_loop().create_task(self._unload_now(served, resident, timeout_s))
@@ -463,10 +481,10 @@ class ModelManager:
         old = served.resident
         if old is None:
             raise ModelNotLoaded(f"'{name}' is not loaded", param="model")
+        self._left[old] = served.n_bytes
         # What a model takes beside its weights is taken to stay.
         served.n_bytes = max(served.n_bytes - old.engine.info.size_bytes, 0) + engine.info.size_bytes
         served.reference = reference or served.reference
-        self._left.add(old)
         self._install(served, engine)
         return old
 
@@ -497,8 +515,12 @@ class ModelManager:
     async def retire(self, resident: Resident) -> None:
         """Close an engine that was replaced and that nobody uses any more."""
         await resident.idle()
-        self._left.discard(resident)
-        await asyncio.to_thread(resident.engine.close)
+        n_bytes = self._left.pop(resident, 0)
+        closing = asyncio.ensure_future(asyncio.to_thread(resident.engine.close))
+        self._closing[closing] = n_bytes
+        closing.add_done_callback(self._closing.pop)
+        self._changed.set()  # its room is free as soon as it is closed
+        await closing
 
     # -- keep-alive -------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,8 @@ import falcon.asgi
 import msgspec
 
 from mullama.engine.client import EngineClient
+from mullama.engine.handover import Speaker
+from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.context import ContextPolicy, Dropped, Room, drop_turns, policy_for, without
 from mullama.web.generations import Group, Reply
@@ -43,15 +45,18 @@ class ChatCompletions:
         services, engine = self._services, lease.engine
         options = options_of(call.body, engine.info)
         services.keep_alive(call.model, call.body.keep_alive)
-        prompt = await services.offload(
-            len(call.messages_json) > LARGE_TEXT, partial(_prompt, engine, call.messages_json)
-        )
         info = engine.info
         policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
         room = Room(info.n_ctx, options.sampling.max_tokens)
+        is_large = len(call.messages_json) > LARGE_TEXT
+        pace = services.pace() if is_large else None
+        most = None if policy.truncates else room.limit
+        prompt = await services.offload(is_large, partial(_prompt, engine, call.messages_json, most, pace))
         dropped = None
         if policy.truncates and len(prompt) > room.wanted:
-            prompt, dropped = await services.offload(True, partial(_cut, engine, call, prompt, policy, room))
+            prompt, dropped = await services.offload(
+                True, partial(_cut, engine, call, prompt, policy, room, services.pace())
+            )
         group = Group(
             services,
             lease,
@@ -62,26 +67,37 @@ class ChatCompletions:
             options=options.of_tenant(req.tenant),
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
-            translate=partial(_prompt, messages_json=call.messages_json) if dropped is None else None,
+            translate=partial(_translated, messages_json=call.messages_json) if dropped is None else None,
         )
         return group, options, dropped
 
 
-def _prompt(engine: EngineClient, messages_json: bytes) -> list[int]:
-    text = engine.render_chat(messages_json)
+def _prompt(engine: EngineClient, messages_json: bytes, most: int | None, pace: Callable[[], None] | None) -> list[int]:
     # render_chat leaves out a BOS that the vocabulary adds by itself.
-    return engine.tokenize(text, add_special=True, parse_special=True)
+    return engine.prompt_tokens(engine.render_chat(messages_json), most=most, between=pace)
+
+
+def _translated(speaker: Speaker, messages_json: bytes) -> list[int]:
+    """The prompt as another model takes it, to which a swap moves the request."""
+    return speaker.tokenize(speaker.render_chat(messages_json), add_special=True, parse_special=True)
 
 
 def _cut(
-    engine: EngineClient, call: ChatCall, whole: list[int], policy: ContextPolicy, room: Room
+    engine: EngineClient, call: ChatCall, whole: list[int], policy: ContextPolicy, room: Room, pace: Callable[[], None]
 ) -> tuple[list[int], Dropped | None]:
     """The prompt of the chat less what ``policy`` drops, and what that is. Raises ContextLengthExceeded."""
 
-    def prompt_of(messages: Sequence[Message]) -> list[int]:
-        return _prompt(engine, msgspec.json.encode(messages))
+    def prompt_of(messages: Sequence[Message], most: int | None = None) -> list[int]:
+        return _prompt(engine, msgspec.json.encode(messages), most, pace)
 
-    span = drop_turns(call.messages, lambda kept: len(prompt_of(kept)), policy, room, n_whole=len(whole))
+    def fits(messages: Sequence[Message]) -> bool:
+        try:
+            prompt_of(messages, room.wanted)
+        except ContextLengthExceeded:
+            return False
+        return True
+
+    span = drop_turns(call.messages, lambda kept: len(prompt_of(kept)), policy, room, n_whole=len(whole), fits=fits)
     if not span:
         return whole, None
     prompt = prompt_of(without(call.messages, span))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,14 +60,16 @@ class Completions:
         options = options_of(call.body, engine.info)
         asked = completion_prompts(call.body, options, engine.info)
         services.keep_alive(call.model, call.body.keep_alive)
-        size = sum(len(prompt) for prompt in asked)
-        prompts = await services.offload(size > LARGE_TEXT, partial(_tokens, engine, asked))
-        echoes = None
-        if call.body.echo:
-            echoes = await services.offload(size > LARGE_TEXT, partial(_echoes, engine, asked, options.n))
         info = engine.info
         policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
         room = Room(info.n_ctx, options.sampling.max_tokens)
+        size = sum(len(prompt) for prompt in asked)
+        pace = services.pace() if size > LARGE_TEXT else None
+        most = None if policy.truncates else room.limit
+        prompts = await services.offload(size > LARGE_TEXT, partial(_tokens, engine, asked, most, pace))
+        echoes = None
+        if call.body.echo:
+            echoes = await services.offload(size > LARGE_TEXT, partial(_echoes, engine, asked, options.n))
         dropped: list[Dropped | None] = []
         if policy.truncates and any(len(prompt) > room.wanted for prompt in prompts):
             prompts, dropped = await services.offload(True, partial(_cut, engine, prompts, policy, room))
@@ -85,9 +87,11 @@ class Completions:
         return group, options, echoes, dropped
 
 
-def _tokens(engine: EngineClient, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+def _tokens(
+    engine: EngineClient, prompts: Sequence[str | list[int]], most: int | None, pace: Callable[[], None] | None
+) -> list[list[int]]:
     return [
-        engine.tokenize(prompt, add_special=True, parse_special=True) if isinstance(prompt, str) else prompt
+        engine.prompt_tokens(prompt, most=most, between=pace) if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
 

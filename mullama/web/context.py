@@ -148,11 +148,13 @@ def drop_turns(
     room: Room,
     *,
     n_whole: int,
+    fits: Callable[[Sequence[M]], bool] | None = None,
 ) -> range:
     """The messages that ``policy`` takes out of a chat of ``n_whole`` tokens so that it fits; an empty span: none.
 
-    ``count`` says how many tokens a chat has. It is asked about the largest cut and then by bisection, so if fewer
-    messages never have more tokens, the span is the shortest that fits. Where even the largest cut leaves the
+    ``count`` says how many tokens a chat has, ``fits`` whether a chat has at most those wanted, which can be cheaper.
+    ``count`` is asked about the largest cut, ``fits`` then by bisection, so if fewer messages never have more tokens,
+    the span is the shortest that fits. Where even the largest cut leaves the
     completion less than it wants, that cut is taken if the rest fits at all: no policy refuses what ``error`` takes.
     Raises ContextLengthExceeded with the sizes.
     """
@@ -160,10 +162,12 @@ def drop_turns(
         return NOTHING
     spans = _cuts([message.role for message in messages], policy)
 
-    def size(span: range) -> int:
-        return count(without(messages, span))
+    if fits is None:
 
-    n_least = size(spans[-1]) if spans else n_whole
+        def fits(kept: Sequence[M]) -> bool:
+            return count(kept) <= room.wanted
+
+    n_least = count(without(messages, spans[-1])) if spans else n_whole
     if n_least > room.wanted:
         if min(n_least, n_whole) > room.limit:
             raise ContextLengthExceeded(
@@ -175,7 +179,7 @@ def drop_turns(
     low, high = -1, len(spans) - 1  # spans[high] fits; spans[low] does not, and below them all is the whole chat
     while high - low > 1:
         middle = (low + high) // 2
-        if size(spans[middle]) <= room.wanted:
+        if fits(without(messages, spans[middle])):
             high = middle
         else:
             low = middle

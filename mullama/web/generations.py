@@ -67,6 +67,7 @@ class Group:
         self._watcher: asyncio.Task[None] | None = None
         self._closed = False
         self._lease = lease
+        services.n_open += 1
         engine = lease.engine
         salt = salt_of(options.tenant if services.config.cache_salt_per_key else None, options.cache_salt)
         num_choices = len(prompts) * options.n
@@ -134,6 +135,7 @@ class Group:
             self._watcher.cancel()
         self.cancel()
         self._lease.release()
+        self._services.n_open -= 1
         if self._services.profile_log is not None:
             for generation in self.generations:
                 if generation.finish is not None:

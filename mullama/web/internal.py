@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import falcon.asgi
@@ -24,8 +26,11 @@ class Internal:
     def __init__(self, models: ModelManager) -> None:
         self._models = models
 
-    def _engine(self, req: Request) -> tuple[str, EngineClient]:
-        return self._models.resolve(req.get_param("model"))
+    @contextlib.contextmanager
+    def _lease(self, req: Request) -> Iterator[tuple[str, EngineClient]]:
+        """The engine that is asked about, which stays until this is done. Raises ModelNotFound, ModelNotLoaded."""
+        with self._models.borrow(req.get_param("model")) as lease:
+            yield lease.name, lease.engine
 
 
 class Policies(Internal):
@@ -53,37 +58,37 @@ class Policies(Internal):
 class SchedulerView(Policies):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Policy, parameters, waiting and running sequences, step counters. Raises ModelNotFound."""
-        name, engine = self._engine(req)
-        resp.data = dump(name, engine.scheduler_snapshot())
+        with self._lease(req) as (name, engine):
+            resp.data = dump(name, engine.scheduler_snapshot())
 
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Put another policy in charge from the next step on. Raises InvalidRequest; then the running one stays."""
-        name, engine = self._engine(req)
-        change = await self._change(req)
-        resp.data = dump(name, await engine.set_scheduler(self._policy(change), change.params))
+        with self._lease(req) as (name, engine):
+            change = await self._change(req)
+            resp.data = dump(name, await engine.set_scheduler(self._policy(change), change.params))
 
     async def on_patch(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
-        name, engine = self._engine(req)
-        change = await self._change(req)
-        if change.policy is not None:
-            raise InvalidRequest("policy: PATCH changes parameters; use PUT to change the policy", param="policy")
-        resp.data = dump(name, await engine.configure_scheduler(change.params))
+        with self._lease(req) as (name, engine):
+            change = await self._change(req)
+            if change.policy is not None:
+                raise InvalidRequest("policy: PATCH changes parameters; use PUT to change the policy", param="policy")
+            resp.data = dump(name, await engine.configure_scheduler(change.params))
 
 
 class ShadowScheduler(Policies):
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Run a policy as a shadow instead of the one before. Raises InvalidRequest; then nothing changes."""
-        name, engine = self._engine(req)
-        change = await self._change(req)
-        await engine.set_shadow(self._policy(change), change.params)
-        resp.data = dump(name, {"shadow": change.policy})
+        with self._lease(req) as (name, engine):
+            change = await self._change(req)
+            await engine.set_shadow(self._policy(change), change.params)
+            resp.data = dump(name, {"shadow": change.policy})
 
     async def on_delete(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Run no shadow any more."""
-        name, engine = self._engine(req)
-        await engine.set_shadow(None)
-        resp.data = dump(name, {"shadow": None})
+        with self._lease(req) as (name, engine):
+            await engine.set_shadow(None)
+            resp.data = dump(name, {"shadow": None})
 
 
 def dump(model: str, snapshot: dict[str, Any]) -> bytes:

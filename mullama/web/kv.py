@@ -23,23 +23,23 @@ MAX_NODES = 100_000
 class KvView(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Layout, cells used and by whom, retained prefixes. Raises ModelNotFound."""
-        name, engine = self._engine(req)
-        resp.data = dump(name, await engine.kv_snapshot())
+        with self._lease(req) as (name, engine):
+            resp.data = dump(name, await engine.kv_snapshot())
 
 
 class KvTree(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The prefix tree, at most ``?limit=`` nodes of it. Raises InvalidRequest, ModelNotFound."""
-        name, engine = self._engine(req)
-        limit = _number(req.get_param("limit"), "limit", 1, MAX_NODES)
-        resp.data = dump(name, await engine.kv_tree(limit=DEFAULT_NODES if limit is None else limit))
+        with self._lease(req) as (name, engine):
+            limit = _number(req.get_param("limit"), "limit", 1, MAX_NODES)
+            resp.data = dump(name, await engine.kv_tree(limit=DEFAULT_NODES if limit is None else limit))
 
 
 class KvMap(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Which cells belong to which sequence. Raises ModelNotFound."""
-        name, engine = self._engine(req)
-        resp.data = dump(name, await engine.kv_map())
+        with self._lease(req) as (name, engine):
+            resp.data = dump(name, await engine.kv_map())
 
 
 class KvPolicy(Policies):
@@ -47,14 +47,14 @@ class KvPolicy(Policies):
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The eviction policy in charge and its parameters. Raises ModelNotFound."""
-        name, engine = self._engine(req)
-        resp.data = dump(name, (await engine.kv_snapshot())["policy"])
+        with self._lease(req) as (name, engine):
+            resp.data = dump(name, (await engine.kv_snapshot())["policy"])
 
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Put another eviction policy in charge. Raises InvalidRequest; then the one before stays."""
-        name, engine = self._engine(req)
-        change = await self._change(req)
-        resp.data = dump(name, await engine.set_kv_policy(self._policy(change), change.params))
+        with self._lease(req) as (name, engine):
+            change = await self._change(req)
+            resp.data = dump(name, await engine.set_kv_policy(self._policy(change), change.params))
 
 
 class KvEvents(Internal):
@@ -64,7 +64,7 @@ class KvEvents(Internal):
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Events as they happen, after ``?since=`` or ``Last-Event-ID``. Raises InvalidRequest, ModelNotFound."""
-        name, engine = self._engine(req)
+        name, engine = self._models.resolve(req.get_param("model"))
         log = engine.kv_events
         since = _number(req.get_param("since"), "since", 0)
         if since is None:
@@ -121,50 +121,50 @@ class _PrefixAction(Internal):
 class KvPin(_PrefixAction):
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Keep a prefix from eviction for a while. Raises InvalidRequest, ModelNotFound."""
-        name, engine = self._engine(req)
-        pin = await self._services.parse(req, parse_pin)
-        tokens = await self._named(engine, pin.prefix)
-        namespace = self._namespace(req, pin.prefix)
-        resp.data = dump(name, await engine.kv_pin(tokens, ttl_s=pin.ttl_s, namespace=namespace))
+        with self._lease(req) as (name, engine):
+            pin = await self._services.parse(req, parse_pin)
+            tokens = await self._named(engine, pin.prefix)
+            namespace = self._namespace(req, pin.prefix)
+            resp.data = dump(name, await engine.kv_pin(tokens, ttl_s=pin.ttl_s, namespace=namespace))
 
 
 class KvUnpin(_PrefixAction):
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Let a prefix be evicted again. Raises InvalidRequest, ModelNotFound."""
-        name, engine = self._engine(req)
-        prefix = await self._services.parse(req, parse_prefix)
-        tokens = await self._named(engine, prefix)
-        resp.data = dump(name, await engine.kv_unpin(tokens, namespace=self._namespace(req, prefix)))
+        with self._lease(req) as (name, engine):
+            prefix = await self._services.parse(req, parse_prefix)
+            tokens = await self._named(engine, prefix)
+            resp.data = dump(name, await engine.kv_unpin(tokens, namespace=self._namespace(req, prefix)))
 
 
 class KvDrop(_PrefixAction):
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Drop a prefix, or everything; answers what was freed. Raises InvalidRequest, ModelNotFound."""
-        name, engine = self._engine(req)
-        drop = await self._services.parse(req, parse_drop)
-        prefix = drop.prefix
-        tokens = await self._tokens(engine, prefix)
-        is_all = tokens is None and prefix.cache_salt is None and prefix.namespace is None
-        namespace = "" if is_all else self._namespace(req, prefix)
-        resp.data = dump(name, await engine.kv_drop(tokens, namespace=namespace, tiers=drop.tiers))
+        with self._lease(req) as (name, engine):
+            drop = await self._services.parse(req, parse_drop)
+            prefix = drop.prefix
+            tokens = await self._tokens(engine, prefix)
+            is_all = tokens is None and prefix.cache_salt is None and prefix.namespace is None
+            namespace = "" if is_all else self._namespace(req, prefix)
+            resp.data = dump(name, await engine.kv_drop(tokens, namespace=namespace, tiers=drop.tiers))
 
 
 class KvSave(_PrefixAction):
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Write a prefix to disk. Raises InvalidRequest, ModelNotFound."""
-        name, engine = self._engine(req)
-        prefix = await self._services.parse(req, parse_prefix)
-        tokens = await self._named(engine, prefix)
-        resp.data = dump(name, await engine.kv_save(tokens, namespace=self._namespace(req, prefix)))
+        with self._lease(req) as (name, engine):
+            prefix = await self._services.parse(req, parse_prefix)
+            tokens = await self._named(engine, prefix)
+            resp.data = dump(name, await engine.kv_save(tokens, namespace=self._namespace(req, prefix)))
 
 
 class KvLoad(_PrefixAction):
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Read a prefix from disk into host memory. Raises InvalidRequest, ModelNotFound."""
-        name, engine = self._engine(req)
-        prefix = await self._services.parse(req, parse_prefix)
-        tokens = await self._named(engine, prefix)
-        resp.data = dump(name, await engine.kv_load(tokens, namespace=self._namespace(req, prefix)))
+        with self._lease(req) as (name, engine):
+            prefix = await self._services.parse(req, parse_prefix)
+            tokens = await self._named(engine, prefix)
+            resp.data = dump(name, await engine.kv_load(tokens, namespace=self._namespace(req, prefix)))
 
 
 def _number(text: str | None, name: str, low: int, high: int | None = None) -> int | None:

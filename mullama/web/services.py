@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,6 @@ from urllib.parse import urlsplit
 from mullama.config import ServeConfig
 from mullama.errors import ClientLeft, InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
-from mullama.priority import step_back
 from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
@@ -31,13 +31,41 @@ LARGE_BODY = 256 << 10
 #: Texts above this many characters are rendered and tokenised in the pool: below, it takes less than a millisecond.
 LARGE_TEXT = 2000
 POOL_THREADS = 2
-POOL_NICE = 10  # about a tenth of a core's time beside a busy compute thread
+#: What tokenising a long text may take of a core while others are answered.
+SHARE_BESIDE_STREAMS = 0.1
 
 
 class Endless(Protocol):
     """A response that goes on until somebody ends it."""
 
     def end(self) -> None: ...
+
+
+class Pace:
+    """Called between short pieces of work: the thread sleeps so long that it takes a small share of a core.
+
+    PERF: not a low priority. A thread that waits for a core while it holds the GIL would hold up everything, and one
+    that is given a core for a whole slice of the system's scheduler would hold up both threads of a decode.
+    """
+
+    def __init__(
+        self,
+        is_busy: Callable[[], bool],
+        *,
+        clock_ns: Callable[[], int] = time.thread_time_ns,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """``is_busy``: whether there is anybody to make room for. ``clock_ns``: CPU time of the thread."""
+        self._is_busy = is_busy
+        self._clock_ns = clock_ns
+        self._sleep = sleep
+        self._since_ns: int | None = None
+
+    def __call__(self) -> None:
+        if self._since_ns is not None and self._is_busy():
+            spent = (self._clock_ns() - self._since_ns) / 1e9
+            self._sleep(spent * (1 / SHARE_BESIDE_STREAMS - 1))
+        self._since_ns = self._clock_ns()
 
 
 class Services:
@@ -55,11 +83,9 @@ class Services:
         self.swaps = swaps or Swaps(models, _no_target, _no_engine)
         self.ping_seconds = ping_seconds
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
-        # One that tokenises a long text must not take a core from running decodes.
-        self._pool = ThreadPoolExecutor(
-            POOL_THREADS, thread_name_prefix="mullama-web", initializer=step_back, initargs=(POOL_NICE,)
-        )
+        self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="mullama-web")
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.n_open = 0  # requests that an engine works on
         self._endless: weakref.WeakSet[Endless] = weakref.WeakSet()
         self.kv_publisher: KvPublisher | None = None
         self._is_ending = False
@@ -75,6 +101,10 @@ class Services:
         if not is_large:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def pace(self) -> Pace:
+        """For one piece of work in the pool that is done in pieces."""
+        return Pace(lambda: self.n_open > 0)
 
     async def parse(self, req: Request, parse: Callable[[bytes], T]) -> T:
         """Read the body and parse it. Raises PayloadTooLarge and what ``parse`` raises.

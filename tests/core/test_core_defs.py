@@ -150,6 +150,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "model.Model.facts": lambda m: m.facts()["architecture"] == "llama",
     "model.Model.metadata": lambda m: m.metadata()["general.name"] == "tiny-llama",
     "model.Model.vocab_digest": lambda m: len(m.vocab_digest()) == 64,
+    "model.Model.vocab_facts": lambda m: m.vocab_facts()["byte_tokens"] == list(range(256)),
     "model.Model.is_eog": lambda m: m.is_eog(0) is False,
     "model.Model.check_token": lambda m: m.check_token(5) == 5,
     "model.Model.tokenize": lambda m: m.tokenize("hi") == [104, 105],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -90,6 +91,24 @@ def test_a_variant_of_a_variant_belongs_to_the_base(store: Store, plain: Path) -
     first = quantize_variant(store, plain, "Q8_0")
     second = quantize_variant(store, first, "Q4_0")
     assert second.variant_of == first.variant_of and second.key == "plain-q4_0"
+
+
+def test_what_came_beside_the_weights_comes_along(store: Store, plain: Path) -> None:
+    first = quantize_variant(store, plain, "Q8_0")
+    beside = {
+        "defaults": {"temperature": 0.2, "stop": ["END"]},
+        "template": "{{ .Prompt }}",
+        "system": "Be brief.",
+        "license": "Some licence",
+        "license_text": "Do as you like.",
+    }
+    with store.store_lock():
+        source = store.write_entry(dataclasses.replace(first, key="base", quant="F16", variant_of=None, **beside))  # type: ignore[arg-type]
+    made = quantize_variant(store, source, "Q4_0")
+    assert made.variant_of == "base" and made.quant == "Q4_0"
+    assert {name: getattr(made, name) for name in beside} == beside
+    again = quantize_variant(store, made, "Q5_0")
+    assert {name: getattr(again, name) for name in beside} == beside
 
 
 def test_requantising_is_said_once(

@@ -15,7 +15,12 @@ from core_support import Driver, greedy, sampled
 
 from mullama import abi
 from mullama._core import Carrier, Cells, Context, Core, Model
+from mullama.engine import handover
+from mullama.engine.sequences import LiveSequence
+from mullama.engine.tokenizing import Tokenizer
 from mullama.errors import InvalidRequest
+from mullama.scheduling import SeqView
+from mullama.types import Request, SeqState
 
 SECOND = 10**9
 PROMPTS = ("the sun is", "all that we have to do here and there", "I", "of her and the others in it")
@@ -304,3 +309,41 @@ def test_a_sequence_goes_on_in_another_vocabulary(
     output = second.outputs[handle]
     assert output.text.startswith(begun)
     assert (output.reason, output.facts.completion_tokens) == ("length", 30)
+
+
+class Speaker:
+    """What another engine is asked for its tokens, at work on a Model alone."""
+
+    def __init__(self, model: Model) -> None:
+        self.tokenize, self.render_chat = model.tokenize, model.render_chat
+        self.bytes_alone = Tokenizer(lambda: model).bytes_alone
+
+
+def test_a_character_that_has_only_begun_goes_on_in_another_vocabulary(
+    tiny_model: Callable[..., Path], make_core: Callable[..., Driver]
+) -> None:
+    """One model writes the first byte of a character, the next model its second one: the reader sees the character."""
+    first, second = make_core(Model(tiny_model())), make_core(Model(tiny_model("gemma3")))
+    lead, follow = "é".encode()
+    prompt = first.tokenize(PROMPTS[0])
+    handle = first.open(prompt, greedy(2, logit_bias=((lead, 100.0),)))
+    first.prefill()
+    assert first.outputs[handle].tokens == [lead] and first.outputs[handle].text == ""
+    view = SeqView(handle, SeqState.DECODE, len(prompt), 0, 2, 0)
+    seq = LiveSequence(view, Request("r", prompt, greedy(2)), slot=0)
+    spoken, tokens, n = handover._translate(first.core, seq, Speaker(second.core.model), False)
+    assert (list(spoken), tokens, n) == (prompt, [*prompt, lead], len(prompt) + 1)
+    parked = first.core.preempt(0, save=False)
+    first.core.evict(0)
+    first.core.let_go(parked)
+    second.core.take_in(parked, handle, tokens, greedy(2, logit_bias=((follow, 100.0),)))
+    second.outputs[handle] = first.outputs.pop(handle)
+    second.core.resume(0, parked)
+    second.finish_all()
+    assert second.outputs[handle].text == "é"
+
+
+def test_bytes_without_a_token_have_none(model: Model) -> None:
+    tokenizer = Tokenizer(lambda: model)
+    assert tokenizer.bytes_alone(b"") == []
+    assert tokenizer.bytes_alone("é".encode()) == list("é".encode())

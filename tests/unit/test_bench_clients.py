@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import answers, clients, servers
+from bench import answers, clients, online, servers
 
 Handler = Callable[[dict[str, Any], asyncio.StreamWriter], Any]
 
@@ -240,3 +240,9 @@ def test_each_server_gets_what_it_understands() -> None:
     assert "stream" not in body("llama-server", stream=False)
     assert body("llama-server", stream=False, n_probs=2)["n_probs"] == 2
     assert b"X-Profile: true\r\n" in clients.completion_request("mullama", "p", 1, profile=True)
+
+
+def test_share_of_busy_time_inside_llama_decode() -> None:
+    assert online.decode_share((1000, 500), (2000, 1480)) == pytest.approx(0.98)
+    assert online.decode_share((1000, 500), (1000, 500)) is None  # nothing was computed
+    assert online.decode_share(None, None) is None  # another server

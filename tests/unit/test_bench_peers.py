@@ -10,7 +10,7 @@ import pytest
 
 from bench import build_peers, calibrate, common, context, disturbance, equality, peers, scenarios, servers
 
-LLAMA = build_peers.SOURCE
+LLAMA = build_peers.ROOT / "vendor" / "llama.cpp"  # the same commit as the peers are built from
 needs_source = pytest.mark.skipif(not (LLAMA / "common").is_dir(), reason="vendor/llama.cpp is not fetched")
 
 
@@ -163,3 +163,14 @@ def test_arguments_have_the_defaults_the_readme_names() -> None:
 def test_the_readme_describes_every_scenario() -> None:
     readme = (common.ROOT / "bench" / "README.md").read_text(encoding="utf-8")
     assert [name for name in peers.SCENARIOS if f"`{name}`" not in readme] == []
+
+
+def test_a_build_of_another_source_starts_over(tmp_path: Path) -> None:
+    cache = tmp_path / "CMakeCache.txt"
+    build_peers._forget_another_source(cache)  # nothing built yet
+    cache.write_text(f"A:BOOL=ON\nCMAKE_HOME_DIRECTORY:INTERNAL={build_peers.SOURCE.as_posix()}\n", encoding="utf-8")
+    build_peers._forget_another_source(cache)
+    assert cache.is_file()
+    cache.write_text("CMAKE_HOME_DIRECTORY:INTERNAL=/somewhere/else\n", encoding="utf-8")
+    build_peers._forget_another_source(cache)
+    assert not cache.exists()

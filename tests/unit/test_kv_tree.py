@@ -39,6 +39,15 @@ class TreeModel(RuleBasedStateMachine):
         self.slots[slot] = (space, tokens)
         assert unpack(end.tokens()) == list(tokens)
 
+    @rule(slot=slots_st, space=spaces_st, tokens=tokens_st, more=tokens_st, other=tokens_st)
+    def look_up_and_hold(
+        self, slot: int, space: bytes, tokens: tuple[int, ...], more: tuple[int, ...], other: tuple[int, ...]
+    ) -> None:
+        """As the engine does for a prompt, with something else done in between."""
+        self.tree.match(space, pack(tokens))
+        self.hold((slot + 1) % 4, space, other)
+        self.hold(slot, space, tokens + more)
+
     @precondition(lambda self: self.slots)
     @rule(slot=slots_st, more=tokens_st)
     def go_on(self, slot: int, more: tuple[int, ...]) -> None:
@@ -220,6 +229,24 @@ def test_the_lower_part_of_a_split_stays_the_node_it_was() -> None:
     assert (upper.start, upper.end, sorted(upper.slots)) == (0, 2, [0, 1])
     assert (upper.created_ns, upper.used_ns, upper.hits, upper.pinned_until_ns) == (5, 9, 3, 11)
     assert (upper.cost_ns, node.cost_ns) == (4.0, 4.0)
+
+
+def test_what_was_looked_up_may_be_gone_when_it_is_inserted() -> None:
+    tree = PrefixTree()
+    tree.hold(0, b"", pack([1, 2, 3]), 1)
+    tree.hold(1, b"", pack([1, 2, 3, 4, 5]), 1)
+    assert tree.match(b"", pack([1, 2, 3, 4, 5, 6])).n_tokens == 5
+    tree.release(1)  # the last whole node of the match has gone
+    end = tree.hold(1, b"", pack([1, 2, 3, 4, 5, 6]), 2)
+    assert [(node.start, node.end) for node in end.path()] == [(0, 3), (3, 6)]
+    tree.match(b"", pack([1, 2, 3, 4, 5, 6]))
+    tree.hold(2, b"", pack([1, 2]), 3)  # and a node of the match may have been cut
+    assert [(node.start, node.end) for node in tree.hold(3, b"", pack([1, 2, 3, 4, 5, 6, 7]), 4).path()] == [
+        (0, 2), (2, 3), (3, 6), (6, 7),
+    ]  # fmt: skip
+    other = tree.hold(3, b"salt", pack([1, 2, 3, 4, 5, 6]), 5)
+    assert other.namespace == b"salt" and other.start == 0
+    check_tree(tree)
 
 
 def test_a_slot_that_goes_back_leaves_what_it_left() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -257,3 +259,19 @@ def test_show_with_a_context(tmp_path: Path, store: Store, capsys: pytest.Captur
     assert memory["kv"] == {"full": 2 * 512 * 128 * 2} and memory["total"] > memory["kv_total"]
     assert main(["show", str(path), "--ctx", "512"]) == 0
     assert "memory of one request of 512 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel shares no cores among sessions")
+def test_a_child_yields_to_other_sessions_too() -> None:
+    """Its nice value alone would count among the processes of its own session only."""
+    code = (
+        "import os; from pathlib import Path; from mullama.models import child; child.become_child(15); "
+        "child.yield_to_other_sessions(15); print(os.nice(0), Path('/proc/self/autogroup').read_text())"
+    )
+    mine = Path("/proc/self/autogroup").read_text().split()[-1]
+    for own_session, expected in ((True, "15"), (False, mine)):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, start_new_session=own_session, timeout=60)
+        nice, *_, session = done.stdout.split()
+        assert (nice, session) == (str(min(os.nice(0) + 15, 19)), expected)
+    assert Path("/proc/self/autogroup").read_text().split()[-1] == mine

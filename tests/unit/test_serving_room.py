@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_support import Engine, World, play, settle, until
 
-from mullama.errors import ModelBusy, ShuttingDown
+from mullama.errors import ModelBusy, ModelNotLoaded, ShuttingDown
 from mullama.serving.states import ModelState
 
 
@@ -288,5 +288,52 @@ def test_long_and_short_answers_never_lock_anybody_out(seed: int, max_models: in
         models.close()
         assert [engine.n_closed for engine in world.engines] == [1] * len(world.engines)
         assert not any(engine.closed_in_use for engine in world.engines)
+
+    play(test())
+
+
+def test_an_engine_that_was_replaced_counts_until_it_has_ended() -> None:
+    """What fits as soon as it has drained waits for that, and nobody is unloaded in its place."""
+
+    async def test() -> None:
+        world = World("ab", sizes={"a": 10, "b": 10}, memory_budget=25)
+        models = world.models
+        streaming = await models.lease("a")
+        old = models.replace("a", world.make("a"))
+        retiring = asyncio.ensure_future(models.retire(old))
+        waiting = asyncio.ensure_future(models.lease("b"))
+        await settle()
+        await asyncio.sleep(0.01)
+        assert not waiting.done() and world.loads == ["a"]
+        streaming.release()
+        await retiring
+        with await waiting:
+            assert world.loads == ["a", "b"]
+            assert world.loaded() == ["a", "b"]
+        assert [engine.n_closed for engine in world.engines] == [1, 0, 0]
+
+    play(test())
+
+
+def test_what_is_looked_at_is_closed_afterwards() -> None:
+    async def test() -> None:
+        world = World("a")
+        models = world.models
+        (await models.lease("a")).release()
+        look = models.borrow("a")
+        with pytest.raises(ModelBusy, match="looked at"):
+            await models.unload("a")
+        unloading = asyncio.ensure_future(models.unload("a", force=True))
+        await until(lambda: models.get("a").state is ModelState.UNLOADING)
+        with models.borrow("A"):
+            await settle()
+            look.release()
+            await settle()
+            assert world.engines[0].n_closed == 0
+        await unloading
+        assert world.engines[0].n_closed == 1
+        assert models.get("a").in_use == 0
+        with pytest.raises(ModelNotLoaded):
+            models.borrow("a")
 
     play(test())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mullama.engine.generation import AsyncGeneration
@@ -133,6 +133,14 @@ class FakeEngine:
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         return ([BOS] if add_special else []) + [ord(c) % N_VOCAB for c in text]
+
+    def prompt_tokens(
+        self, text: str, *, most: int | None = None, between: Callable[[], None] | None = None
+    ) -> list[int]:
+        tokens = self.tokenize(text)
+        if most is not None and len(tokens) > most:
+            raise ContextLengthExceeded(f"the prompt has at least {most + 1} tokens", param="prompt", n_tokens=most + 1)
+        return tokens
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         return "".join(map(chr, tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,3 +127,34 @@ def test_the_profile_log_loses_nothing_at_close(tmp_path: Path) -> None:
     log.close()
     log.write({"id": "late"}, finish)
     assert len(path.read_text().splitlines()) == 600
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "asked", "body"),
+    [
+        ("GET", "/internal/kv", "kv_snapshot", None),
+        ("GET", "/internal/scheduler", "scheduler_snapshot", None),
+        ("PUT", "/internal/scheduler", "set_scheduler", {"policy": "fair"}),
+        ("POST", "/internal/kv/drop", "kv_drop", {}),
+    ],
+)
+def test_internal_endpoints_hold_the_engine(
+    client: Client, services: Services, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch,
+    method: str, path: str, asked: str, body: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    """A model that is unloaded meanwhile is closed after the look."""
+    resident = services.models.get("fake").resident
+    assert resident is not None
+    held: list[int] = []
+    plain = getattr(engine, asked)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        held.append(resident.n_leases)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(engine, asked, watched)
+    data = b"" if body is None else json.dumps(body).encode()
+    result = client.request(method, path, data, {"Content-Type": "application/json"}, "")
+    assert (result.status, held) == (200, [1])
+    assert resident.n_leases == 0
+    assert services.models.get("fake").n_requests == 0
