@@ -155,6 +155,14 @@ class BadModelFile(ModelLoadError):
     type = "invalid_request_error"
 
 
+class MemoryTooSmall(ModelLoadError):
+    """There is not enough memory, or the budget leaves too little; nothing was allocated."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "memory_too_small"
+
+
 class LoadCancelled(ModelLoadError):
     code = "model_load_cancelled"
 

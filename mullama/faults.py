@@ -23,6 +23,7 @@ POINTS: tuple[str, ...] = (
     "load:after-context",  # the engine could start
     "swap:after-load",  # the new weights are there, beside those that serve
     "swap:before-commit",  # KV has been copied, the old weights have taken their last step
+    "swap:in-gap",  # the old weights are freed, the new ones are not loaded: memory did not hold both
     "swap:after-commit",  # the new weights are in charge, the old ones not freed
 )
 

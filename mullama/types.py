@@ -30,6 +30,21 @@ class KvMode(enum.StrEnum):
     DRAIN = "drain"  # what runs ends with the old weights, in an engine beside the new one
 
 
+class GapMode(enum.StrEnum):
+    """Whether the old weights may be freed before the new ones are there."""
+
+    AUTO = "auto"  # where memory does not hold both
+    NEVER = "never"
+
+
+@dataclass(slots=True, frozen=True)
+class Room:
+    """Bytes that a budget leaves new weights: ``beside`` the old ones, and ``alone``, in their place."""
+
+    beside: int
+    alone: int
+
+
 class SeqState(enum.StrEnum):
     """Where a sequence is in its life; the legal moves are in engine/lifecycle.py."""
 

@@ -9,6 +9,7 @@ context   a llama.cpp context and its limits
 loop      slots, batch, decode, sample, commit: the hot loop
 cells     KV in and out of the slots: rows, checkpoints, copies
 swap      other weights under a running loop
+vacancy   a loop without weights for a while
 quantize  llama.cpp's quantisation, for a process of its own
 """
 
@@ -22,6 +23,7 @@ from mullama._core.page import Page
 from mullama._core.quantize import quantize, quantize_types
 from mullama._core.sampling import check_params
 from mullama._core.swap import Carrier
+from mullama._core.vacancy import Vacancy
 
 __all__ = [
     "FINISH",
@@ -36,6 +38,7 @@ __all__ = [
     "Page",
     "Parked",
     "StopText",
+    "Vacancy",
     "arbiter",
     "check_params",
     "devices",

@@ -37,6 +37,7 @@ cdef class Cells:
     @property
     def can_store(self):
         """Whether KV can leave the context in parts: its rows can be read, or all there is are checkpoints."""
+        self.core.check_slot(0)
         return self.has_rows or llama_cells_n_caches(self.core.ctx) == 0
 
     cdef int check_rows(self, int slot, int p0, int p1) except -1:
@@ -233,6 +234,7 @@ cdef class Cells:
 
     def layers(self):
         """Where each layer's K and V lie in a token's rows: dicts of layer, type and (offset, bytes) of k and v."""
+        self.core.check_slot(0)
         cdef llama_cells_layer at
         cdef int i
         found = []

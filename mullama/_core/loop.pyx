@@ -278,7 +278,9 @@ cdef class Core:
         self.counters.waiting = self.waiting
         self.counters.threads = self.threads_set
         self.counters.thread_changes = self.governor.changes
-        self.counters.graphs_reused = self.reused_before + llama_perf_context(self.ctx).n_reused
+        self.counters.graphs_reused = self.reused_before
+        if self.ctx is not NULL:  # else it has no weights for now (vacancy.pyx)
+            self.counters.graphs_reused += llama_perf_context(self.ctx).n_reused
         self.counters.heartbeat_ns = now_ns()
         self.page.put_counters(self.counters)
 
@@ -381,7 +383,7 @@ cdef class Core:
 
     cdef int check_slot(self, int slot) except -1:
         if self.ctx is NULL:
-            raise RuntimeError("this core was closed")
+            raise RuntimeError("this core was closed, or has no weights now")
         if not 0 <= slot < self.n_slots:
             raise ValueError(f"slot {slot} is out of range (0 to {self.n_slots - 1})")
         return 0
@@ -437,6 +439,7 @@ cdef class Core:
     @property
     def kv_cells(self):
         """Tokens that all slots together may hold."""
+        self.check_slot(0)
         return <int> llama_n_ctx(self.ctx) if self.unified else self.n_slots * self.n_ctx
 
     def kv_costs(self):
@@ -1267,6 +1270,7 @@ cdef class Core:
 
         ``used`` counts the full-attention cache (the sliding-window one holds fewer), ``recurrent`` the live states.
         """
+        self.check_slot(0)
         cdef int i
         cdef int n_caches = llama_cells_n_caches(self.ctx)
         cdef vector[llama_seq_id] owner
@@ -1340,6 +1344,11 @@ cdef class Core:
         with nogil:
             n = llama_state_seq_get_size(self.ctx, slot)
         return n
+
+    @property
+    def is_vacant(self):
+        """Whether it has no context, for now (vacancy.pyx) or for good. Any thread."""
+        return self.ctx is NULL
 
     def is_switching(self):
         """Whether other weights have taken over and have not taken a step yet. Any thread."""

@@ -38,6 +38,7 @@ from mullama.errors import (
     EngineDead,
     InvalidRequest,
     ModelLoadError,
+    MullamaError,
     NeedsAnotherEngine,
     QueueFull,
     ShuttingDown,
@@ -47,7 +48,7 @@ from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import namespace_of, pack
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
-from mullama.types import Finish, FinishReason, KvMode, ModelInfo, Profile, Request, SeqState
+from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Request, Room, SeqState
 
 if TYPE_CHECKING:
     from mullama.engine.shadow import Shadow
@@ -313,7 +314,7 @@ class Engine(KvMethods):
         """Loaded, and the engine makes progress or has nothing to do."""
         if self._failure is not None or self._stopping or self._draining or not self._thread.is_alive():
             return False
-        if self._idle:
+        if self._idle or self._weights.in_gap:
             return True
         return time.monotonic_ns() - int(self._page.counters().heartbeat_ns) < STALLED_SECONDS * 1e9
 
@@ -413,30 +414,48 @@ class Engine(KvMethods):
         *,
         label: str = "",
         kv: KvMode | str = KvMode.AUTO,
+        gap: GapMode | str = GapMode.AUTO,
+        room: Room | None = None,
         progress: Callable[[float], bool | None] | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> SwapReport:
         """Go on with the weights of another file; no request is dropped. Blocks until the old ones are freed.
 
         ``label`` names the new weights in profiles (default: the file's stem). ``kv``: ``carry`` the KV cache over (two
-        quantisations of one model), ``recompute`` it, or ``auto``. Not for an event loop's thread. Raises
-        InvalidRequest, ModelLoadError, or NeedsAnotherEngine for a model of another shape or vocabulary: then the old
-        weights stay in charge.
+        quantisations of one model), ``recompute`` it, or ``auto``. Where memory, or the ``room`` of a budget, does not
+        hold both, the old ones are freed first and everything pauses (``gap``: ``auto``), or it is refused (``never``).
+        Not for an event loop's thread. Raises InvalidRequest, ModelLoadError (MemoryTooSmall), or NeedsAnotherEngine
+        for a model of another shape or vocabulary: then the old weights stay in charge. EngineDead: after a gap
+        neither could be loaded.
         """
-        try:
-            mode = KvMode(kv)
-        except ValueError:
-            raise InvalidRequest(f"kv must be one of {', '.join(KvMode)}, not '{kv}'", param="kv") from None
+        mode = _choice(KvMode, kv, "kv")
+        gap_mode = _choice(GapMode, gap, "gap")
         if mode is KvMode.DRAIN:
             raise NeedsAnotherEngine("to drain, a second engine has to take over", param="kv")
         self._check_alive()
         label = label or Path(path).stem
         try:
-            return self._weights.swap(path, label, mode, self.call, self._weights_changed, progress, on_phase)
+            return self._weights.swap(
+                path,
+                label,
+                mode,
+                self.call,
+                self._weights_changed,
+                progress,
+                on_phase,
+                gap=gap_mode,
+                room=room,
+                on_model=self._speak,
+                is_stopping=lambda: self._stopping,
+            )
         except ModelLoadError:
             if self._closed:  # the old model was closed under the comparison
                 raise ShuttingDown(f"'{self.info.name}' was closed meanwhile") from None
             raise
+
+    def _speak(self, model: Model) -> None:
+        """Tokenise and render by this model from now on."""
+        self.model = model
 
     def _weights_changed(self, model: Model, label: str, with_kv: bool) -> None:
         """The new weights are in charge. Engine thread."""
@@ -544,6 +563,8 @@ class Engine(KvMethods):
                 if self._stopping:
                     break
                 self._take_commands()
+                if self._weights.broken is not None:
+                    raise self._weights.broken
                 swap = self._weights.active
                 if swap is not None:
                     swap.advance(busy=bool(self._seqs))
@@ -554,7 +575,7 @@ class Engine(KvMethods):
         except BaseException as error:
             log.exception("the engine of '%s' stopped", self.info.name)
             with self._wait:
-                self._failure = f"{type(error).__name__}: {error}"
+                self._failure = error.message if isinstance(error, MullamaError) else f"{type(error).__name__}: {error}"
             self._reader.end_all(EngineDead(f"the engine of '{self.info.name}' stopped: {self._failure}"))
         finally:
             # Nobody posts any more: close() and a failure are both seen under the lock.
@@ -720,3 +741,13 @@ class Engine(KvMethods):
             self._n_posted -= 1
             self._seqs.add(seq)
         self._policy.arrived(seq.view)
+
+
+Choice = TypeVar("Choice", KvMode, GapMode)
+
+
+def _choice(kind: type[Choice], value: str, param: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidRequest(f"{param} must be one of {', '.join(kind)}, not '{value}'", param=param) from None

@@ -77,7 +77,7 @@ class KvCache:
         """Let go of the engine, so that nothing waits for the garbage collector. The engine thread has ended."""
         self._exchange = None
         if self.disk is not None:
-            for slot in range(self._core.n_slots):
+            for slot in range(0 if self._core.is_vacant else self._core.n_slots):
                 if self._core.retained(slot)[0]:
                     self.store(slot)
             self.disk.close()

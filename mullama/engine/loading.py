@@ -19,6 +19,7 @@ from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, ModelLoadError
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
+from mullama.models.estimate import Estimate, estimate
 from mullama.types import ModelInfo
 
 log = logging.getLogger("mullama.engine")
@@ -48,14 +49,36 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         split_mode=config.split_mode,
         tensor_split=split,
         mmap=config.mmap,
-        chat_template=_chat_template(config.chat_template),
+        chat_template=chat_template(config.chat_template),
         progress=progress,
     )
     faults.crash_point("load:after-weights")
     return model
 
 
-def _chat_template(value: str) -> str:
+def expected(path: str | Path, config: ServeConfig, *, n_ctx: int, n_parallel: int) -> Estimate | None:
+    """What a file will take with these sizes; None where nobody can say, as with layers on a GPU.
+
+    Raises ModelLoadError for what is no model.
+    """
+    if any(device["type"] in ("gpu", "igpu") for device in devices()):
+        return None
+    return estimate(
+        path,
+        n_ctx=n_ctx,
+        n_parallel=n_parallel,
+        type_k=config.kv_type_k,
+        type_v=config.kv_type_v,
+        n_batch=config.batch_size,
+        flash_attn=config.flash_attn,
+        kv_layout=config.kv_layout,
+        kv_tokens=config.kv_tokens or n_ctx * n_parallel,
+        mmap=config.mmap,
+    )
+
+
+def chat_template(value: str) -> str:
+    """The template that the option names: itself, or what is in @FILE. Raises ConfigError."""
     if not value.startswith("@"):
         return value
     try:

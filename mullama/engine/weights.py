@@ -20,14 +20,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mullama import abi, faults
 from mullama._core import Carrier, Context, Core, Model
 from mullama.engine import loading
 from mullama.engine.background import in_background
-from mullama.errors import InvalidRequest, ModelLoadError, NeedsAnotherEngine
-from mullama.types import KvMode
+from mullama.engine.gap import Gap, decide, needs_of, same_shape, stand_in
+from mullama.errors import InvalidRequest, ModelLoadError, MullamaError, NeedsAnotherEngine
+from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
@@ -37,10 +38,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mullama.engine")
 
+T = TypeVar("T")
+
 SHARE = 0.6  # of the engine's time, for copying ahead
 LEAST_SLICE_NS = 2_000_000
 MOST_SLICE_NS = 90_000_000
 MOST_POSTPONED_S = 0.1
+
+
+class Call(Protocol):
+    """Engine.call: run a function on the engine thread."""
+
+    def __call__(self, function: Callable[[], T], /) -> Future[T]: ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,6 +67,8 @@ class SwapReport:
     sequences_moved: int  # that went on on their KV
     sequences_recomputed: int
     bytes_moved: int
+    mode: str = "beside"  # the old ones, until the new ones were in charge; or "gap": they were freed first
+    gap_ms: float | None = None  # without any weights
 
     def to_dict(self) -> dict[str, Any]:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
@@ -162,14 +173,7 @@ class Swap:
         self._finish()
 
     def _committed(self, *, with_kv: bool) -> None:
-        weights = self._weights
-        if with_kv:
-            weights.kv.note_mixed()
-        if weights.kv.disk is not None:
-            weights.kv.disk.detach()
-            weights.left_disk, weights.kv.disk = weights.kv.disk, None
-        weights.kv.version += 1
-        self._on_commit(with_kv)
+        self._weights.took_over(with_kv, self._on_commit)
         faults.crash_point("swap:after-commit")
 
     def _follow(self, budget_ns: int) -> None:
@@ -208,11 +212,13 @@ class Weights:
     ) -> None:  # fmt: skip
         self.active: Swap | None = None
         self.left_disk: DiskTier | None = None  # of the weights before
+        self.in_gap = False  # there are none: the old ones were freed before the new ones are loaded
+        self.broken: MullamaError | None = None  # why there are none for good
         self._post = post
         self.kv = kv
         self.seqs = seqs
-        self._core = core
-        self._config = config
+        self.core = core
+        self.config = config
         self._one = threading.Lock()  # a swap at a time
 
     def close(self) -> None:
@@ -221,48 +227,73 @@ class Weights:
 
     def in_charge(self, carrier: Carrier) -> bool:
         """Whether a change has got so far that its weights take the steps."""
-        return self._core.context is carrier.target
+        return self.core.context is carrier.target
+
+    def took_over(self, with_kv: bool, on_commit: Callable[[bool], None]) -> None:
+        """Other weights take the steps from now on, on KV of those before or on none. Engine thread."""
+        if with_kv:
+            self.kv.note_mixed()
+        if self.kv.disk is not None:
+            self.kv.disk.detach()
+            self.left_disk, self.kv.disk = self.kv.disk, None
+        self.kv.version += 1
+        on_commit(with_kv)
 
     def counter(self, name: str) -> int:
         """A counter as it is now. Engine thread."""
-        return self._core.counters_dict()[name]
+        return self.core.counters_dict()[name]
 
     def swap(
         self,
         path: str | Path,
         label: str,
         kv: KvMode,
-        call: Callable[[Callable[[], None]], Future[None]],
+        call: Call,
         on_commit: Callable[[Model, str, bool], None],
         progress: Callable[[float], bool | None] | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
+        *,
+        gap: GapMode = GapMode.AUTO,
+        room: Room | None = None,
+        on_model: Callable[[Model], None],
+        is_stopping: Callable[[], bool],
     ) -> SwapReport:
         """Change the weights to those of a file. Blocks; not on the engine thread.
 
         ``call`` runs a function on the engine thread, ``on_commit(model, label, with_kv)`` is called there when the new
-        weights are in charge. Raises InvalidRequest (another swap is going on, or ``carry`` is not sound),
-        NeedsAnotherEngine, ModelLoadError: then the old weights stay.
+        weights are in charge. Where memory, or the budget's ``room``, does not hold both weights, ``gap`` says what may
+        be done; ``on_model`` is told then of each model that tokenises meanwhile.
+
+        Raises InvalidRequest (another swap is going on, or ``carry`` is not sound), NeedsAnotherEngine,
+        ModelLoadError (MemoryTooSmall): then the old weights stay. EngineDead: they went for a gap and did not come
+        back.
         """
         if not self._one.acquire(blocking=False):
             raise InvalidRequest("the weights of this model are being changed already", param="to")
         try:
+            began = time.monotonic_ns()
+            way = self._needs_gap(path, kv, call, gap, room)
+            if way is not None:
+                return self._swap_with_gap(
+                    path, label, way, call, on_commit, progress, on_phase, on_model, is_stopping, began
+                )
             return in_background(lambda: self._swap(path, label, kv, call, on_commit, progress, on_phase))
         finally:
             self._one.release()
 
     def _swap(
-        self, path: str | Path, label: str, kv: KvMode, call: Callable[[Callable[[], None]], Future[None]],
+        self, path: str | Path, label: str, kv: KvMode, call: Call,
         on_commit: Callable[[Model, str, bool], None], progress: Callable[[float], bool | None] | None,
         on_phase: Callable[[str], None],
     ) -> SwapReport:  # fmt: skip
         began = time.monotonic_ns()
-        old, before = self._core.model, self.seqs.weights
+        old, before = self.core.model, self.seqs.weights
         on_phase("loading")
-        model = loading.load_model(path, self._config, progress)
+        model = loading.load_model(path, self.config, progress)
         try:
             faults.crash_point("swap:after-load")
             mode = self._mode(old, model, kv)
-            context = self._core.context.like(model)
+            context = self.core.context.like(model)
         except BaseException:
             model.close()
             raise
@@ -270,7 +301,7 @@ class Weights:
         done: Future[tuple[int, int, int, Context]] = Future()
 
         def begin() -> None:
-            carrier = Carrier(self._core, context)
+            carrier = Carrier(self.core, context)
             self.active = Swap(self, carrier, mode, lambda with_kv: on_commit(model, label, with_kv), done)
 
         on_phase("copying" if mode is KvMode.CARRY else "switching")
@@ -278,7 +309,7 @@ class Weights:
             call(begin).result()
             moved, recomputed, n_bytes, left = done.result()
         except BaseException as error:
-            if self._core.context is not context:  # else it is in charge, and goes with the core
+            if self.core.context is not context:  # else it is in charge, and goes with the core
                 context.close()
                 model.close()
             if isinstance(error, InvalidRequest):
@@ -302,6 +333,68 @@ class Weights:
             bytes_moved=n_bytes,
         )
 
+    def _needs_gap(
+        self, path: str | Path, kv: KvMode, call: Call, gap: GapMode,
+        room: Room | None,
+    ) -> KvMode | None:  # fmt: skip
+        """What becomes of the KV where the change needs a gap; None: there is room for both."""
+        core = self.core
+        if not Path(path).is_file():
+            raise ModelLoadError(f"{path}: no such file")
+        new = loading.expected(path, self.config, n_ctx=core.n_ctx, n_parallel=core.n_slots)
+        way = decide(path, new, call(lambda: needs_of(core)).result(), room, gap, kv)
+        if way is None:
+            return None
+        newcomer = Model(path, vocab_only=True)
+        try:
+            mode = self._mode(core.model, newcomer, kv)
+        finally:
+            newcomer.close()
+        if not same_shape(core.model.path, path):
+            raise NeedsAnotherEngine(f"{path} has another shape", param="to")
+        return KvMode.RECOMPUTE if way is KvMode.RECOMPUTE else mode
+
+    def _swap_with_gap(
+        self, path: str | Path, label: str, kv: KvMode, call: Call,
+        on_commit: Callable[[Model, str, bool], None], progress: Callable[[float], bool | None] | None,
+        on_phase: Callable[[str], None], on_model: Callable[[Model], None], is_stopping: Callable[[], bool],
+        began: int,
+    ) -> SwapReport:  # fmt: skip
+        before = self.seqs.weights
+        substitute = stand_in(self.core.model, self.config)
+        try:
+            gap = Gap(
+                self,
+                path,
+                kv,
+                substitute,
+                on_model=on_model,
+                on_commit=lambda model, with_kv: on_commit(model, label, with_kv),
+                progress=progress,
+                is_stopping=is_stopping,
+            )
+            on_phase("gap")
+            found = call(gap.run).result()
+        finally:
+            substitute.close()
+        total_ms = (time.monotonic_ns() - began) / 1e6
+        pause_ns, first_ns = self._first_step(found.moved + found.recomputed, began)
+        self._reopen_disk(call)
+        return SwapReport(
+            kv=str(kv),
+            weights_from=before,
+            weights_to=label,
+            load_ms=found.load_ms,
+            pause_ms=None if pause_ns is None else pause_ns / 1e6,
+            first_token_ms=None if first_ns is None else (first_ns - began) / 1e6,
+            total_ms=total_ms,
+            sequences_moved=found.moved,
+            sequences_recomputed=found.recomputed,
+            bytes_moved=found.n_bytes,
+            mode="gap",
+            gap_ms=found.gap_ms,
+        )
+
     def _mode(self, old: Model, new: Model, kv: KvMode) -> KvMode:
         reason = why_unsound(old, new)
         if reason is None:
@@ -317,7 +410,7 @@ class Weights:
 
         Read from the page, as anybody would: only the engine thread may write it.
         """
-        page, deadline = abi.Reader(self._core.page.buffer()), time.monotonic() + 5
+        page, deadline = abi.Reader(self.core.page.buffer()), time.monotonic() + 5
         while n and time.monotonic() < deadline:
             seen = page.counters()
             if seen.weight_first_ns > began:
@@ -325,14 +418,14 @@ class Weights:
             time.sleep(0.001)
         return None, None
 
-    def _reopen_disk(self, call: Callable[[Callable[[], None]], Future[None]]) -> None:
+    def _reopen_disk(self, call: Call) -> None:
         """The disk tier goes on with what it has of the new weights."""
         old, self.left_disk = self.left_disk, None
         if old is None:
             return
         old.close()
         try:
-            store = loading.open_disk_store(self._core.model, self._core, self.kv, self._config)
+            store = loading.open_disk_store(self.core.model, self.core, self.kv, self.config)
         except ModelLoadError:
             store = None
 

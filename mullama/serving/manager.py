@@ -26,11 +26,13 @@ from mullama.errors import (
     ModelBusy,
     ModelNotFound,
     ModelNotLoaded,
+    MullamaError,
     QueueFull,
     ShuttingDown,
 )
 from mullama.serving.eviction import POLICIES, ModelPolicy, ModelView
 from mullama.serving.states import Lease, ModelState, Resident, Served
+from mullama.types import Room
 
 log = logging.getLogger(__name__)
 
@@ -485,6 +487,30 @@ class ModelManager:
         served.reference = reference or served.reference
         self._install(served, engine)
         return old
+
+    def room(self, name: str) -> Room | None:
+        """What the memory budget leaves other weights of a model; None: there is no budget."""
+        served = self.get(name)
+        if not self.memory_budget:
+            return None
+        others = sum(one.n_bytes for one in self._served.values() if one.resident is not None and one is not served)
+        alone = self.memory_budget - others - sum(self._closing.values())
+        return Room(alone - served.n_bytes, alone)
+
+    def give_up(self, name: str, error: MullamaError) -> None:
+        """An engine has lost its weights for good: it is closed when nobody uses it; the next request loads anew."""
+        served = self.get(name)
+        resident = served.resident
+        if resident is None:
+            return
+        served.resident = None
+        served.state, served.error = ModelState.FAILED, error.message
+        self._left.add(resident)
+        for watcher in self.watchers:
+            watcher(served.name, None)
+        task = asyncio.get_running_loop().create_task(self.retire(resident))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def retire(self, resident: Resident) -> None:
         """Close an engine that was replaced and that nobody uses any more."""

@@ -21,6 +21,7 @@ from typing import Any, Protocol, cast
 from mullama.engine.client import EngineClient
 from mullama.errors import (
     BadModelFile,
+    EngineDead,
     InvalidRequest,
     ModelLoadError,
     ModelNotLoaded,
@@ -30,7 +31,7 @@ from mullama.errors import (
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease, Resident, Served
 from mullama.serving.targets import Target
-from mullama.types import KvMode
+from mullama.types import GapMode, KvMode, Room
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,9 @@ class SwappableEngine(EngineClient, Protocol):
     """What a swap asks of an engine."""
 
     def swap_weights(
-        self, path: Any, *, label: str = "", kv: Any = "auto", on_phase: Callable[[str], None] = ...
-    ) -> Any: ...
+        self, path: Any, *, label: str = "", kv: Any = "auto", gap: Any = "auto", room: Room | None = None,
+        on_phase: Callable[[str], None] = ...,
+    ) -> Any: ...  # fmt: skip
 
     def hand_over(self, other: Any) -> int: ...
 
@@ -59,6 +61,7 @@ class SwapRecord:
     to: str
     kv: str
     started: float  # Unix time
+    gap: str = "auto"
     phase: str = "resolving"
     state: str = "running"  # done, failed
     done: int = 0  # of the phase, in its own unit
@@ -74,6 +77,7 @@ class SwapRecord:
             "model": self.model,
             "to": self.to,
             "kv": self.kv,
+            "gap": self.gap,
             "started": round(self.started, 3),
             "state": self.state,
             "phase": self.phase,
@@ -113,18 +117,25 @@ class Swaps:
     def find_record(self, swap_id: str) -> SwapRecord | None:
         return next((one for one in self.history if one.id == swap_id), None)
 
-    def begin(self, name: str, to: str, kv: str = "auto", *, may_read_files: bool = False) -> SwapRecord:
-        """Start a swap; it goes on whoever waits for it. Raises InvalidRequest, ModelNotFound, ModelNotLoaded."""
+    def begin(
+        self, name: str, to: str, kv: str = "auto", *, gap: str = "auto", may_read_files: bool = False
+    ) -> SwapRecord:
+        """Start a swap; it goes on whoever waits for it. ``kv`` and ``gap`` are names of KvMode and GapMode.
+
+        Raises InvalidRequest, ModelNotFound, ModelNotLoaded.
+        """
         served = self._models.get(name)
         if kv not in set(KvMode):
             raise InvalidRequest(f"kv: it must be one of {', '.join(KvMode)}", param="kv")
+        if gap not in set(GapMode):
+            raise InvalidRequest(f"gap: it must be one of {', '.join(GapMode)}", param="gap")
         if not to:
             raise InvalidRequest("to: a reference, a path or a quantisation is missing", param="to")
         if served.resident is None:
             raise ModelNotLoaded(f"'{served.name}' is not loaded: there is nothing to swap", param="model")
         if served.name in self._busy:
             raise InvalidRequest(f"the weights of '{served.name}' are being changed already", param="to")
-        record = SwapRecord(f"swap-{next(self._ids)}", served.name, to, kv, time.time())
+        record = SwapRecord(f"swap-{next(self._ids)}", served.name, to, kv, time.time(), gap)
         self.history.append(record)
         self._busy.add(served.name)
         task = asyncio.get_running_loop().create_task(self._run(served, record, may_read_files))
@@ -151,7 +162,7 @@ class Swaps:
             target = await asyncio.to_thread(self._find_target, record.to, served.reference, progress, may_read_files)
             resolve_ms = (time.monotonic() - began) * 1e3
             engine = cast(SwappableEngine, lease.engine)
-            record.report = await self._swap(served, engine, target, record.kv, progress)
+            record.report = await self._swap(served, engine, target, record, progress)
             record.report |= {
                 "resolve_ms": round(resolve_ms, 3),
                 "total_ms": round((time.monotonic() - began) * 1e3, 3),
@@ -159,6 +170,8 @@ class Swaps:
             record.state, record.phase = "done", "done"
             log.info("%s: %s", served.name, record.report)
         except Exception as error:
+            if isinstance(error, EngineDead):
+                self._models.give_up(served.name, error)
             record.error = (
                 error if isinstance(error, MullamaError) else MullamaError(f"{type(error).__name__}: {error}")
             )
@@ -179,13 +192,20 @@ class Swaps:
             raise (BadModelFile(error.message, param="to") if type(error) is ModelLoadError else error) from None
 
     async def _swap(
-        self, served: Served, engine: SwappableEngine, target: Target, kv: str, progress: Callable[[str], None]
-    ) -> dict[str, Any]:
+        self, served: Served, engine: SwappableEngine, target: Target, record: SwapRecord,
+        progress: Callable[[str], None],
+    ) -> dict[str, Any]:  # fmt: skip
         size_before = engine.info.size_bytes
-        if kv != "drain":
+        if record.kv != "drain":
             try:
                 report = await asyncio.to_thread(
-                    engine.swap_weights, target.path, label=target.label, kv=kv, on_phase=progress
+                    engine.swap_weights,
+                    target.path,
+                    label=target.label,
+                    kv=record.kv,
+                    gap=record.gap,
+                    room=self._models.room(served.name),
+                    on_phase=progress,
                 )
             except NeedsAnotherEngine as error:
                 log.info("%s: an engine of its own is made: %s", served.name, error.message)
@@ -194,7 +214,7 @@ class Swaps:
                 served.reference, served.n_bytes = target.reference, beside + engine.info.size_bytes
                 found: dict[str, Any] = report.to_dict()
                 return {**found, "way": "in_place"}
-        return await self._side_by_side(served, engine, target, kv, progress)
+        return await self._side_by_side(served, engine, target, record.kv, progress)
 
     async def _side_by_side(
         self, served: Served, old: SwappableEngine, target: Target, kv: str, progress: Callable[[str], None]
@@ -233,6 +253,8 @@ class Swaps:
             "sequences_recomputed": moved,
             "bytes_moved": 0,
             "way": "side_by_side",
+            "mode": "beside",
+            "gap_ms": None,
         }
 
     async def _first_token(self, engine: EngineClient, began: float) -> float | None:

@@ -34,6 +34,7 @@ class SwapBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     to: str
     kv: str = "auto"
+    gap: str = "auto"
 
 
 class ShareBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -160,7 +161,7 @@ class ModelActions:
         """Other weights under a name. 200 with the report when done, 202 with ``?wait=false``; progress as events."""
         body: SwapBody = await self._body(req, SwapBody)
         may_read = bool(self._services.config.admin_key)
-        record = self._services.swaps.begin(name, body.to, body.kv, may_read_files=may_read)
+        record = self._services.swaps.begin(name, body.to, body.kv, gap=body.gap, may_read_files=may_read)
         if "text/event-stream" in (req.get_header("Accept") or ""):
             stream = SwapStream(record, self._services.ping_seconds, req.receive)
             self._services.end_at_shutdown(stream)

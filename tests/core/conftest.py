@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -98,3 +99,15 @@ def make_engine(tiny_model: Callable[..., Path], tmp_path: Path) -> Iterator[Cal
         engine.close()
     made.clear()
     gc.collect()
+
+
+@pytest.fixture
+def twin(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """The tiny model's weights in another file."""
+    return Path(shutil.copy(tiny_model(), tmp_path / "twin.gguf"))
+
+
+@pytest.fixture
+def other(tiny_model: Callable[..., Path]) -> Path:
+    """Other weights of the same shape, as another quantisation would be."""
+    return tiny_model("llama", seed=8)

@@ -18,6 +18,8 @@ import damage
 import httpx
 import pytest
 
+from mullama.models.estimate import estimate
+
 from .support import COMPLETIONS, ServerProcess, clean_env, mullama, wait_until
 
 ADMIN = {"Authorization": "Bearer adm"}
@@ -103,6 +105,28 @@ def test_weights_change_under_streams(
     assert [one["state"] for one in history] == ["done"] * 9
 
 
+@pytest.mark.parametrize("kv", ["carry", "recompute"])
+def test_a_budget_for_one_makes_gaps(
+    serve: Callable[..., ServerProcess], tiny_model: Callable[..., Path], kv: str
+) -> None:
+    """Nothing is dropped; without leave for a gap the old weights stay."""
+    files = [tiny_model("llama", seed=seed) for seed in (7, 8)]
+    budget = estimate(files[0], n_ctx=512, n_parallel=4).total * 3 // 2
+    server = serve(f"m={files[0]}", "--memory-budget", str(budget))
+    load = Load(server)
+    wait_until(lambda: load.answers)
+    for i in range(6):
+        report = swap(server, files[(i + 1) % 2], kv).json()
+        assert (report["mode"], report["kv"], report["way"]) == ("gap", kv, "in_place")
+        assert report["gap_ms"] > 0
+        assert complete(server, 2)["profile"]["weights"][-1]["weights"] == files[(i + 1) % 2].stem
+    body = {"to": str(files[1]), "gap": "never"}
+    refused = httpx.post(f"{server.url}/internal/models/m/swap", json=body, headers=ADMIN, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "memory_too_small")
+    load.stop()
+    assert load.answers
+
+
 def test_other_models_under_one_name(serve: Callable[..., ServerProcess], tiny_model: Callable[..., Path]) -> None:
     files = [tiny_model("llama"), tiny_model("gemma3"), tiny_model("mamba")]
     server = serve(f"m={files[0]}")
@@ -176,7 +200,7 @@ def test_two_models_compute_at_once(serve: Callable[..., ServerProcess], tiny_mo
     assert all(share["turns"] > 100 for share in shares["models"].values())
 
 
-@pytest.mark.parametrize("point", ["swap:after-load", "swap:before-commit", "swap:after-commit"])
+@pytest.mark.parametrize("point", ["swap:after-load", "swap:before-commit", "swap:in-gap", "swap:after-commit"])
 def test_a_crash_during_a_swap(tiny_model: Callable[..., Path], tmp_path: Path, point: str) -> None:
     """The next start is clean and serves; what is on disk has not changed."""
     files = [tiny_model("llama"), tiny_model("llama", seed=8)]
@@ -191,6 +215,8 @@ def test_a_crash_during_a_swap(tiny_model: Callable[..., Path], tmp_path: Path, 
         str(tmp_path / "p"),
     ]
     env = clean_env(MULLAMA_CRASH_AT=point)
+    if point == "swap:in-gap":
+        args += ["--memory-budget", str(estimate(files[0], n_ctx=512, n_parallel=4).total * 3 // 2)]
     process = subprocess.Popen(mullama("serve", "--port", "0", *args), stdout=subprocess.PIPE, env=env)
     assert process.stdout is not None
     port = int(process.stdout.readline().decode().rsplit(":", 1)[1])

@@ -12,6 +12,7 @@ from serving_support import TIMEOUT, Engine, World, play, settle, until
 
 from mullama.engine.client import EngineClient
 from mullama.errors import (
+    EngineDead,
     InvalidRequest,
     ModelBusy,
     ModelNotFound,
@@ -19,8 +20,10 @@ from mullama.errors import (
     NeedsAnotherEngine,
     ReferenceNotFound,
 )
+from mullama.serving.states import ModelState
 from mullama.serving.swap import SwapRecord, Swaps
 from mullama.serving.targets import Target
+from mullama.types import Room
 
 
 class Report:
@@ -32,10 +35,24 @@ class Swappable(Engine):
     """``needs_another``: its weights cannot be changed in place."""
 
     needs_another = False
+    error: Exception | None = None
+    asked: dict[str, Any] | None = None
     n_handed = 3
 
-    def swap_weights(self, path: Path, *, label: str = "", kv: str = "auto", on_phase: Any = None) -> Report:
+    def swap_weights(
+        self,
+        path: Path,
+        *,
+        label: str = "",
+        kv: str = "auto",
+        gap: str = "auto",
+        room: Any = None,
+        on_phase: Any = None,
+    ) -> Report:
         on_phase("loading")
+        self.asked = {"kv": kv, "gap": gap, "room": room}
+        if self.error:
+            raise self.error
         if self.needs_another:
             raise NeedsAnotherEngine("another architecture")
         self.info = replace(self.info, weights=label, size_bytes=77)
@@ -182,5 +199,44 @@ def test_what_cannot_begin() -> None:
             with pytest.raises(error):
                 world.swaps.begin(*arguments)
         assert not world.swaps.history
+
+    play(test())
+
+
+def test_a_budget_says_what_room_there_is() -> None:
+    async def test() -> None:
+        world = SwapWorld(memory_budget=100, sizes={"ref:m": 60, "b": 15})
+        await world.swap(gap="never")
+        assert world.engine.asked == {"kv": "auto", "gap": "never", "room": Room(beside=40, alone=100)}
+        world.models.add("b", "b")
+        await world.models.load("b")
+        served = world.models.get("m")
+        await world.swap()
+        assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": Room(100 - 15 - served.n_bytes, 85)}
+        world.models.memory_budget = 0
+        await world.swap()
+        assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": None}
+        with pytest.raises(InvalidRequest, match="gap: it must be one of auto, never"):
+            world.swaps.begin("m", "Q4_0", gap="maybe")
+
+    play(test())
+
+
+def test_an_engine_that_lost_its_weights_is_given_up() -> None:
+    """Who still holds it ends first; the next request loads the model anew."""
+
+    async def test() -> None:
+        world = SwapWorld()
+        world.engine.error = EngineDead("neither could be loaded")
+        lease = await world.models.lease("m")
+        record = await world.swap()
+        served = world.models.get("m")
+        assert (record.state, served.state, served.error) == ("failed", ModelState.FAILED, "neither could be loaded")
+        assert not world.models.ready
+        assert world.engine.n_closed == 0
+        lease.release()
+        await until(lambda: world.engine.n_closed == 1)
+        (await world.models.lease("m")).release()
+        assert (served.state, world.loads) == (ModelState.READY, ["m"])
 
     play(test())

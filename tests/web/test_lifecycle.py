@@ -32,7 +32,16 @@ class Engine(FakeEngine):
     def counters(self) -> dict[str, int]:
         return {"busy_ns": 2_000_000_000, "sampled_tokens": 100, "running": 1, "waiting": 2, "cells_used": 7}
 
-    def swap_weights(self, path: Path, *, label: str = "", kv: str = "auto", on_phase: Any = None) -> Any:
+    def swap_weights(
+        self,
+        path: Path,
+        *,
+        label: str = "",
+        kv: str = "auto",
+        gap: str = "auto",
+        room: Any = None,
+        on_phase: Any = None,
+    ) -> Any:
         on_phase("copying")
 
         class Report:
@@ -124,6 +133,7 @@ def test_pins(world: World) -> None:
         ("swap", {}),
         ("swap", {"to": ""}),
         ("swap", {"to": "Q4_0", "kv": "keep"}),
+        ("swap", {"to": "Q4_0", "gap": "maybe"}),
         ("swap", b"{"),
         ("share", {"weight": "much"}),
     ],

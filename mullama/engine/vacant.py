@@ -1,0 +1,52 @@
+"""An engine without weights for a while: its context and its model go, its sequences and its cached KV stay.
+
+``leave`` and ``enter`` are the two ends of it. Between them lies a change of weights that memory does not hold beside
+each other (``engine/gap.py``), or a sleep (``engine/sleep.py``). Engine thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mullama._core import Core, Model, Vacancy
+from mullama.engine import loading
+
+if TYPE_CHECKING:
+    from mullama.config import ServeConfig
+
+
+def leave(core: Core) -> Vacancy:
+    """Save the KV of all slots, then free context and weights. Raises before anything is freed, if at all."""
+    vacancy = Vacancy(core)
+    model = core.model
+    vacancy.leave()
+    model.close()
+    return vacancy
+
+
+def enter(
+    vacancy: Vacancy,
+    path: str | Path,
+    config: ServeConfig,
+    progress: Callable[[float], bool | None] | None,
+    *,
+    since_ns: int = 0,
+    is_swap: bool = False,
+) -> tuple[Model, int]:
+    """Load a file and go on with it: (the model, sequences that run again). See Vacancy.fill.
+
+    Whatever it raises (ModelLoadError, InvalidRequest, ComputeFailed), the core is vacant as before.
+    """
+    model = loading.load_model(path, config, progress)
+    try:
+        context = vacancy.core.context.like(model)
+        try:
+            return model, vacancy.fill(context, since_ns=since_ns, is_swap=is_swap)
+        except BaseException:
+            context.close()
+            raise
+    except BaseException:
+        model.close()
+        raise
