@@ -7,7 +7,7 @@ from mullama._core.loop cimport Core
 
 cdef class Vacancy:
     cdef readonly Core core
-    cdef vector[vector[uint8_t]] states  # of each slot, as llama.cpp saves it; in the unified layout the first is of all
+    cdef vector[vector[uint8_t]] states  # of each slot, as llama.cpp saves it; unified: the first is of all
     cdef readonly bint has_left        # the context before has been freed
     cdef readonly bint is_over         # another one is there
     cdef readonly uint64_t held_ns     # when the last step ended, or it was made

@@ -5,10 +5,11 @@
     fill(context)        the core goes on with this one, on the KV that was saved
 
 Everything belongs to the engine thread. Between ``leave`` and ``fill`` the core computes nothing, and of its methods
-only those may be called that look at no KV: they raise, or leave out what a context would have to tell (Core.is_vacant).
+only those may be called that look at no KV: they raise, or leave out what a context would have to tell
+(Core.is_vacant).
 """
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint64_t
 
 from mullama._core.context cimport Context
 from mullama._core.governor cimport Governor

@@ -494,7 +494,7 @@ class ModelManager:
         if not self.memory_budget:
             return None
         others = sum(one.n_bytes for one in self._served.values() if one.resident is not None and one is not served)
-        alone = self.memory_budget - others - sum(self._closing.values())
+        alone = self.memory_budget - others - sum(self._closing.values()) - sum(self._left.values())
         return Room(alone - served.n_bytes, alone)
 
     def give_up(self, name: str, error: MullamaError) -> None:
@@ -505,7 +505,7 @@ class ModelManager:
             return
         served.resident = None
         served.state, served.error = ModelState.FAILED, error.message
-        self._left.add(resident)
+        self._left[resident] = served.n_bytes
         for watcher in self.watchers:
             watcher(served.name, None)
         task = asyncio.get_running_loop().create_task(self.retire(resident))

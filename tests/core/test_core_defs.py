@@ -15,7 +15,7 @@ import pytest
 
 import mullama._core
 from mullama import abi
-from mullama._core import Arbiter, Carrier, Cells, Context, Core, Governor, Model, Page, Parked, StopText
+from mullama._core import Arbiter, Carrier, Cells, Context, Core, Governor, Model, Page, Parked, StopText, Vacancy
 from mullama.errors import ModelLoadError
 from mullama.types import SamplingParams
 
@@ -73,6 +73,18 @@ def switched(carrier: Carrier) -> Carrier:
     return carrier
 
 
+def vacated(core: Core) -> Vacancy:
+    vacancy = Vacancy(core)
+    vacancy.leave()
+    return vacancy
+
+
+def refilled(core: Core) -> Vacancy:
+    vacancy = vacated(core)
+    vacancy.fill(core.context.like(core.model))
+    return vacancy
+
+
 def handed(core: Core) -> Core:
     """A preempted sequence that went to another core and ended there."""
     other = Core(core.model, n_slots=1, n_ctx=256, n_batch=64)
@@ -128,6 +140,14 @@ CALLS: dict[str, Callable[..., bool]] = {
     "swap.Carrier.follow": lambda k: switched(k).follow(1000) == 0,
     "swap.Carrier.finish": lambda k: isinstance(switched(k).finish(), Context),
     "swap.Carrier.abandon": lambda k: k.abandon().close() is None,
+    "vacancy.Vacancy": lambda c: isinstance(Vacancy(c), Vacancy),
+    "vacancy.Vacancy.core": lambda c: Vacancy(c).core is c,
+    "vacancy.Vacancy.has_left": lambda c: Vacancy(c).has_left is False and vacated(c).has_left is True,
+    "vacancy.Vacancy.is_over": lambda c: refilled(c).is_over is True,
+    "vacancy.Vacancy.held_ns": lambda c: Vacancy(c).held_ns > 0,
+    "vacancy.Vacancy.n_bytes": lambda c: Vacancy(running(c)).n_bytes > 0,
+    "vacancy.Vacancy.leave": lambda c: vacated(c).core.is_vacant,
+    "vacancy.Vacancy.fill": lambda c: refilled(running(c)).core.states() == [abi.DECODE, abi.FREE],
     "quantize.quantize_types": lambda: "Q4_0" in mullama._core.quantize_types(),
     "quantize.quantize": lambda: refuses(mullama._core.quantize, "/no/file", "/no/where", "Q4_0"),
     "page.Page": lambda: Page(1) is not None,
@@ -175,6 +195,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.Core.damage_parked": lambda c: c.damage_parked(parked(c)) is None,
     "loop.Core.let_go": lambda c: handed(c).counters_dict()["parked"] == 0,
     "loop.Core.drop_saved": lambda c: c.drop_saved(parked(c)) is None and c.parked_bytes() == 0,
+    "loop.Core.is_vacant": lambda c: c.is_vacant is False and vacated(c).core.is_vacant is True,
     "loop.Core.is_switching": lambda c: c.is_switching() is False,
     "loop.Core.take_in": lambda c: handed(c).audit() == [],
     "loop.Core.context": lambda c: c.context.model is c.model,
@@ -257,6 +278,7 @@ def test_there_are_compiled_modules() -> None:
         "quantize",
         "sampling",
         "swap",
+        "vacancy",
     }
 
 
@@ -267,13 +289,13 @@ def test_every_public_def_has_a_call() -> None:
 @pytest.fixture
 def subject(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
     kind = request.param.split(".")[1]
-    on_core = ("Core", "Parked", "Cells", "Context", "Carrier", "Arbiter")
+    on_core = ("Core", "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy")
     model = Model(tiny_model()) if kind in ("Model", *on_core) else None
     core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
     arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Core": (core,), "Parked": (core,)}
     if core is not None:
         arguments["Cells"] = (Cells(core),)
-        arguments["Context"] = (core,)
+        arguments["Context"] = arguments["Vacancy"] = (core,)
         if kind == "Carrier":
             arguments["Carrier"] = (Carrier(core, core.context.like(core.model)),)
     if request.param.count(".") == 2:
