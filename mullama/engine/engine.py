@@ -13,12 +13,13 @@ import logging
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
@@ -71,7 +72,8 @@ class Engine(KvMethods):
 
     def __init__(self, model: Model, core: Core, info: ModelInfo, config: ServeConfig) -> None:
         self.model = model
-        self._tokenizer = Tokenizer(lambda: self.model)
+        me = weakref.ref(self)  # a cycle would keep what close() lets go of
+        self._tokenizer = Tokenizer(lambda: cast(Engine, me()).model)
         self.config = config
         self._core = core
         self._policy = PolicyHost(

@@ -98,10 +98,16 @@ def test_swap(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "a/b: Q8_0 -> Q4_0 in 300 ms" in out
     assert "a pause of 7.2 ms, 4 sequences went on, 0 are computed again" in out
-    assert remote.asked == [("POST", "/internal/models/a/b%20c/swap", {"to": "Q4_0", "kv": "carry"}, None)]
+    body = {"to": "Q4_0", "kv": "carry", "gap": "auto"}
+    assert remote.asked == [("POST", "/internal/models/a/b%20c/swap", body, None)]
     remote.body = json.dumps(REPORT | {"pause_ms": None}).encode()
     assert main(["swap", "a", "Q4_0"]) == 0
     assert "nothing ran" in capsys.readouterr().out
+    remote.body = json.dumps(REPORT | {"mode": "gap", "gap_ms": 412.3}).encode()
+    assert main(["swap", "a", "Q4_0", "--gap", "never"]) == 0
+    assert "a gap of 412 ms without weights" in capsys.readouterr().out
+    assert remote.asked[-1][2] == {"to": "Q4_0", "kv": "auto", "gap": "never"}
+    remote.body = json.dumps(REPORT | {"pause_ms": None}).encode()
     assert main(["swap", "a", "Q4_0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pause_ms"] is None
 

@@ -205,14 +205,14 @@ def test_what_cannot_begin() -> None:
 
 def test_a_budget_says_what_room_there_is() -> None:
     async def test() -> None:
-        world = SwapWorld(memory_budget=100, sizes={"ref:m": 60, "b": 15})
+        world = SwapWorld(memory_budget=200, sizes={"ref:m": 60, "b": 15})
         await world.swap(gap="never")
-        assert world.engine.asked == {"kv": "auto", "gap": "never", "room": Room(beside=40, alone=100)}
+        assert world.engine.asked == {"kv": "auto", "gap": "never", "room": Room(beside=140, alone=200)}
         world.models.add("b", "b")
         await world.models.load("b")
         served = world.models.get("m")
         await world.swap()
-        assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": Room(100 - 15 - served.n_bytes, 85)}
+        assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": Room(200 - 15 - served.n_bytes, 185)}
         world.models.memory_budget = 0
         await world.swap()
         assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": None}
