@@ -13,10 +13,11 @@ the old weights in charge.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from mullama import abi, faults
 from mullama._core import Carrier, Context, Core, Model
 from mullama.engine import loading
 from mullama.engine.background import in_background
-from mullama.errors import InvalidRequest, ModelLoadError, NeedsAnotherEngine
+from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, NeedsAnotherEngine
 from mullama.types import KvMode
 
 if TYPE_CHECKING:
@@ -214,10 +215,21 @@ class Weights:
         self._core = core
         self._config = config
         self._one = threading.Lock()  # a swap at a time
+        self.why_fixed: Callable[[], str | None] = _nothing  # why there can be no swap now
 
     def close(self) -> None:
         """Let go of the engine, so that nothing waits for the garbage collector."""
-        self._post = _ignore
+        self._post, self.why_fixed = _ignore, _nothing
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """See that the weights stay those that they are. Raises ModelBusy while they are being changed."""
+        if not self._one.acquire(blocking=False):
+            raise ModelBusy("the weights of this model are being changed now", retry_after=1)
+        try:
+            yield
+        finally:
+            self._one.release()
 
     def in_charge(self, carrier: Carrier) -> bool:
         """Whether a change has got so far that its weights take the steps."""
@@ -246,6 +258,8 @@ class Weights:
         if not self._one.acquire(blocking=False):
             raise InvalidRequest("the weights of this model are being changed already", param="to")
         try:
+            if reason := self.why_fixed():
+                raise ModelBusy(reason, param="to")
             return in_background(lambda: self._swap(path, label, kv, call, on_commit, progress, on_phase))
         finally:
             self._one.release()
@@ -344,3 +358,7 @@ class Weights:
 
 def _ignore(command: Callable[[], None]) -> None:
     """What becomes of a command when the engine has ended."""
+
+
+def _nothing() -> None:
+    """No reason."""
