@@ -22,6 +22,7 @@ from mullama.engine.client import EngineClient
 from mullama.errors import (
     BadModelFile,
     InvalidRequest,
+    ModelBusy,
     ModelLoadError,
     ModelNotLoaded,
     MullamaError,
@@ -181,6 +182,11 @@ class Swaps:
     async def _swap(
         self, served: Served, engine: SwappableEngine, target: Target, kv: str, progress: Callable[[str], None]
     ) -> dict[str, Any]:
+        if engine.adapters():
+            names = ", ".join(one["id"] for one in engine.adapters())
+            raise ModelBusy(
+                f"LoRA adapters are loaded ({names}): unload them before the weights are changed", param="to"
+            )
         size_before = engine.info.size_bytes
         if kv != "drain":
             try:
