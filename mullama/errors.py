@@ -93,6 +93,18 @@ class ModelBusy(MullamaError):
     code = "model_busy"
 
 
+class AdapterNotFound(NotFound):
+    """No LoRA adapter of this id is loaded onto the model."""
+
+    code = "adapter_not_found"
+
+
+class AdapterBusy(ModelBusy):
+    """A request uses the LoRA adapter that is to be unloaded."""
+
+    code = "adapter_busy"
+
+
 class PayloadTooLarge(MullamaError):
     status = 413
     type = "invalid_request_error"
@@ -161,6 +173,12 @@ class MemoryTooSmall(ModelLoadError):
     status = 409
     type = "invalid_request_error"
     code = "memory_too_small"
+
+
+class AdapterMismatch(BadModelFile):
+    """A LoRA adapter is of another model than the one that it is to be loaded onto."""
+
+    code = "adapter_mismatch"
 
 
 class LoadCancelled(ModelLoadError):
