@@ -7,7 +7,11 @@ arbiter   whose turn it is to compute, among the engines of a process
 page      the writing side of the instrumentation page
 adapters  LoRA adapters, and the sets of them that sequences use
 context   a llama.cpp context and its limits
-loop      slots, batch, decode, sample, commit: the hot loop
+machine   a context with its threads, its page and the ring of records
+slots     sequences in a context, and their KV
+parking   running sequences out of their slots and back in
+loop      batch, decode, sample, commit: the hot loop
+gate      parts of the loop alone, for tests
 cells     KV in and out of the slots: rows, checkpoints, copies
 swap      other weights under a running loop
 vacancy   a loop without weights for a while
@@ -18,10 +22,13 @@ from mullama._core.adapters import Adapter
 from mullama._core.arbiter import Arbiter, arbiter
 from mullama._core.cells import Cells
 from mullama._core.context import Context
+from mullama._core.gate import StopText
 from mullama._core.governor import Governor
-from mullama._core.loop import FINISH, TEXT, Core, Parked, StopText
+from mullama._core.loop import Core
+from mullama._core.machine import FINISH, TEXT
 from mullama._core.model import Model, devices, llama_cpp_version, set_log_level, system_info
 from mullama._core.page import Page
+from mullama._core.parking import Parked
 from mullama._core.quantize import quantize, quantize_types
 from mullama._core.sampling import check_params
 from mullama._core.swap import Carrier

@@ -1,107 +1,11 @@
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint64_t
 from libcpp cimport bool as cbool
-from libcpp.memory cimport unique_ptr
-from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from mullama._core.adapters cimport LoraSetPtr
-from mullama._core.arbiter cimport Arbiter, Flag
-from mullama._core.context cimport Context
-from mullama._core.governor cimport Governor
 from mullama._core.llama cimport *
-from mullama._core.model cimport Model
-from mullama._core.page cimport Page
+from mullama._core.machine cimport *
+from mullama._core.parking cimport Parked, Parking
 from mullama.abi cimport *
-
-
-cdef extern from "text.h" namespace "mullama" nogil:
-    cppclass TextGate:
-        vector[string] stops
-        int push(const char * piece, size_t n, cbool check_stops, string & released)
-        void flush(string & released)
-
-cdef extern from "seq.h" namespace "mullama" nogil:
-    cppclass Slot:
-        uint32_t state
-        vector[llama_token] tokens
-        int32_t n_past
-        uint64_t last_used
-        uint64_t handle
-        int32_t n_prompt, n_generated, max_tokens, min_tokens
-        cbool ignore_eos, poisoned
-        int32_t shift_keep, shifted
-        llama_sampler * chain
-        cbool greedy
-        int32_t top_k_first
-        vector[llama_logit_bias] bias
-        LoraSetPtr lora
-        TextGate gate
-        string pending_text
-        mullama_row row
-        cbool open()
-        void end_request()
-    void swap_slots(Slot & a, Slot & b)
-
-cdef extern from "ring.h" namespace "mullama" nogil:
-    cdef enum:
-        RECORD_TEXT "mullama::RECORD_TEXT"
-        RECORD_FINISH "mullama::RECORD_FINISH"
-    cppclass RecordHeader:
-        uint32_t size
-        uint16_t kind
-        uint16_t n_tokens
-        uint64_t handle
-    cppclass FinishBody:
-        uint32_t reason
-        int32_t stop_index
-        int32_t error
-        uint32_t unused
-    cppclass Ring:
-        Ring(uint32_t capacity) except +
-        cbool push(const RecordHeader & header, const void * body, uint32_t n, const void * tail, uint32_t n_tail)
-        const RecordHeader * peek()
-        void pop()
-        uint64_t used()
-        uint64_t capacity()
-
-cdef extern from "wake.h" namespace "mullama" nogil:
-    cppclass Wake:
-        int read_fd
-        int write_fd
-        cbool open()
-        void close()
-        void signal()
-        void clear()
-
-cdef extern from "clock.h" namespace "mullama" nogil:
-    uint64_t now_ns()
-    void sleep_us(int us)
-    cppclass NeighbourLoad:
-        double read()
-        uint64_t age_ns()
-    cppclass Deadline:
-        uint64_t at_ns
-        Flag stop
-        const Wake * wake
-
-        @staticmethod
-        cbool expired(void * self) noexcept
-
-cdef extern from "guard.h" namespace "mullama" nogil:
-    cdef enum:
-        CORE_OK "mullama::CORE_OK"
-        CORE_NOT_FINITE "mullama::CORE_NOT_FINITE"
-        CORE_SAMPLER "mullama::CORE_SAMPLER"
-        CORE_DECODE "mullama::CORE_DECODE"
-        CORE_NO_KV "mullama::CORE_NO_KV"
-        CORE_ADAPTER "mullama::CORE_ADAPTER"
-        CORE_EXCEPTION "mullama::CORE_EXCEPTION"
-    cppclass Guard:
-        const char * message
-    cbool guarded_carry_rows(llama_context * src, llama_context * dst, llama_seq_id seq, llama_pos p0, llama_pos p1,
-                             Guard & guard)
-    int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard & guard)
-    llama_token guarded_sample(llama_sampler * chain, llama_token_data_array * candidates, Guard & guard)
 
 cdef extern from "scan.h" namespace "mullama" nogil:
     int32_t scan_argmax(const float * x, int32_t n)
@@ -109,100 +13,16 @@ cdef extern from "scan.h" namespace "mullama" nogil:
     int32_t scan_all(const float * x, int32_t n, vector[llama_token_data] & out)
 
 
-cdef class Parked:
-    cdef Slot slot
-    cdef vector[uint8_t] state
-    cdef readonly bint saved
-    cdef int computed                  # tokens that were in the KV cache
-    cdef uint64_t since_ns
-    cdef Model model                   # its sampler may point into the vocabulary
-
-
-cdef class Core:
-    cdef readonly Context context
-    cdef readonly Model model          # of the context
-    cdef Context target                # being prepared to take over (swap.pyx)
-    cdef Context source                # was in charge before; slots that have not come over are still there
-    cdef vector[int32_t] ahead         # tokens of each slot whose KV the target has already
-    cdef vector[int32_t] away          # those that have come over from the source; -1: all, nothing is left behind
-    cdef uint64_t switched_ns          # last step of the old weights ended; 0: the new ones have taken one
-    cdef uint64_t reused_before        # graphs reused by contexts before this one
-    cdef readonly Arbiter turns
-    cdef readonly int seat             # of the arbiter
-    cdef readonly Page page
-    cdef readonly Governor governor
-    cdef readonly int n_slots
-    cdef readonly int n_ctx            # tokens one slot may hold
-    cdef readonly int n_batch
-    cdef llama_context * ctx
-    cdef llama_memory_t mem
-    cdef ggml_threadpool_t pool
-    cdef llama_batch batch
-    cdef vector[Slot] slots
-    cdef unique_ptr[Ring] ring
-    cdef Wake wake
-    cdef Deadline deadline
-    cdef NeighbourLoad neighbours
-    cdef Guard guard
-    cdef Flag interrupted
-    cdef mullama_counters counters
-    cdef vector[llama_token] eog
-    cdef vector[llama_token_data] candidates
-    cdef vector[uint8_t] state_a
-    cdef vector[uint8_t] state_b
-    cdef string released
-    cdef vector[char] long_piece
-    cdef vector[int32_t] plan_decode   # in groups of one set of adapters each
-    cdef vector[size_t] plan_ranges    # where ranges of it begin that are one ubatch each, and the end
-    cdef vector[int32_t] plan_prefill
-    cdef vector[int32_t] plan_chunk
-    cdef LoraSetPtr in_charge          # the set of adapters that the context has now
-    cdef int threads_set
-    cdef int n_swa
-    cdef readonly bint unified         # one buffer of cells for all slots
-    cdef readonly bint can_shift       # the oldest tokens of a sequence can make room for new ones
-    cdef bint can_trim                 # the tail of a sequence can be removed
-    cdef bint can_abort
-    cdef bint synchronous              # all compute is on the CPU
-    cdef bint pool_paused
-    cdef bint pushed                   # records since the last wake-up
-    cdef bint changed                  # a sequence changed its state
-    cdef int fault_slot                # fault injection: this slot's next logits become NaN
-    cdef uint64_t waiting
-    cdef uint64_t busy_since           # end of the last step; 0 after idling
-
-    cdef void site(self, uint32_t kind, int32_t slot, uint64_t handle, int64_t a, int64_t b) noexcept nogil
-    cdef void publish(self) noexcept nogil
-    cdef bint push(self, const RecordHeader & header, const void * body, uint32_t n, const void * tail,
-                   uint32_t n_tail) noexcept nogil
-    cdef void flush_text(self, Slot * s, int n_tokens) noexcept nogil
-    cdef void finish(self, Slot * s, int slot, uint32_t reason, int stop_index, int error) noexcept nogil
-    cdef int compute(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil
+cdef class Core(Parking):
     cdef bint put_in_charge(self, int slot) noexcept nogil
     cdef void group_plan(self) noexcept nogil
     cdef size_t first_range(self) noexcept nogil
     cdef size_t first_chunk(self) noexcept nogil
-    cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil
-    cdef void commit(self, int slot, int row) noexcept nogil
+    cdef void steps(self, uint64_t max_steps, uint64_t until_ns) noexcept nogil
+    cdef int compute(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil
     cdef void shift(self, int slot) noexcept nogil
     cdef void decode_rows(self, size_t first, size_t last, bint is_extra) noexcept nogil
     cdef void prefill(self, int slot, int n) noexcept nogil
-    cdef void steps(self, uint64_t max_steps, uint64_t until_ns) noexcept nogil
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil
-    cdef int check_slot(self, int slot) except -1
-    cdef void clear_slot(self, int slot) noexcept nogil
-    cdef void lose(self, int slot) noexcept nogil
-    cdef void forget(self, Parked parked) noexcept
-    cdef void take_on(self, Context context) noexcept
-    cdef void attach(self, llama_context * ctx) noexcept nogil
-    cdef int set_up(self, page_path, bint quick) except -1
-    cdef void release(self) noexcept
-    cdef int warm_up(self, llama_context * ctx, Governor governor, bint quick) except -1
-    cdef bint take_turn(self) noexcept
-    cdef bint try_threads(self, llama_context * ctx, Governor governor, int threads, int pos, int n_tokens,
-                          bint note) except? True
-    cdef void resume_pool(self) noexcept nogil
-    cdef bint cut(self, int slot, int n) noexcept nogil
-    cdef int keep_head(self, int slot, int n) noexcept
-    cdef bint bring(self, int slot, int n) noexcept nogil
-    cdef bint carry_rows(self, llama_context * src, llama_context * dst, int slot, int p0, int p1) noexcept nogil
+    cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil
+    cdef void commit(self, int slot, int row) noexcept nogil

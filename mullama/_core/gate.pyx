@@ -1,0 +1,45 @@
+"""Parts of the loop alone, for tests: the gate that text passes, and the scans of a row of logits."""
+
+from libc.stdint cimport int32_t
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from mullama._core.llama cimport *
+from mullama._core.loop cimport TextGate, scan_argmax, scan_top_k
+
+
+cdef class StopText:
+    """The text gate alone, for tests: pieces in, final bytes out."""
+
+    cdef TextGate gate
+
+    def __init__(self, stops=()):
+        for stop in stops:
+            if not stop:
+                raise ValueError("a stop string needs a character")
+            self.gate.stops.push_back(stop.encode("utf-8"))
+
+    def push(self, bytes piece, *, bint check_stops=True):
+        """Returns (final bytes, index of the stop string completed or -1)."""
+        cdef string released
+        cdef const char * data = piece
+        cdef int which = self.gate.push(data, len(piece), check_stops, released)
+        return <bytes> released, which
+
+    def flush(self):
+        """End of text: the bytes still held back."""
+        cdef string released
+        self.gate.flush(released)
+        return <bytes> released
+
+
+def scan(logits, int k=0):
+    """The scans alone, for tests: argmax of a sequence of floats (k = 0), else the ids of the k largest, or None."""
+    cdef vector[float] x = logits
+    cdef vector[llama_token_data] out
+    cdef int32_t n
+    if k == 0:
+        n = scan_argmax(x.data(), <int32_t> x.size())
+        return None if n < 0 else n
+    n = scan_top_k(x.data(), <int32_t> x.size(), k, out)
+    return None if n < 0 else [out[i].id for i in range(n)]

@@ -1,0 +1,19 @@
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libcpp cimport bool as cbool
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from mullama._core.llama cimport *
+from mullama._core.machine cimport *
+from mullama._core.model cimport Model
+from mullama.abi cimport *
+
+
+cdef class Slots(Machine):
+    cdef void finish(self, Slot * s, int slot, uint32_t reason, int stop_index, int error) noexcept nogil
+    cdef void clear_slot(self, int slot) noexcept nogil
+    cdef bint cut(self, int slot, int n) noexcept nogil
+    cdef int keep_head(self, int slot, int n) noexcept
+    cdef bint bring(self, int slot, int n) noexcept nogil
+    cdef bint carry_rows(self, llama_context * src, llama_context * dst, int slot, int p0, int p1) noexcept nogil
+    cdef void lose(self, int slot) noexcept nogil
