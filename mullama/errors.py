@@ -167,6 +167,12 @@ class BadModelFile(ModelLoadError):
     type = "invalid_request_error"
 
 
+class AdapterMismatch(BadModelFile):
+    """A LoRA adapter is of another model than the one that it is to be loaded onto."""
+
+    code = "adapter_mismatch"
+
+
 class MemoryTooSmall(ModelLoadError):
     """There is not enough memory, or the budget leaves too little; nothing was allocated."""
 
