@@ -181,12 +181,6 @@ class MemoryTooSmall(ModelLoadError):
     code = "memory_too_small"
 
 
-class AdapterMismatch(BadModelFile):
-    """A LoRA adapter is of another model than the one that it is to be loaded onto."""
-
-    code = "adapter_mismatch"
-
-
 class LoadCancelled(ModelLoadError):
     code = "model_load_cancelled"
 
