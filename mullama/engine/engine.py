@@ -32,6 +32,7 @@ from mullama.engine.kvcache import KvCache
 from mullama.engine.policy import PolicyHost
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
+from mullama.engine.sleep import Sleep, SleepReport
 from mullama.engine.tokenizing import Tokenizer, TooManyTokens
 from mullama.engine.weights import SwapReport, Weights
 from mullama.errors import (
@@ -39,6 +40,7 @@ from mullama.errors import (
     EngineDead,
     InvalidRequest,
     ModelLoadError,
+    ModelNotLoaded,
     MullamaError,
     NeedsAnotherEngine,
     QueueFull,
@@ -49,7 +51,7 @@ from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import namespace_of, pack
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
-from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Request, Room, SeqState
+from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Request, Room, SeqState, SleepLevel
 
 if TYPE_CHECKING:
     from mullama.engine.shadow import Shadow
@@ -102,6 +104,7 @@ class Engine(KvMethods):
         )
         self._policy.views = self._seqs.views
         self._weights = Weights(core, self._kv, self._seqs, config, self._post_quietly)
+        self._napping = Sleep(self._weights, self.call, self._speak)
         capacity = core.kv_cells
         self._kv_tokens = min(config.kv_tokens or capacity, capacity)
         # What fits alone never fails: no request may use more than the whole budget.
@@ -218,6 +221,8 @@ class Engine(KvMethods):
 
     def _enqueue(self, request: Request, generation: BaseGeneration) -> None:
         self._check(request)
+        if self._napping.is_asleep:
+            raise ModelNotLoaded(f"'{self.info.name}' is asleep; wake it first", param="model")
         room = self.info.n_ctx - len(request.prompt)
         view = SeqView(
             id=generation.handle,
@@ -455,6 +460,20 @@ class Engine(KvMethods):
                 raise ShuttingDown(f"'{self.info.name}' was closed meanwhile") from None
             raise
 
+    def sleep(self, level: SleepLevel | str = SleepLevel.HOST) -> SleepReport:
+        """Free weights and context until ``wake``; cached KV waits in host memory or on disk. Blocks.
+
+        Not for an event loop's thread. Requests must not come before ``wake``, and what looks at cells raises.
+        Raises ModelBusy while anything runs, InvalidRequest without a disk tier, and while the weights are changed.
+        """
+        self._check_alive()
+        return self._napping.fall(_choice(SleepLevel, level, "level"))
+
+    def wake(self) -> float:
+        """Load the weights again; ms it took. Blocks. Raises ModelLoadError: then it is still asleep."""
+        self._check_alive()
+        return self._napping.wake(lambda: self._stopping)
+
     def _speak(self, model: Model) -> None:
         """Tokenise and render by this model from now on."""
         self.model = model
@@ -597,7 +616,7 @@ class Engine(KvMethods):
         start = time.monotonic_ns()
         with self._wait:
             self._idle = not self._seqs
-            if self._idle and self._kv.version != self._audited:
+            if self._idle and self._kv.version != self._audited and not self._core.is_vacant:
                 self._wait.wait_for(lambda: self._commands or self._stopping, IDLE_AUDIT_S)
                 if not self._commands and not self._stopping:
                     self._audit()
@@ -745,7 +764,7 @@ class Engine(KvMethods):
         self._policy.arrived(seq.view)
 
 
-Choice = TypeVar("Choice", KvMode, GapMode)
+Choice = TypeVar("Choice", KvMode, GapMode, SleepLevel)
 
 
 def _choice(kind: type[Choice], value: str, param: str) -> Choice:

@@ -13,10 +13,11 @@ the old weights in charge.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -268,9 +269,7 @@ class Weights:
         ModelLoadError (MemoryTooSmall): then the old weights stay. EngineDead: they went for a gap and did not come
         back.
         """
-        if not self._one.acquire(blocking=False):
-            raise InvalidRequest("the weights of this model are being changed already", param="to")
-        try:
+        with self.alone():
             began = time.monotonic_ns()
             way = self._needs_gap(path, kv, call, gap, room)
             if way is not None:
@@ -278,6 +277,14 @@ class Weights:
                     path, label, way, call, on_commit, progress, on_phase, on_model, is_stopping, began
                 )
             return in_background(lambda: self._swap(path, label, kv, call, on_commit, progress, on_phase))
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One change at a time. Raises InvalidRequest while there is another one."""
+        if not self._one.acquire(blocking=False):
+            raise InvalidRequest("the weights of this model are being changed already", param="to")
+        try:
+            yield
         finally:
             self._one.release()
 
