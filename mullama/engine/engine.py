@@ -616,7 +616,7 @@ class Engine(KvMethods):
         start = time.monotonic_ns()
         with self._wait:
             self._idle = not self._seqs
-            if self._idle and self._kv.version != self._audited and not self._core.is_vacant:
+            if self._idle and self._kv.version != self._audited:
                 self._wait.wait_for(lambda: self._commands or self._stopping, IDLE_AUDIT_S)
                 if not self._commands and not self._stopping:
                     self._audit()

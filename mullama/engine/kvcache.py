@@ -562,6 +562,8 @@ class KvCache:
 
     def audit(self) -> list[str]:
         """Compare tree, slots and tier. Returns a list of differences, empty when all agree."""
+        if self._core.is_vacant:
+            return []  # nothing to compare with
         found = self._core.audit()
         held = self.tree.held()
         for slot in range(self._core.n_slots):

@@ -83,11 +83,9 @@ class Sleep:
     def _store(self, on_disk: bool) -> None:
         """Move the KV of the slots to the tiers. Engine thread."""
         self._check_idle()
-        kv, core = self._weights.kv, self._weights.core
+        kv = self._weights.kv
         if kv.has_tiers:
-            for slot in range(core.n_slots):
-                if core.retained(slot)[0]:
-                    kv.vacate(slot)
+            kv.evict_retained(1 << 62, self._weights.seqs.running())  # in the policy's order: who is last stays longest
         if on_disk and kv.disk is not None:
             for node in kv.tree.nodes():
                 if node.host is not None:
