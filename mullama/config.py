@@ -66,6 +66,14 @@ class ServeConfig:
     keep_alive: str = option(
         "-1", "how long an idle model stays loaded: seconds, 5m, 1h30m; -1: for ever", metavar="DURATION"
     )
+    sleep_after: str = option(
+        "-1", "how long a model is idle before it sleeps: seconds, 5m, 1h30m; -1: never", metavar="DURATION"
+    )
+    sleep_level: str = option(
+        "host",
+        "where the cached KV of a sleeping model waits; disk needs --kv-disk-dir",
+        choices=("host", "disk"),
+    )
     model_policy: str = option("lru", "which idle model makes room: lru, largest, or a plugin", metavar="NAME")
     store_models: bool = option(True, "serve every model of the store, loaded when it is asked for")
     arbiter: str = option(

@@ -37,6 +37,13 @@ class GapMode(enum.StrEnum):
     NEVER = "never"
 
 
+class SleepLevel(enum.StrEnum):
+    """Where the cached KV of a sleeping model waits."""
+
+    HOST = "host"
+    DISK = "disk"  # nothing of it stays in memory
+
+
 @dataclass(slots=True, frozen=True)
 class Room:
     """Bytes that a budget leaves new weights: ``beside`` the old ones, and ``alone``, in their place."""

@@ -33,7 +33,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     idle = model.get("idle_s")
     return (
         model["name"],
-        model["state"] + (" (pinned)" if model["pinned"] else ""),
+        _state(model),
         model.get("weights") or "-",
         f"{memory / 1e6:.0f} MB" if memory else "-",
         str(model["in_use"]),
@@ -42,6 +42,14 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
         f"{idle:.0f} s" if idle is not None else "-",
         "for ever" if model["keep_alive_s"] is None else f"{model['keep_alive_s']:.0f} s",
     )
+
+
+def _state(model: dict[str, Any]) -> str:
+    asleep = model.get("asleep")
+    state = str(model["state"])
+    if asleep is not None:
+        state += f" ({asleep['level']}, {asleep['tokens']} tokens)"
+    return state + (" (pinned)" if model["pinned"] else "")
 
 
 __all__ = ["DEFAULT_URL", "command"]

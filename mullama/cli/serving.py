@@ -42,6 +42,8 @@ def make_manager(config: ServeConfig) -> ModelManager:
         memory_budget=_budget(config.memory_budget),
         max_waiting=max(config.max_queue, 1),
         keep_alive_s=parse_duration(config.keep_alive),
+        sleep_after_s=parse_duration(config.sleep_after, "sleep_after"),
+        sleep_level=config.sleep_level,
         policy=config.model_policy,
         find=find if config.store_models else lambda name: None,
         others=others if config.store_models else None,

@@ -114,7 +114,11 @@ class Adapters:
     def why_fixed(self) -> str | None:
         """Why the weights cannot be changed now; None: they can."""
         names = ", ".join(one.id for one in self.all())
-        return f"LoRA adapters are loaded ({names}): unload them before the weights are changed" if names else None
+        return (
+            f"LoRA adapters are loaded ({names}): unload them before the weights are changed or freed"
+            if names
+            else None
+        )
 
     # -- requests -------------------------------------------------------------------------------------------------
 

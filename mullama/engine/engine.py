@@ -33,6 +33,7 @@ from mullama.engine.kvcache import KvCache
 from mullama.engine.policy import PolicyHost
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
+from mullama.engine.sleep import Sleep, SleepReport
 from mullama.engine.tokenizing import Tokenizer, TooManyTokens
 from mullama.engine.weights import SwapReport, Weights
 from mullama.errors import (
@@ -40,6 +41,7 @@ from mullama.errors import (
     EngineDead,
     InvalidRequest,
     ModelLoadError,
+    ModelNotLoaded,
     MullamaError,
     NeedsAnotherEngine,
     QueueFull,
@@ -50,7 +52,7 @@ from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import pack
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
-from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Request, Room, SeqState
+from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Request, Room, SeqState, SleepLevel
 
 if TYPE_CHECKING:
     from mullama.engine.shadow import Shadow
@@ -103,6 +105,7 @@ class Engine(KvMethods):
         )
         self._policy.views = self._seqs.views
         self._weights = Weights(core, self._kv, self._seqs, config, self._post_quietly)
+        self._napping = Sleep(self._weights, self.call, self._speak)
         capacity = core.kv_cells
         self._kv_tokens = min(config.kv_tokens or capacity, capacity)
         # What fits alone never fails: no request may use more than the whole budget.
@@ -226,6 +229,8 @@ class Engine(KvMethods):
 
     def _enqueue(self, request: Request, generation: BaseGeneration) -> None:
         self._check(request)
+        if self._napping.is_asleep:
+            raise ModelNotLoaded(f"'{self.info.name}' is asleep; wake it first", param="model")
         room = self.info.n_ctx - len(request.prompt)
         view = SeqView(
             id=generation.handle,
@@ -464,6 +469,20 @@ class Engine(KvMethods):
             if self._closed:  # the old model was closed under the comparison
                 raise ShuttingDown(f"'{self.info.name}' was closed meanwhile") from None
             raise
+
+    def sleep(self, level: SleepLevel | str = SleepLevel.HOST) -> SleepReport:
+        """Free weights and context until ``wake``; cached KV waits in host memory or on disk. Blocks.
+
+        Not for an event loop's thread. Requests must not come before ``wake``, and what looks at cells raises.
+        Raises ModelBusy while anything runs, InvalidRequest without a disk tier, and while the weights are changed.
+        """
+        self._check_alive()
+        return self._napping.fall(_choice(SleepLevel, level, "level"))
+
+    def wake(self) -> float:
+        """Load the weights again; ms it took. Blocks. Raises ModelLoadError: then it is still asleep."""
+        self._check_alive()
+        return self._napping.wake(lambda: self._stopping)
 
     def _speak(self, model: Model) -> None:
         """Tokenise and render by this model from now on."""
@@ -773,7 +792,7 @@ class Engine(KvMethods):
         self._policy.arrived(seq.view)
 
 
-Choice = TypeVar("Choice", KvMode, GapMode)
+Choice = TypeVar("Choice", KvMode, GapMode, SleepLevel)
 
 
 def _choice(kind: type[Choice], value: str, param: str) -> Choice:

@@ -84,7 +84,7 @@ class KvCache:
             self.disk = None
 
     @property
-    def _has_tiers(self) -> bool:
+    def has_tiers(self) -> bool:
         """Whether there is anywhere to keep what a slot gives up."""
         return self.tier.budget > 0 or self.disk is not None
 
@@ -253,7 +253,7 @@ class KvCache:
         Where the prompt leaves another one's path, the next one may do so as well; and before its last token, for the
         same prompt again. A chunk of the prefill has to end there.
         """
-        if not self.cells.needs_checkpoint or not self._has_tiers:
+        if not self.cells.needs_checkpoint or not self.has_tiers:
             return []
         wanted = {match.n_tokens, n_prompt - 1}
         return sorted(at for at in wanted if reuse + LEAST_GAIN <= at < n_prompt)
@@ -382,7 +382,7 @@ class KvCache:
         end = self.tree.end_of(slot)
         n_past, _ = self._core.slot_fill(slot)
         upto = n_past if upto is None else min(upto, n_past)
-        if end is None or not self._has_tiers or upto < LEAST_STORED:
+        if end is None or not self.has_tiers or upto < LEAST_STORED:
             return 0
         now = time.monotonic_ns()
         path = end.path()
@@ -562,6 +562,8 @@ class KvCache:
 
     def audit(self) -> list[str]:
         """Compare tree, slots and tier. Returns a list of differences, empty when all agree."""
+        if self._core.is_vacant:
+            return []  # nothing to compare with
         found = self._core.audit()
         held = self.tree.held()
         for slot in range(self._core.n_slots):

@@ -64,8 +64,9 @@ def report_sync(engine: Engine) -> dict[str, Any]:
 
 def _at_boundary(engine: Engine) -> tuple[dict[str, Any], list[Buffer]]:
     core, kv = engine._core, engine._kv
-    buffers = core.context.buffers()
-    output = core.memory()["output"]
+    is_asleep = core.is_vacant  # all that is left then is what waits in host memory
+    buffers = [] if is_asleep else core.context.buffers()
+    output = 0 if is_asleep else core.memory()["output"]
     found: dict[str, Any] = {
         "kv": _kv(engine, buffers),
         "output": {"allocated_bytes": output, "resident_bytes": output},
@@ -75,7 +76,7 @@ def _at_boundary(engine: Engine) -> tuple[dict[str, Any], list[Buffer]]:
         "disk_tier_bytes": kv.disk.store.bytes_used if kv.disk is not None else None,
         "parked_sequences": sum(seq.parked is not None for seq in engine._seqs.live.values()),
         "parked_bytes": core.parked_bytes(),
-        "staging_bytes": core.staging_bytes(),
+        "staging_bytes": core.staging_bytes() + engine._napping.held_bytes,
         "is_changing_weights": core.is_switching() or engine._weights.active is not None,
     }
     return found, buffers
@@ -90,6 +91,8 @@ def _adapter(one: LoadedAdapter) -> dict[str, Any]:
 def _kv(engine: Engine, buffers: list[Buffer]) -> dict[str, Any]:
     """The cells by kind, and who uses them, as llama.cpp counts them."""
     core, seqs = engine._core, engine._seqs
+    if core.is_vacant:
+        return {"parts": {}, "used_bytes": 0, "retained_bytes": 0, "shared_bytes": 0, "requests": []}
     truth = core.cells()
     size = core.context.cell_bytes()
     cells = {

@@ -280,11 +280,7 @@ class Weights:
         ModelLoadError (MemoryTooSmall): then the old weights stay. EngineDead: they went for a gap and did not come
         back.
         """
-        if not self._one.acquire(blocking=False):
-            raise InvalidRequest(
-                "the weights of this model are being changed already, or an adapter is being loaded", param="to"
-            )
-        try:
+        with self.alone():
             if reason := self.why_fixed():
                 raise ModelBusy(reason, param="to")
             began = time.monotonic_ns()
@@ -294,6 +290,14 @@ class Weights:
                     path, label, way, call, on_commit, progress, on_phase, on_model, is_stopping, began
                 )
             return in_background(lambda: self._swap(path, label, kv, call, on_commit, progress, on_phase))
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One change at a time. Raises InvalidRequest while there is another one."""
+        if not self._one.acquire(blocking=False):
+            raise InvalidRequest("the weights of this model are being changed already", param="to")
+        try:
+            yield
         finally:
             self._one.release()
 

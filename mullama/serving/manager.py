@@ -31,8 +31,9 @@ from mullama.errors import (
     ShuttingDown,
 )
 from mullama.serving.eviction import POLICIES, ModelPolicy, ModelView
+from mullama.serving.sleeping import SleepMethods
 from mullama.serving.states import Lease, ModelState, Resident, Served
-from mullama.types import Room
+from mullama.types import Room, SleepLevel
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ Loader = Callable[[str, str], EngineClient]
 FOR_EVER = -1.0
 
 
-class ModelManager:
+class ModelManager(SleepMethods):
     """The models of a server, in the order they were named; the first answers requests that name none.
 
     ``engines`` are loaded already, by name; ``load`` loads those that are asked for.
@@ -59,6 +60,8 @@ class ModelManager:
         memory_budget: int = 0,
         max_waiting: int = 256,
         keep_alive_s: float = FOR_EVER,
+        sleep_after_s: float = FOR_EVER,
+        sleep_level: str = SleepLevel.HOST,
         policy: str = "lru",
         find: Callable[[str], str | None] = lambda name: None,
         others: Callable[[], Iterable[tuple[str, str]]] | None = None,
@@ -66,6 +69,8 @@ class ModelManager:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.keep_alive_s = keep_alive_s
+        self.sleep_after_s = sleep_after_s  # idle seconds after which a model sleeps; < 0: never
+        self.sleep_level = sleep_level
         self._load_engine = load
         self.max_models = max_models
         self.memory_budget = memory_budget
@@ -116,11 +121,15 @@ class ModelManager:
     def _install(self, served: Served, engine: EngineClient) -> Resident:
         served.resident = Resident(engine, lambda was_request: self._returned(served, was_request))
         served.state, served.error, served.gives_way = ModelState.READY, None, False
+        served.asleep, served.cannot_sleep = None, False
         served.loaded_at = served.last_used = self._clock()
         served.n_bytes = served.n_bytes or engine.info.size_bytes
+        self._tell(served, engine)
+        return served.resident
+
+    def _tell(self, served: Served, engine: EngineClient | None) -> None:
         for watcher in self.watchers:
             watcher(served.name, engine)
-        return served.resident
 
     def get(self, name: str | None) -> Served:
         """What is served as ``name``, or the first model when it is None. Raises ModelNotFound."""
@@ -193,7 +202,7 @@ class ModelManager:
     def _grant(self, served: Served, resident: Resident) -> Lease:
         served.n_requests += 1
         served.last_used = self._clock()
-        if served.keep_alive_s >= 0 and (self._reaper is None or self._reaper.done()):
+        if self._limits(served) and (self._reaper is None or self._reaper.done()):
             self._watch_idle()  # a model that was loaded before the loop ran has nobody who watches it
         return resident.lease(served.name)
 
@@ -273,7 +282,12 @@ class ModelManager:
 
     async def _bring(self, served: Served) -> None:
         """Make room and load. Raises what the loader raised."""
-        if self._load_engine is None:
+        if served.dozing is not None:
+            await asyncio.wait({served.dozing})
+            if served.resident is not None:  # it does not sleep after all
+                self._answer(served)
+                return
+        if self._load_engine is None and served.asleep is None:
             raise ModelNotLoaded(f"'{served.name}' is not loaded, and nothing here loads models", param="model")
         expected: int | None = await asyncio.to_thread(self._estimate, served.reference)
         served.n_bytes = expected or served.n_bytes
@@ -284,8 +298,14 @@ class ModelManager:
             return  # all who wanted it have left
         served.state = ModelState.LOADING
         began = self._clock()
-        engine = await asyncio.to_thread(self._load_now, self._load_engine, served)
-        self._arriving.remove(engine)
+        engine = await self._wake(served)
+        if engine is None:
+            if self._load_engine is None:
+                raise ModelNotLoaded(
+                    f"'{served.name}' could not be woken, and nothing here loads models", param="model"
+                )
+            engine = await asyncio.to_thread(self._load_now, self._load_engine, served)
+            self._arriving.remove(engine)
         if self._is_ending:
             await asyncio.to_thread(engine.close)
             raise ShuttingDown("the server is shutting down", retry_after=5)
@@ -316,6 +336,8 @@ class ModelManager:
             # That there is no room now says nothing of the model.
             is_ours = isinstance(error, ModelBusy | ShuttingDown)
             served.state = ModelState.UNLOADED if is_ours else ModelState.FAILED
+            if served.asleep is not None:
+                served.state = ModelState.ASLEEP
             served.error = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
         log.warning("%s could not be loaded: %s", served.name, error)
         waiters, served.waiters = served.waiters, []
@@ -336,6 +358,11 @@ class ModelManager:
                 self._changed.clear()
                 if self._left and self._fits(served, with_left=False):
                     await self._changed.wait()  # an engine that was replaced ends soon, and nobody needs to go
+                    continue
+                sleeper = self._sleeper_in_the_way(served, self._missing(served))
+                if sleeper is not None:
+                    log.info("%s: what it held asleep makes room for %s", sleeper.name, served.name)
+                    await self._discard(sleeper)
                     continue
                 victim = self._victim(served)
                 if not self._n_leases(victim):
@@ -388,17 +415,22 @@ class ModelManager:
             return False
         loaded = sum(one.n_bytes for one in self._served.values() if one.resident is not None)
         ending = sum(self._closing.values()) + sum(self._left.values())
-        return loaded + ending + served.n_bytes <= self.memory_budget
+        return loaded + ending + self._asleep_bytes(served) + served.n_bytes <= self.memory_budget
+
+    def _missing(self, served: Served, *, with_left: bool = True) -> int:
+        """Bytes of the budget that are too few for it; 0 where it fits, or there is no budget."""
+        if not self.memory_budget:
+            return 0
+        loaded = sum(one.n_bytes for one in self._served.values() if one.resident is not None and one is not served)
+        left = sum(self._left.values()) if with_left else 0
+        return max(loaded + left + self._asleep_bytes(served) + served.n_bytes - self.memory_budget, 0)
 
     def _fits(self, served: Served, *, with_left: bool = True) -> bool:
         """Whether there is room for it; ``with_left``: beside the engines that were replaced and still drain."""
         loaded = [one for one in self._served.values() if one.resident is not None and one is not served]
         if self.max_models and len(loaded) >= self.max_models:
             return False
-        left = sum(self._left.values()) if with_left else 0
-        return (
-            not self.memory_budget or sum(one.n_bytes for one in loaded) + left + served.n_bytes <= self.memory_budget
-        )
+        return self._missing(served, with_left=with_left) == 0
 
     def _view(self, one: Served, now: float) -> ModelView:
         in_use = self._n_leases(one)
@@ -421,8 +453,7 @@ class ModelManager:
         else:
             return
         served.resident = None
-        for watcher in self.watchers:
-            watcher(served.name, None)
+        self._tell(served, None)
         closing = asyncio.ensure_future(asyncio.to_thread(resident.engine.close))
         self._closing[closing] = served.n_bytes
         closing.add_done_callback(self._closing.pop)
@@ -446,6 +477,10 @@ class ModelManager:
         ``force`` lets what runs end for up to ``timeout_s`` seconds and then cancels it.
         """
         served = self.get(name)
+        if served.dozing is not None:
+            await asyncio.wait({served.dozing})
+        if served.state is ModelState.ASLEEP:
+            await self._discard(served)
         resident = served.resident
         if resident is None:
             return served
@@ -494,6 +529,7 @@ class ModelManager:
         if not self.memory_budget:
             return None
         others = sum(one.n_bytes for one in self._served.values() if one.resident is not None and one is not served)
+        others += self._asleep_bytes(served)
         alone = self.memory_budget - others - sum(self._closing.values()) - sum(self._left.values())
         return Room(alone - served.n_bytes, alone)
 
@@ -506,8 +542,7 @@ class ModelManager:
         served.resident = None
         served.state, served.error = ModelState.FAILED, error.message
         self._left[resident] = served.n_bytes
-        for watcher in self.watchers:
-            watcher(served.name, None)
+        self._tell(served, None)
         task = asyncio.get_running_loop().create_task(self.retire(resident))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -530,11 +565,9 @@ class ModelManager:
         self._changed.set()
 
     async def _reap(self) -> None:
-        """Unload what has been idle for longer than its keep-alive."""
+        """Unload what has been idle for longer than its keep-alive; let sleep what has been for long enough."""
         while not self._is_ending:
-            due = [
-                self._due(one) for one in self._served.values() if one.resident is not None and one.keep_alive_s >= 0
-            ]
+            due = [self._due(one) for one in self._served.values() if self._limits(one)]
             if not due:
                 return
             self._changed.clear()
@@ -542,21 +575,40 @@ class ModelManager:
                 await asyncio.wait_for(self._changed.wait(), max(min(due), 0.05))
             for one in list(self._served.values()):
                 is_idle = one.state is ModelState.READY and not self._n_leases(one)
-                if is_idle and one.keep_alive_s >= 0 and self._due(one) <= 0:
-                    log.info("%s: unloaded after %.0f idle seconds", one.name, self._clock() - one.last_used)
+                idle_s = self._clock() - one.last_used
+                if is_idle and 0 <= one.keep_alive_s <= idle_s:
+                    log.info("%s: unloaded after %.0f idle seconds", one.name, idle_s)
                     await self._unload(one)
+                elif one.state is ModelState.ASLEEP and 0 <= one.keep_alive_s <= idle_s and not one.waiters:
+                    log.info("%s: given up in its sleep after %.0f idle seconds", one.name, idle_s)
+                    await self._discard(one)
+                elif is_idle and not one.cannot_sleep and 0 <= self.sleep_after_s <= idle_s:
+                    try:
+                        await self.sleep(one.name, self.sleep_level)
+                    except MullamaError as error:
+                        one.cannot_sleep = True
+                        log.warning("%s does not sleep: %s", one.name, error.message)
+
+    def _limits(self, one: Served) -> list[float]:
+        """Idle seconds after which something becomes of it."""
+        limits = [one.keep_alive_s] if one.resident is not None or one.state is ModelState.ASLEEP else []
+        if one.resident is not None and not one.cannot_sleep:
+            limits.append(self.sleep_after_s)
+        return [limit for limit in limits if limit >= 0]
 
     def _due(self, one: Served) -> float:
         """Seconds until its keep-alive ends; from when the last lease was given back."""
         if self._n_leases(one):
-            return max(one.keep_alive_s, 1.0)  # its end wakes the watcher
-        return one.last_used + one.keep_alive_s - self._clock()
+            return max(min(self._limits(one)), 1.0)  # its end wakes the watcher
+        return one.last_used + min(self._limits(one)) - self._clock()
 
     # -- the end --------------------------------------------------------------------------------------------------
 
     def engines(self) -> list[EngineClient]:
         """Every engine that is not closed, also those that were replaced."""
-        return [*(engine for _, engine in self.items()), *(one.engine for one in self._left)]
+        falling = [one.falling.engine for one in self._served.values() if one.falling is not None]
+        asleep = [engine for _, engine in self.asleep()]
+        return [*(engine for _, engine in self.items()), *(one.engine for one in self._left), *falling, *asleep]
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new requests on every engine and wait up to ``seconds``. True: no request was cut."""
@@ -581,5 +633,5 @@ class ModelManager:
         for engine in [*self.engines(), *arriving]:
             engine.close()
         for one in self._served.values():
-            one.resident = None
+            one.resident = one.asleep = None
         self._left.clear()

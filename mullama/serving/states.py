@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mullama.engine.client import EngineClient
+from mullama.types import SleepLevel
 
 
 class ModelState(enum.StrEnum):
@@ -17,6 +18,7 @@ class ModelState(enum.StrEnum):
     LOADING = "loading"
     READY = "ready"
     UNLOADING = "unloading"  # it takes no new requests; those that run end first
+    ASLEEP = "asleep"  # without weights; the next request wakes it
     FAILED = "failed"  # the last load failed; the next request tries again
 
 
@@ -74,6 +76,17 @@ class Lease:
         self.release()
 
 
+@dataclass(slots=True, frozen=True)
+class Asleep:
+    """A sleeping engine, and what it holds."""
+
+    engine: EngineClient
+    level: SleepLevel
+    tokens: int
+    host_bytes: int
+    disk_bytes: int
+
+
 @dataclass(slots=True)
 class Served:
     """One name that clients may ask for."""
@@ -83,6 +96,10 @@ class Served:
     keep_alive_s: float  # idle seconds after which it is unloaded; < 0: never
     state: ModelState = ModelState.UNLOADED
     resident: Resident | None = None
+    asleep: Asleep | None = None
+    dozing: asyncio.Task[None] | None = None  # while it falls asleep
+    falling: Resident | None = None  # the engine that does
+    cannot_sleep: bool = False  # it was tried, and will not be tried again by itself before the next load
     error: str | None = None  # why the last load failed
     pinned: bool = False
     gives_way: bool = False  # UNLOADING, but only as long as another model wants its room

@@ -199,7 +199,7 @@ class Swaps:
         if engine.adapters():
             names = ", ".join(one["id"] for one in engine.adapters())
             raise ModelBusy(
-                f"LoRA adapters are loaded ({names}): unload them before the weights are changed", param="to"
+                f"LoRA adapters are loaded ({names}): unload them before the weights are changed or freed", param="to"
             )
         size_before = engine.info.size_bytes
         if record.kv != "drain":

@@ -38,6 +38,12 @@ class SwapBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     gap: str = "auto"
 
 
+class SleepBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``level``: host or disk; none: what --sleep-level says."""
+
+    level: str | None = None
+
+
 class ShareBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What a model may expect of the cores beside others."""
 
@@ -45,7 +51,9 @@ class ShareBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     priority: int = 0
 
 
-_decoders = {kind: msgspec.json.Decoder(kind) for kind in (UnloadBody, PinBody, SwapBody, ShareBody, lora.AdapterBody)}
+_decoders = {
+    kind: msgspec.json.Decoder(kind) for kind in (UnloadBody, PinBody, SwapBody, SleepBody, ShareBody, lora.AdapterBody)
+}
 
 
 class ModelTable:
@@ -77,7 +85,15 @@ def row_of(one: Served, now: float) -> dict[str, Any]:
         "idle_s": round(idle, 1) if engine is not None else None,
         "keep_alive_s": None if one.keep_alive_s < 0 else one.keep_alive_s,
         "expires_in_s": None if engine is None or one.keep_alive_s < 0 else round(max(one.keep_alive_s - idle, 0), 1),
-        "memory_bytes": one.n_bytes or None,
+        "memory_bytes": (one.n_bytes if one.asleep is None else one.asleep.host_bytes) or None,
+        "asleep": None
+        if one.asleep is None
+        else {
+            "level": one.asleep.level,
+            "tokens": one.asleep.tokens,
+            "host_bytes": one.asleep.host_bytes,
+            "disk_bytes": one.asleep.disk_bytes,
+        },
         "error": one.error,
     }
     if engine is not None:
@@ -100,7 +116,7 @@ def row_of(one: Served, now: float) -> dict[str, Any]:
 
 
 #: Each is a method of ModelActions, by its name behind an underscore.
-ACTIONS = ("load", "unload", "pin", "unpin", "swap", "share")
+ACTIONS = ("load", "unload", "sleep", "wake", "pin", "unpin", "swap", "share")
 
 
 class ModelActions:
@@ -159,6 +175,17 @@ class ModelActions:
             raise InvalidRequest("timeout_s: it must be 0 to 86400 seconds", param="timeout_s")
         await self._services.models.unload(name, force=body.force, timeout_s=body.timeout_s)
         await self.on_get(req, resp, name)
+
+    async def _sleep(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
+        """Give up the weights of an idle model and keep its cached KV. 409 while it is in use."""
+        body: SleepBody = await self._body(req, SleepBody)
+        models = self._services.models
+        await models.sleep(name, models.sleep_level if body.level is None else body.level)
+        await self.on_get(req, resp, name)
+
+    async def _wake(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
+        """As ``load``: one that sleeps is woken."""
+        await self._load(req, resp, name)
 
     async def _pin(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         body: PinBody = await self._body(req, PinBody)

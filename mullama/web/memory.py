@@ -19,9 +19,9 @@ MOST_FILES = 20
 
 class MemoryView(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
-        """All loaded models, or the one of ``?model=``. Raises ModelNotFound, ModelNotLoaded."""
+        """All loaded and sleeping models, or the one of ``?model=``. Raises ModelNotFound, ModelNotLoaded."""
         named = req.get_param("model")
-        chosen = [self._models.resolve(named)] if named else self._models.items()
+        chosen = [self._models.resolve(named)] if named else [*self._models.items(), *self._models.asleep()]
         models: dict[str, dict[str, Any]] = {}
         for name, engine in chosen:
             try:

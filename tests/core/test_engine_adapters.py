@@ -365,3 +365,17 @@ def test_damaged_files_are_refused_and_the_engine_serves_on(
         engine.load_adapter(make(files, tiny_model), "a")
     assert engine.adapters() == []
     assert run(engine).text == bare
+
+
+def test_no_sleep_while_adapters_are_loaded(make_engine: Callable[..., Engine], files: Callable[..., Path]) -> None:
+    """Their weights lie on those of the model, which sleep would free."""
+    engine = make_engine()
+    engine.load_adapter(files(), "a")
+    plain, chosen = run(engine), run(engine, A)
+    with pytest.raises(ModelBusy, match=r"adapters are loaded \(a\): unload them"):
+        engine.sleep()
+    assert run(engine, A).text == chosen.text != plain.text
+    engine.unload_adapter("a")
+    engine.sleep()
+    engine.wake()
+    assert run(engine).text == plain.text

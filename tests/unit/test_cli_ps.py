@@ -1,4 +1,4 @@
-"""``mullama ps`` and ``mullama swap`` against a small server on the loopback."""
+"""``mullama ps``, ``swap``, ``sleep`` and ``wake`` against a small server on the loopback."""
 
 from __future__ import annotations
 
@@ -141,8 +141,43 @@ def test_lora(remote: Remote, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ]
 
 
+def test_a_gap_is_told(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+    remote.body = json.dumps(REPORT | {"gap_ms": 812.3}).encode()
+    assert main(["swap", "a", "Q4_0", "--gap", "never"]) == 0
+    assert "a gap of 812 ms without weights" in capsys.readouterr().out
+    assert remote.asked[0][2] == {"to": "Q4_0", "kv": "auto", "gap": "never"}
+
+
+def test_sleep_and_wake(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+    held = {"level": "disk", "tokens": 900, "host_bytes": 0, "disk_bytes": 41_000_000}
+    remote.body = json.dumps(ROW | {"state": "asleep", "asleep": held, "pinned": True}).encode()
+    assert main(["sleep", "a/b c", "--level", "disk"]) == 0
+    assert "asleep (disk), 900 tokens of KV kept, 0 MB in host memory, 41 MB on disk" in capsys.readouterr().out
+    assert main(["sleep", "a", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["asleep"] == held
+    remote.body = json.dumps(ROW | {"asleep": None}).encode()
+    assert main(["wake", "a"]) == 0
+    assert capsys.readouterr().out == "smollm2:135m: ready\n"
+    assert [(path, body) for _, path, body, _ in remote.asked] == [
+        ("/internal/models/a/b%20c/sleep", {"level": "disk"}),
+        ("/internal/models/a/sleep", {}),
+        ("/internal/models/a/wake", {}),
+    ]
+    remote.body = json.dumps({"models": [ROW | {"state": "asleep", "asleep": held}]}).encode()
+    assert main(["ps"]) == 0
+    assert "asleep (disk, 900 tokens) (pinned)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    "command", [("ps",), ("swap", "a", "Q4_0"), ("lora", "list", "a"), ("lora", "unload", "a", "b")]
+    "command",
+    [
+        ("ps",),
+        ("swap", "a", "Q4_0"),
+        ("sleep", "a"),
+        ("wake", "a"),
+        ("lora", "list", "a"),
+        ("lora", "unload", "a", "b"),
+    ],
 )
 @pytest.mark.parametrize(
     ("status", "body", "text"),

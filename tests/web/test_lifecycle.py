@@ -7,13 +7,14 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
-from mullama.errors import ClientLeft, ModelLoadError, ReferenceNotFound
+from mullama.errors import ClientLeft, InvalidRequest, ModelLoadError, ReferenceNotFound
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
 from mullama.serving.swap import Swaps
@@ -31,6 +32,14 @@ NAME = "hf:owner/repo:q4"
 class Engine(FakeEngine):
     def counters(self) -> dict[str, int]:
         return {"busy_ns": 2_000_000_000, "sampled_tokens": 100, "running": 1, "waiting": 2, "cells_used": 7}
+
+    def sleep(self, level: str) -> Any:
+        if level == "disk":
+            raise InvalidRequest("there is no disk tier", param="level")
+        return SimpleNamespace(level=level, tokens=3, host_bytes=5, disk_bytes=0, sleep_ms=1.0)
+
+    def wake(self) -> float:
+        return 1.0
 
     def swap_weights(
         self,
@@ -116,6 +125,28 @@ def test_unload_of_a_busy_model(world: World) -> None:
     assert world.client.post("/internal/models/fake/unload", {"force": True, "timeout_s": 0}).status == 200
 
 
+def test_sleep_and_wake(world: World) -> None:
+    lease = world.models.try_lease("fake")
+    assert lease is not None
+    answer = world.client.post("/internal/models/fake/sleep", {})
+    assert (answer.status, answer.error["code"]) == (409, "model_busy")
+    lease.release()
+    answer = world.client.post("/internal/models/fake/sleep", {"level": "disk"})
+    assert (answer.status, answer.error["message"]) == (400, "there is no disk tier")
+    row = world.client.post("/internal/models/fake/sleep", {"level": "host"}).json
+    held = {"level": "host", "tokens": 3, "host_bytes": 5, "disk_bytes": 0}
+    assert (row["state"], row["asleep"], row["memory_bytes"]) == ("asleep", held, 5)
+    assert world.client.get("/ready").status == 200
+    assert world.client.get("/internal/kv").error["code"] == "model_not_loaded"
+    assert "fake" in world.client.get("/internal/memory").json["models"]
+    assert world.client.post(f"/internal/models/{NAME}/sleep", {}).error["code"] == "model_not_loaded"
+    row = world.client.post("/internal/models/fake/wake").json
+    assert (row["state"], row["asleep"]) == ("ready", None)
+    world.client.post("/internal/models/fake/sleep", {})
+    assert world.client.post("/v1/chat/completions", {**CHAT, "model": "fake"}).status == 200
+    assert world.models.get("fake").state == "ready"
+
+
 def test_pins(world: World) -> None:
     row = world.client.post("/internal/models/fake/pin", {}).json
     assert (row["pinned"], row["keep_alive_s"]) == (True, None)
@@ -129,6 +160,8 @@ def test_pins(world: World) -> None:
     [
         ("unload", {"forced": True}),
         ("unload", {"timeout_s": -1}),
+        ("sleep", {"level": "deep"}),
+        ("sleep", {"depth": 1}),
         ("pin", {"keep_alive": []}),
         ("swap", {}),
         ("swap", {"to": ""}),

@@ -1,0 +1,143 @@
+"""Sleep and wake for the manager of models: who may sleep, what a sleeping one holds, and how it comes back.
+
+A sleeping model has no resident engine that anybody could reach: its engine waits in ``Served.asleep``. The next
+request wakes it where it would else be loaded, so that requests are coalesced, and others make room, as for every load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Protocol, cast
+
+from mullama.engine.client import EngineClient
+from mullama.errors import InvalidRequest, ModelBusy, ModelNotLoaded, MullamaError
+from mullama.serving.states import Asleep, ModelState, Resident, Served
+from mullama.types import SleepLevel
+
+log = logging.getLogger(__name__)
+
+
+class SleepyEngine(EngineClient, Protocol):
+    """What a sleep asks of an engine (see engine.Engine)."""
+
+    def sleep(self, level: Any = "host") -> Any: ...
+
+    def wake(self) -> float: ...
+
+
+class SleepMethods:
+    """Mixed into ModelManager. Event loop only."""
+
+    memory_budget: int
+    _served: dict[str, Served]
+    _closing: dict[asyncio.Future[None], int]
+    _tasks: set[asyncio.Task[None]]
+
+    def get(self, name: str | None) -> Served:
+        raise NotImplementedError
+
+    def _want(self, served: Served) -> None:
+        raise NotImplementedError
+
+    def _answer(self, served: Served) -> None:
+        raise NotImplementedError
+
+    def _watch_idle(self) -> None:
+        raise NotImplementedError
+
+    def _tell(self, served: Served, engine: EngineClient | None) -> None:
+        raise NotImplementedError
+
+    async def sleep(self, name: str, level: str = SleepLevel.HOST) -> Served:
+        """Let an idle model give up its weights; its cached KV waits in host memory or on disk. One asleep sleeps on.
+
+        Raises ModelNotFound, ModelNotLoaded, ModelBusy while it is in use, InvalidRequest for an unknown level.
+        """
+        served = self.get(name)
+        if level not in set(SleepLevel):
+            raise InvalidRequest(f"level: it must be one of {', '.join(SleepLevel)}", param="level")
+        resident = served.resident
+        if resident is None:
+            if served.asleep is not None or served.dozing is not None:
+                return served
+            raise ModelNotLoaded(f"'{served.name}' is not loaded: it cannot sleep", param="model")
+        if resident.n_leases or served.state is not ModelState.READY:
+            raise ModelBusy(f"'{served.name}' is in use or being unloaded; only an idle model can sleep")
+        # Whoever asked may leave: it falls asleep all the same.
+        task = asyncio.get_running_loop().create_task(self._doze(served, resident, SleepLevel(level)))
+        served.dozing = task
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
+        return served
+
+    async def _doze(self, served: Served, resident: Resident, level: SleepLevel) -> None:
+        # Out of reach first, so that nobody meets an engine without a context.
+        served.resident, served.state, served.gives_way = None, ModelState.UNLOADING, False
+        engine = cast(SleepyEngine, resident.engine)
+        served.falling = resident
+        try:
+            report = await asyncio.to_thread(engine.sleep, level)
+        except BaseException:
+            served.resident, served.state = resident, ModelState.READY
+            self._answer(served)
+            raise
+        else:
+            served.asleep = Asleep(resident.engine, level, report.tokens, report.host_bytes, report.disk_bytes)
+            served.state = ModelState.ASLEEP
+            log.info("%s: asleep after %.0f ms, with %d tokens", served.name, report.sleep_ms, report.tokens)
+            self._tell(served, None)
+        finally:
+            served.dozing = served.falling = None
+            if served.waiters:
+                self._want(served)
+            self._watch_idle()  # its memory is free, and its keep-alive goes on
+
+    async def _wake(self, served: Served) -> EngineClient | None:
+        """The engine of a sleeping model, awake; None where there is none, or it could not be woken: then load it."""
+        if served.dozing is not None:
+            await asyncio.wait({served.dozing})
+        asleep = served.asleep
+        if asleep is None:
+            return None
+        try:
+            woke_ms = await asyncio.to_thread(cast(SleepyEngine, asleep.engine).wake)
+        except MullamaError as error:
+            log.warning("%s could not be woken, and is loaded anew: %s", served.name, error.message)
+            await self._discard(served)
+            return None
+        log.info("%s: awake after %.0f ms", served.name, woke_ms)
+        return asleep.engine
+
+    async def _discard(self, served: Served) -> None:
+        """Close a sleeping engine; what it held is lost, but for what is on disk."""
+        asleep, served.asleep = served.asleep, None
+        if asleep is None:
+            return
+        if served.state is ModelState.ASLEEP:
+            served.state = ModelState.UNLOADED
+        closing = asyncio.ensure_future(asyncio.to_thread(asleep.engine.close))
+        self._closing[closing] = asleep.host_bytes
+        closing.add_done_callback(self._closing.pop)
+        await closing
+
+    def _asleep_bytes(self, but: Served) -> int:
+        """Memory that sleeping models hold."""
+        return sum(one.asleep.host_bytes for one in self._served.values() if one.asleep is not None and one is not but)
+
+    def _sleeper_in_the_way(self, served: Served, missing: int) -> Served | None:
+        """Who sleeps longest of those whose memory would help, where ``missing`` bytes of the budget are; else None."""
+        if missing <= 0:
+            return None
+        sleepers = [
+            one
+            for one in self._served.values()
+            if one is not served and one.state is ModelState.ASLEEP and one.asleep is not None and one.asleep.host_bytes
+            and not one.pinned
+        ]  # fmt: skip
+        return min(sleepers, key=lambda one: one.last_used, default=None)
+
+    def asleep(self) -> list[tuple[str, EngineClient]]:
+        """The sleeping ones, of which only ``memory_report`` may be asked."""
+        return [(one.name, one.asleep.engine) for one in self._served.values() if one.asleep is not None]
