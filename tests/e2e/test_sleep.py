@@ -53,9 +53,10 @@ def get(server: ServerProcess, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("level", ["host", "disk"])
 def test_a_request_wakes_it_on_its_cached_kv(serve: Callable[..., ServerProcess], tmp_path: Path, level: str) -> None:
-    server = serve("--kv-disk-dir", str(tmp_path / "kv"), "--kv-host-bytes", str(1 << 24))
+    server = serve("--deterministic", "--kv-disk-dir", str(tmp_path / "kv"), "--kv-host-bytes", str(1 << 24))
     text = complete(server)["choices"][0]["text"]
     for _ in range(3):
+        wait_until(lambda: get(server, "/internal/models/m")["in_use"] == 0)  # answered, and put away
         row = act(server, "sleep", {"level": level})
         assert (row["state"], row["asleep"]["level"]) == ("asleep", level)
         held = get(server, "/internal/memory")["models"]["m"]
