@@ -37,7 +37,7 @@ def make_manager(config: ServeConfig) -> ModelManager:
         return [(entry.key, entry.key) for entry in store.list() if entry.is_named]
 
     return ModelManager(
-        load=lambda name, reference: _load(name, reference, config, files),
+        load=lambda name, reference, progress: _load(name, reference, config, files, progress),
         max_models=config.max_models,
         memory_budget=_budget(config.memory_budget),
         max_waiting=max(config.max_queue, 1),
@@ -121,12 +121,14 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _load(name: str, reference: str, config: ServeConfig, files: Files) -> Engine:
+def _load(name: str, reference: str, config: ServeConfig, files: Files, progress: Callable[[float], bool]) -> Engine:
     """An engine for a reference that is here already. Raises ReferenceNotFound, ModelLoadError, StoreError."""
     from mullama.engine.engine import Engine
 
     found = files.resolve(reference)
-    return Engine.load(found.path, name=name, config=config, weights=weights_of(found), background=True)
+    return Engine.load(
+        found.path, name=name, config=config, weights=weights_of(found), background=True, progress=progress
+    )
 
 
 def _estimate(reference: str, config: ServeConfig, store: Store) -> int | None:

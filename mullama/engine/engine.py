@@ -105,7 +105,7 @@ class Engine(KvMethods):
         )
         self._policy.views = self._seqs.views
         self._weights = Weights(core, self._kv, self._seqs, config, self._post_quietly)
-        self._napping = Sleep(self._weights, self.call, self._speak)
+        self._napping = Sleep(self._weights)
         capacity = core.kv_cells
         self._kv_tokens = min(config.kv_tokens or capacity, capacity)
         # What fits alone never fails: no request may use more than the whole budget.
@@ -477,12 +477,12 @@ class Engine(KvMethods):
         Raises ModelBusy while anything runs, InvalidRequest without a disk tier, and while the weights are changed.
         """
         self._check_alive()
-        return self._napping.fall(_choice(SleepLevel, level, "level"))
+        return self._napping.fall(_choice(SleepLevel, level, "level"), self.call, self._speak)
 
     def wake(self) -> float:
         """Load the weights again; ms it took. Blocks. Raises ModelLoadError: then it is still asleep."""
         self._check_alive()
-        return self._napping.wake(lambda: self._stopping)
+        return self._napping.wake(self.call, self._speak, lambda: self._stopping)
 
     def _speak(self, model: Model) -> None:
         """Tokenise and render by this model from now on."""

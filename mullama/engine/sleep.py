@@ -34,13 +34,13 @@ class SleepReport:
 
 
 class Sleep:
-    """The sleep of one engine. ``fall`` and ``wake`` block, and are not for the engine thread; one at a time."""
+    """The sleep of one engine. ``fall`` and ``wake`` block, and are not for the engine thread; one at a time.
 
-    def __init__(self, weights: Weights, call: Call, on_model: Callable[[Model], None]) -> None:
-        """``on_model`` is told of each model that speaks for the engine."""
+    ``call`` runs a function there, ``on_model`` is told of each model that speaks for the engine.
+    """
+
+    def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._call = call
-        self._on_model = on_model
         self._vacancy: Vacancy | None = None
         self._substitute: Model | None = None  # tokenises meanwhile
         self._path = ""
@@ -55,7 +55,7 @@ class Sleep:
         """Of KV that waits in host memory outside the tier."""
         return self._vacancy.n_bytes if self._vacancy is not None else 0
 
-    def fall(self, level: SleepLevel) -> SleepReport:
+    def fall(self, level: SleepLevel, call: Call, on_model: Callable[[Model], None]) -> SleepReport:
         """Free context and weights.
 
         Raises ModelBusy while anything runs or LoRA adapters are loaded, InvalidRequest without a disk tier.
@@ -72,10 +72,10 @@ class Sleep:
                 raise ModelBusy(reason, param="level")
             substitute = stand_in(weights.core.model, weights.config)
             try:
-                self._call(lambda: self._store(on_disk)).result()
+                call(lambda: self._store(on_disk)).result()
                 if on_disk and weights.kv.disk is not None:
                     weights.kv.disk.flush()
-                report = self._call(lambda: self._leave(level, substitute, began)).result()
+                report = call(lambda: self._leave(level, substitute, on_model, began)).result()
             finally:
                 if self._vacancy is None:
                     substitute.close()
@@ -96,7 +96,9 @@ class Sleep:
                 if node.host is not None:
                     kv.disk.keep(node)
 
-    def _leave(self, level: SleepLevel, substitute: Model, began: float) -> SleepReport:
+    def _leave(
+        self, level: SleepLevel, substitute: Model, on_model: Callable[[Model], None], began: float
+    ) -> SleepReport:
         """Engine thread."""
         self._check_idle()
         kv, core = self._weights.kv, self._weights.core
@@ -108,11 +110,11 @@ class Sleep:
         path = Path(core.model.path)
         self._path, self._identity = str(path), _identity(path)
         model = core.model
-        self._on_model(substitute)
+        on_model(substitute)
         try:
             self._vacancy = vacant.leave(core)
         except BaseException:
-            self._on_model(model)
+            on_model(model)
             raise
         self._substitute, self._weights.in_gap = substitute, True
         tokens = sum(node.n_tokens for node in kv.tree.nodes() if node.is_stored or node.slots)
@@ -121,7 +123,7 @@ class Sleep:
             level, tokens, kv.tier.used + self._vacancy.n_bytes, disk_bytes, (time.monotonic() - began) * 1e3
         )
 
-    def wake(self, is_stopping: Callable[[], bool]) -> float:
+    def wake(self, call: Call, on_model: Callable[[Model], None], is_stopping: Callable[[], bool]) -> float:
         """Load the weights again and go on; ms it took, 0 when it was awake.
 
         Raises ModelLoadError, also when the file has changed meanwhile: then it sleeps on, and may only be closed or
@@ -134,15 +136,15 @@ class Sleep:
         if _identity(Path(self._path)) != self._identity:
             raise ModelLoadError(f"{self._path} has changed, or gone, while the model was asleep")
         with self._weights.alone():
-            self._call(lambda: self._enter(vacancy, is_stopping)).result()
+            call(lambda: self._enter(vacancy, on_model, is_stopping)).result()
         return (time.monotonic() - began) * 1e3
 
-    def _enter(self, vacancy: Vacancy, is_stopping: Callable[[], bool]) -> None:
+    def _enter(self, vacancy: Vacancy, on_model: Callable[[Model], None], is_stopping: Callable[[], bool]) -> None:
         """Engine thread."""
         model, _ = vacant.enter(vacancy, self._path, self._weights.config, lambda fraction: not is_stopping())
         self._vacancy = None
         self._weights.in_gap = False
-        self._on_model(model)
+        on_model(model)
         if self._substitute is not None:
             self._substitute.close()
             self._substitute = None

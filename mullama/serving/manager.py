@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +25,7 @@ from typing import cast
 from mullama.engine.client import EngineClient
 from mullama.errors import (
     ConfigError,
+    LoadCancelled,
     ModelBusy,
     ModelNotFound,
     ModelNotLoaded,
@@ -37,8 +40,10 @@ from mullama.types import Room, SleepLevel
 
 log = logging.getLogger(__name__)
 
-#: Load a model: (name, reference) -> engine. Blocks; runs in a thread.
-Loader = Callable[[str, str], EngineClient]
+#: Load a model: (name, reference, progress) -> engine. Blocks; runs in a thread. ``progress`` returns False to cancel.
+Loader = Callable[[str, str, Callable[[float], bool]], EngineClient]
+FIRST_PAUSE_S = 0.5  # after the second failed load in a row; it doubles with each
+MOST_PAUSE_S = 30.0
 FOR_EVER = -1.0
 
 
@@ -122,6 +127,7 @@ class ModelManager(SleepMethods):
         served.resident = Resident(engine, lambda was_request: self._returned(served, was_request))
         served.state, served.error, served.gives_way = ModelState.READY, None, False
         served.asleep, served.cannot_sleep = None, False
+        served.n_failures, served.failure = 0, None
         served.loaded_at = served.last_used = self._clock()
         served.n_bytes = served.n_bytes or engine.info.size_bytes
         self._tell(served, engine)
@@ -234,6 +240,7 @@ class ModelManager(SleepMethods):
         served = self.get(name)
         if sum(len(one.waiters) for one in self._served.values()) >= self._max_waiting:
             raise QueueFull(f"{self._max_waiting} requests wait for models already", retry_after=1)
+        self._check_pause(served)
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         served.waiters.append(waiter)
         self._want(served)
@@ -247,6 +254,16 @@ class ModelManager(SleepMethods):
             with contextlib.suppress(ValueError):
                 served.waiters.remove(waiter)
                 self._changed.set()  # the room may not be wanted any more
+
+    def _check_pause(self, served: Served) -> None:
+        """Raise the last load's error again while it is too early for another try."""
+        left = served.retry_at - self._clock()
+        if served.state is not ModelState.FAILED or served.failure is None or left <= 0:
+            return
+        error = copy.copy(served.failure).with_traceback(None)
+        if isinstance(error, MullamaError):
+            error.retry_after = math.ceil(left)
+        raise error
 
     def _want(self, served: Served) -> None:
         if served not in self._wanted:
@@ -279,6 +296,8 @@ class ModelManager(SleepMethods):
             finally:
                 if served in self._wanted:
                     self._wanted.remove(served)
+                if served.waiters and served.state is ModelState.UNLOADED and not self._is_ending:
+                    self._wanted.append(served)  # they came after the load had been given up
 
     async def _bring(self, served: Served) -> None:
         """Make room and load. Raises what the loader raised."""
@@ -296,7 +315,14 @@ class ModelManager(SleepMethods):
             raise ShuttingDown("the server is shutting down", retry_after=5)
         if not served.waiters:
             return  # all who wanted it have left
-        served.state = ModelState.LOADING
+        served.state, served.is_unwanted, served.load_over = ModelState.LOADING, False, asyncio.Event()
+        try:
+            await self._load(served)
+        finally:
+            served.load_over.set()
+            served.load_over = None
+
+    async def _load(self, served: Served) -> None:
         began = self._clock()
         engine = await self._wake(served)
         if engine is None:
@@ -309,6 +335,10 @@ class ModelManager(SleepMethods):
         if self._is_ending:
             await asyncio.to_thread(engine.close)
             raise ShuttingDown("the server is shutting down", retry_after=5)
+        if served.is_unwanted:
+            served.asleep = None
+            await asyncio.to_thread(engine.close)
+            raise LoadCancelled(_unwanted(served))
         self._install(served, engine)
         log.info("%s: loaded in %.2f s", served.name, self._clock() - began)
         self._answer(served)
@@ -316,7 +346,7 @@ class ModelManager(SleepMethods):
 
     def _load_now(self, load: Loader, served: Served) -> EngineClient:
         """In a thread, which may outlive the loop that asked: then ``close`` closes the engine, or it is done here."""
-        engine = load(served.name, served.reference)
+        engine = load(served.name, served.reference, lambda fraction: not served.is_unwanted)
         with self._lock:
             if not self._is_closed:
                 self._arriving.append(engine)
@@ -334,11 +364,19 @@ class ModelManager(SleepMethods):
     def _fail(self, served: Served, error: Exception) -> None:
         if served.resident is None:
             # That there is no room now says nothing of the model.
-            is_ours = isinstance(error, ModelBusy | ShuttingDown)
+            is_ours = isinstance(error, ModelBusy | ShuttingDown) or served.is_unwanted
             served.state = ModelState.UNLOADED if is_ours else ModelState.FAILED
             if served.asleep is not None:
                 served.state = ModelState.ASLEEP
+            if not is_ours:
+                served.n_failures, served.failure = served.n_failures + 1, error
+                pause = min(FIRST_PAUSE_S * 2.0 ** (min(served.n_failures, 20) - 2), MOST_PAUSE_S)
+                served.retry_at = self._clock() + (pause if served.n_failures > 1 else 0.0)
             served.error = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+            if served.is_unwanted:
+                served.is_unwanted, served.error = False, None
+                log.info("%s", error)
+                return  # who waited has been told
         log.warning("%s could not be loaded: %s", served.name, error)
         waiters, served.waiters = served.waiters, []
         for waiter in waiters:
@@ -472,11 +510,15 @@ class ModelManager(SleepMethods):
         return self.get(name)
 
     async def unload(self, name: str, *, force: bool = False, timeout_s: float = 30.0) -> Served:
-        """Unload a model now. Raises ModelBusy when it is in use and ``force`` is not set.
+        """Unload a model now; a load that goes on is given up. Raises ModelBusy when it is in use, without ``force``.
 
         ``force`` lets what runs end for up to ``timeout_s`` seconds and then cancels it.
         """
         served = self.get(name)
+        if served.load_over is not None:
+            over, served.is_unwanted = served.load_over, True
+            self._end_waiters(served, LoadCancelled(_unwanted(served)))
+            await over.wait()
         if served.dozing is not None:
             await asyncio.wait({served.dozing})
         if served.state is ModelState.ASLEEP:
@@ -615,14 +657,14 @@ class ModelManager(SleepMethods):
         self._is_ending = True
         self._changed.set()
         for one in self._served.values():
-            self._end_waiters(one)
+            self._end_waiters(one, ShuttingDown("the server is shutting down", retry_after=5))
         return all(await asyncio.gather(*(engine.drain(seconds) for engine in self.engines())))
 
-    def _end_waiters(self, served: Served) -> None:
+    def _end_waiters(self, served: Served, error: MullamaError) -> None:
         waiters, served.waiters = served.waiters, []
         for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(ShuttingDown("the server is shutting down", retry_after=5))
+                waiter.set_exception(error)
 
     def close(self) -> None:
         """Stop every engine. Idempotent. The loop has ended, or nothing of this runs on it."""
@@ -635,3 +677,7 @@ class ModelManager(SleepMethods):
         for one in self._served.values():
             one.resident = one.asleep = None
         self._left.clear()
+
+
+def _unwanted(served: Served) -> str:
+    return f"'{served.name}' was unloaded while it was being loaded"

@@ -99,6 +99,11 @@ class Served:
     asleep: Asleep | None = None
     dozing: asyncio.Task[None] | None = None  # while it falls asleep
     falling: Resident | None = None  # the engine that does
+    is_unwanted: bool = False  # it was unloaded while it is being loaded
+    load_over: asyncio.Event | None = None  # of the load that goes on
+    n_failures: int = 0  # loads that failed, one after the other
+    retry_at: float = 0.0  # of the manager's clock: before that no load is tried
+    failure: Exception | None = None  # of the last one
     cannot_sleep: bool = False  # it was tried, and will not be tried again by itself before the next load
     error: str | None = None  # why the last load failed
     pinned: bool = False

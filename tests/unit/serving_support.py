@@ -11,6 +11,7 @@ from typing import Any, cast
 from cli_support import model_info
 
 from mullama.engine.client import EngineClient
+from mullama.errors import LoadCancelled
 from mullama.serving.manager import ModelManager
 
 TIMEOUT = 20  # of a test; nothing here takes as long as a second
@@ -64,6 +65,7 @@ class World:
     def __init__(self, names: str = "abc", *, sizes: dict[str, int] | None = None, **options: Any) -> None:
         self.engines: list[Engine] = []
         self.loads: list[str] = []
+        self.cancelled: list[str] = []
         self.errors: dict[str, Exception] = {}
         self.sizes = sizes or {}
         self.may_load = threading.Event()
@@ -74,9 +76,14 @@ class World:
         for name in names:
             self.models.add(name, name)
 
-    def load(self, name: str, reference: str) -> EngineClient:
+    def load(
+        self, name: str, reference: str, progress: Callable[[float], bool] = lambda fraction: True
+    ) -> EngineClient:
         self.loads.append(name)
         assert self.may_load.wait(TIMEOUT)
+        if not progress(0.5):
+            self.cancelled.append(name)
+            raise LoadCancelled("cancelled")
         if name in self.errors:
             raise self.errors[name]
         return self.make(name)

@@ -72,7 +72,7 @@ class World:
         self.services = Services(config, self.models, Swaps(self.models, self.find, lambda *_: None))  # type: ignore[arg-type]
         self.client = Client(create_app(config, self.models, self.services), self.services)
 
-    def load(self, name: str, reference: str) -> EngineClient:
+    def load(self, name: str, reference: str, progress: Any) -> EngineClient:
         self.loads.append(name)
         if self.error:
             raise self.error
@@ -237,9 +237,9 @@ def test_a_client_that_leaves_while_its_model_loads(world: World) -> None:
     load = world.models._load_engine
     assert load is not None
 
-    def slow(name: str, reference: str) -> EngineClient:
+    def slow(name: str, reference: str, progress: Any) -> EngineClient:
         assert may_load.wait(20)
-        return load(name, reference)
+        return load(name, reference, progress)
 
     world.models._load_engine = slow
 
