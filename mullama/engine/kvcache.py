@@ -24,7 +24,7 @@ from mullama.kv.ghosts import Ghosts
 from mullama.kv.payload import Checkpoint, Rows
 from mullama.kv.placement import Placement, SlotView, place
 from mullama.kv.reasons import miss_reason
-from mullama.kv.tier import HostTier
+from mullama.kv.tier import GRAIN, HostTier
 from mullama.kv.tree import Match, Node, PrefixTree, unpack
 
 log = logging.getLogger("mullama.engine")
@@ -71,6 +71,7 @@ class KvCache:
         self._exchange: Callable[[int, int], None] | None = exchange
         self._ghosts = Ghosts()
         self._request: str | None = None  # whose request the work is for
+        self._needed_by = b""  # and its namespace
         self._lost = 0  # tokens that no tier holds any more, since ``_request`` began
 
     def close(self) -> None:
@@ -209,7 +210,7 @@ class KvCache:
 
         A slot must be free or retained. The caller opens the request in it and then calls ``opened``.
         """
-        self._begin(request)
+        self._begin(request, namespace)
         found = self.find(namespace, key, limit)
         choice = found.choice
         views = self._views(running)
@@ -229,9 +230,9 @@ class KvCache:
         source = choice.source if n > 0 else KvSource.NONE
         return where.slot, n, source, self._lost, found.match
 
-    def clear_slot(self, running: Sequence[bool], request: str | None) -> tuple[int, int]:
+    def clear_slot(self, running: Sequence[bool], request: str | None, namespace: bytes) -> tuple[int, int]:
         """An empty slot for a sequence that brings its own KV, and the tokens lost for it."""
-        self._begin(request)
+        self._begin(request, namespace)
         where = self._take(self._place(self._views(running), -1, 0))
         if self._core.retained(where.slot)[0]:
             self.vacate(where.slot)
@@ -332,7 +333,7 @@ class KvCache:
 
     def closed(self, slot: int, namespace: bytes, request: str | None) -> None:
         """The slot's request ended or lost it; what the slot still retains is a prefix like any other."""
-        self._begin(request)
+        self._begin(request, namespace)
         n_past, _ = self._core.slot_fill(slot)
         self.version += 1
         if n_past == 0:
@@ -385,16 +386,21 @@ class KvCache:
         if end is None or not self._has_tiers or upto < LEAST_STORED:
             return 0
         now = time.monotonic_ns()
-        path = end.path()
+        todo = end.path()[::-1]
         needs_checkpoint = self.cells.needs_checkpoint and upto == n_past
         if self.cells.needs_checkpoint and not needs_checkpoint:
             return 0
         saved = 0
-        for node in path:
+        while todo:
+            node = todo.pop()
             if node.start >= upto:
                 break
             if node.end > upto:
                 node = self.tree.split(node, upto - node.start)
+            head = self._head_for_host(node)
+            if head:
+                todo.append(node)  # what is left of it
+                node = self.tree.split(node, head)
             at_end = needs_checkpoint and node.end == upto
             rows = checkpoint = None
             if at_end and node.checkpoint is None:
@@ -415,9 +421,17 @@ class KvCache:
         self.version += 1
         return saved
 
+    def _head_for_host(self, node: Node) -> int:
+        """Tokens of a node that host memory could hold where it could not hold all of it; 0: it can, or hardly any."""
+        token_bytes = self.cells.token_bytes
+        if node.host is not None or self.tier.budget <= 0 or self.cells.needs_checkpoint:
+            return 0
+        most = self.tier.room_below(node.parent) // token_bytes // GRAIN * GRAIN
+        return most if most < node.n_tokens else 0
+
     def checkpoint(self, slot: int, request: str | None) -> None:
         """A request's prompt has got to where a checkpoint is worth its bytes (see ``borders``)."""
-        self._begin(request)
+        self._begin_in(slot, request)
         self.store(slot)
 
     def stopping(self, slot: int, request: str | None) -> None:
@@ -425,7 +439,7 @@ class KvCache:
 
         Else a reply that somebody stops would cost the chat all its history, which the request had taken over.
         """
-        self._begin(request)
+        self._begin_in(slot, request)
         if not self.cells.needs_checkpoint:  # there it would be of no use: the end of the prompt is behind
             self.store(slot)
 
@@ -464,9 +478,14 @@ class KvCache:
 
     # -- what is lost -------------------------------------------------------------------------------------------
 
-    def _begin(self, request: str | None) -> None:
+    def _begin(self, request: str | None, namespace: bytes = b"") -> None:
         self._request = request
+        self._needed_by = namespace
         self._lost = 0
+
+    def _begin_in(self, slot: int, request: str | None) -> None:
+        end = self.tree.end_of(slot)
+        self._begin(request, end.namespace if end is not None else b"")
 
     def _note_lost(self, slot: int, keep: int) -> None:
         """The slot will give up its tokens from ``keep`` on: those that nobody else holds are lost."""
@@ -499,7 +518,7 @@ class KvCache:
     def _lose(self, node: Node, n_tokens: int, start: int, tier: KvTier) -> None:
         self._lost += n_tokens
         self._core.note_evicted(n_tokens)
-        self._ghosts.add(node.namespace, node.tokens(), time.monotonic_ns(), self._request)
+        self._ghosts.add(node.namespace, node.tokens(), time.monotonic_ns(), self._request, self._needed_by)
         self._event(KvEventKind.EVICTED, tier, start, node.end, node, gone=True)
 
     def explain(
@@ -507,7 +526,7 @@ class KvCache:
     ) -> str | None:
         """Why the KV of a prompt's tokens from ``reuse`` on had to be computed (see kv/reasons.py)."""
         ghost = self._ghosts.find(namespace, key, reuse)
-        return miss_reason(key, reuse, match, ghost, time.monotonic_ns(), text)
+        return miss_reason(namespace, key, reuse, match, ghost, time.monotonic_ns(), text)
 
     # -- looking after it ---------------------------------------------------------------------------------------
 

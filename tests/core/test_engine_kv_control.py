@@ -80,6 +80,29 @@ def test_without_host_memory_a_slot_is_lost_whole(make_engine: Make) -> None:
     assert reason is not None and reason.endswith("to make room for request bob")
 
 
+def test_a_miss_does_not_name_another_tenant_s_request(make_engine: Make) -> None:
+    engine = make_engine(parallel=1, kv_host_bytes=0)
+    prompt = tokens(1, 100)
+    reasons = []
+    for salt in ("x", "y"):
+        one(engine, prompt, cache_salt="x")
+        one(engine, tokens(2, 100), name="bob", cache_salt=salt)
+        reasons.append(one(engine, prompt, cache_salt="x").profile.kv_miss_reason or "")
+    assert reasons[0].endswith("to make room for request bob")
+    assert reasons[1].endswith("to make room for another tenant's request") and "bob" not in reasons[1]
+
+
+def test_of_what_is_longer_than_host_memory_its_beginning_stays(make_engine: Make) -> None:
+    engine = make_engine(parallel=1, kv_host_bytes=150 * TOKEN)
+    prompt = tokens(1, 300)
+    one(engine, prompt, name="long")
+    one(engine, tokens(2, 8))  # shorter than what is worth keeping
+    again = one(engine, prompt).profile
+    assert (again.kv_cache_source, again.kv_cache_hit) == ("host", 128), "whole multiples of 32 of the 150 that fit"
+    assert engine.kv.snapshot()["tiers"]["host"]["bytes_used"] <= 150 * TOKEN
+    assert engine.kv.audit() == []
+
+
 def test_a_miss_does_not_name_the_prompt_itself(make_engine: Make) -> None:
     engine = make_engine(parallel=2)
     prompt = tokens(1, 60)
