@@ -101,7 +101,9 @@ class ServeConfig:
     kv_disk_dir: str = option("", "folder where cached prefixes survive a restart; none: no disk tier", metavar="DIR")
     kv_disk_bytes: int = option(10 << 30, "most bytes in that folder", minimum=1 << 20, maximum=1 << 50)
     kv_policy: str = option(
-        "lru", "who leaves the KV cache first: lru, lfu, fifo, cost, or a file's class", metavar="NAME|FILE:CLASS"
+        "lru",
+        "who leaves the KV cache first: lru, lfu, fifo, cost, turns, or a file's class",
+        metavar="NAME|FILE:CLASS",
     )
     kv_policy_arg: list[str] = option([], "parameter of that policy; repeatable", metavar="NAME=VALUE")
     swap_bytes: int = option(

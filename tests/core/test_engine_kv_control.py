@@ -165,7 +165,7 @@ POLICY_FILES = {
 def test_the_policy_is_changed_while_it_runs(make_engine: Make) -> None:
     """Three prompts' worth of host memory; the one of most hits is the oldest."""
     found = {}
-    for name in ("lru", "lfu", "fifo", "cost"):
+    for name in ("lru", "lfu", "fifo", "turns", "cost"):
         engine = make_engine(parallel=1, kv_host_bytes=240 * TOKEN)
         for _ in range(3):
             one(engine, tokens(1, 100))
@@ -175,7 +175,7 @@ def test_the_policy_is_changed_while_it_runs(make_engine: Make) -> None:
         one(engine, tokens(4, 100))
         found[name] = one(engine, tokens(1, 100)).profile.kv_cache_hit
         assert engine.kv.snapshot()["policy"] == {**run(engine.set_kv_policy(name, None)), "fallback": None}
-    assert found["lfu"] == 99 and found["lru"] < 99 and found["fifo"] < 99
+    assert found["lfu"] == found["turns"] == 99 and found["lru"] < 99 and found["fifo"] < 99
     with pytest.raises(InvalidRequest, match="lfu"):
         run(engine.set_kv_policy("lfo", None))
     assert engine.kv.snapshot()["policy"]["policy"] == "cost"
