@@ -12,7 +12,8 @@ from mullama.scheduling.params import Param
 class Turns(Eviction):
     """What has served no prompt for the longest time goes first; a chat that went on before is given some minutes more.
 
-    The share of a stretch's prompt that has served another prompt, times ``minutes``, is added to when it was last used.
+    The share of a stretch's prompt that has served another prompt, times ``minutes``, is added to the time of its last
+    use.
     """
 
     name: ClassVar[str] = "turns"
