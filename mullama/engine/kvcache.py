@@ -1,7 +1,7 @@
-"""The KV cache of an engine: finds a prompt's prefix, puts it into a slot, keeps what slots give up.
+"""The KV cache of an engine: puts a prompt's prefix into a slot, keeps what slots give up.
 
-The tree (kv/tree.py) says where every prefix lives, the tier which of it stays in host memory, ``choose`` which way is
-cheapest; here it is carried out. Everything belongs to the engine thread.
+The tree (kv/tree.py) says where every prefix lives, the tier which of it stays in host memory, the finder (kvfind.py)
+which way is cheapest; here it is carried out. Everything belongs to the engine thread.
 
 The law: whenever no method runs, each slot that holds tokens is named in the tree by exactly these tokens (a running
 one also by those of its prompt that are still to compute), and ``audit`` says so.
@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from mullama import abi
 from mullama._core import Cells, Core
-from mullama.engine.kvdisk import DiskTier
-from mullama.kv.choice import Choice, KvCosts, KvSource, SlotOffer, choose
+from mullama.engine.kvfind import LEAST_GAIN, Found, KvFinder
+from mullama.kv.choice import Choice, KvSource
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.eviction import EvictionPolicy
 from mullama.kv.ghosts import Ghosts
@@ -29,21 +27,10 @@ from mullama.kv.tree import Match, Node, PrefixTree, unpack
 
 log = logging.getLogger("mullama.engine")
 
-LEAST_GAIN = 32  # tokens: it is not worth waiting for another request's prefix for less
 LEAST_STORED = 16  # tokens: a shorter prefix is not worth a place in host memory
-LOSS_WEIGHT = 0.25  # a cached token that is lost without a tier to save it to, in tokens to compute
 
 
-@dataclass(slots=True)
-class Found:
-    """A prompt looked up: what to take, and what the tree knew."""
-
-    choice: Choice
-    match: Match
-    pieces: list[tuple[int, int, bytes | None, list[bytes]]]  # (start, end, checkpoint, rows) from the tiers
-
-
-class KvCache:
+class KvCache(KvFinder):
     """One a Core. ``exchange(a, b)`` swaps two slots and all that the engine knows of them."""
 
     def __init__(
@@ -54,20 +41,18 @@ class KvCache:
         *,
         exchange: Callable[[int, int], None],
     ) -> None:
-        self.disk: DiskTier | None = None
-        self.cells = Cells(core)
-        self.tree = PrefixTree()
-        self.tier = HostTier(
-            self.tree,
-            host_bytes if self.cells.can_store else 0,
+        cells, tree = Cells(core), PrefixTree()
+        tier = HostTier(
+            tree,
+            host_bytes if cells.can_store else 0,
             policy,
-            can_cut=not self.cells.needs_checkpoint,
+            can_cut=not cells.needs_checkpoint,
             on_evict=self._leaves_host,
         )
+        super().__init__(core, cells, tree, tier)
         self.events = KvEventLog()
         self.hits: dict[KvSource, int] = dict.fromkeys(KvSource, 0)  # tokens reused, by where they came from
         self.version = 0  # changes with every change of the tree
-        self._core = core
         self._exchange: Callable[[int, int], None] | None = exchange
         self._ghosts = Ghosts()
         self._request: str | None = None  # whose request the work is for
@@ -83,123 +68,6 @@ class KvCache:
                     self.store(slot)
             self.disk.close()
             self.disk = None
-
-    @property
-    def _has_tiers(self) -> bool:
-        """Whether there is anywhere to keep what a slot gives up."""
-        return self.tier.budget > 0 or self.disk is not None
-
-    # -- finding ------------------------------------------------------------------------------------------------
-
-    def find(self, namespace: bytes, key: bytes, limit: int) -> Found:
-        """The cheapest way to the first ``limit`` tokens of ``key``, and what the tiers hold of it; changes nothing."""
-        while True:
-            match = self.tree.match(namespace, key[: 4 * limit])
-            choice = self._choose(match, limit)
-            pieces = self._pieces(match, choice)
-            if pieces is not None:
-                return Found(choice, match, pieces)
-
-    def _choose(self, match: Match, limit: int) -> Choice:
-        states = self._core.states()
-        n_stored, n_host = self._stored(match, limit)
-        return choose(
-            limit,
-            self._offers(match, states, limit),
-            n_stored,
-            n_host,
-            costs=self.costs(),
-            token_bytes=self.cells.token_bytes,
-            can_extend=not self.cells.needs_checkpoint,
-            tail_weight=self._tail_weight(),
-        )
-
-    def costs(self) -> KvCosts:
-        """As measured so far; guesses before."""
-        core = self._core
-        counted = core.kv_costs()
-        per_token = core.governor.cost(core.n_batch) / core.n_batch
-        guess = KvCosts()
-        return KvCosts(
-            prefill_token=per_token or guess.prefill_token,
-            save_byte=counted["save"] or guess.save_byte,
-            restore_byte=counted["restore"] or guess.restore_byte,
-            copy_byte=0.0 if core.unified else counted["copy"] or guess.copy_byte,
-        )
-
-    def _tail_weight(self) -> float:
-        if self.tier.budget <= 0:
-            return LOSS_WEIGHT
-        costs = self.costs()
-        return min(self.cells.token_bytes * costs.save_byte / costs.prefill_token, LOSS_WEIGHT)
-
-    def _offers(self, match: Match, states: Sequence[int], limit: int) -> Iterable[SlotOffer]:
-        cells, now = self.cells, time.monotonic_ns()
-        for slot, shared in match.slots.items():
-            n_past, _ = self._core.slot_fill(slot)
-            n = min(shared, n_past, limit)
-            if n < 1:
-                continue
-            running = states[slot] != abi.RETAINED
-            can_copy = n == n_past if cells.needs_checkpoint else cells.has_rows
-            end = self.tree.end_of(slot)
-            saved = end.end if end is not None and end.is_stored else 0
-            yield SlotOffer(
-                slot,
-                n,
-                running,
-                can_cut=not running and cells.can_cut(slot, n) and not (n < n_past and self._is_pinned(slot, now, n)),
-                tail_unsaved=0 if saved >= n_past else n_past - n,
-                can_copy=can_copy,
-            )
-
-    def _stored(self, match: Match, limit: int) -> tuple[int, int]:
-        """Tokens that can be had from the tiers, and from host memory alone."""
-        if not self.cells.needs_checkpoint:
-            return min(match.n_stored, limit), min(match.n_host, limit)
-        ends = [node.end for node in match.checkpoints if node.end <= min(match.n_stored, limit)]
-        n = ends[-1] if ends else 0
-        return n, min(n, match.n_host)
-
-    def _pieces(self, match: Match, choice: Choice) -> list[tuple[int, int, bytes | None, list[bytes]]] | None:
-        """The rows [n_slot, n_tokens) of a choice, node by node. None: the disk broke a promise; choose again."""
-        found: list[tuple[int, int, bytes | None, list[bytes]]] = []
-        now = time.monotonic_ns()
-        for node in match.nodes:
-            start, end = max(node.start, choice.n_slot), min(node.end, choice.n_tokens)
-            if start >= end:
-                continue
-            is_last = end == node.end == choice.n_tokens
-            rows, at_end = node.host, node.checkpoint
-            if rows is None or (self.cells.needs_checkpoint and is_last and at_end is None):
-                assert self.disk is not None, "the choice counted on it"
-                read = self.disk.read(node)
-                if read is None:
-                    return None
-                rows, at_end = read
-                if node.host is None:
-                    self.tier.put(node, rows, now, at_end)
-                elif at_end is not None:
-                    self.tier.put_checkpoint(node, at_end, now)
-            assert isinstance(rows, Rows)
-            checkpoint = at_end.data if is_last and isinstance(at_end, Checkpoint) else None
-            found.append((start, end, checkpoint, rows.part(start - node.start, end - node.start)))
-        return found
-
-    def expected(self, namespace: bytes, key: bytes, limit: int) -> tuple[int, int, int]:
-        """Tokens that a prompt could reuse now, and (tokens, slot) that it could once a running prompt got there."""
-        match = self.tree.match(namespace, key[: 4 * limit])
-        now, _ = self._stored(match, limit)
-        later, whose = 0, -1
-        for slot, shared in match.slots.items():
-            n_past, n_tokens = self._core.slot_fill(slot)
-            n = min(shared, n_past, limit)
-            if self.cells.needs_checkpoint and not self.cells.can_cut(slot, n):
-                n = 0
-            now = max(now, n)
-            if not self.cells.needs_checkpoint and n_past < n_tokens - 1 and shared > later:  # it is in its prompt
-                later, whose = shared, slot
-        return (now, later, whose) if later >= now + LEAST_GAIN else (now, 0, -1)
 
     # -- into a slot --------------------------------------------------------------------------------------------
 
@@ -467,14 +335,6 @@ class KvCache:
                 score = float("inf")
             views.append(SlotView(runs, tokens, score))
         return views
-
-    def _is_pinned(self, slot: int, now_ns: int, beyond: int = 0) -> bool:
-        """Whether something pinned would be lost with a slot's tokens from ``beyond`` on."""
-        end = self.tree.end_of(slot)
-        return end is not None and any(
-            node.pinned_until_ns > now_ns and node.end > beyond and node.slots == {slot} and not node.is_stored
-            for node in end.path()
-        )
 
     # -- what is lost -------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from kv_engine_support import (
 )
 
 from mullama.engine.engine import Engine
-from mullama.engine.kvcache import LEAST_GAIN
+from mullama.engine.kvfind import LEAST_GAIN
 from mullama.errors import ComputeFailed
 from mullama.kv.events import KvEventKind
 from mullama.scheduling import EngineState, Fcfs, Plan
