@@ -32,7 +32,6 @@ from mullama.workload.traces import mooncake
 
 MIB = 1 << 20
 BOUNDLESS = 1 << 62
-MS = 1_000_000
 OPTIMUM = "optimum"
 
 
@@ -42,6 +41,7 @@ class Prompt:
 
     prompt: bytes
     answer: bytes
+    at_ns: int = 0  # when it arrives
 
     @property
     def n_tokens(self) -> int:
@@ -73,7 +73,7 @@ def prompts_of(requests: Sequence[TraceRequest], *, answers: bool = True) -> lis
         n_out = request.output_tokens if answers else 0
         own = range(unique, unique - n_more - n_out, -1)
         unique -= n_more + n_out
-        found.append(Prompt(pack([*tokens, *own[:n_more]]), pack(own[n_more:])))
+        found.append(Prompt(pack([*tokens, *own[:n_more]]), pack(own[n_more:]), round(request.at_s * 1e9)))
     return found
 
 
@@ -83,7 +83,7 @@ def replay(prompts: Sequence[Prompt], budget: int, policy: EvictionPolicy, token
     tier = HostTier(tree, budget, policy)
     reused = []
     for number, prompt in enumerate(prompts, 1):
-        now_ns = number * MS
+        now_ns = prompt.at_ns + number  # no two at the same time
         n_reused = tree.match(b"", prompt.prompt[: 4 * (prompt.n_tokens - 1)]).n_host
         reused.append(n_reused)
         end = tree.insert(b"", prompt.prompt + prompt.answer, now_ns)
@@ -166,7 +166,7 @@ def draw(results: Mapping[str, Any], sizes: Sequence[int], file: Path) -> None:
         axes.axhline(limit, color="black", linewidth=1, label="infinite cache")
         for position, (name, reused) in enumerate(results["reused"].items()):
             # Policies may agree: the later and smaller mark lies inside the earlier one.
-            style: dict[str, Any] = {"marker": "oD^sv"[position % 5], "markersize": max(11 - 2 * position, 4)}
+            style: dict[str, Any] = {"marker": "oD^svP"[position % 6], "markersize": max(11 - 2 * position, 4)}
             label = name
             if name == OPTIMUM:
                 style |= {"color": "black", "linestyle": "--"}

@@ -112,7 +112,9 @@ class ServeConfig:
     kv_disk_dir: str = option("", "folder where cached prefixes survive a restart; none: no disk tier", metavar="DIR")
     kv_disk_bytes: int = option(10 << 30, "most bytes in that folder", minimum=1 << 20, maximum=1 << 50)
     kv_policy: str = option(
-        "lru", "who leaves the KV cache first: lru, lfu, fifo, cost, or a file's class", metavar="NAME|FILE:CLASS"
+        "lru",
+        "who leaves the KV cache first: lru, lfu, fifo, cost, turns, or a file's class",
+        metavar="NAME|FILE:CLASS",
     )
     kv_policy_arg: list[str] = option([], "parameter of that policy; repeatable", metavar="NAME=VALUE")
     swap_bytes: int = option(
@@ -130,7 +132,8 @@ class ServeConfig:
     )
     max_queue: int = option(256, "requests that may wait; one more is answered 503", minimum=0, maximum=_MANY)
     deterministic: bool = option(
-        False, "the same answer whatever is computed beside it and whatever was cached (CPU; slower)"
+        False,
+        "the same answer whatever is computed beside it and whatever was cached (CPU; slower; layout streams)",
     )
     flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))
     mmap: bool = option(True, "map the model file instead of reading it")
@@ -162,6 +165,14 @@ class ServeConfig:
     kv_events_block_size: int = option(16, "tokens of a block in those events", minimum=1, maximum=4096)
     page_dir: str = option("", "folder of the instrumentation pages; default: the runtime folder", metavar="DIR")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for options that contradict each other."""
+        if self.deterministic and self.kv_layout == "unified":
+            raise ConfigError(
+                "deterministic needs kv_layout streams; in unified the order of cells changes the last bits of sums",
+                param="deterministic",
+            )
 
 
 def options() -> list[Field[Any]]:

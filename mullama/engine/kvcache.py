@@ -1,7 +1,7 @@
-"""The KV cache of an engine: finds a prompt's prefix, puts it into a slot, keeps what slots give up.
+"""The KV cache of an engine: puts a prompt's prefix into a slot, keeps what slots give up.
 
-The tree (kv/tree.py) says where every prefix lives, the tier which of it stays in host memory, ``choose`` which way is
-cheapest; here it is carried out. Everything belongs to the engine thread.
+The tree (kv/tree.py) says where every prefix lives, the tier which of it stays in host memory, the finder (kvfind.py)
+which way is cheapest; here it is carried out. Everything belongs to the engine thread.
 
 The law: whenever no method runs, each slot that holds tokens is named in the tree by exactly these tokens (a running
 one also by those of its prompt that are still to compute), and ``audit`` says so.
@@ -11,39 +11,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from mullama import abi
 from mullama._core import Cells, Core
-from mullama.engine.kvdisk import DiskTier
-from mullama.kv.choice import Choice, KvCosts, KvSource, SlotOffer, choose
+from mullama.engine.kvfind import LEAST_GAIN, Found, KvFinder
+from mullama.kv.choice import Choice, KvSource
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.eviction import EvictionPolicy
 from mullama.kv.ghosts import Ghosts
 from mullama.kv.payload import Checkpoint, Rows
 from mullama.kv.placement import Placement, SlotView, place
 from mullama.kv.reasons import miss_reason
-from mullama.kv.tier import HostTier
+from mullama.kv.tier import GRAIN, HostTier
 from mullama.kv.tree import Match, Node, PrefixTree, unpack
 
 log = logging.getLogger("mullama.engine")
 
-LEAST_GAIN = 32  # tokens: it is not worth waiting for another request's prefix for less
 LEAST_STORED = 16  # tokens: a shorter prefix is not worth a place in host memory
-LOSS_WEIGHT = 0.25  # a cached token that is lost without a tier to save it to, in tokens to compute
 
 
-@dataclass(slots=True)
-class Found:
-    """A prompt looked up: what to take, and what the tree knew."""
-
-    choice: Choice
-    match: Match
-    pieces: list[tuple[int, int, bytes | None, list[bytes]]]  # (start, end, checkpoint, rows) from the tiers
-
-
-class KvCache:
+class KvCache(KvFinder):
     """One a Core. ``exchange(a, b)`` swaps two slots and all that the engine knows of them."""
 
     def __init__(
@@ -54,23 +41,22 @@ class KvCache:
         *,
         exchange: Callable[[int, int], None],
     ) -> None:
-        self.disk: DiskTier | None = None
-        self.cells = Cells(core)
-        self.tree = PrefixTree()
-        self.tier = HostTier(
-            self.tree,
-            host_bytes if self.cells.can_store else 0,
+        cells, tree = Cells(core), PrefixTree()
+        tier = HostTier(
+            tree,
+            host_bytes if cells.can_store else 0,
             policy,
-            can_cut=not self.cells.needs_checkpoint,
+            can_cut=not cells.needs_checkpoint,
             on_evict=self._leaves_host,
         )
+        super().__init__(core, cells, tree, tier)
         self.events = KvEventLog()
         self.hits: dict[KvSource, int] = dict.fromkeys(KvSource, 0)  # tokens reused, by where they came from
         self.version = 0  # changes with every change of the tree
-        self._core = core
         self._exchange: Callable[[int, int], None] | None = exchange
         self._ghosts = Ghosts()
         self._request: str | None = None  # whose request the work is for
+        self._needed_by = b""  # and its namespace
         self._lost = 0  # tokens that no tier holds any more, since ``_request`` began
 
     def close(self) -> None:
@@ -83,123 +69,6 @@ class KvCache:
             self.disk.close()
             self.disk = None
 
-    @property
-    def has_tiers(self) -> bool:
-        """Whether there is anywhere to keep what a slot gives up."""
-        return self.tier.budget > 0 or self.disk is not None
-
-    # -- finding ------------------------------------------------------------------------------------------------
-
-    def find(self, namespace: bytes, key: bytes, limit: int) -> Found:
-        """The cheapest way to the first ``limit`` tokens of ``key``, and what the tiers hold of it; changes nothing."""
-        while True:
-            match = self.tree.match(namespace, key[: 4 * limit])
-            choice = self._choose(match, limit)
-            pieces = self._pieces(match, choice)
-            if pieces is not None:
-                return Found(choice, match, pieces)
-
-    def _choose(self, match: Match, limit: int) -> Choice:
-        states = self._core.states()
-        n_stored, n_host = self._stored(match, limit)
-        return choose(
-            limit,
-            self._offers(match, states, limit),
-            n_stored,
-            n_host,
-            costs=self.costs(),
-            token_bytes=self.cells.token_bytes,
-            can_extend=not self.cells.needs_checkpoint,
-            tail_weight=self._tail_weight(),
-        )
-
-    def costs(self) -> KvCosts:
-        """As measured so far; guesses before."""
-        core = self._core
-        counted = core.kv_costs()
-        per_token = core.governor.cost(core.n_batch) / core.n_batch
-        guess = KvCosts()
-        return KvCosts(
-            prefill_token=per_token or guess.prefill_token,
-            save_byte=counted["save"] or guess.save_byte,
-            restore_byte=counted["restore"] or guess.restore_byte,
-            copy_byte=0.0 if core.unified else counted["copy"] or guess.copy_byte,
-        )
-
-    def _tail_weight(self) -> float:
-        if self.tier.budget <= 0:
-            return LOSS_WEIGHT
-        costs = self.costs()
-        return min(self.cells.token_bytes * costs.save_byte / costs.prefill_token, LOSS_WEIGHT)
-
-    def _offers(self, match: Match, states: Sequence[int], limit: int) -> Iterable[SlotOffer]:
-        cells, now = self.cells, time.monotonic_ns()
-        for slot, shared in match.slots.items():
-            n_past, _ = self._core.slot_fill(slot)
-            n = min(shared, n_past, limit)
-            if n < 1:
-                continue
-            running = states[slot] != abi.RETAINED
-            can_copy = n == n_past if cells.needs_checkpoint else cells.has_rows
-            end = self.tree.end_of(slot)
-            saved = end.end if end is not None and end.is_stored else 0
-            yield SlotOffer(
-                slot,
-                n,
-                running,
-                can_cut=not running and cells.can_cut(slot, n) and not (n < n_past and self._is_pinned(slot, now, n)),
-                tail_unsaved=0 if saved >= n_past else n_past - n,
-                can_copy=can_copy,
-            )
-
-    def _stored(self, match: Match, limit: int) -> tuple[int, int]:
-        """Tokens that can be had from the tiers, and from host memory alone."""
-        if not self.cells.needs_checkpoint:
-            return min(match.n_stored, limit), min(match.n_host, limit)
-        ends = [node.end for node in match.checkpoints if node.end <= min(match.n_stored, limit)]
-        n = ends[-1] if ends else 0
-        return n, min(n, match.n_host)
-
-    def _pieces(self, match: Match, choice: Choice) -> list[tuple[int, int, bytes | None, list[bytes]]] | None:
-        """The rows [n_slot, n_tokens) of a choice, node by node. None: the disk broke a promise; choose again."""
-        found: list[tuple[int, int, bytes | None, list[bytes]]] = []
-        now = time.monotonic_ns()
-        for node in match.nodes:
-            start, end = max(node.start, choice.n_slot), min(node.end, choice.n_tokens)
-            if start >= end:
-                continue
-            is_last = end == node.end == choice.n_tokens
-            rows, at_end = node.host, node.checkpoint
-            if rows is None or (self.cells.needs_checkpoint and is_last and at_end is None):
-                assert self.disk is not None, "the choice counted on it"
-                read = self.disk.read(node)
-                if read is None:
-                    return None
-                rows, at_end = read
-                if node.host is None:
-                    self.tier.put(node, rows, now, at_end)
-                elif at_end is not None:
-                    self.tier.put_checkpoint(node, at_end, now)
-            assert isinstance(rows, Rows)
-            checkpoint = at_end.data if is_last and isinstance(at_end, Checkpoint) else None
-            found.append((start, end, checkpoint, rows.part(start - node.start, end - node.start)))
-        return found
-
-    def expected(self, namespace: bytes, key: bytes, limit: int) -> tuple[int, int, int]:
-        """Tokens that a prompt could reuse now, and (tokens, slot) that it could once a running prompt got there."""
-        match = self.tree.match(namespace, key[: 4 * limit])
-        now, _ = self._stored(match, limit)
-        later, whose = 0, -1
-        for slot, shared in match.slots.items():
-            n_past, n_tokens = self._core.slot_fill(slot)
-            n = min(shared, n_past, limit)
-            if self.cells.needs_checkpoint and not self.cells.can_cut(slot, n):
-                n = 0
-            now = max(now, n)
-            if not self.cells.needs_checkpoint and n_past < n_tokens - 1 and shared > later:  # it is in its prompt
-                later, whose = shared, slot
-        return (now, later, whose) if later >= now + LEAST_GAIN else (now, 0, -1)
-
     # -- into a slot --------------------------------------------------------------------------------------------
 
     def seat(
@@ -209,7 +78,7 @@ class KvCache:
 
         A slot must be free or retained. The caller opens the request in it and then calls ``opened``.
         """
-        self._begin(request)
+        self._begin(request, namespace)
         found = self.find(namespace, key, limit)
         choice = found.choice
         views = self._views(running)
@@ -229,9 +98,9 @@ class KvCache:
         source = choice.source if n > 0 else KvSource.NONE
         return where.slot, n, source, self._lost, found.match
 
-    def clear_slot(self, running: Sequence[bool], request: str | None) -> tuple[int, int]:
+    def clear_slot(self, running: Sequence[bool], request: str | None, namespace: bytes) -> tuple[int, int]:
         """An empty slot for a sequence that brings its own KV, and the tokens lost for it."""
-        self._begin(request)
+        self._begin(request, namespace)
         where = self._take(self._place(self._views(running), -1, 0))
         if self._core.retained(where.slot)[0]:
             self.vacate(where.slot)
@@ -332,7 +201,7 @@ class KvCache:
 
     def closed(self, slot: int, namespace: bytes, request: str | None) -> None:
         """The slot's request ended or lost it; what the slot still retains is a prefix like any other."""
-        self._begin(request)
+        self._begin(request, namespace)
         n_past, _ = self._core.slot_fill(slot)
         self.version += 1
         if n_past == 0:
@@ -385,16 +254,21 @@ class KvCache:
         if end is None or not self.has_tiers or upto < LEAST_STORED:
             return 0
         now = time.monotonic_ns()
-        path = end.path()
+        todo = end.path()[::-1]
         needs_checkpoint = self.cells.needs_checkpoint and upto == n_past
         if self.cells.needs_checkpoint and not needs_checkpoint:
             return 0
         saved = 0
-        for node in path:
+        while todo:
+            node = todo.pop()
             if node.start >= upto:
                 break
             if node.end > upto:
                 node = self.tree.split(node, upto - node.start)
+            head = self._head_for_host(node)
+            if head:
+                todo.append(node)  # what is left of it
+                node = self.tree.split(node, head)
             at_end = needs_checkpoint and node.end == upto
             rows = checkpoint = None
             if at_end and node.checkpoint is None:
@@ -415,9 +289,17 @@ class KvCache:
         self.version += 1
         return saved
 
+    def _head_for_host(self, node: Node) -> int:
+        """Tokens of a node that host memory could hold where it could not hold all of it; 0: it can, or hardly any."""
+        token_bytes = self.cells.token_bytes
+        if node.host is not None or self.tier.budget <= 0 or self.cells.needs_checkpoint:
+            return 0
+        most = self.tier.room_below(node.parent) // token_bytes // GRAIN * GRAIN
+        return most if most < node.n_tokens else 0
+
     def checkpoint(self, slot: int, request: str | None) -> None:
         """A request's prompt has got to where a checkpoint is worth its bytes (see ``borders``)."""
-        self._begin(request)
+        self._begin_in(slot, request)
         self.store(slot)
 
     def stopping(self, slot: int, request: str | None) -> None:
@@ -425,7 +307,7 @@ class KvCache:
 
         Else a reply that somebody stops would cost the chat all its history, which the request had taken over.
         """
-        self._begin(request)
+        self._begin_in(slot, request)
         if not self.cells.needs_checkpoint:  # there it would be of no use: the end of the prompt is behind
             self.store(slot)
 
@@ -454,19 +336,16 @@ class KvCache:
             views.append(SlotView(runs, tokens, score))
         return views
 
-    def _is_pinned(self, slot: int, now_ns: int, beyond: int = 0) -> bool:
-        """Whether something pinned would be lost with a slot's tokens from ``beyond`` on."""
-        end = self.tree.end_of(slot)
-        return end is not None and any(
-            node.pinned_until_ns > now_ns and node.end > beyond and node.slots == {slot} and not node.is_stored
-            for node in end.path()
-        )
-
     # -- what is lost -------------------------------------------------------------------------------------------
 
-    def _begin(self, request: str | None) -> None:
+    def _begin(self, request: str | None, namespace: bytes = b"") -> None:
         self._request = request
+        self._needed_by = namespace
         self._lost = 0
+
+    def _begin_in(self, slot: int, request: str | None) -> None:
+        end = self.tree.end_of(slot)
+        self._begin(request, end.namespace if end is not None else b"")
 
     def _note_lost(self, slot: int, keep: int) -> None:
         """The slot will give up its tokens from ``keep`` on: those that nobody else holds are lost."""
@@ -499,7 +378,7 @@ class KvCache:
     def _lose(self, node: Node, n_tokens: int, start: int, tier: KvTier) -> None:
         self._lost += n_tokens
         self._core.note_evicted(n_tokens)
-        self._ghosts.add(node.namespace, node.tokens(), time.monotonic_ns(), self._request)
+        self._ghosts.add(node.namespace, node.tokens(), time.monotonic_ns(), self._request, self._needed_by)
         self._event(KvEventKind.EVICTED, tier, start, node.end, node, gone=True)
 
     def explain(
@@ -507,7 +386,7 @@ class KvCache:
     ) -> str | None:
         """Why the KV of a prompt's tokens from ``reuse`` on had to be computed (see kv/reasons.py)."""
         ghost = self._ghosts.find(namespace, key, reuse)
-        return miss_reason(key, reuse, match, ghost, time.monotonic_ns(), text)
+        return miss_reason(namespace, key, reuse, match, ghost, time.monotonic_ns(), text)
 
     # -- looking after it ---------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ The engine thread asks and is told; one writer thread blocks on the disk. What i
 
 from __future__ import annotations
 
+import heapq
 import logging
 import queue
 import threading
@@ -21,6 +22,7 @@ from mullama.kv.tree import Node, Payload, PrefixTree
 
 log = logging.getLogger("mullama.engine")
 
+RANKED = 64  # nodes that may go before the policy is asked about all of them again
 MOST_PENDING = 512 << 20  # bytes that wait for the disk; what comes then is not written
 
 
@@ -81,6 +83,8 @@ class DiskTier:
         self._jobs: queue.SimpleQueue[tuple[Node, bytes, bytes, int, list[bytes], bytes | None] | None] = (
             queue.SimpleQueue()
         )
+        self._ranked: list[tuple[Node, int]] = []  # who goes next, the last one first, and when it was last used
+        self._ranked_by: EvictionPolicy | None = None
         for record in store.scan():
             self._attach(record)
         self._make_room(0)  # the budget may be smaller than it was
@@ -236,24 +240,45 @@ class DiskTier:
         """Remove records, the policy's lowest first and what depends on a stretch before it; ``keep``'s path stays."""
         if n_bytes > self.store.budget_bytes:
             return False
-        policy, now = self._policy(), time.monotonic_ns()
+        now = time.monotonic_ns()
         safe = set(keep.path()) if keep is not None else set()
+        is_fresh = False
         while self.store.over_budget(n_bytes) > 0:
-            leaves = [
-                node
-                for node in self._tree.nodes()
-                if node.disk is not None
-                and node not in safe
-                and node.pinned_until_ns <= now
-                and all(child.disk is None for child in node.children.values())
-            ]
-            if not leaves:
-                return False
-            leaves.sort(key=lambda node: policy.score(node, now))
-            for node in leaves:
-                if self.store.over_budget(n_bytes) <= 0:
-                    break
+            node = self._next_to_go(now, safe)
+            if node is not None:
                 self._on_evict(node)
                 self.drop(node)
                 self._tree.prune(node)
+                is_fresh = False
+            elif is_fresh:
+                return False
+            else:
+                self._rank(now, safe)
+                is_fresh = True
         return True
+
+    def _rank(self, now: int, safe: set[Node]) -> None:
+        """Ask the policy about all that could go, and note who goes next: all nodes are looked at, so for some time."""
+        policy = self._ranked_by = self._policy()
+        leaves = (node for node in self._tree.nodes() if self._can_go(node, now, safe))
+        scored = [(policy.score(node, now), node.id, node.used_ns, node) for node in leaves]
+        self._ranked = [(node, used_ns) for _, _, used_ns, node in heapq.nsmallest(RANKED, scored)][::-1]
+
+    def _next_to_go(self, now: int, safe: set[Node]) -> Node | None:
+        """The lowest of those ranked that still can go and was not used since; None: rank anew."""
+        if self._ranked_by is not self._policy():
+            self._ranked.clear()
+        while self._ranked:
+            node, used_ns = self._ranked.pop()
+            if node.used_ns == used_ns and self._can_go(node, now, safe):
+                return node
+        return None
+
+    @staticmethod
+    def _can_go(node: Node, now: int, safe: set[Node]) -> bool:
+        return (
+            node.disk is not None
+            and node not in safe
+            and node.pinned_until_ns <= now
+            and all(child.disk is None for child in node.children.values())
+        )

@@ -157,7 +157,7 @@ class Sequences:
         tokens = pack(parked.tokens())
         reuse = 0
         if parked.saved:
-            slot, lost = kv.clear_slot(self.running(), seq.request.id)
+            slot, lost = kv.clear_slot(self.running(), seq.request.id, seq.namespace)
         else:
             limit = len(tokens) // 4 - 1
             slot, reuse, _, lost, _ = kv.seat(seq.namespace, tokens, limit, self.running(), seq.request.id)

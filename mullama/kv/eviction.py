@@ -23,6 +23,10 @@ class Entry(Protocol):
     def n_bytes(self) -> int:
         """Host memory it takes."""
 
+    @property
+    def n_served(self) -> int:
+        """Tokens of its prompt, from the start, that have served another prompt; ``end`` if it has itself."""
+
     created_ns: int
     used_ns: int  # when it last served a prompt, or was stored
     hits: int  # prompts that it served

@@ -16,10 +16,12 @@ class Ghosts:
         self._order: dict[Node, None] = {}  # every node that holds a mark, oldest first
         self._limit = limit
 
-    def add(self, namespace: bytes, tokens: bytes, evicted_ns: int, request: str | None) -> None:
-        """The KV of the end of ``tokens`` is gone."""
+    def add(
+        self, namespace: bytes, tokens: bytes, evicted_ns: int, request: str | None, needed_by: bytes = b""
+    ) -> None:
+        """The KV of the end of ``tokens`` is gone, for a request of the namespace ``needed_by``."""
         node = self._tree.insert(namespace, tokens, evicted_ns)
-        node.host = Ghost(evicted_ns, request)
+        node.host = Ghost(evicted_ns, request, needed_by)
         for one in (node.parent, node):  # the upper part of a stretch that was cut for it has a mark as well
             if one is not None and one.host is not None:
                 self._order.setdefault(one)

@@ -71,10 +71,11 @@ class Checkpoint:
 
 @dataclass(slots=True, frozen=True)
 class Ghost:
-    """A stretch that was cached once: when it went, and whose request needed the room."""
+    """A stretch that was cached once: when it went, and whose request needed the room, of which namespace."""
 
     evicted_ns: int
     request: str | None
+    namespace: bytes = b""
 
     @property
     def n_bytes(self) -> int:

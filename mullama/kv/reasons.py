@@ -11,18 +11,30 @@ SHOWN = 6  # tokens on either side of where two prompts part
 
 
 def miss_reason(
-    key: bytes, reuse: int, match: Match, ghost: Ghost | None, now_ns: int, text: Callable[[Sequence[int]], str]
+    namespace: bytes,
+    key: bytes,
+    reuse: int,
+    match: Match,
+    ghost: Ghost | None,
+    now_ns: int,
+    text: Callable[[Sequence[int]], str],
 ) -> str | None:
     """Why the KV of a prompt's tokens from ``reuse`` on was not there; None: nothing was missing.
 
-    ``ghost`` is what explains it by an eviction, ``text`` makes tokens readable.
+    ``ghost`` is what explains it by an eviction, ``text`` makes tokens readable. A request of another namespace is not
+    named: who else is there is none of a tenant's business.
     """
     n = len(key) // TOKEN_BYTES
     if reuse >= n - 1:
         return None
     if ghost is not None:
         ago = (now_ns - ghost.evicted_ns) / 1e9
-        whose = f"request {ghost.request}" if ghost.request else "nobody's request"
+        if ghost.request is None:
+            whose = "nobody's request"
+        elif ghost.namespace == namespace:
+            whose = f"request {ghost.request}"
+        else:
+            whose = "another tenant's request"
         return f"tokens from {reuse} on were evicted {ago:.1f} s ago to make room for {whose}"
     at = match.n_tokens
     if at > reuse and at >= n - 1:

@@ -17,6 +17,7 @@ BUILTINS = {
     "lfu": "mullama.kv.policies.lfu:Lfu",
     "fifo": "mullama.kv.policies.fifo:Fifo",
     "cost": "mullama.kv.policies.cost:Cost",
+    "turns": "mullama.kv.policies.turns:Turns",
 }
 
 KV_POLICIES = PluginGroup("mullama.kv_policies", "KV policy", BUILTINS)

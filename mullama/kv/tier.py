@@ -117,6 +117,10 @@ class HostTier:
             heapq.heappush(self._heap, entry)  # with the score it had: nothing has happened to it
         return self.used + n_bytes <= self.budget
 
+    def room_below(self, above: Node | None) -> int:
+        """Bytes that there would be for a node below ``above`` if all but what it hangs on had gone."""
+        return max(self.budget - sum(node.n_bytes for node in (above.path() if above is not None else ())), 0)
+
     def drop(self, node: Node, now_ns: int) -> int:
         """Give up a node's KV and that of all below it. Returns the tokens."""
         above = node.parent

@@ -146,6 +146,14 @@ class Node:
         return self.checkpoint is not None or getattr(self.disk, "has_checkpoint", False)
 
     @property
+    def n_served(self) -> int:
+        """Tokens from the start of its prompt that have served another prompt."""
+        node: Node | None = self
+        while node is not None and node.hits == 0:
+            node = node.parent
+        return node.end if node is not None else 0
+
+    @property
     def is_bare(self) -> bool:
         """Whether nothing holds it."""
         return not self.slots and self.host is None and self.disk is None and self.checkpoint is None

@@ -15,6 +15,7 @@ from kv_engine_support import (
     Faulty,
     Task,
     ask,
+    exact,
     exported,
     fix_costs,
     history,
@@ -103,7 +104,7 @@ def test_answers_in_the_unified_layout(
     make_engine: Make, tiny_model: Tiny, cold: Callable[[str], Work], arch: str, options: dict[str, Any]
 ) -> None:
     """In one buffer a sequence's cells lie in any order, and sums are rounded in that order: the KV is compared."""
-    engine = make_engine(tiny_model(arch), parallel=4, kv_layout="unified", **EXACT, **options)
+    engine = make_engine(tiny_model(arch), parallel=4, **exact("unified"), **options)
 
     def right(task: Task, answer: Answer) -> bool:
         return near(exported(engine, task.prompt), task.kv) if task.kv else equal(task, answer)
@@ -228,7 +229,7 @@ def test_from_host_memory(make_engine: Make, tiny_model: Tiny, arch: str) -> Non
 @pytest.mark.parametrize("arch", KINDS)
 def test_a_chat_goes_on_where_it_ended(make_engine: Make, tiny_model: Tiny, arch: str, layout: str) -> None:
     """Also when others needed its slot meanwhile."""
-    engine = make_engine(tiny_model(arch), parallel=2, kv_host_bytes=1 << 26, kv_layout=layout, **EXACT)
+    engine = make_engine(tiny_model(arch), parallel=2, kv_host_bytes=1 << 26, **exact(layout))
     asked, past = [tokens(1, 60)], []
     said: list[str] = []
     for turn in range(4):

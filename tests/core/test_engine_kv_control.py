@@ -80,6 +80,29 @@ def test_without_host_memory_a_slot_is_lost_whole(make_engine: Make) -> None:
     assert reason is not None and reason.endswith("to make room for request bob")
 
 
+def test_a_miss_does_not_name_another_tenant_s_request(make_engine: Make) -> None:
+    engine = make_engine(parallel=1, kv_host_bytes=0)
+    prompt = tokens(1, 100)
+    reasons = []
+    for salt in ("x", "y"):
+        one(engine, prompt, cache_salt="x")
+        one(engine, tokens(2, 100), name="bob", cache_salt=salt)
+        reasons.append(one(engine, prompt, cache_salt="x").profile.kv_miss_reason or "")
+    assert reasons[0].endswith("to make room for request bob")
+    assert reasons[1].endswith("to make room for another tenant's request") and "bob" not in reasons[1]
+
+
+def test_of_what_is_longer_than_host_memory_its_beginning_stays(make_engine: Make) -> None:
+    engine = make_engine(parallel=1, kv_host_bytes=150 * TOKEN)
+    prompt = tokens(1, 300)
+    one(engine, prompt, name="long")
+    one(engine, tokens(2, 8))  # shorter than what is worth keeping
+    again = one(engine, prompt).profile
+    assert (again.kv_cache_source, again.kv_cache_hit) == ("host", 128), "whole multiples of 32 of the 150 that fit"
+    assert engine.kv.snapshot()["tiers"]["host"]["bytes_used"] <= 150 * TOKEN
+    assert engine.kv.audit() == []
+
+
 def test_a_miss_does_not_name_the_prompt_itself(make_engine: Make) -> None:
     engine = make_engine(parallel=2)
     prompt = tokens(1, 60)
@@ -142,7 +165,7 @@ POLICY_FILES = {
 def test_the_policy_is_changed_while_it_runs(make_engine: Make) -> None:
     """Three prompts' worth of host memory; the one of most hits is the oldest."""
     found = {}
-    for name in ("lru", "lfu", "fifo", "cost"):
+    for name in ("lru", "lfu", "fifo", "turns", "cost"):
         engine = make_engine(parallel=1, kv_host_bytes=240 * TOKEN)
         for _ in range(3):
             one(engine, tokens(1, 100))
@@ -152,7 +175,7 @@ def test_the_policy_is_changed_while_it_runs(make_engine: Make) -> None:
         one(engine, tokens(4, 100))
         found[name] = one(engine, tokens(1, 100)).profile.kv_cache_hit
         assert engine.kv.snapshot()["policy"] == {**run(engine.set_kv_policy(name, None)), "fallback": None}
-    assert found["lfu"] == 99 and found["lru"] < 99 and found["fifo"] < 99
+    assert found["lfu"] == found["turns"] == 99 and found["lru"] < 99 and found["fifo"] < 99
     with pytest.raises(InvalidRequest, match="lfu"):
         run(engine.set_kv_policy("lfo", None))
     assert engine.kv.snapshot()["policy"]["policy"] == "cost"

@@ -15,6 +15,7 @@ from kv_engine_support import (
     Faulty,
     ask,
     events,
+    exact,
     one,
     read,
     request,
@@ -24,7 +25,7 @@ from kv_engine_support import (
 )
 
 from mullama.engine.engine import Engine
-from mullama.engine.kvcache import LEAST_GAIN
+from mullama.engine.kvfind import LEAST_GAIN
 from mullama.errors import ComputeFailed
 from mullama.kv.events import KvEventKind
 from mullama.scheduling import EngineState, Fcfs, Plan
@@ -39,7 +40,7 @@ Tiny = Callable[..., Path]
 @pytest.mark.parametrize("tail", [0, 10])
 @pytest.mark.parametrize("layout", ["streams", "unified"])
 def test_a_cold_prefix_is_computed_once(make_engine: Make, layout: str, tail: int) -> None:
-    engine = make_engine(parallel=4, kv_layout=layout, **EXACT)
+    engine = make_engine(parallel=4, **exact(layout))
     prompts = [tokens(1, 300) + tokens(10 + i, tail) for i in range(4)]
     before = engine.counters()["prefill_tokens"]
     answers = ask(engine, *(request(f"r{i}", prompt, 20) for i, prompt in enumerate(prompts)))
@@ -122,7 +123,7 @@ def test_a_policy_that_pauses_the_source_holds_nobody_up(make_engine: Make, own_
 @pytest.mark.parametrize("how", [Preempt.SWAP, Preempt.RECOMPUTE])
 @pytest.mark.parametrize("host", [0, 1 << 26])
 def test_under_pressure_everybody_succeeds(make_engine: Make, layout: str, how: Preempt, host: int) -> None:
-    engine = make_engine(parallel=4, kv_tokens=256, kv_host_bytes=host, kv_layout=layout, **EXACT)
+    engine = make_engine(parallel=4, kv_tokens=256, kv_host_bytes=host, **exact(layout))
     n = 500 if LONG else 60
     prompts = [tokens(i % 7, 20 + 9 * (i % 9)) + tokens(50 + i, 4) for i in range(n)]
     lengths = [10 + 17 * (i % 5) for i in range(n)]

@@ -69,6 +69,7 @@ def test_lists_in_the_environment_are_split_at_commas() -> None:
         ({"tensor_split": "1;2"}, "it must look like N,N"),
         ({"model": [1]}, "--model: expected a list of texts"),
         ({"host": 1.5}, "--host: expected a text"),
+        ({"deterministic": True, "kv_layout": "unified"}, "deterministic needs kv_layout streams"),
     ],
 )
 def test_wrong_values_name_the_option_and_what_is_right(flags: dict[str, Any], message: str) -> None:

@@ -24,6 +24,7 @@ from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.policies import cost as cost_module
 from mullama.kv.policies.cost import Cost
 from mullama.kv.policies.lru import Lru
+from mullama.kv.policies.turns import Turns
 from mullama.kv.registry import (
     BUILTINS,
     KV_POLICIES,
@@ -55,6 +56,7 @@ class Stretch:
     used_ns: int = 0
     hits: int = 0
     cost_ns: float = 0.0
+    n_served: int = 0
 
     @property
     def end(self) -> int:
@@ -137,6 +139,32 @@ def test_lfu_is_the_order_of_pairs(hits: tuple[int, int], used_ms: tuple[int, in
     pairs = ((one.hits, one.used_ns), (other.hits, other.used_ns))
     scores = policy.score(one, 0), policy.score(other, 0)
     assert (scores[0] < scores[1], scores[0] == scores[1]) == (pairs[0] < pairs[1], pairs[0] == pairs[1])
+
+
+def test_turns_give_time_to_what_went_on_before() -> None:
+    """Minutes in proportion to the share of the prompt that has served."""
+    minute = 60 * 10**9
+    entries = {
+        "a": Stretch(used_ns=4 * minute, start=0),
+        "b": Stretch(used_ns=0, start=300, n_served=300),  # three quarters of five minutes
+        "c": Stretch(used_ns=0, start=300, n_served=400, hits=1),  # all of them
+        "d": Stretch(used_ns=2 * minute, start=300, n_served=100),
+    }
+    assert order(create("turns"), entries) == "dbac"
+    assert order(create("turns", {"minutes": 0}), entries) == "bcda"
+    assert create("turns").score(entries["b"], 1) == 3.75 * minute
+
+
+def test_what_served_is_known_to_the_tree() -> None:
+    tree = PrefixTree()
+    tier = HostTier(tree, 10**6, create("turns"))
+    put_path(tree, tier, list(range(100)), 1)
+    (first,) = tree.nodes()
+    assert first.n_served == 0
+    tier.touch([first], 2)
+    put_path(tree, tier, list(range(150)), 2)
+    put_path(tree, tier, list(range(160)), 2)  # its answer, a stretch of its own
+    assert [node.n_served for node in sorted(tree.nodes(), key=lambda node: node.end)] == [100, 100, 100]
 
 
 def test_cost_weighs_computing_against_bytes_and_hits() -> None:
@@ -279,7 +307,7 @@ def test_a_tier_works_under_every_policy(name: str, requests: list[list[tuple[in
 
 
 def test_every_builtin_is_made_by_its_name() -> None:
-    assert list(BUILTINS) == ["lru", "lfu", "fifo", "cost"] == names()
+    assert list(BUILTINS) == ["lru", "lfu", "fifo", "cost", "turns"] == names()
     for name in BUILTINS:
         policy = create(name)
         assert isinstance(policy, Policy) and policy.name == name
@@ -307,7 +335,9 @@ def test_parameters_are_checked() -> None:
 
 @pytest.mark.parametrize("spec", ["nonsense", "", "LRU", "mullama.kv.policies.lru"])
 def test_an_unknown_name_gets_the_valid_ones(spec: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"no KV policy '.*'; there are lru, lfu, fifo, cost, and FILE") as error:
+    with pytest.raises(
+        InvalidRequest, match=r"no KV policy '.*'; there are lru, lfu, fifo, cost, turns, and FILE"
+    ) as error:
         create(spec)
     assert (error.value.status, error.value.param) == (400, "kv_policy")
     assert not is_builtin(spec)
@@ -572,9 +602,10 @@ def test_the_page_names_every_policy_and_its_source() -> None:
 
 
 def test_the_page_has_the_parameters_of_the_code() -> None:
-    assert [name for name in BUILTINS if describe(name)["params"]] == ["cost"]
-    rows = [[f"`{param.name}`", shown(param), param.range, param.help] for param in Cost.PARAMS]
-    assert table(PAGE, "cost") == rows
+    assert [name for name in BUILTINS if describe(name)["params"]] == ["cost", "turns"]
+    for policy in (Cost, Turns):
+        rows = [[f"`{param.name}`", shown(param), param.range, param.help] for param in policy.PARAMS]
+        assert table(PAGE, policy.name) == rows
 
 
 def test_the_page_lists_what_an_entry_shows() -> None:
