@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define MULLAMA_ABI_MAGIC   0x00414D414C4C554Dull /* "MULLAMA\0", little-endian */
-#define MULLAMA_ABI_VERSION 4u
+#define MULLAMA_ABI_VERSION 5u
 
 /* F(type, name): every field is named once, here. */
 #define MULLAMA_HEADER_FIELDS(F)                                                              \
@@ -92,6 +92,8 @@
     F(uint64_t, weight_swap_ns)   /* engine time for that, copying ahead included */          \
     F(uint64_t, weight_pause_ns)  /* gauge: last swap, last step before to first step after */ \
     F(uint64_t, weight_first_ns)  /* gauge: when the first step after the last swap ended */   \
+    F(uint64_t, adapter_switches) /* times that another set of LoRA adapters was put in charge */ \
+    F(uint64_t, adapter_ubatches) /* extra ubatches because decoding slots have different sets */ \
     F(uint64_t, checksum)
 
 /* A row is copied whole into the finish record, so that profiles lose nothing. */

@@ -32,6 +32,7 @@ cdef extern from "../abi.h" nogil:
         uint64_t preemptions, swap_bytes, swap_ns, parked, parked_bytes
         uint64_t kv_store_bytes, kv_store_ns, kv_restore_bytes, kv_restore_ns, kv_copy_bytes, kv_copy_ns
         uint64_t turn_wait_ns, weight_swaps, weight_swap_bytes, weight_swap_ns, weight_pause_ns, weight_first_ns
+        uint64_t adapter_switches, adapter_ubatches
 
     ctypedef struct mullama_row:
         uint64_t handle

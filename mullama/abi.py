@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 MAGIC = 0x00414D414C4C554D  # b"MULLAMA\0", little-endian
-VERSION = 4
+VERSION = 5
 
 u32, i32, u64, i64 = ctypes.c_uint32, ctypes.c_int32, ctypes.c_uint64, ctypes.c_int64
 
@@ -62,7 +62,7 @@ class Counters(ctypes.Structure):
         "preemptions", "swap_bytes", "swap_ns", "parked", "parked_bytes",
         "kv_store_bytes", "kv_store_ns", "kv_restore_bytes", "kv_restore_ns", "kv_copy_bytes", "kv_copy_ns",
         "turn_wait_ns", "weight_swaps", "weight_swap_bytes", "weight_swap_ns", "weight_pause_ns",
-        "weight_first_ns", "checksum",
+        "weight_first_ns", "adapter_switches", "adapter_ubatches", "checksum",
     )]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ sampling  SamplingParams to a sampler chain
 governor  thread count from measured step times
 arbiter   whose turn it is to compute, among the engines of a process
 page      the writing side of the instrumentation page
+adapters  LoRA adapters, and the sets of them that sequences use
 context   a llama.cpp context and its limits
 loop      slots, batch, decode, sample, commit: the hot loop
 cells     KV in and out of the slots: rows, checkpoints, copies
@@ -13,6 +14,7 @@ vacancy   a loop without weights for a while
 quantize  llama.cpp's quantisation, for a process of its own
 """
 
+from mullama._core.adapters import Adapter
 from mullama._core.arbiter import Arbiter, arbiter
 from mullama._core.cells import Cells
 from mullama._core.context import Context
@@ -28,6 +30,7 @@ from mullama._core.vacancy import Vacancy
 __all__ = [
     "FINISH",
     "TEXT",
+    "Adapter",
     "Arbiter",
     "Carrier",
     "Cells",

@@ -15,6 +15,7 @@ enum CoreError : int {
     CORE_SAMPLER       = 2, // the sampler chain threw or selected nothing
     CORE_DECODE        = 3, // llama_decode failed for good
     CORE_NO_KV         = 4, // no room in the KV cache
+    CORE_ADAPTER       = 5, // an adapter of the request is gone
     CORE_EXCEPTION     = 100,
 };
 

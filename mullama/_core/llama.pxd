@@ -84,6 +84,7 @@ cdef extern from "llama.h" nogil:
         llama_progress_callback progress_callback
         void * progress_callback_user_data
         cbool vocab_only
+        cbool use_extra_bufts
         cbool check_tensors
 
     ctypedef struct llama_context_params:

@@ -4,6 +4,7 @@ from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.adapters cimport LoraSetPtr
 from mullama._core.arbiter cimport Arbiter, Flag
 from mullama._core.context cimport Context
 from mullama._core.governor cimport Governor
@@ -33,6 +34,7 @@ cdef extern from "seq.h" namespace "mullama" nogil:
         cbool greedy
         int32_t top_k_first
         vector[llama_logit_bias] bias
+        LoraSetPtr lora
         TextGate gate
         string pending_text
         mullama_row row
@@ -92,6 +94,7 @@ cdef extern from "guard.h" namespace "mullama" nogil:
         CORE_SAMPLER "mullama::CORE_SAMPLER"
         CORE_DECODE "mullama::CORE_DECODE"
         CORE_NO_KV "mullama::CORE_NO_KV"
+        CORE_ADAPTER "mullama::CORE_ADAPTER"
         CORE_EXCEPTION "mullama::CORE_EXCEPTION"
     cppclass Guard:
         const char * message
@@ -149,9 +152,11 @@ cdef class Core:
     cdef vector[uint8_t] state_b
     cdef string released
     cdef vector[char] long_piece
-    cdef vector[int32_t] plan_decode
+    cdef vector[int32_t] plan_decode   # in groups of one set of adapters each
+    cdef vector[size_t] plan_ranges    # where ranges of it begin that are one ubatch each, and the end
     cdef vector[int32_t] plan_prefill
     cdef vector[int32_t] plan_chunk
+    cdef LoraSetPtr in_charge          # the set of adapters that the context has now
     cdef int threads_set
     cdef int n_swa
     cdef readonly bint unified         # one buffer of cells for all slots
@@ -173,10 +178,14 @@ cdef class Core:
     cdef void flush_text(self, Slot * s, int n_tokens) noexcept nogil
     cdef void finish(self, Slot * s, int slot, uint32_t reason, int stop_index, int error) noexcept nogil
     cdef int compute(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil
+    cdef bint put_in_charge(self, int slot) noexcept nogil
+    cdef void group_plan(self) noexcept nogil
+    cdef size_t first_range(self) noexcept nogil
+    cdef size_t first_chunk(self) noexcept nogil
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil
     cdef void commit(self, int slot, int row) noexcept nogil
     cdef void shift(self, int slot) noexcept nogil
-    cdef void decode_rows(self, size_t first, size_t last) noexcept nogil
+    cdef void decode_rows(self, size_t first, size_t last, bint is_extra) noexcept nogil
     cdef void prefill(self, int slot, int n) noexcept nogil
     cdef void steps(self, uint64_t max_steps, uint64_t until_ns) noexcept nogil
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil

@@ -13,14 +13,18 @@ A slot in prefill computes until n_past reaches the end of tokens, and samples t
 given up, tokens holds what had been generated as well.
 
 Every llama_decode call is one ubatch of one shape: single tokens of a gap-free range of slots, or one prompt chunk.
+All of its rows have one set of LoRA adapters, because llama.cpp applies adapters to the context. A step goes through the
+sets in turn and begins with the one that is in charge already.
 """
 
 cimport cython
+from cython.operator cimport dereference
 from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.math cimport NAN
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from mullama._core.adapters cimport LoraSetPtr, build_set, same_set, use_set
 from mullama._core.arbiter cimport Arbiter
 from mullama._core.context cimport Context
 from mullama._core.sampling cimport Chain, build_chain
@@ -117,6 +121,7 @@ cdef class Core:
         self.can_trim = self.can_abort = context.can_trim
         self.can_shift = context.can_shift
         self.eog = context.eog
+        self.in_charge.reset()
         self.attach(context.ctx)
 
     cdef void attach(self, llama_context * ctx) noexcept nogil:
@@ -164,6 +169,7 @@ cdef class Core:
             if context is not None:
                 (<Context> context).release()
         self.context = self.target = self.source = None
+        self.in_charge.reset()
         if self.pool is not NULL:
             with nogil:
                 pool_free(self.pool)
@@ -485,13 +491,14 @@ cdef class Core:
         return best, best_n
 
     def open(self, int slot, uint64_t handle, prompt, params, *, int reuse=0, int source=MULLAMA_KV_IN_PLACE,
-             int evicted=0, uint64_t arrival_ns=0, int priority=0, int shift_keep=-1):
+             int evicted=0, uint64_t arrival_ns=0, int priority=0, int shift_keep=-1, adapters=()):
         """Start a request in a free or retained slot, keeping ``reuse`` tokens of what the slot retains.
 
         For its profile: ``source``, where they came from (abi.KV_SOURCES), and ``evicted``, the cached tokens of others
         that were given up for it. ``shift_keep`` of 0 or more: when the context is full, go on without half of
-        the tokens that come after so many at the start. Raises InvalidRequest for
-        numbers out of range, and leaves the slot as it was.
+        the tokens that come after so many at the start. ``adapters``: pairs of Adapter and scale that compute it; what
+        is reused must have been computed with the same. Raises InvalidRequest for numbers out of range, and leaves the
+        slot as it was.
         """
         self.check_slot(slot)
         cdef Slot * s = &self.slots[slot]
@@ -516,6 +523,7 @@ cdef class Core:
             raise InvalidRequest("this model's context cannot be shifted", param="context_policy")
         for stop in params.stop:
             stops.push_back(stop.encode("utf-8", "surrogatepass"))
+        cdef LoraSetPtr lora = build_set(self.model, adapters)
         cdef Chain chain = build_chain(self.model, params, self.n_ctx, bias)
         reuse = self.keep_head(slot, reuse)
         s.n_past = reuse
@@ -531,6 +539,7 @@ cdef class Core:
         s.min_tokens = min(params.min_tokens, s.max_tokens)
         s.ignore_eos = params.ignore_eos
         s.poisoned = False
+        s.lora = lora
         s.chain = chain.ptr
         s.greedy = chain.greedy
         s.top_k_first = chain.top_k_first
@@ -716,6 +725,88 @@ cdef class Core:
         elif s.state == MULLAMA_SLOT_RETAINED:
             self.clear_slot(slot)
 
+    # -- adapters ------------------------------------------------------------------------------------------
+
+    def set_adapters(self, int slot, adapters):
+        """Let a running sequence go on with these (Adapter, scale), after its model was changed."""
+        self.check_slot(slot)
+        if not self.slots[slot].open():
+            raise RuntimeError(f"slot {slot} has no running sequence")
+        cdef LoraSetPtr lora = build_set(self.model, adapters)
+        self.slots[slot].lora = lora
+
+    def set_parked_adapters(self, Parked parked not None, adapters):
+        """The same for a preempted sequence."""
+        cdef LoraSetPtr lora = build_set(self.model, adapters)
+        parked.slot.lora = lora
+
+    def drop_adapters(self):
+        """See that the context holds no adapter, so that one that no sequence uses can be closed."""
+        self.check_slot(0)
+        cdef LoraSetPtr none
+        if self.in_charge.get() is not NULL:
+            use_set(self.ctx, none)
+            self.in_charge.reset()
+
+    cdef bint put_in_charge(self, int slot) noexcept nogil:
+        """See that the context computes with the adapters of a slot. False: one of them is gone."""
+        if same_set(self.in_charge, self.slots[slot].lora):
+            return True
+        if not use_set(self.ctx, self.slots[slot].lora):
+            return False
+        self.in_charge = self.slots[slot].lora
+        self.counters.adapter_switches += 1
+        return True
+
+    cdef void group_plan(self) noexcept nogil:
+        """Bring slots with equal sets together, in the order in which the sets come first, and find the ranges."""
+        cdef size_t i, j, n = self.plan_decode.size()
+        cdef int32_t slot, n_tokens
+        for i in range(1, n):
+            if same_set(self.slots[self.plan_decode[i]].lora, self.slots[self.plan_decode[i - 1]].lora):
+                continue
+            for j in range(i + 1, n):
+                if same_set(self.slots[self.plan_decode[j]].lora, self.slots[self.plan_decode[i - 1]].lora):
+                    slot = self.plan_decode[j]
+                    self.plan_decode.erase(self.plan_decode.begin() + j)
+                    self.plan_decode.insert(self.plan_decode.begin() + i, slot)
+                    break
+        self.plan_ranges.clear()
+        for i in range(n):
+            if i == 0 or not same_set(self.slots[self.plan_decode[i]].lora, self.slots[self.plan_decode[i - 1]].lora) \
+                    or not (self.unified or self.plan_decode[i] == self.plan_decode[i - 1] + 1):
+                self.plan_ranges.push_back(i)
+        if n > 0:
+            self.plan_ranges.push_back(n)
+        n = self.plan_prefill.size()
+        for i in range(1, n):
+            if same_set(self.slots[self.plan_prefill[i]].lora, self.slots[self.plan_prefill[i - 1]].lora):
+                continue
+            for j in range(i + 1, n):
+                if same_set(self.slots[self.plan_prefill[j]].lora, self.slots[self.plan_prefill[i - 1]].lora):
+                    slot, n_tokens = self.plan_prefill[j], self.plan_chunk[j]
+                    self.plan_prefill.erase(self.plan_prefill.begin() + j)
+                    self.plan_chunk.erase(self.plan_chunk.begin() + j)
+                    self.plan_prefill.insert(self.plan_prefill.begin() + i, slot)
+                    self.plan_chunk.insert(self.plan_chunk.begin() + i, n_tokens)
+                    break
+
+    cdef size_t first_range(self) noexcept nogil:
+        """The first range of the set that is in charge; 0 when there is none."""
+        cdef size_t i
+        for i in range(self.plan_ranges.size() - 1):
+            if same_set(self.slots[self.plan_decode[self.plan_ranges[i]]].lora, self.in_charge):
+                return i
+        return 0
+
+    cdef size_t first_chunk(self) noexcept nogil:
+        """The same among the prompt chunks."""
+        cdef size_t i
+        for i in range(self.plan_prefill.size()):
+            if same_set(self.slots[self.plan_prefill[i]].lora, self.in_charge):
+                return i
+        return 0
+
     # -- preemption ----------------------------------------------------------------------------------------
 
     def preempt(self, int slot, *, bint save):
@@ -832,16 +923,17 @@ cdef class Core:
             raise ValueError("only a preempted sequence without saved KV can change its core")
         self.counters.parked -= 1
 
-    def take_in(self, Parked parked not None, uint64_t handle, tokens=None, params=None):
+    def take_in(self, Parked parked not None, uint64_t handle, tokens=None, params=None, adapters=()):
         """Know a preempted sequence that another core has let go by ``handle``; ``resume`` goes on with it.
 
         Where the other model's token ids mean something else, ``tokens`` are the sequence's text in this vocabulary
-        and ``params`` the request's sampling parameters, of which the sampler is made anew. Raises InvalidRequest when
-        it does not fit; then the sequence is as it was.
+        and ``params`` the request's sampling parameters, of which the sampler is made anew. ``adapters`` are this
+        core's. Raises InvalidRequest when it does not fit; then the sequence is as it was.
         """
         cdef vector[llama_token] known = parked.slot.tokens if tokens is None else tokens
         cdef vector[llama_logit_bias] bias
         cdef Chain chain
+        cdef LoraSetPtr lora = build_set(self.model, adapters)
         cdef size_t i
         if known.empty() or <int> known.size() > self.n_ctx:
             raise InvalidRequest(f"{known.size()} tokens do not fit this model's context of {self.n_ctx}")
@@ -865,6 +957,7 @@ cdef class Core:
         parked.slot.handle = parked.slot.row.handle = handle
         parked.computed = 0
         parked.model = self.model
+        parked.slot.lora = lora
         self.counters.parked += 1
 
     def drop_saved(self, Parked parked not None):
@@ -915,6 +1008,7 @@ cdef class Core:
             self.plan_chunk.push_back(n)
         if self.plan_decode.empty() and self.plan_prefill.empty():
             return False
+        self.group_plan()
         cdef uint64_t limit = max_steps
         cdef uint64_t until = until_ns
         cdef uint64_t released_at
@@ -926,7 +1020,7 @@ cdef class Core:
         return self.changed
 
     cdef void steps(self, uint64_t max_steps, uint64_t until_ns) noexcept nogil:
-        cdef size_t i, j
+        cdef size_t i, j, k, n
         cdef uint64_t done = 0, start, now, turn
         cdef bint fresh = self.busy_since == 0
         cdef bint last
@@ -941,20 +1035,19 @@ cdef class Core:
                 return
             turn = now_ns()
             self.counters.turn_wait_ns += turn - now
-            i = 0
-            while i < self.plan_decode.size():
-                j = i + 1
-                while j < self.plan_decode.size() \
-                        and (self.unified or self.plan_decode[j] == self.plan_decode[j - 1] + 1):
-                    j += 1
-                if i > 0:
-                    self.counters.split_ubatches += 1
-                self.decode_rows(i, j)
-                i = j
-            for i in range(self.plan_prefill.size()):
+            if not self.plan_decode.empty():
+                n = self.plan_ranges.size() - 1
+                k = self.first_range()
+                for i in range(n):
+                    j = (k + i) % n
+                    self.decode_rows(self.plan_ranges[j], self.plan_ranges[j + 1], i > 0)
+            n = self.plan_prefill.size()
+            k = self.first_chunk()
+            for i in range(n):
                 if self.deadline.stop.get():
                     break
-                self.prefill(self.plan_prefill[i], self.plan_chunk[i])
+                j = (k + i) % n
+                self.prefill(self.plan_prefill[j], self.plan_chunk[j])
             self.counters.steps += 1
             done += 1
             now = now_ns()
@@ -984,6 +1077,7 @@ cdef class Core:
         cdef int rc, threads
         cdef uint64_t start, end, allowance
         cdef bint retry = False
+        cdef bint is_new = self.in_charge.get() is not NULL and dereference(self.in_charge).is_new
         self.batch.n_tokens = n_tokens
         ns[0] = 0
         while True:
@@ -992,7 +1086,8 @@ cdef class Core:
                 self.site(MULLAMA_SITE_THREADS, -1, 0, threads, self.threads_set)
                 llama_set_n_threads(self.ctx, threads, threads)
                 self.threads_set = threads
-            allowance = self.governor.allowance(n_tokens) if self.can_abort and not retry else 0
+            # Buffers may have to grow for a set of adapters that is in charge for the first time.
+            allowance = self.governor.allowance(n_tokens) if self.can_abort and not retry and not is_new else 0
             self.site(MULLAMA_SITE_UBATCH_BEGIN, self.batch.seq_id[0][0], 0, n_tokens, n_seqs)
             start = now_ns()
             if self.switched_ns != 0:
@@ -1015,7 +1110,10 @@ cdef class Core:
                 retry = True
                 continue
             if rc == 0:
-                self.governor.measured(n_tokens, threads, end - start, False, end)
+                if is_new:
+                    dereference(self.in_charge).is_new = False
+                else:
+                    self.governor.measured(n_tokens, threads, end - start, False, end)
                 self.counters.ubatches += 1
             return rc
 
@@ -1041,14 +1139,25 @@ cdef class Core:
         self.changed = True
         self.site(MULLAMA_SITE_SHIFT, slot, s.handle, drop, s.n_past)
 
-    cdef void decode_rows(self, size_t first, size_t last) noexcept nogil:
-        """One token of each slot in plan_decode[first:last), a gap-free range of slots."""
+    cdef void decode_rows(self, size_t first, size_t last, bint is_extra) noexcept nogil:
+        """One token of each slot in plan_decode[first:last), a gap-free range of slots with one set of adapters.
+
+        ``is_extra``: not the first of the step.
+        """
         cdef size_t i
         cdef int row, rc, slot
         cdef Slot * s
         cdef uint64_t ns
         cdef int n = <int> (last - first)
         if self.deadline.stop.get():
+            return
+        if is_extra:
+            if same_set(self.in_charge, self.slots[self.plan_decode[first]].lora):
+                self.counters.split_ubatches += 1
+            else:
+                self.counters.adapter_ubatches += 1
+        if not self.put_in_charge(self.plan_decode[first]):
+            self.fail_rows(&self.plan_decode[first], n, CORE_ADAPTER)
             return
         for i in range(first, last):
             row = <int> (i - first)
@@ -1084,6 +1193,9 @@ cdef class Core:
         cdef uint64_t ns
         cdef int32_t which = slot
         cdef bint complete = s.n_past + n == <int> s.tokens.size()
+        if not self.put_in_charge(slot):
+            self.fail_rows(&which, 1, CORE_ADAPTER)
+            return
         for i in range(n):
             self.batch.token[i] = s.tokens[s.n_past + i]
             self.batch.pos[i] = s.n_past + i
@@ -1115,12 +1227,16 @@ cdef class Core:
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil:
         """A decode failed for good: its sequences end with an error, nobody else notices."""
         cdef size_t i
+        cdef int error = CORE_DECODE
         if rc == 2:
             return  # told to stop: the engine ends everything itself
+        if rc == 1:
+            error = CORE_NO_KV
+        elif rc == CORE_ADAPTER:
+            error = rc
         for i in range(n):
             self.slots[which[i]].poisoned = True
-            self.finish(&self.slots[which[i]], which[i], MULLAMA_FINISH_ERROR, -1,
-                        CORE_NO_KV if rc == 1 else CORE_DECODE)
+            self.finish(&self.slots[which[i]], which[i], MULLAMA_FINISH_ERROR, -1, error)
 
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil:
         """Sample from the logits of a batch row. -1 with ``error`` set when that is not possible."""

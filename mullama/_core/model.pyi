@@ -21,6 +21,7 @@ class Model:
         split_mode: str = "layer",
         tensor_split: Sequence[float] = (),
         mmap: bool = True,
+        repack: bool = True,
         vocab_only: bool = False,
         chat_template: str = "",
         progress: Callable[[float], bool | None] | None = None,

@@ -122,10 +122,11 @@ cdef class Model:
         self.closing = False
 
     def __init__(self, path, *, gpu_layers=-1, devices=(), split_mode="layer", tensor_split=(), mmap=True,
-                 vocab_only=False, chat_template="", progress=None):
+                 repack=True, vocab_only=False, chat_template="", progress=None):
         """Load. ``progress(fraction)`` is called as it goes; returning False cancels (LoadCancelled).
 
-        ``gpu_layers`` -1 puts all layers on the GPU, if there is one. Raises ModelLoadError with llama.cpp's reason.
+        ``gpu_layers`` -1 puts all layers on the GPU, if there is one. ``repack``: weights may be copied into a form
+        that this processor computes faster with. Raises ModelLoadError with llama.cpp's reason.
         """
         init_backend()
         self.path = os.fspath(path)
@@ -139,6 +140,7 @@ cdef class Model:
         cdef const char * c_name
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocab_only
+        params.use_extra_bufts = repack
         params.load_mode = LLAMA_LOAD_MODE_MMAP if mmap else LLAMA_LOAD_MODE_NONE
         params.split_mode = {"none": LLAMA_SPLIT_MODE_NONE, "layer": LLAMA_SPLIT_MODE_LAYER,
                              "row": LLAMA_SPLIT_MODE_ROW}[split_mode]
@@ -166,7 +168,7 @@ cdef class Model:
             params.progress_callback_user_data = <void *> state
         encoded = os.fsencode(self.path)
         cdef const char * c_path = encoded
-        LogSink.instance().take_errors()
+        _forget_errors()
         with nogil:
             self.ptr = llama_model_load_from_file(c_path, params)
         if self.ptr is NULL:
@@ -205,7 +207,7 @@ cdef class Model:
     def close(self):
         """Free the weights, as soon as no thread is inside a method. Contexts on it must be closed before."""
         if self.n_users:
-            raise RuntimeError("a context still uses this model")
+            raise RuntimeError("a context or an adapter still uses this model")
         self.closing = True
         self.free_unused()
 
@@ -434,6 +436,11 @@ cdef class Model:
         return self.chat.get().source().decode("utf-8", "replace")
 
 
+def _forget_errors():
+    """See that ``_last_error`` tells of what comes now."""
+    LogSink.instance().take_errors()
+
+
 def _last_error(default):
     """llama.cpp's last error line, tidied to one line."""
     text = LogSink.instance().take_errors().decode("utf-8", "replace")
@@ -443,7 +450,7 @@ def _last_error(default):
         return default
     line = lines[0]
     # "llama_model_load: error loading model: tensor …" says the same without its head
-    for head in ("error loading model: ", "gguf_init_from_file_ptr: ", "gguf_init_from_reader: "):
+    for head in ("error loading model: ", "failed to apply lora adapter: ", "gguf_init_from_file_ptr: ", "gguf_init_from_reader: "):
         if head in line:
             line = line.split(head, 1)[1]
     return line

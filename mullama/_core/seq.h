@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../abi.h"
+#include "lora.h"
 #include "text.h"
 
 #include "llama.h"
@@ -31,6 +32,8 @@ struct Slot {
     int32_t  shift_keep = -1;        // >= 0: at the end of the context, drop half of what comes after so many tokens
     int32_t  shifted = 0;            // tokens dropped so far; then its KV is not that of its tokens: never keep it
 
+    LoraSetPtr lora;                 // adapters that compute it; none: the bare model
+
     // Sampling.
     llama_sampler * chain = nullptr; // owned
     bool     greedy = false;         // argmax of the (biased) logits, no chain needed
@@ -51,6 +54,7 @@ struct Slot {
         bias.clear();
         gate = TextGate();
         pending_text.clear();
+        lora.reset();
         handle = 0;
         shift_keep = -1;
         shifted = 0;

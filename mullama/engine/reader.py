@@ -33,6 +33,7 @@ ERROR_TEXTS = {
     2: "the sampler failed",
     3: "llama_decode failed",
     4: "there was no room in the KV cache",
+    5: "an adapter of the request is gone",
 }
 
 

@@ -1,0 +1,91 @@
+"""LoRA adapters: loaded onto a model, used by sequences in sets.
+
+    adapter = Adapter(model, path)             any thread; the GIL is released, and the model may be in use
+    core.open(…, adapters=[(adapter, 1.0)])    that sequence's set
+    adapter.close()                            when no sequence and no context uses it
+
+llama.cpp applies adapters to a context, so that one decode has one set: the loop groups sequences by their sets.
+
+SAFETY: llama.cpp trusts the file in much (types of metadata, shapes that only a decode meets). What is not known to be
+sound is opened in a process of its own first: models/adapters.py.
+"""
+
+cimport cython
+from cython.operator cimport dereference
+
+import math
+import os
+
+from mullama._core.llama cimport *
+from mullama._core.model cimport Model
+from mullama.errors import ModelLoadError
+
+
+@cython.no_gc_clear  # it must be freed before the model that it is on
+cdef class Adapter:
+
+    def __init__(self, Model model not None, path):
+        """Load a file onto a model. Raises ModelLoadError with llama.cpp's reason."""
+        model.check()
+        if model.vocab_only:
+            raise ModelLoadError("this model was loaded without weights")
+        self.path = os.fspath(path)
+        if not os.path.isfile(self.path):
+            raise ModelLoadError(f"{self.path}: no such file")
+        cdef bytes encoded = os.fsencode(self.path)
+        cdef const char * c_path = encoded
+        from mullama._core.model import _forget_errors, _last_error
+        _forget_errors()
+        model.enter()
+        try:
+            with nogil:
+                self.lora = load_lora(model.ptr, c_path)
+        finally:
+            model.leave()
+        if self.lora.get() is NULL:
+            raise ModelLoadError(f"{self.path}: {_last_error('llama.cpp refused it')}")
+        self.model = model
+        model.n_users += 1
+        self.n_bytes = lora_bytes(self.lora)
+        self.n_matrices = lora_tensors(self.lora)
+
+    def __dealloc__(self):
+        # One that a set still holds is freed with the set, and its model cannot be closed any more.
+        if self.lora.use_count() <= 1:
+            self.release()
+
+    cdef void release(self) noexcept:
+        if self.lora.get() is not NULL:
+            with nogil:
+                dereference(self.lora).free()
+            self.lora.reset()
+            self.model.n_users -= 1
+
+    @property
+    def n_sets(self):
+        """Sets that hold it: those of sequences, and the one that a context has."""
+        return max(self.lora.use_count() - 1, 0)
+
+    def close(self):
+        """Free it. Idempotent. Raises RuntimeError while a set holds it (see Core.drop_adapters)."""
+        if self.lora.use_count() > 1:
+            raise RuntimeError(f"{self.path} is in use")
+        self.release()
+
+
+cdef LoraSetPtr build_set(Model model, adapters) except *:
+    """A set of (Adapter, scale); no set where all scales are 0. Raises ValueError for one that cannot be used."""
+    cdef LoraSetPtr found
+    cdef Adapter one
+    for one, scale in adapters:
+        if one.lora.get() is NULL or one.model is not model:
+            raise ValueError(f"the adapter {one.path} was closed or is of another model")
+        if not math.isfinite(scale):
+            raise ValueError("the scale of an adapter must be a finite number")
+        if scale == 0:
+            continue
+        if found.get() is NULL:
+            found = new_set(model.ptr)
+        if not add_to_set(found, one.lora, scale):
+            raise ValueError(f"the adapter {one.path} is named twice")
+    return found

@@ -1,0 +1,112 @@
+// LoRA adapters and the sets of them that sequences use. A set is put in charge of a context, never of a sequence.
+#pragma once
+
+#include "llama.h"
+#include "llama-adapter.h"
+
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+namespace mullama {
+
+// An adapter on a model. The model's list of adapters is changed under one lock, whoever loads or frees.
+struct Lora {
+    llama_adapter_lora * ptr = nullptr;
+
+    static std::mutex & lock() {
+        static std::mutex mutex;
+        return mutex;
+    }
+
+    Lora() = default;
+    Lora(const Lora &) = delete;
+    Lora & operator=(const Lora &) = delete;
+    ~Lora() { free(); }
+
+    void free() {
+        if (ptr != nullptr) {
+            const std::lock_guard<std::mutex> guard(lock());
+            llama_adapter_lora_free(ptr);
+            ptr = nullptr;
+        }
+    }
+};
+
+using LoraPtr = std::shared_ptr<Lora>;
+
+// nullptr when llama.cpp refuses the file.
+inline LoraPtr load_lora(llama_model * model, const char * path) {
+    auto lora = std::make_shared<Lora>();
+    const std::lock_guard<std::mutex> guard(Lora::lock());
+    lora->ptr = llama_adapter_lora_init(model, path);
+    return lora->ptr != nullptr ? lora : nullptr;
+}
+
+inline size_t lora_bytes(const LoraPtr & lora) {
+    size_t size = 0;
+    for (const auto & buffer : lora->ptr->bufs) {
+        size += ggml_backend_buffer_get_size(buffer.get());
+    }
+    return size;
+}
+
+inline size_t lora_tensors(const LoraPtr & lora) { return lora->ptr->ab_map.size(); }
+
+// Adapters of one model with their scales, in an order that is the same for equal sets. No set at all is the bare model.
+struct LoraSet {
+    const llama_model * model = nullptr;
+    std::vector<std::pair<LoraPtr, float>> parts;
+    bool is_new = true; // it was in charge of no decode yet
+};
+
+using LoraSetPtr = std::shared_ptr<LoraSet>;
+
+inline LoraSetPtr new_set(const llama_model * model) {
+    auto set = std::make_shared<LoraSet>();
+    set->model = model;
+    return set;
+}
+
+// False: the set has this adapter already.
+inline bool add_to_set(const LoraSetPtr & set, const LoraPtr & lora, float scale) {
+    size_t at = 0;
+    for (const auto & part : set->parts) {
+        if (part.first == lora) {
+            return false;
+        }
+        at += part.first < lora;
+    }
+    set->parts.insert(set->parts.begin() + at, { lora, scale });
+    return true;
+}
+
+inline bool same_set(const LoraSetPtr & a, const LoraSetPtr & b) {
+    return a == b || (a && b && a->model == b->model && a->parts == b->parts);
+}
+
+// Let a context compute with a set from now on. False: an adapter is gone, or of another model.
+inline bool use_set(llama_context * ctx, const LoraSetPtr & set) noexcept {
+    try {
+        std::vector<llama_adapter_lora *> loras;
+        std::vector<float> scales;
+        if (set) {
+            if (set->model != llama_get_model(ctx)) {
+                return false;
+            }
+            for (const auto & part : set->parts) {
+                if (part.first->ptr == nullptr) {
+                    return false;
+                }
+                loras.push_back(part.first->ptr);
+                scales.push_back(part.second);
+            }
+        }
+        return llama_set_adapters_lora(ctx, loras.data(), loras.size(), scales.data()) == 0;
+    } catch (...) {
+        return false;
+    }
+}
+
+} // namespace mullama
