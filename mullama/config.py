@@ -42,6 +42,9 @@ class ServeConfig:
     """Options of ``mullama serve``. A field ``ctx_size`` is ``--ctx-size``, ``MULLAMA_CTX_SIZE`` and ``ctx_size =``."""
 
     model: list[str] = option([], "model to serve, as REFERENCE or NAME=REFERENCE; repeatable", metavar="MODEL")
+    lora: list[str] = option(
+        [], "LoRA adapter for the models that it fits, as NAME=PATH of a GGUF file; repeatable", metavar="NAME=PATH"
+    )
     quant: str = option(
         "",
         "quantisation of models whose reference names no file, such as Q4_K_M; none: the reference's own",

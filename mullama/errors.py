@@ -93,6 +93,18 @@ class ModelBusy(MullamaError):
     code = "model_busy"
 
 
+class AdapterNotFound(NotFound):
+    """No LoRA adapter of this id is loaded onto the model."""
+
+    code = "adapter_not_found"
+
+
+class AdapterBusy(ModelBusy):
+    """A request uses the LoRA adapter that is to be unloaded."""
+
+    code = "adapter_busy"
+
+
 class PayloadTooLarge(MullamaError):
     status = 413
     type = "invalid_request_error"
@@ -153,6 +165,12 @@ class BadModelFile(ModelLoadError):
 
     status = 400
     type = "invalid_request_error"
+
+
+class AdapterMismatch(BadModelFile):
+    """A LoRA adapter is of another model than the one that it is to be loaded onto."""
+
+    code = "adapter_mismatch"
 
 
 class MemoryTooSmall(ModelLoadError):

@@ -100,6 +100,14 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
 
+@dataclass(slots=True, frozen=True)
+class LoraUse:
+    """A LoRA adapter that a request is computed with. ``scale`` None: the one that it was loaded with."""
+
+    id: str
+    scale: float | None = None
+
+
 @dataclass(slots=True)
 class Request:
     """One sequence to generate. ``prompt`` holds token ids of the model's vocabulary."""
@@ -114,6 +122,7 @@ class Request:
     preempt: Preempt = Preempt.AUTO  # how it may be preempted
     cache_salt: str = ""  # requests with different ones never share KV
     context_shift: bool = False  # when the context is full, drop older tokens and go on
+    lora: tuple[LoraUse, ...] = ()  # adapters that compute it; none: the bare model
     # The prompt in the words of another model, when one takes over: what a chat's template makes of the messages.
     # Given the model; None: the prompt's text is tokenised again.
     translate: Callable[[Any], SequenceOf[int]] | None = None
@@ -158,6 +167,7 @@ class Profile:
     kv_bytes: int = 0  # its KV when it ended
     kv_byte_seconds: float = 0.0  # its KV over the time that it was held
     weights: tuple[WeightSpan, ...] = ()  # which weights generated which tokens
+    adapters: tuple[LoraUse, ...] = ()  # LoRA adapters that computed all of it, with their scales
 
     def to_dict(self) -> dict[str, Any]:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}

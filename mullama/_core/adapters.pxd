@@ -14,6 +14,7 @@ cdef extern from "lora.h" namespace "mullama" nogil:
     ctypedef shared_ptr[LoraSet] LoraSetPtr "mullama::LoraSetPtr"
     LoraPtr load_lora(llama_model * model, const char * path) except +
     size_t lora_bytes(const LoraPtr & lora)
+    size_t lora_host_bytes(const LoraPtr & lora)
     size_t lora_tensors(const LoraPtr & lora)
     LoraSetPtr new_set(const llama_model * model) except +
     cbool add_to_set(const LoraSetPtr & set, const LoraPtr & lora, float scale) except +
@@ -26,6 +27,7 @@ cdef class Adapter:
     cdef readonly Model model          # that it was loaded onto
     cdef readonly str path
     cdef readonly size_t n_bytes
+    cdef readonly size_t n_host_bytes  # of them, in this process's memory
     cdef readonly size_t n_matrices    # of the model that it changes
 
     cdef void release(self) noexcept

@@ -47,6 +47,7 @@ cdef class Adapter:
         self.model = model
         model.n_users += 1
         self.n_bytes = lora_bytes(self.lora)
+        self.n_host_bytes = lora_host_bytes(self.lora)
         self.n_matrices = lora_tensors(self.lora)
 
     def __dealloc__(self):

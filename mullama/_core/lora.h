@@ -52,6 +52,15 @@ inline size_t lora_bytes(const LoraPtr & lora) {
     return size;
 }
 
+// Those of them that are in this process's memory.
+inline size_t lora_host_bytes(const LoraPtr & lora) {
+    size_t size = 0;
+    for (const auto & buffer : lora->ptr->bufs) {
+        size += ggml_backend_buffer_is_host(buffer.get()) ? ggml_backend_buffer_get_size(buffer.get()) : 0;
+    }
+    return size;
+}
+
 inline size_t lora_tensors(const LoraPtr & lora) { return lora->ptr->ab_map.size(); }
 
 // Adapters of one model with their scales, in an order that is the same for equal sets. No set at all is the bare model.

@@ -6,6 +6,7 @@ No compiled code is imported here.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from mullama.kv.events import KvEventLog
@@ -179,6 +180,24 @@ class EngineClient(Protocol):
         ``parked_sequences``, ``parked_bytes``, ``staging_bytes``, ``is_changing_weights``; ``requests``: each ``id``,
         ``state``, ``kv_bytes``, ``kv_bytes_peak``, ``kv_byte_seconds``, ``parked_bytes``. Cells are counted at a step
         boundary, pages right after it.
+        """
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """The LoRA adapters that requests may name: each ``id``, ``path``, ``scale`` (where a request names none),
+        ``name``, ``rank``, ``alpha``, ``n_matrices``, ``sha256``, ``size_bytes``, ``requests`` (that use it now)."""
+
+    def load_adapter(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
+        """Check a LoRA adapter's file and load it beside the weights, while requests go on; returns its entry.
+
+        ``id``: by which requests name it (default: from the file's name). Blocks; not on an event loop. Raises
+        InvalidRequest (an id that is taken or none, a scale out of range), AdapterMismatch (of another model),
+        BadModelFile (damaged), ModelBusy while the weights are being changed.
+        """
+
+    def unload_adapter(self, id: str) -> None:  # noqa: A002
+        """Free an adapter; cached KV that it computed stays. Blocks; not on an event loop.
+
+        Raises AdapterNotFound, AdapterBusy while a request uses it, ModelBusy while the weights are being changed.
         """
 
     def counters(self) -> dict[str, int]:

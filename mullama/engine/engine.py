@@ -25,6 +25,7 @@ from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
 from mullama.config import ServeConfig
 from mullama.engine import handover, loading, memory, sizing, snapshot
+from mullama.engine.adapters import Adapters
 from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
@@ -46,7 +47,7 @@ from mullama.errors import (
 )
 from mullama.kv import registry as kv_registry
 from mullama.kv.guarded import GuardedPolicy
-from mullama.kv.tree import namespace_of, pack
+from mullama.kv.tree import pack
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
 from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Request, Room, SeqState
@@ -98,7 +99,7 @@ class Engine(KvMethods):
             info.weights,
             config.swap_bytes or sizing.default_swap_bytes(),
             self._kv,
-            self._policy.ended,
+            self._ended,
         )
         self._policy.views = self._seqs.views
         self._weights = Weights(core, self._kv, self._seqs, config, self._post_quietly)
@@ -111,6 +112,8 @@ class Engine(KvMethods):
         if config.shadow_scheduler:
             self._policy.shadow = self._make_shadow(config.shadow_scheduler, None)
         self._wait = threading.Condition()
+        self._adapters = Adapters(core, self._weights, self._wait)
+        self._weights.why_fixed = self._adapters.why_fixed
         self._commands: deque[Callable[[], None]] = deque()
         self._calls: set[Future[Any]] = set()  # of call(), not answered yet
         self._n_posted = 0  # submitted, not taken by the engine thread yet; under the lock
@@ -164,6 +167,11 @@ class Engine(KvMethods):
             raise
         engine = cls(model, core, loading.info_of(model, core, name, weights), config)
         engine._tables_bytes = tables
+        try:
+            engine._adapters.load_configured(config.lora)
+        except BaseException:
+            engine.close()
+            raise
         return engine
 
     # -- any thread -------------------------------------------------------------------------------------
@@ -232,7 +240,7 @@ class Engine(KvMethods):
             preempt=request.preempt,
             state_ns=time.monotonic_ns(),
         )
-        seq = LiveSequence(view, request, key=pack(request.prompt), namespace=namespace_of(request.cache_salt))
+        seq = LiveSequence(view, request, key=pack(request.prompt))
         with self._wait:
             self._check_alive()
             # A request that a slot is free for does not wait.
@@ -241,8 +249,10 @@ class Engine(KvMethods):
                 raise QueueFull(
                     f"{n_waiting} requests are waiting, the limit is {self.config.max_queue}", retry_after=1
                 )
+            adapters = self._adapters.choose(seq, request)
             self._n_posted += 1
             self._reader.add(generation, request.sampling.stop)
+            self._reader.note_adapters(generation.handle, adapters)
             self._post(lambda: self._add(seq))
 
     def _most_tokens(self, request: Request, room: int) -> int:
@@ -426,8 +436,9 @@ class Engine(KvMethods):
         ``label`` names the new weights in profiles (default: the file's stem). ``kv``: ``carry`` the KV cache over (two
         quantisations of one model), ``recompute`` it, or ``auto``. Where memory, or the ``room`` of a budget, does not
         hold both, the old ones are freed first and everything pauses (``gap``: ``auto``), or it is refused (``never``).
-        Not for an event loop's thread. Raises InvalidRequest, ModelLoadError (MemoryTooSmall), or NeedsAnotherEngine
-        for a model of another shape or vocabulary: then the old weights stay in charge. EngineDead: after a gap
+        Not for an event loop's thread. Raises InvalidRequest, ModelLoadError (MemoryTooSmall), ModelBusy while LoRA
+        adapters are loaded, or NeedsAnotherEngine for a model of another shape or vocabulary: then the old weights stay
+        in charge. EngineDead: after a gap
         neither could be loaded.
         """
         mode = _choice(KvMode, kv, "kv")
@@ -467,6 +478,19 @@ class Engine(KvMethods):
         self.info = dataclasses.replace(
             new, n_ctx=self.info.n_ctx, n_parallel=self.info.n_parallel, can_shift=self.info.can_shift
         )
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """The LoRA adapters that requests may name (see EngineClient)."""
+        return [one.to_dict() for one in self._adapters.all()]
+
+    def load_adapter(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
+        """Load a LoRA adapter beside the weights (see EngineClient)."""
+        self._check_alive()
+        return self._adapters.load(path, id, scale).to_dict()
+
+    def unload_adapter(self, id: str) -> None:  # noqa: A002
+        """Free a LoRA adapter that no request uses (see EngineClient)."""
+        self._adapters.unload(id, self.call)
 
     def hand_over(self, other: Engine) -> int:
         """Let another engine go on with what waits and runs here, from its tokens or its text; nothing is dropped.
@@ -547,6 +571,7 @@ class Engine(KvMethods):
         self._kv.close()
         self._weights.close()
         self._core.close()
+        self._adapters.close(list(self._seqs.live.values()))
         self.model.close()
 
     def __enter__(self) -> Engine:
@@ -737,6 +762,10 @@ class Engine(KvMethods):
             n = len(seq.request.prompt)
             now, later, _ = self._kv.expected(seq.namespace, seq.key, n - 1)
             seq.view.prefill_left = max(n - max(now, later), 1)
+
+    def _ended(self, seq: LiveSequence) -> None:
+        self._adapters.ended(seq)
+        self._policy.ended(seq)
 
     def _add(self, seq: LiveSequence) -> None:
         with self._wait:

@@ -51,9 +51,14 @@ class Traveller:
 def leave(
     core: Core, seqs: Sequences, reader: Reader, speaker: Speaker, room: int, *, same_vocab: bool
 ) -> list[Traveller]:
-    """Take out every sequence that ``room`` tokens hold, in order of arrival. On the thread of the old engine."""
+    """Take out every sequence that ``room`` tokens hold, in order of arrival. On the thread of the old engine.
+
+    One with LoRA adapters stays: the other engine does not have them.
+    """
     travellers = []
     for handle, seq in list(seqs.live.items()):
+        if seq.adapters:
+            continue
         try:
             prompt, tokens, n = _translate(core, seq, speaker, same_vocab)
         except MullamaError as error:

@@ -10,6 +10,7 @@ from mullama.types import SeqState
 
 if TYPE_CHECKING:
     from mullama._core import Core
+    from mullama.engine.adapters import LoadedAdapter
     from mullama.engine.engine import Engine
     from mullama.engine.sequences import LiveSequence
 
@@ -69,7 +70,7 @@ def _at_boundary(engine: Engine) -> tuple[dict[str, Any], list[Buffer]]:
         "kv": _kv(engine, buffers),
         "output": {"allocated_bytes": output, "resident_bytes": output},
         "tables_bytes": engine._tables_bytes,
-        "adapters": [],
+        "adapters": [_adapter(one) for one in engine._adapters.all()],
         "host_tier_bytes": kv.tier.used,
         "disk_tier_bytes": kv.disk.store.bytes_used if kv.disk is not None else None,
         "parked_sequences": sum(seq.parked is not None for seq in engine._seqs.live.values()),
@@ -78,6 +79,12 @@ def _at_boundary(engine: Engine) -> tuple[dict[str, Any], list[Buffer]]:
         "is_changing_weights": core.is_switching() or engine._weights.active is not None,
     }
     return found, buffers
+
+
+def _adapter(one: LoadedAdapter) -> dict[str, Any]:
+    """Its tensors, which loading has written, so that what is in this process's memory is resident."""
+    native = one.native
+    return {"id": one.id, "allocated_bytes": native.n_bytes, "resident_bytes": native.n_host_bytes}
 
 
 def _kv(engine: Engine, buffers: list[Buffer]) -> dict[str, Any]:
@@ -175,10 +182,12 @@ def _measured(found: dict[str, Any], buffers: list[Buffer]) -> dict[str, Any]:
     }
     total = resident["weights"] + kv["resident_bytes"] + compute["resident_bytes"]
     total += found["output"]["resident_bytes"] + found["tables_bytes"]
+    total += sum(one["resident_bytes"] for one in found["adapters"])
     total += found["host_tier_bytes"] + found["parked_bytes"] + found["staging_bytes"]
     return {
         "resident_bytes": total,
-        "device_bytes": sum(size for _, _, address, size in buffers if not address),
+        "device_bytes": sum(size for _, _, address, size in buffers if not address)
+        + sum(one["allocated_bytes"] - one["resident_bytes"] for one in found["adapters"]),
         "weights": {
             "allocated_bytes": sum(entry["allocated_bytes"] for entry in weights.values()),
             "resident_bytes": resident["weights"],

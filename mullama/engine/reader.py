@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mullama import abi
 from mullama.engine.generation import BaseGeneration
 from mullama.errors import ComputeFailed
-from mullama.types import Finish, FinishReason, Profile, WeightSpan
+from mullama.types import Finish, FinishReason, LoraUse, Profile, WeightSpan
 
 if TYPE_CHECKING:
     from mullama._core import Core
@@ -97,6 +97,7 @@ class Reader:
         self._stops: dict[int, tuple[str, ...]] = {}
         self._reasons: dict[int, str | None] = {}  # why prompt tokens had to be computed
         self._weights: dict[int, tuple[WeightSpan, ...]] = {}
+        self._adapters: dict[int, tuple[LoraUse, ...]] = {}
         self._token_bytes = token_bytes  # KV of one token
         self._lock = threading.Lock()  # one reader of the ring at a time
         self._attaching = threading.Lock()
@@ -123,6 +124,11 @@ class Reader:
             if spans and spans[-1].from_token == from_token:
                 spans = spans[:-1]  # those before generated nothing
             self._weights[handle] = (*spans, WeightSpan(weights, from_token))
+
+    def note_adapters(self, handle: int, adapters: tuple[LoraUse, ...]) -> None:
+        """Which LoRA adapters compute a request, for its profile. Before the engine thread knows the request."""
+        if adapters:
+            self._adapters[handle] = adapters
 
     def let_go(self, handle: int) -> Leaving | None:
         """Hand out all that is known of a request, which goes on elsewhere; None: it has ended. Engine thread.
@@ -155,6 +161,7 @@ class Reader:
         self._stops.pop(handle, None)
         self._reasons.pop(handle, None)
         self._weights.pop(handle, None)
+        self._adapters.pop(handle, None)
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that what this loop submits is read; call on it."""
@@ -224,9 +231,12 @@ class Reader:
                     generation.deliver(record[2], record[3])
                 continue
             stops, why, weights = self._stops.get(handle, ()), self._reasons.get(handle), self._weights.get(handle, ())
+            adapters = self._adapters.get(handle, ())
             self.discard(handle)
             if generation is not None:
-                generation.end(self._finish(record, stops, why, weights))
+                finish = self._finish(record, stops, why, weights)
+                finish.profile.adapters = adapters
+                generation.end(finish)
         return len(records)
 
     def _finish(

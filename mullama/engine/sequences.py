@@ -23,6 +23,7 @@ from mullama.types import Finish, FinishReason, Preempt, Profile, Request, SeqSt
 
 if TYPE_CHECKING:
     from mullama._core import Core, Parked
+    from mullama.engine.adapters import Chosen
 
 log = logging.getLogger("mullama.engine")
 
@@ -42,6 +43,7 @@ class LiveSequence:
     first_token_ns: int = 0  # end of the step that generated it; 0: none yet
     key: bytes = b""  # the prompt as the prefix tree takes it
     namespace: bytes = b""  # prompts of another one share nothing with it
+    adapters: Chosen = ()  # LoRA adapters that compute it, with their scales
     borders: list[int] = field(default_factory=list)  # where a prompt chunk has to end, for a checkpoint
     peak: int = 0  # most tokens in the KV cache at the end of a step
     mixed: bool = False  # other weights than those in charge have computed of its KV
@@ -137,6 +139,7 @@ class Sequences:
                 arrival_ns=seq.view.arrival_ns,
                 priority=request.priority,
                 shift_keep=SINKS if request.context_shift else -1,
+                adapters=[(one.native, scale) for one, scale in seq.adapters],
             )
         except Exception:
             kv.closed(slot, seq.namespace, request.id)  # the slot was made ready: it retains the prefix

@@ -13,10 +13,11 @@ the old weights in charge.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from mullama._core import Carrier, Context, Core, Model
 from mullama.engine import loading
 from mullama.engine.background import in_background
 from mullama.engine.gap import Gap, decide, needs_of, same_shape, stand_in
-from mullama.errors import InvalidRequest, ModelLoadError, MullamaError, NeedsAnotherEngine
+from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine
 from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
@@ -220,10 +221,21 @@ class Weights:
         self.core = core
         self.config = config
         self._one = threading.Lock()  # a swap at a time
+        self.why_fixed: Callable[[], str | None] = _nothing  # why there can be no swap now
 
     def close(self) -> None:
         """Let go of the engine, so that nothing waits for the garbage collector."""
-        self._post = _ignore
+        self._post, self.why_fixed = _ignore, _nothing
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """See that the weights stay those that they are. Raises ModelBusy while they are being changed."""
+        if not self._one.acquire(blocking=False):
+            raise ModelBusy("the weights of this model are being changed now", retry_after=1)
+        try:
+            yield
+        finally:
+            self._one.release()
 
     def in_charge(self, carrier: Carrier) -> bool:
         """Whether a change has got so far that its weights take the steps."""
@@ -271,6 +283,8 @@ class Weights:
         if not self._one.acquire(blocking=False):
             raise InvalidRequest("the weights of this model are being changed already", param="to")
         try:
+            if reason := self.why_fixed():
+                raise ModelBusy(reason, param="to")
             began = time.monotonic_ns()
             way = self._needs_gap(path, kv, call, gap, room)
             if way is not None:
@@ -437,3 +451,7 @@ class Weights:
 
 def _ignore(command: Callable[[], None]) -> None:
     """What becomes of a command when the engine has ended."""
+
+
+def _nothing() -> None:
+    """No reason."""

@@ -38,8 +38,14 @@ def pack(tokens: Iterable[int]) -> bytes:
     return struct.pack(f"{len(ids)}i", *ids)  # PERF: twice as fast as an array
 
 
-def namespace_of(salt: str) -> bytes:
-    """The namespace of a ``cache_salt``; no salt is a namespace as well."""
+def namespace_of(salt: str, adapters: bytes = b"") -> bytes:
+    """The namespace of a ``cache_salt``; no salt is a namespace as well.
+
+    ``adapters``: what tells the LoRA adapters that compute the KV (``namespaces.adapters_key``); empty: the bare model.
+    """
+    if adapters:
+        # Another personalisation: no salt of a client is ever the namespace of an adapter's KV.
+        return hashlib.blake2b(adapters + salt.encode(), digest_size=16, person=b"lora").digest()
     return hashlib.blake2b(salt.encode(), digest_size=16).digest() if salt else b""
 
 

@@ -104,19 +104,30 @@ def _check_digest(path: Path, digest: str, root: Path | None) -> None:
 # -- the child
 
 
-def probe(path: str | Path, *, timeout_s: float | None = None, memory_limit: int | None = None) -> ProbeResult:
+def probe(
+    path: str | Path,
+    *,
+    timeout_s: float | None = None,
+    memory_limit: int | None = None,
+    adapter: Path | None = None,
+) -> ProbeResult:
     """Open a file in a child: load it, decode a token on one thread, render its template. Never raises for the file.
 
+    ``adapter``: a LoRA adapter that the token is decoded with; then the template is left alone.
     ``timeout_s`` (default by the file's size: 60 s, and one more for each 20 MiB) bounds the child's life,
     ``memory_limit`` its address space in bytes (default 2 GiB and three times the file).
     """
-    size = _size(path)
+    size = _size(path) + (_size(adapter) if adapter is not None else 0)
     timeout_s = timeout_s if timeout_s is not None else 60 + size / (20 * _MIB)
     memory = memory_limit if memory_limit is not None else (2 << 30) + 3 * size
     cpu_s = max(1, round(30 + size / (50 * _MIB)))
     started = time.monotonic()
     process = child.start(
-        "mullama.models.probe_child", [str(Path(path).absolute()), str(memory), str(cpu_s), str(TEMPLATE_SECONDS)]
+        "mullama.models.probe_child",
+        [
+            *(str(Path(path).absolute()), str(memory), str(cpu_s), str(TEMPLATE_SECONDS)),
+            *([] if adapter is None else [str(adapter.absolute())]),
+        ],
     )
     try:
         out, err = process.communicate(timeout=timeout_s)

@@ -1,8 +1,9 @@
 """The throw-away process that opens a new model file.
 
-``python -m mullama.models.probe_child PATH MEMORY CPU TEMPLATE`` tells on stdout, a JSON object a line, which stage it
-enters and in the end what it found; where it dies instead, the last stage told is where. MEMORY is in bytes of address
-space, CPU and TEMPLATE are in seconds of processor time.
+``python -m mullama.models.probe_child PATH MEMORY CPU TEMPLATE [ADAPTER]`` tells on stdout, a JSON object a line, which
+stage it enters and in the end what it found; where it dies instead, the last stage told is where. MEMORY is in bytes of
+address space, CPU and TEMPLATE are in seconds of processor time. ADAPTER is a LoRA adapter that the token is decoded
+with; then the template is left alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from mullama.models.child import become_child
 
 #: Stages, in order.
 LOAD, DECODE, TEMPLATE = "loading", "decoding one token", "rendering its chat template"
+ADAPT = "loading the adapter"  # between the first two, where there is one
 
 N_CTX, N_BATCH = 256, 32
 MOST_RENDERED = 1 << 20  # characters of a prompt of three short messages
@@ -33,14 +35,14 @@ def tell(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def main(path: str, memory: int, cpu_s: int, template_s: float) -> int:
+def main(path: str, memory: int, cpu_s: int, template_s: float, adapter: str = "") -> int:
     """Probe a file. Returns the exit status: 0, whatever was found, as long as it could be told."""
     become_child(niceness=10)
     _limit(memory, cpu_s)
     from mullama.errors import MullamaError
 
     try:
-        tell(ok=True, **_probe(path, template_s))
+        tell(ok=True, **(_probe_adapter(path, adapter) if adapter else _probe(path, template_s)))
     except MullamaError as error:
         tell(ok=False, reason=error.message)
     except MemoryError:
@@ -71,14 +73,31 @@ def _probe(path: str, template_s: float) -> dict[str, Any]:
     return {"finite": is_finite, "template": template, "wall_ms": _ms(started)}
 
 
-def _decode(core: Any) -> bool:
+def _probe_adapter(path: str, adapter_path: str) -> dict[str, Any]:
+    tell(stage=LOAD)
+    from mullama._core import Adapter, Core, Model
+
+    started = time.monotonic()
+    model = Model(path, gpu_layers=0, chat_template="chatml")
+    tell(stage=ADAPT, after_ms=_ms(started))
+    adapter = Adapter(model, adapter_path)
+    tell(stage=DECODE, after_ms=_ms(started))
+    core = Core(model, n_slots=1, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=1, threads_fixed=True)
+    is_finite = _decode(core, [(adapter, 1.0)])
+    core.close()
+    adapter.close()
+    model.close()
+    return {"finite": is_finite, "template": "none", "wall_ms": _ms(started)}
+
+
+def _decode(core: Any, adapters: Any = ()) -> bool:
     """One token after a short prompt; whether its logits were finite. Raises ModelLoadError for other failures."""
     from mullama._core import FINISH
     from mullama.errors import ModelLoadError
     from mullama.types import SamplingParams
 
     prompt = core.model.tokenize("Hello")[: N_BATCH // 2] or [0]
-    core.open(0, 1, prompt, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+    core.open(0, 1, prompt, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True), adapters=adapters)
     core.run([], [(0, len(prompt))], 1)
     for record in core.drain_records():
         if record[0] == FINISH:
@@ -127,4 +146,4 @@ def _ms(since: float) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), *sys.argv[5:6]))

@@ -11,11 +11,25 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import adapters as lora
 import pytest
 
 import mullama._core
 from mullama import abi
-from mullama._core import Arbiter, Carrier, Cells, Context, Core, Governor, Model, Page, Parked, StopText, Vacancy
+from mullama._core import (
+    Adapter,
+    Arbiter,
+    Carrier,
+    Cells,
+    Context,
+    Core,
+    Governor,
+    Model,
+    Page,
+    Parked,
+    StopText,
+    Vacancy,
+)
 from mullama.errors import ModelLoadError
 from mullama.types import SamplingParams
 
@@ -55,6 +69,13 @@ def ended(core: Core) -> Core:
 
 def retained(core: Core) -> Core:
     ended(core).close_slot(0)
+    return core
+
+
+def with_adapter(core: Core, adapter: Adapter) -> Core:
+    """A running sequence that an adapter computes."""
+    core.open(0, 1, [104, 105], SamplingParams(temperature=0, ignore_eos=True, max_tokens=8), adapters=[(adapter, 1.0)])
+    core.run([], [(0, 2)])
     return core
 
 
@@ -99,6 +120,14 @@ def handed(core: Core) -> Core:
 
 # Each gets a fresh object of its class (functions get nothing) and returns whether the result is what it should be.
 CALLS: dict[str, Callable[..., bool]] = {
+    "adapters.Adapter": lambda a, c: isinstance(a, Adapter),
+    "adapters.Adapter.model": lambda a, c: a.model is c.model,
+    "adapters.Adapter.path": lambda a, c: Path(a.path).is_file(),
+    "adapters.Adapter.n_bytes": lambda a, c: a.n_bytes > 0,
+    "adapters.Adapter.n_host_bytes": lambda a, c: a.n_host_bytes == a.n_bytes,
+    "adapters.Adapter.n_matrices": lambda a, c: a.n_matrices == 6,
+    "adapters.Adapter.n_sets": lambda a, c: with_adapter(c, a).slot_info(0)[0] == abi.DECODE and a.n_sets > 0,
+    "adapters.Adapter.close": lambda a, c: a.close() is None and a.close() is None,
     "governor.Governor": lambda: Governor(2, False) is not None,
     "governor.Governor.n_max": lambda g: g.n_max == 2,
     "governor.Governor.threads": lambda g: g.threads == 2,
@@ -246,6 +275,9 @@ CALLS: dict[str, Callable[..., bool]] = {
     "loop.Core.note_evicted": lambda c: c.note_evicted(5) is None and c.counters_dict()["kv_evict_tokens"] == 5,
     "loop.Core.packed": lambda c: running(c).packed(0)[:8] == bytes([104, 0, 0, 0, 105, 0, 0, 0]),
     "loop.Core.cell_runs": lambda c: running(c).cell_runs(0) == [(0, 3, 0), (3, 253, -1)],
+    "loop.Core.set_adapters": lambda c: running(c).set_adapters(0, []) is None,
+    "loop.Core.set_parked_adapters": lambda c: c.set_parked_adapters(parked(c), []) is None,
+    "loop.Core.drop_adapters": lambda c: running(c).drop_adapters() is None,
     "loop.Core.shifted": lambda c: running(c).shifted(0) == 0,
     "loop.Core.can_shift": lambda c: c.can_shift is True,
     "cells.Cells": lambda c: isinstance(c, Cells),
@@ -268,6 +300,7 @@ CALLS: dict[str, Callable[..., bool]] = {
 
 def test_there_are_compiled_modules() -> None:
     assert {m.__name__.rpartition(".")[2] for m in compiled_modules()} == {
+        "adapters",
         "arbiter",
         "cells",
         "context",
@@ -287,9 +320,11 @@ def test_every_public_def_has_a_call() -> None:
 
 
 @pytest.fixture
-def subject(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
+def subject(
+    tiny_model: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[Any, ...]]:
     kind = request.param.split(".")[1]
-    on_core = ("Core", "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy")
+    on_core = ("Core", "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy", "Adapter")
     model = Model(tiny_model()) if kind in ("Model", *on_core) else None
     core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
     arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Core": (core,), "Parked": (core,)}
@@ -298,6 +333,8 @@ def subject(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> 
         arguments["Context"] = arguments["Vacancy"] = (core,)
         if kind == "Carrier":
             arguments["Carrier"] = (Carrier(core, core.context.like(core.model)),)
+    adapter = Adapter(model, lora.build(tmp_path / "a.gguf", tiny_model())) if kind == "Adapter" else None
+    arguments["Adapter"] = (adapter, core)
     if request.param.count(".") == 2:
         arguments |= {
             "Arbiter": (Arbiter(), core),
@@ -308,6 +345,8 @@ def subject(tiny_model: Callable[..., Path], request: pytest.FixtureRequest) -> 
     yield arguments.get(kind, ())
     if core is not None:
         core.close()
+    if adapter is not None:
+        adapter.close()
     if model is not None:
         model.close()
 
