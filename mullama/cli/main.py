@@ -16,7 +16,7 @@ from mullama.errors import ConfigError, MullamaError
 
 #: In the order ``mullama --help`` shows them; each is the module ``mullama.cli.NAME``.
 COMMANDS = (
-    *("serve", "ps", "swap", "run", "pull", "list", "show", "fit", "quantize", "cp", "du", "verify", "rm"),
+    *("serve", "ps", "swap", "lora", "run", "pull", "list", "show", "fit", "quantize", "cp", "du", "verify", "rm"),
     *("schedulers", "compare", "simulate", "calibrate", "version"),
 )
 

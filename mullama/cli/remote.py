@@ -45,6 +45,9 @@ class Server:
     def post(self, path: str, body: dict[str, Any], *, timeout_s: float | None = None) -> dict[str, Any]:
         return self._ask("POST", path, body, timeout_s)
 
+    def delete(self, path: str) -> dict[str, Any]:
+        return self._ask("DELETE", path, {}, None)
+
     def _ask(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float | None = 30.0
     ) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from mullama.errors import (
     BadModelFile,
     EngineDead,
     InvalidRequest,
+    ModelBusy,
     ModelLoadError,
     ModelNotLoaded,
     MullamaError,
@@ -195,6 +196,11 @@ class Swaps:
         self, served: Served, engine: SwappableEngine, target: Target, record: SwapRecord,
         progress: Callable[[str], None],
     ) -> dict[str, Any]:  # fmt: skip
+        if engine.adapters():
+            names = ", ".join(one["id"] for one in engine.adapters())
+            raise ModelBusy(
+                f"LoRA adapters are loaded ({names}): unload them before the weights are changed", param="to"
+            )
         size_before = engine.info.size_bytes
         if record.kv != "drain":
             try:

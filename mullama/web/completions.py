@@ -12,6 +12,7 @@ from mullama.engine.client import EngineClient
 from mullama.serving.states import Lease
 from mullama.web.context import ContextPolicy, Dropped, Room, drop_tokens, policy_for, without
 from mullama.web.generations import Group, Reply
+from mullama.web.lora import SEPARATOR, check_named, uses_of
 from mullama.web.request import Request
 from mullama.web.responding import new_id, respond
 from mullama.web.schemas import (
@@ -57,6 +58,7 @@ class Completions:
     ) -> tuple[Group, Options, list[str] | None, list[Dropped | None]]:
         """The prompts, and their generations. The group takes over the lease."""
         services, engine = self._services, lease.engine
+        check_named(call.model, call.named, engine)
         options = options_of(call.body, engine.info)
         asked = completion_prompts(call.body, options, engine.info)
         services.keep_alive(call.model, call.body.keep_alive)
@@ -77,12 +79,13 @@ class Completions:
             services,
             lease,
             request_id=new_id("cmpl"),
-            model=call.model,
+            model=SEPARATOR.join((call.model, *call.named)),
             endpoint="completions",
             prompts=prompts,
             options=options.of_tenant(req.tenant),
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
+            lora=uses_of(call.named, call.body.lora),
         )
         return group, options, echoes, dropped
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from mullama.engine.client import AsyncGeneration
 from mullama.serving.states import Lease
-from mullama.types import Delta, Finish, Request
+from mullama.types import Delta, Finish, LoraUse, Request
 from mullama.web import request as web_request
 from mullama.web.errors import finish_error, internal_error
 from mullama.web.schemas import Options
@@ -53,6 +53,7 @@ class Group:
         options: Options,
         arrival_ns: int,
         context_shift: bool = False,
+        lora: tuple[LoraUse, ...] = (),
         translate: Callable[[Any], list[int]] | None = None,
     ) -> None:
         """Submit every choice, or none: raises what ``EngineClient.submit`` raises. Takes over the lease either way."""
@@ -84,6 +85,7 @@ class Group:
                     preempt=options.preempt,
                     cache_salt=salt,
                     context_shift=context_shift,
+                    lora=lora,
                     translate=translate,
                 )
                 self.generations.append(engine.submit(request))

@@ -13,6 +13,7 @@ from mullama.errors import InvalidRequest, ModelNotLoaded, NotFound
 from mullama.serving.durations import parse_duration
 from mullama.serving.states import Served
 from mullama.serving.swap import SwapRecord
+from mullama.web import lora
 from mullama.web.request import Receive, Request, until_disconnect
 from mullama.web.schemas import decode_body
 from mullama.web.security import Access
@@ -44,7 +45,7 @@ class ShareBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     priority: int = 0
 
 
-_decoders = {kind: msgspec.json.Decoder(kind) for kind in (UnloadBody, PinBody, SwapBody, ShareBody)}
+_decoders = {kind: msgspec.json.Decoder(kind) for kind in (UnloadBody, PinBody, SwapBody, ShareBody, lora.AdapterBody)}
 
 
 class ModelTable:
@@ -111,16 +112,38 @@ class ModelActions:
         self._services = services
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
-        """One model's row. Raises ModelNotFound."""
+        """One model's row, or its adapters. Raises ModelNotFound."""
         models = self._services.models
+        if (named := lora.split_path(name)) is not None:
+            await lora.show(models, *named, resp)
+            return
         resp.data = orjson.dumps(row_of(models.get(name), models.now()))
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """Carry out an action. Raises NotFound for an unknown one, ModelNotFound, and what the action raises."""
+        if (named := lora.split_path(name)) is not None and not named[1]:
+            await self._load_adapter(req, resp, named[0])
+            return
         model, _, action = name.rpartition("/")
         if action not in ACTIONS or not model:
             raise NotFound(f"there is no action '{action[:40]}'; there are {', '.join(ACTIONS)}")
         await getattr(self, f"_{action}")(req, resp, model)
+
+    async def on_delete(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
+        """Unload an adapter. Raises NotFound for another path, AdapterNotFound, AdapterBusy."""
+        named = lora.split_path(name)
+        if named is None:
+            raise NotFound("only /internal/models/NAME/adapters/ID can be deleted")
+        await lora.unload(self._services.models, *named, resp)
+
+    async def _load_adapter(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
+        """The model is loaded first where it has to be, and stays while the adapter comes."""
+        body: lora.AdapterBody = await self._body(req, lora.AdapterBody)
+        lease = await self._services.lease(req, name)
+        try:
+            resp.data = await lora.load(lease.engine, body, may_read_files=bool(self._services.config.admin_key))
+        finally:
+            lease.release()
 
     async def _body(self, req: Request, kind: type[Any]) -> Any:
         return await self._services.parse(req, lambda data: decode_body(_decoders[kind], data or b"{}"))

@@ -9,6 +9,7 @@ import orjson
 
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Served
+from mullama.web.lora import SEPARATOR, check_named, split_name
 from mullama.web.request import Request
 from mullama.web.security import Access
 from mullama.web.services import Services
@@ -23,7 +24,7 @@ class ModelList:
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Served names first, loaded or not, then what the store has besides."""
-        data = [describe(served) for served in self._models.all()]
+        data = [entry for served in self._models.all() for entry in (describe(served), *with_adapters(served))]
         others = await self._services.offload(True, self._models.others) if self._models.has_others else []
         data += [_unloaded(name, "unloaded") for name, _ in others]
         resp.data = orjson.dumps({"object": "list", "data": data})
@@ -37,7 +38,14 @@ class ModelDetail:
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response, model_id: str) -> None:
         """Raises ModelNotFound."""
-        resp.data = orjson.dumps(describe(self._models.get(model_id)))
+        name, named = split_name(model_id, self._models)
+        served = self._models.get(name)
+        if not named:
+            resp.data = orjson.dumps(describe(served))
+            return
+        _, engine = self._models.resolve(name)
+        check_named(name, named, engine)
+        resp.data = orjson.dumps({**describe(served), "id": SEPARATOR.join((name, *named)), "parent": name})
 
 
 def describe(served: Served) -> dict[str, Any]:
@@ -71,6 +79,16 @@ def describe(served: Served) -> dict[str, Any]:
             "has_chat_template": info.has_chat_template,
         },
     }
+
+
+def with_adapters(served: Served) -> list[dict[str, Any]]:
+    """The model with each of its LoRA adapters, by the name that a request gives; ``parent`` is the model alone."""
+    if served.engine is None:
+        return []
+    return [
+        {**describe(served), "id": f"{served.name}{SEPARATOR}{one['id']}", "parent": served.name}
+        for one in served.engine.adapters()
+    ]
 
 
 def _unloaded(name: str, state: str) -> dict[str, Any]:

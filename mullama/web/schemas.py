@@ -18,6 +18,7 @@ from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web import sampling
 from mullama.web.context import ContextPolicy, policy_of
+from mullama.web.lora import LoraBody, split_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
@@ -73,6 +74,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     preempt: str | None = None
     cache_salt: str | None = None
     context_policy: str | None = None
+    lora: list[LoraBody] | None = None
     keep_alive: float | str | None = None
     response_format: ResponseFormat | None = None
 
@@ -154,12 +156,14 @@ class ChatCall:
     body: ChatBody
     messages: list[Message]
     messages_json: bytes  # the same, encoded
+    named: tuple[str, ...] = ()  # adapters in the name of the model
 
 
 @dataclass(slots=True, frozen=True)
 class CompletionCall:
     model: str  # the served name
     body: CompletionBody
+    named: tuple[str, ...] = ()  # adapters in the name of the model
 
 
 _chat_decoder = msgspec.json.Decoder(ChatBody)
@@ -170,7 +174,7 @@ _scheduler_decoder = msgspec.json.Decoder(SchedulerChange)
 def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
     """All that can be checked before the model is loaded. Raises InvalidRequest, ModelNotFound."""
     body = decode_body(_chat_decoder, data)
-    model = models.get(body.model).name
+    model, named = split_name(body.model, models)
     _refuse_unsupported(body)
     _refuse(bool(body.tools or body.functions), "tools" if body.tools else "functions", "tool calls")
     _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
@@ -178,7 +182,7 @@ def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
     _refuse(bool(body.logprobs), "logprobs", "log-probabilities")
     _refuse(bool(body.top_logprobs), "top_logprobs", "log-probabilities")
     messages = normalise(body.messages)
-    return ChatCall(model, body, messages, msgspec.json.encode(messages))
+    return ChatCall(model, body, messages, msgspec.json.encode(messages), named)
 
 
 def parse_scheduler_change(data: bytes) -> SchedulerChange:
@@ -188,12 +192,12 @@ def parse_scheduler_change(data: bytes) -> SchedulerChange:
 def parse_completion(data: bytes, models: ModelManager) -> CompletionCall:
     """All that can be checked before the model is loaded. Raises InvalidRequest, ModelNotFound."""
     body = decode_body(_completion_decoder, data)
-    model = models.get(body.model).name
+    model, named = split_name(body.model, models)
     _refuse_unsupported(body)
     _refuse(body.logprobs is not None and body.logprobs is not False, "logprobs", "log-probabilities")
     _refuse(bool(body.suffix), "suffix", "filling in the middle")
     _refuse(body.best_of is not None and body.best_of != (body.n or 1), "best_of", "best_of other than n")
-    return CompletionCall(model, body)
+    return CompletionCall(model, body, named)
 
 
 def completion_prompts(body: CompletionBody, options: Options, info: ModelInfo) -> list[str | list[int]]:

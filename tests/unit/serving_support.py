@@ -33,6 +33,9 @@ class Engine:
     def is_ready(self) -> bool:
         return self.up
 
+    def adapters(self) -> list[dict[str, Any]]:
+        return []
+
     def counters(self) -> dict[str, int]:
         return {"sampled_tokens": 1}
 

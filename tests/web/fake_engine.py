@@ -9,10 +9,11 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mullama.engine.generation import AsyncGeneration
-from mullama.errors import ContextLengthExceeded, InvalidRequest, ShuttingDown
+from mullama.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, ShuttingDown
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.tree import pack
 from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request
@@ -125,6 +126,8 @@ class FakeEngine:
         self.kv_calls: list[tuple[str, list[int] | None, dict[str, Any]]] = []
         self.kv_events = KvEventLog()
         self.memory_error: Exception | None = None
+        self.loras: dict[str, dict[str, Any]] = {}
+        self.lora_error: Exception | None = None
         self.arbiter_policy = "round_robin"
         self.share: dict[str, Any] = {"weight": 1.0, "priority": 0}
 
@@ -162,6 +165,9 @@ class FakeEngine:
             raise InvalidRequest("the prompt is empty", param="prompt")
         if len(request.prompt) >= self.info.n_ctx:
             raise ContextLengthExceeded(f"the prompt has {len(request.prompt)} tokens, the context {self.info.n_ctx}")
+        for use in request.lora:
+            if use.id not in self.loras:
+                raise InvalidRequest(f"lora: no adapter '{use.id}' is loaded", param="lora")
         if request.context_shift and not self.info.can_shift:
             raise InvalidRequest("it cannot shift its context", param="context_policy")
         generation = FakeGeneration(self, request)
@@ -172,6 +178,23 @@ class FakeEngine:
 
     def submit_sync(self, request: Request) -> Any:
         raise NotImplementedError("the web layer never submits from a thread")
+
+    def adapters(self) -> list[dict[str, Any]]:
+        return [{"id": name, **more} for name, more in self.loras.items()]
+
+    def load_adapter(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
+        if self.lora_error is not None:
+            raise self.lora_error
+        name = id or Path(path).stem
+        self.loras[name] = {"path": str(path), "scale": scale}
+        return {"id": name, **self.loras[name]}
+
+    def unload_adapter(self, id: str) -> None:  # noqa: A002
+        if self.lora_error is not None:
+            raise self.lora_error
+        if id not in self.loras:
+            raise AdapterNotFound(f"no adapter '{id}' is loaded", param="id")
+        del self.loras[id]
 
     def scheduler_snapshot(self) -> dict[str, Any]:
         return {"policy": "fcfs", "waiting": [], "running": [generation.id for generation in self.running]}
