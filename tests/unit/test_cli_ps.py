@@ -6,6 +6,7 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ UNLOADED = {
     "name": "b", "state": "unloaded", "pinned": False, "memory_bytes": None, "in_use": 0, "requests": 0,
     "idle_s": None, "keep_alive_s": None,
 }  # fmt: skip
+ADAPTER = {"id": "x", "scale": 0.5, "rank": 8, "size_bytes": 1_200_000, "requests": 3, "path": "/f/x.gguf"}
 REPORT = {
     "model": "a/b", "weights_from": "Q8_0", "weights_to": "Q4_0", "total_ms": 300.4, "kv": "carry", "pause_ms": 7.25,
     "sequences_moved": 4, "sequences_recomputed": 0,
@@ -50,7 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(remote.body)
 
-    do_POST = do_GET
+    do_POST = do_DELETE = do_GET
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name of the base class
         pass
@@ -112,7 +114,36 @@ def test_swap(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["pause_ms"] is None
 
 
-@pytest.mark.parametrize("command", [("ps",), ("swap", "a", "Q4_0")])
+def test_lora(remote: Remote, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    remote.body = json.dumps({"model": "a/b", "adapters": [ADAPTER]}).encode()
+    assert main(["lora", "list", "a/b"]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["ID", "SCALE", "RANK", "SIZE", "REQUESTS", "FILE"]
+    assert row.split() == ["x", "0.5", "8", "1.2", "MB", "3", "/f/x.gguf"]
+    assert main(["lora", "unload", "a/b", "x y"]) == 0
+    assert capsys.readouterr().out == "a/b+x y: unloaded\n"
+    remote.body = json.dumps(ADAPTER).encode()
+    file = tmp_path / "x.gguf"
+    file.touch()
+    assert main(["lora", "load", "a/b", str(file), "--scale", "0.5"]) == 0
+    assert capsys.readouterr().out == "a/b+x: 1.2 MB, rank 8, /f/x.gguf\n"
+    assert main(["lora", "load", "a/b", "hf:o/r/x.gguf", "--id", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == ADAPTER
+    remote.body = b'{"adapters": []}'
+    assert main(["lora", "list", "a"]) == 0
+    assert capsys.readouterr().out == "no adapters\n"
+    path = "/internal/models/a/b/adapters"
+    assert [asked[:3] for asked in remote.asked[:-1]] == [
+        ("GET", path, None),
+        ("DELETE", f"{path}/x%20y", {}),
+        ("POST", path, {"path": str(file), "scale": 0.5}),
+        ("POST", path, {"reference": "hf:o/r/x.gguf", "scale": 1.0, "id": "x"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "command", [("ps",), ("swap", "a", "Q4_0"), ("lora", "list", "a"), ("lora", "unload", "a", "b")]
+)
 @pytest.mark.parametrize(
     ("status", "body", "text"),
     [

@@ -42,6 +42,7 @@ from mullama.scheduling.batching import COMMON
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
 from mullama.web.lifecycle import ACTIONS
+from mullama.web.lora import ADAPTER_ROUTES
 from mullama.web.services import Services
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -88,6 +89,8 @@ def test_named_files_exist(page: Path) -> None:
 
 def flags_of(command: click.Command) -> set[str]:
     given = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    if isinstance(command, click.Group):
+        given |= {flag for below in command.commands.values() for flag in flags_of(below)}
     return {flag for flag in given if flag.startswith("-")} | {"--help", "-h"}
 
 
@@ -175,6 +178,7 @@ def routes() -> Iterator[dict[str, set[str]]]:
         if "{name:path}" in path:
             path = path.replace("{name:path}", "NAME")
             found |= {f"{path}/{action}": {"POST"} for action in ACTIONS}
+            found |= {f"{path}/{below}": set(of) for below, of in ADAPTER_ROUTES.items()}
             methods = {"GET"}
         found[path] = methods
     yield found
