@@ -18,7 +18,7 @@ from typing import Any
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine as CoreEngine
 from mullama.engine.generation import BaseGeneration
-from mullama.types import FinishReason, Preempt, Request, SamplingParams
+from mullama.types import FinishReason, LoraUse, Preempt, Request, SamplingParams
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
@@ -27,7 +27,8 @@ _REQUEST_FIELDS = ("priority", "user", "slo_ms", "preempt")
 
 class Engine(CoreEngine):
     """A loaded model. Keyword arguments of the generating methods are the fields of SamplingParams,
-    and ``priority``, ``user``, ``slo_ms`` and ``preempt`` of Request."""
+    and ``priority``, ``user``, ``slo_ms`` and ``preempt`` of Request. ``lora``: ids of loaded LoRA adapters, or ids
+    with scales, as ``{"poems": 0.5}``."""
 
     @classmethod
     def load(
@@ -98,7 +99,12 @@ class Engine(CoreEngine):
                 fields[key] = tuple(value.items())
             elif value is not None:
                 fields[key] = tuple(value)
-        request = {key: fields.pop(key) for key in _REQUEST_FIELDS if key in fields}
+        request: dict[str, Any] = {key: fields.pop(key) for key in _REQUEST_FIELDS if key in fields}
+        lora = fields.pop("lora", None) or ()
+        if isinstance(lora, Mapping):
+            request["lora"] = tuple(LoraUse(name, scale) for name, scale in lora.items())
+        else:
+            request["lora"] = tuple(map(LoraUse, [lora] if isinstance(lora, str) else lora))
         if "preempt" in request:
             request["preempt"] = Preempt(request["preempt"])
         return Request(id=f"gen-{uuid.uuid4().hex}", prompt=tokens, sampling=SamplingParams(**fields), **request)

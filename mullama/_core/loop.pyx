@@ -13,8 +13,8 @@ A slot in prefill computes until n_past reaches the end of tokens, and samples t
 given up, tokens holds what had been generated as well.
 
 Every llama_decode call is one ubatch of one shape: single tokens of a gap-free range of slots, or one prompt chunk.
-All of its rows have one set of LoRA adapters, because llama.cpp applies adapters to the context. A step goes through the
-sets in turn and begins with the one that is in charge already.
+All of its rows have one set of LoRA adapters, because llama.cpp applies adapters to the context. A step goes through
+the sets in turn and begins with the one that is in charge already.
 """
 
 cimport cython

@@ -450,7 +450,8 @@ def _last_error(default):
         return default
     line = lines[0]
     # "llama_model_load: error loading model: tensor …" says the same without its head
-    for head in ("error loading model: ", "failed to apply lora adapter: ", "gguf_init_from_file_ptr: ", "gguf_init_from_reader: "):
+    for head in ("error loading model: ", "failed to apply lora adapter: ", "gguf_init_from_file_ptr: ",
+                 "gguf_init_from_reader: "):
         if head in line:
             line = line.split(head, 1)[1]
     return line

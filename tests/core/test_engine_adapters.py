@@ -13,6 +13,8 @@ import pytest
 from core_support import greedy
 from kv_engine_support import Answer, ask, submit
 
+from mullama.api import Engine as PythonEngine
+from mullama.config import ServeConfig
 from mullama.engine import kvview
 from mullama.engine.engine import Engine
 from mullama.errors import (
@@ -365,3 +367,15 @@ def test_damaged_files_are_refused_and_the_engine_serves_on(
         engine.load_adapter(make(files, tiny_model), "a")
     assert engine.adapters() == []
     assert run(engine).text == bare
+
+
+def test_the_python_api(files: Callable[..., Path], tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    config = ServeConfig(ctx_size=256, parallel=2, threads=1, page_dir=str(tmp_path / "pages"))
+    with PythonEngine.load(tiny_model(), config=config) as engine:
+        engine.load_adapter(files(1), "a", 0.5)
+        options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+        bare, half = engine.generate(TEXT, **options), engine.generate(TEXT, lora="a", **options)
+        whole = engine.generate(TEXT, lora={"a": 1.0}, **options)
+        assert len({bare, half, whole}) == 3
+        assert engine.generate(TEXT, lora=["a"], **options) == engine.generate(TEXT, lora={"a": 0.5}, **options) == half
+        assert engine.generate(TEXT, lora=None, **options) == bare
