@@ -281,7 +281,9 @@ class Weights:
         back.
         """
         if not self._one.acquire(blocking=False):
-            raise InvalidRequest("the weights of this model are being changed already", param="to")
+            raise InvalidRequest(
+                "the weights of this model are being changed already, or an adapter is being loaded", param="to"
+            )
         try:
             if reason := self.why_fixed():
                 raise ModelBusy(reason, param="to")
