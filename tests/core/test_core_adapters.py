@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -344,3 +345,37 @@ def test_other_memories(
     driver.close()
     adapter.close()
     model.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("unified", [False, True])
+def test_any_plan_gives_everybody_what_is_theirs(
+    model: Model, load: Load, make_core: Callable[..., Driver], unified: bool, seed: int
+) -> None:
+    """Random sets, orders of slots, subsets that decode, and chunks: all sequences give what they give alone."""
+    rng = random.Random(seed)
+    one, two = load(1), load(2)
+    kinds = [[], [(one, 1.0)], [(two, 1.0)], [(one, 0.5), (two, 0.5)]]
+    sets = [rng.choice(kinds) for _ in range(4)]
+    prompts = [f"{seed} {n} {PROMPT[: rng.randrange(8, 50)]}" for n in range(4)]
+    driver = make_core(model, unified_cells=4 * 512 if unified else 0)
+    alone = [driver.generate(prompts[n], greedy(16), adapters=sets[n]).tokens for n in range(4)]
+    slots = rng.sample(range(4), 4)
+    handles = [driver.open(prompts[n], greedy(16), slot=slots[n], adapters=sets[n]) for n in range(4)]
+    while not all(driver.outputs[handle].done for handle in handles):
+        decoding, chunks = [], []
+        for slot, state in enumerate(driver.core.states()):
+            if state == abi.DECODE and rng.random() < 0.7:
+                decoding.append(slot)
+            elif state == abi.PREFILL and rng.random() < 0.7:
+                n_past, n_tokens = driver.core.slot_fill(slot)
+                chunks.append((slot, rng.randint(1, min(16, n_tokens - n_past))))
+        rng.shuffle(chunks)
+        driver.core.run(decoding, chunks, 1)
+        driver.check_law()
+        driver.collect()
+    driver.finish_all()
+    assert [driver.outputs[handle].tokens for handle in handles] == alone
+    driver.core.drop_adapters()
+    assert one.n_sets == two.n_sets == 0
+    driver.close()
