@@ -590,6 +590,7 @@ class Engine(KvMethods):
         self._weights.close()
         self._core.close()
         self._adapters.close(list(self._seqs.live.values()))
+        self._seqs.let_go()
         self.model.close()
 
     def __enter__(self) -> Engine:

@@ -83,6 +83,10 @@ class Sequences:
         self._swap_bytes = swap_bytes  # most host memory for the KV of preempted sequences
         self._on_end = on_end
 
+    def let_go(self) -> None:
+        """Let go of the engine, so that nothing waits for the garbage collector. The engine thread has ended."""
+        self._on_end = _nothing
+
     def __bool__(self) -> bool:
         return bool(self.live)
 
@@ -333,3 +337,7 @@ class Sequences:
         self.live.pop(seq.view.id, None)
         self.views.pop(seq.view.id, None)
         self._on_end(seq)
+
+
+def _nothing(seq: LiveSequence) -> None:
+    """What is to be done for sequences that end when nobody is there any more."""
