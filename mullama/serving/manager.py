@@ -504,8 +504,13 @@ class ModelManager(SleepMethods):
 
     # -- by hand --------------------------------------------------------------------------------------------------
 
+    def try_anew(self, name: str) -> None:
+        """No pause after loads that failed: whoever asks by hand has mended something."""
+        self.get(name).retry_at = 0.0
+
     async def load(self, name: str) -> Served:
         """See that a model is loaded. Raises as ``lease`` does."""
+        self.try_anew(name)
         (await self.lease(name)).release()
         return self.get(name)
 

@@ -165,6 +165,7 @@ class ModelActions:
         return await self._services.parse(req, lambda data: decode_body(_decoders[kind], data or b"{}"))
 
     async def _load(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
+        self._services.models.try_anew(name)
         lease = await self._services.lease(req, name)
         lease.release()
         await self.on_get(req, resp, name)

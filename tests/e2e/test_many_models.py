@@ -145,5 +145,6 @@ def test_a_model_that_is_gone_is_an_error_of_its_own(
     ok = httpx.post(server.url + COMPLETIONS, json={**body, "model": "a"}, headers=ADMIN, timeout=60)
     assert ok.status_code == 200
     file.write_bytes(whole)
+    assert act(server, "b", "load").json()["state"] == "ready"  # by hand there is no pause after failures
     answer = httpx.post(server.url + COMPLETIONS, json=body, headers=ADMIN, timeout=60)
     assert answer.status_code == 200, answer.text

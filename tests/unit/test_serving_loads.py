@@ -71,8 +71,12 @@ def test_a_load_that_fails_again_and_again_is_tried_ever_more_rarely() -> None:
                 assert len(world.loads) == n_loads
             world.clock.now += pauses[-1]
         assert pauses == [0, 0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+        n_loads = len(world.loads)
+        with pytest.raises(ModelLoadError, match="truncated"):  # by hand there is no pause
+            await world.models.load("a")
+        assert len(world.loads) == n_loads + 1
         del world.errors["a"]
-        (await world.models.lease("a")).release()
+        await world.models.load("a")
         assert (served.n_failures, served.failure) == (0, None)
 
     play(test())
