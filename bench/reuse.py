@@ -1,7 +1,8 @@
 """Scenarios in which prompts return: a shared system prompt, and chats of several turns.
 
 Both servers keep their caches on, as a user would have them: llama-server with its host-memory prompt cache
-(``-cram``, on by default). Every round has texts of its own, so each round starts cold.
+(``-cram``, on by default; ``--peer-arg=-cram --peer-arg=0`` turns it off). Every round has texts of its own, so each
+round starts cold.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ TURN_TOKENS = 60
 def caching_pool(context: Context) -> Iterator[servers.Pool]:
     """Both servers with everything on that helps when prompts return."""
     peer = context.server(PEER)
-    peer.command += ["-cram", "8192"]
+    if "-cram" not in context.peer_args:
+        peer.command += ["-cram", "8192"]
     with servers.Pool([context.server(MULLAMA), peer], restart=context.restart) as pool:
         yield pool
 

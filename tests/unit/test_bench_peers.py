@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import build_peers, calibrate, common, context, disturbance, equality, peers, scenarios, servers
+from bench import build_peers, calibrate, common, context, disturbance, equality, peers, reuse, scenarios, servers
 
 LLAMA = build_peers.ROOT / "vendor" / "llama.cpp"  # the same commit as the peers are built from
 needs_source = pytest.mark.skipif(not (LLAMA / "common").is_dir(), reason="vendor/llama.cpp is not fetched")
@@ -174,3 +176,13 @@ def test_a_build_of_another_source_starts_over(tmp_path: Path) -> None:
     cache.write_text("CMAKE_HOME_DIRECTORY:INTERNAL=/somewhere/else\n", encoding="utf-8")
     build_peers._forget_another_source(cache)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(("extra", "size"), [((), "8192"), (("-cram", "0"), "0")])
+def test_the_peer_s_prompt_cache_can_be_turned_off(tmp_path: Path, extra: tuple[str, ...], size: str) -> None:
+    """The last of several wins."""
+    tools = build_peers.Tools(*(tmp_path for _ in dataclasses.fields(build_peers.Tools)))
+    found = context.Context(tools=tools, model=tmp_path / "m.gguf", peer_args=extra)
+    with reuse.caching_pool(found) as pool:
+        command = pool.servers[context.PEER].command
+    assert [b for a, b in itertools.pairwise(command) if a == "-cram"][-1] == size
