@@ -37,7 +37,7 @@ def test_twin_weights_change_nothing(make_engine: Callable[..., Engine], twin: P
     assert engine.counters()["weight_swaps"] == 1
     for spans in streams.spans:
         assert [name for name, _ in spans] == [report.weights_from, "twin"]
-        assert spans[0][1] == 0 < spans[1][1] < 300
+        assert spans[0][1] == 0 < spans[1][1] < 440
 
 
 @pytest.mark.parametrize("modes", [["carry"], ["carry", "recompute"]], ids=["carry", "both"])
@@ -270,7 +270,7 @@ def test_another_engine_goes_on(
 ) -> None:
     first = make_engine(parallel=2)
     second = make_engine(tiny_model() if same else tiny_model("gemma3"), ctx_size=1024)
-    ask = [*requests(100), Request("stays", [65] * 60, greedy(400))]
+    ask = [*requests(), Request("stays", [65] * 60, greedy(450))]
     counts: list[int] = []
     streams = run(first, ask, lambda: counts.append(first.hand_over(second)))
     assert counts == [5]
@@ -278,7 +278,7 @@ def test_another_engine_goes_on(
     for generation, text in zip(streams.generations, texts, strict=True):
         assert text
         assert generation.finish is not None
-        assert generation.finish.profile.completion_tokens in (100, 400)
+        assert generation.finish.profile.completion_tokens in (440, 450)
     assert second.counters()["finished_length"] == 5
     assert first.counters()["finished_length"] == 0
     assert {names[-1] for names in [[name for name, _ in spans] for spans in streams.spans]} == {second.info.weights}
@@ -286,7 +286,7 @@ def test_another_engine_goes_on(
 
 def test_what_does_not_fit_stays(make_engine: Callable[..., Engine]) -> None:
     first, second = make_engine(), make_engine(ctx_size=256)
-    ask = [request("short", "the sun", 100), Request("long", [65] * 300, greedy(100))]
+    ask = [request("short", "the sun", 240), Request("long", [65] * 300, greedy(200))]
     counts: list[int] = []
     run(first, ask, lambda: counts.append(first.hand_over(second)))
     assert counts == [1]

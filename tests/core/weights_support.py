@@ -70,5 +70,6 @@ def begins_alike(streams: Streams, plain: list[str]) -> bool:
     return all(a[:n] == b[:n] for a, b, n in zip(streams.texts, plain, starts, strict=True))
 
 
-def requests(n: int = 300) -> list[Request]:
+def requests(n: int = 440) -> list[Request]:
+    """So long that they outlast what happens to them meanwhile, and still fit a context of 512 tokens."""
     return [request(f"r{i}", prompt, n) for i, prompt in enumerate(PROMPTS)]
