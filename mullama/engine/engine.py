@@ -465,8 +465,8 @@ class Engine(KvMethods):
                 on_model=self._speak,
                 is_stopping=lambda: self._stopping,
             )
-        except ModelLoadError:
-            if self._closed:  # the old model was closed under the comparison
+        except (ModelLoadError, AttributeError):
+            if self._closed:  # close() lets go of what the swap looks at: the old model, the context, the tiers
                 raise ShuttingDown(f"'{self.info.name}' was closed meanwhile") from None
             raise
 
