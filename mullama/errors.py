@@ -6,6 +6,7 @@ the CLI prints ``str(error)`` as one line. Nothing else may reach a user as a tr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -93,10 +94,23 @@ class ModelBusy(MullamaError):
     code = "model_busy"
 
 
+def adapters_loaded(names: Iterable[str], *, param: str) -> ModelBusy:
+    """What forbids that the weights go while LoRA adapters lie on them."""
+    told = ", ".join(names)
+    return ModelBusy(
+        f"LoRA adapters are loaded ({told}): unload them before the weights are changed or freed", param=param
+    )
+
+
 class AdapterNotFound(NotFound):
     """No LoRA adapter of this id is loaded onto the model."""
 
     code = "adapter_not_found"
+
+
+def no_adapter(name: str, loaded: Iterable[str]) -> str:
+    """What is told of an adapter that is not there."""
+    return f"no adapter '{name[:80]}' is loaded; loaded adapters: {', '.join(loaded) or 'none'}"
 
 
 class AdapterBusy(ModelBusy):

@@ -32,3 +32,4 @@ cdef class Context:
     cdef vector[llama_token] eog
 
     cdef void release(self) noexcept
+    cdef int check_place(self, Context other) except -1

@@ -8,7 +8,7 @@ cimport cython
 
 from mullama._core.llama cimport *
 from mullama._core.model cimport Model
-from mullama.errors import ModelLoadError
+from mullama.errors import InvalidRequest, ModelLoadError
 
 
 @cython.no_gc_clear  # the context must be freed before the model that it points into
@@ -106,6 +106,21 @@ cdef class Context:
     def like(self, Model model not None):
         """Another context of the same sizes and types, on another model. Raises ModelLoadError."""
         return Context(model, **self.wanted)
+
+    cdef int check_place(self, Context other) except -1:
+        """Raise InvalidRequest where the slots of a core on this context cannot go on with the other one."""
+        for name, ours, theirs in (
+            ("slots", self.n_slots, other.n_slots),
+            ("tokens of context", self.n_ctx, other.n_ctx),
+            ("tokens of a batch", self.n_batch, other.n_batch),
+            ("bytes of KV a token", self.token_bytes, other.token_bytes),
+            ("layout", self.unified, other.unified),
+            ("tokens in the vocabulary", self.model.n_vocab, other.model.n_vocab),
+            ("kind of memory", self.needs_checkpoint, other.needs_checkpoint),
+        ):
+            if ours != theirs:
+                raise InvalidRequest(f"the {name} differ: {ours} now, {theirs} in the new model")
+        return 0
 
     def memory(self):
         """Bytes allocated for this context and its model, by kind of buffer.

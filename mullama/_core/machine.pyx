@@ -128,7 +128,7 @@ cdef class Machine:
         for context in (self.context, self.target, self.source):
             if context is not None:
                 (<Context> context).release()
-        self.context = self.target = self.source = None
+        self.target = self.source = None  # the first stays, freed: what it was made with may still be asked for
         self.in_charge.reset()
         if self.pool is not NULL:
             with nogil:

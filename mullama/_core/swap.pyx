@@ -35,17 +35,7 @@ cdef class Carrier:
             raise InvalidRequest("the weights are being changed already")
         if target.ctx is NULL or core.ctx is NULL:
             raise RuntimeError("a context was closed")
-        for name, ours, theirs in (
-            ("slots", core.n_slots, target.n_slots),
-            ("tokens of context", core.n_ctx, target.n_ctx),
-            ("tokens of a batch", core.n_batch, target.n_batch),
-            ("bytes of KV a token", core.context.token_bytes, target.token_bytes),
-            ("layout", core.unified, target.unified),
-            ("tokens in the vocabulary", core.model.n_vocab, target.model.n_vocab),
-            ("kind of memory", core.context.needs_checkpoint, target.needs_checkpoint),
-        ):
-            if ours != theirs:
-                raise InvalidRequest(f"the {name} differ: {ours} now, {theirs} in the new model")
+        core.context.check_place(target)
         cdef int i
         self.core = core
         self.target = target

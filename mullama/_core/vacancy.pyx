@@ -83,23 +83,12 @@ cdef class Vacancy:
         does not take the KV: then the core is as vacant as before, and another context may be tried.
         """
         cdef Core core = self.core
-        cdef Context before = core.context
         cdef Governor governor
         cdef uint64_t start = now_ns()
         cdef int i, n_running = 0
         if not self.has_left or self.is_over or context.ctx is NULL:
             raise RuntimeError("this core is not vacant, or the context was closed")
-        for name, ours, theirs in (
-            ("slots", core.n_slots, context.n_slots),
-            ("tokens of context", core.n_ctx, context.n_ctx),
-            ("tokens of a batch", core.n_batch, context.n_batch),
-            ("bytes of KV a token", before.token_bytes, context.token_bytes),
-            ("layout", core.unified, context.unified),
-            ("kind of memory", before.needs_checkpoint, context.needs_checkpoint),
-            ("tokens in the vocabulary", core.model.n_vocab, context.model.n_vocab),
-        ):
-            if ours != theirs:
-                raise InvalidRequest(f"the {name} differ: {ours} before, {theirs} in the new model")
+        core.context.check_place(context)
         governor = Governor(core.governor.n_max, core.governor.fixed)
         core.attach(context.ctx)
         try:

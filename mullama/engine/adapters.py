@@ -26,6 +26,7 @@ from mullama.errors import (
     InvalidRequest,
     ModelBusy,
     ModelLoadError,
+    no_adapter,
 )
 from mullama.kv.namespaces import adapters_key
 from mullama.kv.tree import namespace_of
@@ -111,14 +112,9 @@ class Adapters:
         with self._lock:
             return list(self._loaded.values())
 
-    def why_fixed(self) -> str | None:
-        """Why the weights cannot be changed now; None: they can."""
-        names = ", ".join(one.id for one in self.all())
-        return (
-            f"LoRA adapters are loaded ({names}): unload them before the weights are changed or freed"
-            if names
-            else None
-        )
+    def ids(self) -> list[str]:
+        """Of those that are loaded."""
+        return [one.id for one in self.all()]
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -142,7 +138,7 @@ class Adapters:
         for use in uses:
             one = self._loaded.get(use.id)
             if one is None:
-                raise InvalidRequest(f"lora: {self._unknown(use.id)}", param="lora")
+                raise InvalidRequest(f"lora: {no_adapter(use.id, self._loaded)}", param="lora")
             if use.id in chosen:
                 raise InvalidRequest(f"lora: the adapter '{use.id}' is named twice", param="lora")
             chosen[use.id] = (one, one.scale if use.scale is None else check_scale(use.scale, "lora"))
@@ -154,10 +150,6 @@ class Adapters:
             with self._lock:
                 for one, _ in seq.adapters:
                     one.n_requests -= 1
-
-    def _unknown(self, name: str) -> str:
-        loaded = ", ".join(self._loaded) or "none"
-        return f"no adapter '{name[:80]}' is loaded; loaded adapters: {loaded}"
 
     # -- loading --------------------------------------------------------------------------------------------------
 
@@ -202,7 +194,7 @@ class Adapters:
         with self._lock:
             one = self._loaded.get(name)
             if one is None:
-                raise AdapterNotFound(self._unknown(name), param="id")
+                raise AdapterNotFound(no_adapter(name, self._loaded), param="id")
             if one.n_requests:
                 raise AdapterBusy(f"{one.n_requests} requests use the adapter '{name}' now", param="id", retry_after=1)
             del self._loaded[name]

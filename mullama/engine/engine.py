@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from pathlib import Path
@@ -24,26 +24,26 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
 from mullama.config import ServeConfig
-from mullama.engine import handover, loading, memory, sizing, snapshot
+from mullama.engine import loading, memory, sizing
 from mullama.engine.adapters import Adapters
 from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
 from mullama.engine.kvcache import KvCache
 from mullama.engine.policy import PolicyHost
+from mullama.engine.policyaccess import PolicyMethods
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
-from mullama.engine.sleep import Sleep, SleepReport
+from mullama.engine.sleep import Sleep
 from mullama.engine.tokenizing import Tokenizer, TooManyTokens
-from mullama.engine.weights import SwapReport, Weights
+from mullama.engine.weightaccess import WeightMethods
+from mullama.engine.weights import Weights
 from mullama.errors import (
     ContextLengthExceeded,
     EngineDead,
     InvalidRequest,
-    ModelLoadError,
     ModelNotLoaded,
     MullamaError,
-    NeedsAnotherEngine,
     QueueFull,
     ShuttingDown,
 )
@@ -52,10 +52,10 @@ from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import pack
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
-from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Request, Room, SeqState, SleepLevel
+from mullama.types import ModelInfo, Request, SeqState
 
 if TYPE_CHECKING:
-    from mullama.engine.shadow import Shadow
+    pass
 
 log = logging.getLogger("mullama.engine")
 
@@ -70,7 +70,7 @@ SHARED_PREFILL = 128  # tokens: about 0.2 s of a small model on two cores
 PRESSURE_STEPS = 64  # steps that eviction under KV pressure makes room for
 
 
-class Engine(KvMethods):
+class Engine(KvMethods, PolicyMethods, WeightMethods):
     """A loaded model that generates (see engine.client.EngineClient for the contract)."""
 
     def __init__(self, model: Model, core: Core, info: ModelInfo, config: ServeConfig) -> None:
@@ -116,9 +116,10 @@ class Engine(KvMethods):
             self._policy.shadow = self._make_shadow(config.shadow_scheduler, None)
         self._wait = threading.Condition()
         self._adapters = Adapters(core, self._weights, self._wait)
-        self._weights.why_fixed = self._adapters.why_fixed
+        self._weights.adapters = self._adapters.ids
         self._commands: deque[Callable[[], None]] = deque()
         self._calls: set[Future[Any]] = set()  # of call(), not answered yet
+        self._takes_none = False  # it sleeps, or falls asleep; under the lock
         self._n_posted = 0  # submitted, not taken by the engine thread yet; under the lock
         self._audited = -1  # version of the KV cache that was audited last
         self._estimated = -1  # version of the KV cache that the queue was last compared with
@@ -190,13 +191,15 @@ class Engine(KvMethods):
         try:
             return self._tokenizer.tokenize(text, most=most, between=between)
         except TooManyTokens as error:
-            at_least = "" if error.is_all else "at least "
-            raise ContextLengthExceeded(
-                f"the prompt has {at_least}{error.n} tokens; one request may use {self.info.n_ctx}, "
-                "completion included",
-                param="prompt",
-                n_tokens=error.n,
-            ) from None
+            raise self._too_long(error.n, at_least=not error.is_all) from None
+
+    def _too_long(self, n: int, *, at_least: bool = False) -> ContextLengthExceeded:
+        return ContextLengthExceeded(
+            f"the prompt has {'at least ' if at_least else ''}{n} tokens; one request may use {self.info.n_ctx}, "
+            "completion included",
+            param="prompt",
+            n_tokens=n,
+        )
 
     def bytes_alone(self, data: bytes) -> list[int]:
         """The token of each byte, as for a character that has only begun; nothing when the vocabulary lacks one."""
@@ -229,8 +232,6 @@ class Engine(KvMethods):
 
     def _enqueue(self, request: Request, generation: BaseGeneration) -> None:
         self._check(request)
-        if self._napping.is_asleep:
-            raise ModelNotLoaded(f"'{self.info.name}' is asleep; wake it first", param="model")
         room = self.info.n_ctx - len(request.prompt)
         view = SeqView(
             id=generation.handle,
@@ -248,6 +249,8 @@ class Engine(KvMethods):
         seq = LiveSequence(view, request, key=pack(request.prompt))
         with self._wait:
             self._check_alive()
+            if self._takes_none:
+                raise ModelNotLoaded(f"'{self.info.name}' is asleep; wake it first", param="model")
             # A request that a slot is free for does not wait.
             n_waiting = self._n_posted + self._seqs.n_queued
             if n_waiting >= self.config.max_queue + self._seqs.slots.count(0):
@@ -273,11 +276,7 @@ class Engine(KvMethods):
         if n == 0:
             raise InvalidRequest("the prompt is empty: it must have at least one token", param="prompt")
         if n > self.info.n_ctx - 1:
-            raise ContextLengthExceeded(
-                f"the prompt has {n} tokens; one request may use {self.info.n_ctx}, completion included",
-                param="prompt",
-                n_tokens=n,
-            )
+            raise self._too_long(n)
         if min(request.prompt) < 0 or max(request.prompt) >= self.info.n_vocab:
             raise InvalidRequest(f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt")
         if request.context_shift and not self.info.can_shift:
@@ -339,208 +338,9 @@ class Engine(KvMethods):
         """The engine's counters as its page shows them (see abi.h)."""
         return abi.as_dict(self._page.counters())
 
-    def arbiter_share(self) -> tuple[str, dict[str, Any]]:
-        """The arbiter's policy, and what this engine has of the cores (see EngineClient)."""
-        turns = self._core.turns
-        seat = turns.seats().get(self._core.seat, {})
-        share = {
-            "weight": seat.get("weight", 1.0),
-            "priority": seat.get("priority", 0),
-            "turns": seat.get("turns", 0),
-            "computed_ms": round(seat.get("used_ns", 0) / 1e6, 3),
-            "waited_ms": round(seat.get("wait_ns", 0) / 1e6, 3),
-            "is_waiting": seat.get("is_waiting", False),
-        }
-        return turns.policy, share
-
-    def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
-        """What this engine may expect beside others. Raises InvalidRequest."""
-        self._core.turns.set_share(self._core.seat, weight=weight, priority=priority)
-
-    def set_arbiter_policy(self, policy: str) -> None:
-        """How the engines of this process take turns. Raises InvalidRequest."""
-        self._core.turns.policy = policy
-
     def page_path(self) -> str:
         """File of the instrumentation page, for abi.Reader.attach; empty when it is private."""
         return str(self._core.page.path)
-
-    def scheduler_snapshot(self) -> dict[str, Any]:
-        """GET /internal/scheduler."""
-        return snapshot.scheduler(self.info, self._policy, list(self._seqs.live.values()), self._page, self._core)
-
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Put another policy in charge from the next step on; no request and no cached token is lost.
-
-        ``spec`` is a name or ``FILE.py:CLASS``. Returns policy, params and the number of sequences handed over.
-        Raises InvalidRequest, naming the valid ones, for an unknown policy or parameter: the running one stays.
-        """
-        policy = await asyncio.to_thread(registry.create, spec, params)
-        return await asyncio.wrap_future(self.call(lambda: self._set_scheduler(policy, spec)))
-
-    def set_scheduler_sync(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """``set_scheduler`` for a thread without an event loop."""
-        policy = registry.create(spec, params)
-        return self.call(lambda: self._set_scheduler(policy, spec)).result()
-
-    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
-        return await asyncio.wrap_future(self.call(lambda: self._configure_scheduler(params)))
-
-    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
-        """Run a policy as a shadow from now on instead of the one before; None: none. Raises InvalidRequest."""
-        await asyncio.to_thread(self.set_shadow_sync, spec, params)
-
-    def set_shadow_sync(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
-        """``set_shadow`` for a thread without an event loop."""
-        shadow = None if spec is None else self._make_shadow(spec, params)
-        try:
-            old = self.call(lambda: self._policy.set_shadow(shadow)).result()
-        except BaseException:
-            old = shadow
-            raise
-        finally:
-            if old is not None:
-                old.close()
-
-    def _make_shadow(self, spec: str, params: Mapping[str, Any] | None) -> Shadow:
-        from mullama.engine.shadow import Shadow
-        from mullama.simulation import SimConfig
-
-        core = self._core
-        config = SimConfig(core.n_slots, self.info.n_ctx, core.n_batch, kv_tokens=self._kv_tokens)
-        return Shadow(spec, params, config)
-
-    def _set_scheduler(self, policy: Any, spec: str) -> dict[str, Any]:
-        own_thread = not registry.is_builtin(spec)
-        n = self._policy.swap(policy, spec, own_thread=own_thread)
-        return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": n}
-
-    def _configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        configure = getattr(self._policy.policy, "configure", None)
-        if configure is None or not registry.is_builtin(self._policy.spec):
-            # A user's policy may be thinking: one made anew takes over instead.
-            policy = registry.create(self._policy.spec, {**self._policy.params(), **params})
-            return self._set_scheduler(policy, self._policy.spec)
-        configure(**params)
-        return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": len(self._seqs.live)}
-
-    def swap_weights(
-        self,
-        path: str | Path,
-        *,
-        label: str = "",
-        kv: KvMode | str = KvMode.AUTO,
-        gap: GapMode | str = GapMode.AUTO,
-        room: Room | None = None,
-        progress: Callable[[float], bool | None] | None = None,
-        on_phase: Callable[[str], None] = lambda phase: None,
-    ) -> SwapReport:
-        """Go on with the weights of another file; no request is dropped. Blocks until the old ones are freed.
-
-        ``label`` names the new weights in profiles (default: the file's stem). ``kv``: ``carry`` the KV cache over (two
-        quantisations of one model), ``recompute`` it, or ``auto``. Where memory, or the ``room`` of a budget, does not
-        hold both, the old ones are freed first and everything pauses (``gap``: ``auto``), or it is refused (``never``).
-        Not for an event loop's thread. Raises InvalidRequest, ModelLoadError (MemoryTooSmall), ModelBusy while LoRA
-        adapters are loaded, or NeedsAnotherEngine for a model of another shape or vocabulary: then the old weights
-        stay in charge. EngineDead: after a gap neither could be loaded.
-        """
-        mode = _choice(KvMode, kv, "kv")
-        gap_mode = _choice(GapMode, gap, "gap")
-        if mode is KvMode.DRAIN:
-            raise NeedsAnotherEngine("to drain, a second engine has to take over", param="kv")
-        self._check_alive()
-        label = label or Path(path).stem
-        try:
-            return self._weights.swap(
-                path,
-                label,
-                mode,
-                self.call,
-                self._weights_changed,
-                progress,
-                on_phase,
-                gap=gap_mode,
-                room=room,
-                on_model=self._speak,
-                is_stopping=lambda: self._stopping,
-            )
-        except (ModelLoadError, AttributeError):
-            if self._closed:  # close() lets go of what the swap looks at: the old model, the context, the tiers
-                raise ShuttingDown(f"'{self.info.name}' was closed meanwhile") from None
-            raise
-
-    def sleep(self, level: SleepLevel | str = SleepLevel.HOST) -> SleepReport:
-        """Free weights and context until ``wake``; cached KV waits in host memory or on disk. Blocks.
-
-        Not for an event loop's thread. Requests must not come before ``wake``, and what looks at cells raises.
-        Raises ModelBusy while anything runs, InvalidRequest without a disk tier, and while the weights are changed.
-        """
-        self._check_alive()
-        return self._napping.fall(_choice(SleepLevel, level, "level"), self.call, self._speak)
-
-    def wake(self) -> float:
-        """Load the weights again; ms it took. Blocks. Raises ModelLoadError: then it is still asleep."""
-        self._check_alive()
-        return self._napping.wake(self.call, self._speak, lambda: self._stopping)
-
-    def _speak(self, model: Model) -> None:
-        """Tokenise and render by this model from now on."""
-        self.model = model
-
-    def _weights_changed(self, model: Model, label: str, with_kv: bool) -> None:
-        """The new weights are in charge. Engine thread."""
-        self.model = model
-        self._seqs.set_weights(label, with_kv=with_kv)
-        new = loading.info_of(model, self._core, self.info.name, label)
-        self.info = dataclasses.replace(
-            new, n_ctx=self.info.n_ctx, n_parallel=self.info.n_parallel, can_shift=self.info.can_shift
-        )
-
-    def adapters(self) -> list[dict[str, Any]]:
-        """The LoRA adapters that requests may name (see EngineClient)."""
-        return [one.to_dict() for one in self._adapters.all()]
-
-    def load_adapter(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
-        """Load a LoRA adapter beside the weights (see EngineClient)."""
-        self._check_alive()
-        return self._adapters.load(path, id, scale).to_dict()
-
-    def unload_adapter(self, id: str) -> None:  # noqa: A002
-        """Free a LoRA adapter that no request uses (see EngineClient)."""
-        self._adapters.unload(id, self.call)
-
-    def hand_over(self, other: Engine) -> int:
-        """Let another engine go on with what waits and runs here, from its tokens or its text; nothing is dropped.
-
-        Returns how many requests went over; one that does not fit the other's context ends here. Blocks; not on the
-        engine threads or an event loop. The caller sees that no new requests come here.
-        """
-        same = self.info.n_vocab == other.info.n_vocab and self.model.vocab_digest() == other.model.vocab_digest()
-        travellers = self.call(
-            lambda: handover.leave(
-                self._core, self._seqs, self._reader, other, other.info.n_ctx - 1, same_vocab=same
-            )
-        ).result()  # fmt: skip
-        try:
-            other.call(lambda: other._take_in(travellers)).result()
-        except BaseException as error:
-            for one in travellers:
-                one.leaving.generation.end(Finish(FinishReason.ERROR, Profile(), error=EngineDead(str(error))))
-            raise
-        return len(travellers)
-
-    def _take_in(self, travellers: list[handover.Traveller]) -> None:
-        handover.arrive(
-            travellers,
-            self._core,
-            self._seqs,
-            self._reader,
-            lambda: next(self._handles),
-            self._request_cancel,
-            self.info.weights,
-            lambda seq: self._policy.arrived(seq.view),
-        )
 
     def memory(self) -> dict[str, Any]:
         """Bytes allocated, by part and kind of buffer (see Context.memory), as they are at a step boundary."""
@@ -791,13 +591,3 @@ class Engine(KvMethods):
             self._n_posted -= 1
             self._seqs.add(seq)
         self._policy.arrived(seq.view)
-
-
-Choice = TypeVar("Choice", KvMode, GapMode, SleepLevel)
-
-
-def _choice(kind: type[Choice], value: str, param: str) -> Choice:
-    try:
-        return kind(value)
-    except ValueError:
-        raise InvalidRequest(f"{param} must be one of {', '.join(kind)}, not '{value}'", param=param) from None

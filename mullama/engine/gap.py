@@ -25,7 +25,7 @@ from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
-    from mullama.engine.weights import Weights
+    from mullama.engine.weights import Host, Weights
 
 log = logging.getLogger("mullama.engine")
 
@@ -116,23 +116,18 @@ class Gap:
         self,
         weights: Weights,
         path: str | Path,
+        label: str,
         kv: KvMode,
         substitute: Model,
-        *,
-        on_model: Callable[[Model], None],
-        on_commit: Callable[[Model, bool], None],
-        progress: Callable[[float], bool | None] | None,
-        is_stopping: Callable[[], bool],
+        host: Host,
     ) -> None:
-        """``on_model`` is told of each model that speaks for the engine; ``on_commit(model, with_kv)`` of new ones."""
+        """``substitute`` speaks for the engine while there are no weights."""
         self._weights = weights
         self._path = path
+        self._label = label
         self._kv = kv
         self._substitute = substitute
-        self._on_model = on_model
-        self._on_commit = on_commit
-        self._progress = progress
-        self._is_stopping = is_stopping
+        self._host = host
 
     def run(self) -> GapResult:
         """Raises ModelLoadError and the like when the old weights are in charge again, EngineDead when none are."""
@@ -142,7 +137,7 @@ class Gap:
         began = time.monotonic_ns()
         recomputed = 0 if with_kv else weights.seqs.vacate_all()
         is_busy = recomputed > 0 or any(weights.seqs.slots)
-        self._on_model(self._substitute)
+        self._host.on_model(self._substitute)
         weights.in_gap = True
         try:
             vacancy = vacant.leave(core)
@@ -158,17 +153,17 @@ class Gap:
         finally:
             weights.in_gap = False
         now = time.monotonic_ns()
-        self._on_model(model)
-        weights.took_over(with_kv, lambda with_kv: self._on_commit(model, with_kv))
+        self._host.on_model(model)
+        weights.took_over(with_kv, lambda with_kv: self._host.on_commit(model, self._label, with_kv))
         return GapResult(
             model, moved, recomputed, vacancy.n_bytes, (now - loading_since) / 1e6, (now - began) / 1e6
         )  # fmt: skip
 
     def _limited(self, since_ns: int) -> Callable[[float], bool]:
         def on_progress(fraction: float) -> bool:
-            if self._is_stopping() or time.monotonic_ns() - since_ns > MOST_GAP_S * 1e9:
+            if self._host.is_stopping() or time.monotonic_ns() - since_ns > MOST_GAP_S * 1e9:
                 return False
-            return self._progress is None or self._progress(fraction) is not False
+            return self._host.progress is None or self._host.progress(fraction) is not False
 
         return on_progress
 
@@ -176,20 +171,20 @@ class Gap:
         """The new weights do not come: load the old ones again, and raise why."""
         reason = error.message if isinstance(error, MullamaError) else f"{type(error).__name__}: {error}"
         weights = self._weights
-        if self._is_stopping():
+        if self._host.is_stopping():
             weights.broken = ShuttingDown("the engine was closed during a change of weights")
             raise weights.broken from error
         log.warning("the new weights could not be loaded (%s): the old ones are loaded again", reason)
         try:
             model, _ = vacant.enter(
-                vacancy, path, weights.config, lambda fraction: not self._is_stopping(), since_ns=since
+                vacancy, path, weights.config, lambda fraction: not self._host.is_stopping(), since_ns=since
             )  # fmt: skip
         except BaseException as worse:
             weights.broken = EngineDead(
                 f"the new weights could not be loaded ({reason}), and the old ones not again ({worse})"
             )
             raise weights.broken from worse
-        self._on_model(model)
+        self._host.on_model(model)
         gap_ms = (time.monotonic_ns() - began) / 1e6
         kind = LoadCancelled if isinstance(error, LoadCancelled) else ModelLoadError
         raise kind(f"{reason}; the old weights are in charge again, after a gap of {gap_ms:.0f} ms") from error

@@ -19,7 +19,7 @@ from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError
 from mullama.types import SleepLevel
 
 if TYPE_CHECKING:
-    from mullama.engine.weights import Call, Weights
+    from mullama.engine.weights import Host, Weights
 
 
 @dataclass(slots=True, frozen=True)
@@ -34,10 +34,7 @@ class SleepReport:
 
 
 class Sleep:
-    """The sleep of one engine. ``fall`` and ``wake`` block, and are not for the engine thread; one at a time.
-
-    ``call`` runs a function there, ``on_model`` is told of each model that speaks for the engine.
-    """
+    """The sleep of one engine. ``fall`` and ``wake`` block, and are not for the engine thread; one at a time."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -55,10 +52,11 @@ class Sleep:
         """Of KV that waits in host memory outside the tier."""
         return self._vacancy.n_bytes if self._vacancy is not None else 0
 
-    def fall(self, level: SleepLevel, call: Call, on_model: Callable[[Model], None]) -> SleepReport:
+    def fall(self, level: SleepLevel, host: Host) -> SleepReport:
         """Free context and weights.
 
-        Raises ModelBusy while anything runs or LoRA adapters are loaded, InvalidRequest without a disk tier.
+        Raises ModelBusy while anything runs, the weights change or LoRA adapters are loaded, InvalidRequest without a
+        disk tier.
         """
         weights = self._weights
         if self._vacancy is not None:
@@ -67,15 +65,13 @@ class Sleep:
         on_disk = level is SleepLevel.DISK
         if on_disk and weights.kv.disk is None:
             raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR", param="level")
-        with weights.alone():
-            if reason := weights.why_fixed():
-                raise ModelBusy(reason, param="level")
+        with weights.alone("level"):
             substitute = stand_in(weights.core.model, weights.config)
             try:
-                call(lambda: self._store(on_disk)).result()
+                host.call(lambda: self._store(on_disk)).result()
                 if on_disk and weights.kv.disk is not None:
                     weights.kv.disk.flush()
-                report = call(lambda: self._leave(level, substitute, on_model, began)).result()
+                report = host.call(lambda: self._leave(level, substitute, host.on_model, began)).result()
             finally:
                 if self._vacancy is None:
                     substitute.close()
@@ -123,7 +119,7 @@ class Sleep:
             level, tokens, kv.tier.used + self._vacancy.n_bytes, disk_bytes, (time.monotonic() - began) * 1e3
         )
 
-    def wake(self, call: Call, on_model: Callable[[Model], None], is_stopping: Callable[[], bool]) -> float:
+    def wake(self, host: Host) -> float:
         """Load the weights again and go on; ms it took, 0 when it was awake.
 
         Raises ModelLoadError, also when the file has changed meanwhile: then it sleeps on, and may only be closed or
@@ -135,16 +131,16 @@ class Sleep:
         began = time.monotonic()
         if _identity(Path(self._path)) != self._identity:
             raise ModelLoadError(f"{self._path} has changed, or gone, while the model was asleep")
-        with self._weights.alone():
-            call(lambda: self._enter(vacancy, on_model, is_stopping)).result()
+        with self._weights.held():
+            host.call(lambda: self._enter(vacancy, host)).result()
         return (time.monotonic() - began) * 1e3
 
-    def _enter(self, vacancy: Vacancy, on_model: Callable[[Model], None], is_stopping: Callable[[], bool]) -> None:
+    def _enter(self, vacancy: Vacancy, host: Host) -> None:
         """Engine thread."""
-        model, _ = vacant.enter(vacancy, self._path, self._weights.config, lambda fraction: not is_stopping())
+        model, _ = vacant.enter(vacancy, self._path, self._weights.config, lambda fraction: not host.is_stopping())
         self._vacancy = None
         self._weights.in_gap = False
-        on_model(model)
+        host.on_model(model)
         if self._substitute is not None:
             self._substitute.close()
             self._substitute = None

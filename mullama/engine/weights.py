@@ -28,7 +28,7 @@ from mullama._core import Carrier, Context, Core, Model
 from mullama.engine import loading
 from mullama.engine.background import in_background
 from mullama.engine.gap import Gap, decide, needs_of, same_shape, stand_in
-from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine
+from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine, adapters_loaded
 from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
@@ -51,6 +51,18 @@ class Call(Protocol):
     """Engine.call: run a function on the engine thread."""
 
     def __call__(self, function: Callable[[], T], /) -> Future[T]: ...
+
+
+@dataclass(slots=True, frozen=True)
+class Host:
+    """What a change of weights needs of the engine, for as long as it takes: kept, it would be a cycle."""
+
+    call: Call
+    on_commit: Callable[[Model, str, bool], None]  # (model, label, with its KV): in charge now; on the engine thread
+    on_model: Callable[[Model], None]  # tokenises and renders chats from now on
+    is_stopping: Callable[[], bool]
+    progress: Callable[[float], bool | None] | None = None  # of loading; False cancels it
+    on_phase: Callable[[str], None] = lambda phase: None
 
 
 @dataclass(slots=True, frozen=True)
@@ -221,11 +233,11 @@ class Weights:
         self.core = core
         self.config = config
         self._one = threading.Lock()  # a swap at a time
-        self.why_fixed: Callable[[], str | None] = _nothing  # why there can be no swap now
+        self.adapters: Callable[[], list[str]] = list  # ids of those that lie on the weights
 
     def close(self) -> None:
         """Let go of the engine, so that nothing waits for the garbage collector."""
-        self._post, self.why_fixed = _ignore, _nothing
+        self._post, self.adapters = _ignore, list
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -236,6 +248,14 @@ class Weights:
             yield
         finally:
             self._one.release()
+
+    @contextlib.contextmanager
+    def alone(self, param: str) -> Iterator[None]:
+        """For who changes or frees the weights. Raises ModelBusy while somebody else does, or adapters lie on them."""
+        with self.held():
+            if names := self.adapters():
+                raise adapters_loaded(names, param=param)
+            yield
 
     def in_charge(self, carrier: Carrier) -> bool:
         """Whether a change has got so far that its weights take the steps."""
@@ -260,56 +280,31 @@ class Weights:
         path: str | Path,
         label: str,
         kv: KvMode,
-        call: Call,
-        on_commit: Callable[[Model, str, bool], None],
-        progress: Callable[[float], bool | None] | None = None,
-        on_phase: Callable[[str], None] = lambda phase: None,
+        host: Host,
         *,
         gap: GapMode = GapMode.AUTO,
         room: Room | None = None,
-        on_model: Callable[[Model], None],
-        is_stopping: Callable[[], bool],
     ) -> SwapReport:
         """Change the weights to those of a file. Blocks; not on the engine thread.
 
-        ``call`` runs a function on the engine thread, ``on_commit(model, label, with_kv)`` is called there when the new
-        weights are in charge. Where memory, or the budget's ``room``, does not hold both weights, ``gap`` says what may
-        be done; ``on_model`` is told then of each model that tokenises meanwhile.
+        Where memory, or the budget's ``room``, does not hold both weights, ``gap`` says what may be done.
 
-        Raises InvalidRequest (another swap is going on, or ``carry`` is not sound), NeedsAnotherEngine,
-        ModelLoadError (MemoryTooSmall): then the old weights stay. EngineDead: they went for a gap and did not come
-        back.
+        Raises ModelBusy (another swap is going on, adapters are loaded), InvalidRequest (``carry`` is not sound),
+        NeedsAnotherEngine, ModelLoadError (MemoryTooSmall): then the old weights stay. EngineDead: they went for a gap
+        and did not come back.
         """
-        with self.alone():
-            if reason := self.why_fixed():
-                raise ModelBusy(reason, param="to")
+        with self.alone("to"):
             began = time.monotonic_ns()
-            way = self._needs_gap(path, kv, call, gap, room)
+            way = self._needs_gap(path, kv, host.call, gap, room)
             if way is not None:
-                return self._swap_with_gap(
-                    path, label, way, call, on_commit, progress, on_phase, on_model, is_stopping, began
-                )
-            return in_background(lambda: self._swap(path, label, kv, call, on_commit, progress, on_phase))
+                return self._swap_with_gap(path, label, way, host, began)
+            return in_background(lambda: self._swap(path, label, kv, host))
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """One change at a time. Raises InvalidRequest while there is another one."""
-        if not self._one.acquire(blocking=False):
-            raise InvalidRequest("the weights of this model are being changed already", param="to")
-        try:
-            yield
-        finally:
-            self._one.release()
-
-    def _swap(
-        self, path: str | Path, label: str, kv: KvMode, call: Call,
-        on_commit: Callable[[Model, str, bool], None], progress: Callable[[float], bool | None] | None,
-        on_phase: Callable[[str], None],
-    ) -> SwapReport:  # fmt: skip
+    def _swap(self, path: str | Path, label: str, kv: KvMode, host: Host) -> SwapReport:
         began = time.monotonic_ns()
         old, before = self.core.model, self.seqs.weights
-        on_phase("loading")
-        model = loading.load_model(path, self.config, progress)
+        host.on_phase("loading")
+        model = loading.load_model(path, self.config, host.progress)
         try:
             faults.crash_point("swap:after-load")
             mode = self._mode(old, model, kv)
@@ -322,11 +317,11 @@ class Weights:
 
         def begin() -> None:
             carrier = Carrier(self.core, context)
-            self.active = Swap(self, carrier, mode, lambda with_kv: on_commit(model, label, with_kv), done)
+            self.active = Swap(self, carrier, mode, lambda with_kv: host.on_commit(model, label, with_kv), done)
 
-        on_phase("copying" if mode is KvMode.CARRY else "switching")
+        host.on_phase("copying" if mode is KvMode.CARRY else "switching")
         try:
-            call(begin).result()
+            host.call(begin).result()
             moved, recomputed, n_bytes, left = done.result()
         except BaseException as error:
             if self.core.context is not context:  # else it is in charge, and goes with the core
@@ -339,7 +334,7 @@ class Weights:
         pause_ns, first_ns = self._first_step(moved + recomputed, began)
         left.close()
         old.close()
-        self._reopen_disk(call)
+        self._reopen_disk(host.call)
         return SwapReport(
             kv=str(mode),
             weights_from=before,
@@ -353,10 +348,7 @@ class Weights:
             bytes_moved=n_bytes,
         )
 
-    def _needs_gap(
-        self, path: str | Path, kv: KvMode, call: Call, gap: GapMode,
-        room: Room | None,
-    ) -> KvMode | None:  # fmt: skip
+    def _needs_gap(self, path: str | Path, kv: KvMode, call: Call, gap: GapMode, room: Room | None) -> KvMode | None:
         """What becomes of the KV where the change needs a gap; None: there is room for both."""
         core = self.core
         if not Path(path).is_file():
@@ -374,32 +366,18 @@ class Weights:
             raise NeedsAnotherEngine(f"{path} has another shape", param="to")
         return KvMode.RECOMPUTE if way is KvMode.RECOMPUTE else mode
 
-    def _swap_with_gap(
-        self, path: str | Path, label: str, kv: KvMode, call: Call,
-        on_commit: Callable[[Model, str, bool], None], progress: Callable[[float], bool | None] | None,
-        on_phase: Callable[[str], None], on_model: Callable[[Model], None], is_stopping: Callable[[], bool],
-        began: int,
-    ) -> SwapReport:  # fmt: skip
+    def _swap_with_gap(self, path: str | Path, label: str, kv: KvMode, host: Host, began: int) -> SwapReport:
         before = self.seqs.weights
         substitute = stand_in(self.core.model, self.config)
         try:
-            gap = Gap(
-                self,
-                path,
-                kv,
-                substitute,
-                on_model=on_model,
-                on_commit=lambda model, with_kv: on_commit(model, label, with_kv),
-                progress=progress,
-                is_stopping=is_stopping,
-            )
-            on_phase("gap")
-            found = call(gap.run).result()
+            gap = Gap(self, path, label, kv, substitute, host)
+            host.on_phase("gap")
+            found = host.call(gap.run).result()
         finally:
             substitute.close()
         total_ms = (time.monotonic_ns() - began) / 1e6
         pause_ns, first_ns = self._first_step(found.moved + found.recomputed, began)
-        self._reopen_disk(call)
+        self._reopen_disk(host.call)
         return SwapReport(
             kv=str(kv),
             weights_from=before,
@@ -457,7 +435,3 @@ class Weights:
 
 def _ignore(command: Callable[[], None]) -> None:
     """What becomes of a command when the engine has ended."""
-
-
-def _nothing() -> None:
-    """No reason."""

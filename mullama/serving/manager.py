@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import copy
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -33,8 +31,9 @@ from mullama.errors import (
     QueueFull,
     ShuttingDown,
 )
+from mullama.serving.budget import Budget
 from mullama.serving.eviction import POLICIES, ModelPolicy, ModelView
-from mullama.serving.sleeping import SleepMethods
+from mullama.serving.idle import IdleMethods
 from mullama.serving.states import Lease, ModelState, Resident, Served
 from mullama.types import Room, SleepLevel
 
@@ -42,12 +41,10 @@ log = logging.getLogger(__name__)
 
 #: Load a model: (name, reference, progress) -> engine. Blocks; runs in a thread. ``progress`` returns False to cancel.
 Loader = Callable[[str, str, Callable[[float], bool]], EngineClient]
-FIRST_PAUSE_S = 0.5  # after the second failed load in a row; it doubles with each
-MOST_PAUSE_S = 30.0
 FOR_EVER = -1.0
 
 
-class ModelManager(SleepMethods):
+class ModelManager(IdleMethods):
     """The models of a server, in the order they were named; the first answers requests that name none.
 
     ``engines`` are loaded already, by name; ``load`` loads those that are asked for.
@@ -77,8 +74,7 @@ class ModelManager(SleepMethods):
         self.sleep_after_s = sleep_after_s  # idle seconds after which a model sleeps; < 0: never
         self.sleep_level = sleep_level
         self._load_engine = load
-        self.max_models = max_models
-        self.memory_budget = memory_budget
+        self.budget = Budget(max_models, memory_budget)
         self._max_waiting = max_waiting
         self._policy: ModelPolicy = cast(ModelPolicy, POLICIES.load(policy)())
         self._find = find
@@ -86,8 +82,6 @@ class ModelManager(SleepMethods):
         self._estimate = estimate
         self._clock = clock
         self._served: dict[str, Served] = {}
-        self._closing: dict[asyncio.Future[None], int] = {}  # engines that are being closed, and their bytes
-        self._left: dict[Resident, int] = {}  # replaced, and not closed yet; their bytes
         self._tasks: set[asyncio.Task[None]] = set()
         self._wanted: list[Served] = []  # to be loaded, in this order
         self._changed = asyncio.Event()  # somebody went idle, or came
@@ -240,7 +234,7 @@ class ModelManager(SleepMethods):
         served = self.get(name)
         if sum(len(one.waiters) for one in self._served.values()) >= self._max_waiting:
             raise QueueFull(f"{self._max_waiting} requests wait for models already", retry_after=1)
-        self._check_pause(served)
+        served.check_pause(self._clock())
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         served.waiters.append(waiter)
         self._want(served)
@@ -254,16 +248,6 @@ class ModelManager(SleepMethods):
             with contextlib.suppress(ValueError):
                 served.waiters.remove(waiter)
                 self._changed.set()  # the room may not be wanted any more
-
-    def _check_pause(self, served: Served) -> None:
-        """Raise the last load's error again while it is too early for another try."""
-        left = served.retry_at - self._clock()
-        if served.state is not ModelState.FAILED or served.failure is None or left <= 0:
-            return
-        error = copy.copy(served.failure).with_traceback(None)
-        if isinstance(error, MullamaError):
-            error.retry_after = math.ceil(left)
-        raise error
 
     def _want(self, served: Served) -> None:
         if served not in self._wanted:
@@ -369,9 +353,7 @@ class ModelManager(SleepMethods):
             if served.asleep is not None:
                 served.state = ModelState.ASLEEP
             if not is_ours:
-                served.n_failures, served.failure = served.n_failures + 1, error
-                pause = min(FIRST_PAUSE_S * 2.0 ** (min(served.n_failures, 20) - 2), MOST_PAUSE_S)
-                served.retry_at = self._clock() + (pause if served.n_failures > 1 else 0.0)
+                served.note_failure(error, self._clock())
             served.error = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
             if served.is_unwanted:
                 served.is_unwanted, served.error = False, None
@@ -385,19 +367,19 @@ class ModelManager(SleepMethods):
 
     async def _make_room(self, served: Served) -> None:
         """Unload others until ``served`` fits. Raises ModelBusy when it never can."""
-        if self.memory_budget and served.n_bytes > self.memory_budget:
+        if self.budget.n_bytes and served.n_bytes > self.budget.n_bytes:
             raise ModelBusy(
                 f"'{served.name}' needs {served.n_bytes >> 20} MiB, the budget for models is "
-                f"{self.memory_budget >> 20} MiB (--memory-budget)"
+                f"{self.budget.n_bytes >> 20} MiB (--memory-budget)"
             )
         asked: Served | None = None
         try:
-            while not self._fits(served) and served.waiters and not self._is_ending:
+            while not self.budget.fits(served, self.all()) and served.waiters and not self._is_ending:
                 self._changed.clear()
-                if self._left and self._fits(served, with_left=False):
+                if self.budget.left and self.budget.fits(served, self.all(), with_left=False):
                     await self._changed.wait()  # an engine that was replaced ends soon, and nobody needs to go
                     continue
-                sleeper = self._sleeper_in_the_way(served, self._missing(served))
+                sleeper = self._sleeper_in_the_way(served, self.budget.missing(served, self.all()))
                 if sleeper is not None:
                     log.info("%s: what it held asleep makes room for %s", sleeper.name, served.name)
                     await self._discard(sleeper)
@@ -413,8 +395,8 @@ class ModelManager(SleepMethods):
                 await self._changed.wait()
         finally:
             self._take_back(asked)
-        while len(self._closing) > 1 or (self._closing and not self._has_room_beside(served)):
-            await asyncio.wait(list(self._closing), return_when=asyncio.FIRST_COMPLETED)
+        while len(self.budget.closing) > 1 or (self.budget.closing and not self.budget.fits_beside(served, self.all())):
+            await asyncio.wait(list(self.budget.closing), return_when=asyncio.FIRST_COMPLETED)
 
     def _victim(self, served: Served) -> Served:
         """Whom the policy names to make room for ``served``: an idle one where there is one. Raises ModelBusy."""
@@ -447,35 +429,11 @@ class ModelManager(SleepMethods):
                 asked.state = ModelState.READY
                 self._answer(asked)
 
-    def _has_room_beside(self, served: Served) -> bool:
-        """Whether an engine may go on closing while ``served`` is loaded: its memory is not needed."""
-        if not self.memory_budget:
-            return False
-        loaded = sum(one.n_bytes for one in self._served.values() if one.resident is not None)
-        ending = sum(self._closing.values()) + sum(self._left.values())
-        return loaded + ending + self._asleep_bytes(served) + served.n_bytes <= self.memory_budget
-
-    def _missing(self, served: Served, *, with_left: bool = True) -> int:
-        """Bytes of the budget that are too few for it; 0 where it fits, or there is no budget."""
-        if not self.memory_budget:
-            return 0
-        loaded = sum(one.n_bytes for one in self._served.values() if one.resident is not None and one is not served)
-        left = sum(self._left.values()) if with_left else 0
-        return max(loaded + left + self._asleep_bytes(served) + served.n_bytes - self.memory_budget, 0)
-
-    def _fits(self, served: Served, *, with_left: bool = True) -> bool:
-        """Whether there is room for it; ``with_left``: beside the engines that were replaced and still drain."""
-        loaded = [one for one in self._served.values() if one.resident is not None and one is not served]
-        if self.max_models and len(loaded) >= self.max_models:
-            return False
-        return self._missing(served, with_left=with_left) == 0
-
     def _view(self, one: Served, now: float) -> ModelView:
         in_use = self._n_leases(one)
         return ModelView(one.name, one.n_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, in_use)
 
-    @staticmethod
-    def _n_leases(one: Served) -> int:
+    def _n_leases(self, one: Served) -> int:
         return one.resident.n_leases if one.resident is not None else 0
 
     async def _unload(self, served: Served, *, wait: bool = True) -> None:
@@ -492,15 +450,20 @@ class ModelManager(SleepMethods):
             return
         served.resident = None
         self._tell(served, None)
-        closing = asyncio.ensure_future(asyncio.to_thread(resident.engine.close))
-        self._closing[closing] = served.n_bytes
-        closing.add_done_callback(self._closing.pop)
+        closing = self._close(resident.engine, served.n_bytes)
         if wait:
             await closing
         if served.state is ModelState.UNLOADING and served.resident is None:  # it may be loading again already
             served.state = ModelState.UNLOADED
         if served.waiters:
             self._want(served)
+
+    def _close(self, engine: EngineClient, n_bytes: int) -> asyncio.Future[None]:
+        """In a thread; what it takes counts until it is done."""
+        closing = asyncio.ensure_future(asyncio.to_thread(engine.close))
+        self.budget.closing[closing] = n_bytes
+        closing.add_done_callback(self.budget.closing.pop)
+        return closing
 
     # -- by hand --------------------------------------------------------------------------------------------------
 
@@ -563,7 +526,7 @@ class ModelManager(SleepMethods):
         old = served.resident
         if old is None:
             raise ModelNotLoaded(f"'{name}' is not loaded", param="model")
-        self._left[old] = served.n_bytes
+        self.budget.left[old] = served.n_bytes
         # What a model takes beside its weights is taken to stay.
         served.n_bytes = max(served.n_bytes - old.engine.info.size_bytes, 0) + engine.info.size_bytes
         served.reference = reference or served.reference
@@ -572,13 +535,7 @@ class ModelManager(SleepMethods):
 
     def room(self, name: str) -> Room | None:
         """What the memory budget leaves other weights of a model; None: there is no budget."""
-        served = self.get(name)
-        if not self.memory_budget:
-            return None
-        others = sum(one.n_bytes for one in self._served.values() if one.resident is not None and one is not served)
-        others += self._asleep_bytes(served)
-        alone = self.memory_budget - others - sum(self._closing.values()) - sum(self._left.values())
-        return Room(alone - served.n_bytes, alone)
+        return self.budget.room(self.get(name), self.all())
 
     def give_up(self, name: str, error: MullamaError) -> None:
         """An engine has lost its weights for good: it is closed when nobody uses it; the next request loads anew."""
@@ -588,7 +545,7 @@ class ModelManager(SleepMethods):
             return
         served.resident = None
         served.state, served.error = ModelState.FAILED, error.message
-        self._left[resident] = served.n_bytes
+        self.budget.left[resident] = served.n_bytes
         self._tell(served, None)
         task = asyncio.get_running_loop().create_task(self.retire(resident))
         self._tasks.add(task)
@@ -597,57 +554,10 @@ class ModelManager(SleepMethods):
     async def retire(self, resident: Resident) -> None:
         """Close an engine that was replaced and that nobody uses any more."""
         await resident.idle()
-        n_bytes = self._left.pop(resident, 0)
-        closing = asyncio.ensure_future(asyncio.to_thread(resident.engine.close))
-        self._closing[closing] = n_bytes
-        closing.add_done_callback(self._closing.pop)
+        n_bytes = self.budget.left.pop(resident, 0)
+        closing = self._close(resident.engine, n_bytes)
         self._changed.set()  # its room is free as soon as it is closed
         await closing
-
-    # -- keep-alive -------------------------------------------------------------------------------------------------
-
-    def _watch_idle(self) -> None:
-        if self._reaper is None or self._reaper.done():
-            self._reaper = asyncio.get_running_loop().create_task(self._reap())
-        self._changed.set()
-
-    async def _reap(self) -> None:
-        """Unload what has been idle for longer than its keep-alive; let sleep what has been for long enough."""
-        while not self._is_ending:
-            due = [self._due(one) for one in self._served.values() if self._limits(one)]
-            if not due:
-                return
-            self._changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), max(min(due), 0.05))
-            for one in list(self._served.values()):
-                is_idle = one.state is ModelState.READY and not self._n_leases(one)
-                idle_s = self._clock() - one.last_used
-                if is_idle and 0 <= one.keep_alive_s <= idle_s:
-                    log.info("%s: unloaded after %.0f idle seconds", one.name, idle_s)
-                    await self._unload(one)
-                elif one.state is ModelState.ASLEEP and 0 <= one.keep_alive_s <= idle_s and not one.waiters:
-                    log.info("%s: given up in its sleep after %.0f idle seconds", one.name, idle_s)
-                    await self._discard(one)
-                elif is_idle and not one.cannot_sleep and 0 <= self.sleep_after_s <= idle_s:
-                    try:
-                        await self.sleep(one.name, self.sleep_level)
-                    except MullamaError as error:
-                        one.cannot_sleep = True
-                        log.warning("%s does not sleep: %s", one.name, error.message)
-
-    def _limits(self, one: Served) -> list[float]:
-        """Idle seconds after which something becomes of it."""
-        limits = [one.keep_alive_s] if one.resident is not None or one.state is ModelState.ASLEEP else []
-        if one.resident is not None and not one.cannot_sleep:
-            limits.append(self.sleep_after_s)
-        return [limit for limit in limits if limit >= 0]
-
-    def _due(self, one: Served) -> float:
-        """Seconds until its keep-alive ends; from when the last lease was given back."""
-        if self._n_leases(one):
-            return max(min(self._limits(one)), 1.0)  # its end wakes the watcher
-        return one.last_used + min(self._limits(one)) - self._clock()
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -655,7 +565,7 @@ class ModelManager(SleepMethods):
         """Every engine that is not closed, also those that were replaced."""
         falling = [one.falling.engine for one in self._served.values() if one.falling is not None]
         asleep = [engine for _, engine in self.asleep()]
-        return [*(engine for _, engine in self.items()), *(one.engine for one in self._left), *falling, *asleep]
+        return [*(engine for _, engine in self.items()), *(one.engine for one in self.budget.left), *falling, *asleep]
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new requests on every engine and wait up to ``seconds``. True: no request was cut."""
@@ -681,7 +591,7 @@ class ModelManager(SleepMethods):
             engine.close()
         for one in self._served.values():
             one.resident = one.asleep = None
-        self._left.clear()
+        self.budget.left.clear()
 
 
 def _unwanted(served: Served) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import enum
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mullama.engine.client import EngineClient
+from mullama.errors import MullamaError
 from mullama.types import SleepLevel
+
+FIRST_PAUSE_S = 0.5  # after the second failed load in a row; it doubles with each
+MOST_PAUSE_S = 30.0
 
 
 class ModelState(enum.StrEnum):
@@ -114,6 +120,22 @@ class Served:
     loaded_at: float = 0.0
     from_store: bool = False  # nobody named it: it is served because the store has it
     waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
+
+    def note_failure(self, error: Exception, now: float) -> None:
+        """A load failed; from the second one on the next has to wait, ever longer."""
+        self.n_failures, self.failure = self.n_failures + 1, error
+        pause = min(FIRST_PAUSE_S * 2.0 ** (min(self.n_failures, 20) - 2), MOST_PAUSE_S)
+        self.retry_at = now + (pause if self.n_failures > 1 else 0.0)
+
+    def check_pause(self, now: float) -> None:
+        """Raise the last load's error again while it is too early for another try."""
+        left = self.retry_at - now
+        if self.state is not ModelState.FAILED or self.failure is None or left <= 0:
+            return
+        error = copy.copy(self.failure).with_traceback(None)
+        if isinstance(error, MullamaError):
+            error.retry_after = math.ceil(left)
+        raise error
 
     @property
     def engine(self) -> EngineClient | None:

@@ -23,11 +23,11 @@ from mullama.errors import (
     BadModelFile,
     EngineDead,
     InvalidRequest,
-    ModelBusy,
     ModelLoadError,
     ModelNotLoaded,
     MullamaError,
     NeedsAnotherEngine,
+    adapters_loaded,
 )
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease, Resident, Served
@@ -196,11 +196,8 @@ class Swaps:
         self, served: Served, engine: SwappableEngine, target: Target, record: SwapRecord,
         progress: Callable[[str], None],
     ) -> dict[str, Any]:  # fmt: skip
-        if engine.adapters():
-            names = ", ".join(one["id"] for one in engine.adapters())
-            raise ModelBusy(
-                f"LoRA adapters are loaded ({names}): unload them before the weights are changed or freed", param="to"
-            )
+        if names := [one["id"] for one in engine.adapters()]:  # also where another engine would take over
+            raise adapters_loaded(names, param="to")
         size_before = engine.info.size_bytes
         if record.kv != "drain":
             try:

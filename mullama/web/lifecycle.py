@@ -67,7 +67,7 @@ class ModelTable:
         models = self._services.models
         rows = [row_of(one, models.now()) for one in models.all()]
         resp.data = orjson.dumps(
-            {"models": rows, "max_models": models.max_models, "memory_budget": models.memory_budget}
+            {"models": rows, "max_models": models.budget.max_models, "memory_budget": models.budget.n_bytes}
         )
 
 

@@ -12,7 +12,7 @@ import msgspec
 import orjson
 
 from mullama.engine.client import EngineClient
-from mullama.errors import AdapterNotFound, InvalidRequest, ModelNotFound
+from mullama.errors import AdapterNotFound, InvalidRequest, ModelNotFound, no_adapter
 from mullama.serving.adapters import find_adapter
 from mullama.serving.manager import ModelManager
 from mullama.types import LoraUse
@@ -104,8 +104,7 @@ def _one(adapter: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     for one in found:
         if one["id"] == adapter:
             return one
-    loaded = ", ".join(one["id"] for one in found) or "none"
-    raise AdapterNotFound(f"no adapter '{adapter[:80]}' is loaded; loaded adapters: {loaded}", param="id")
+    raise AdapterNotFound(no_adapter(adapter, [one["id"] for one in found]), param="id")
 
 
 async def load(engine: EngineClient, body: AdapterBody, *, may_read_files: bool) -> bytes:

@@ -548,7 +548,7 @@ def test_a_random_walk_keeps_the_laws(seed: int, max_models: int, by_memory: boo
         await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 15)
         assert not any(one.waiters for one in models.all())
         await models.drain(0)
-        await until(lambda: not models._closing and (models._worker is None or models._worker.done()))
+        await until(lambda: not models.budget.closing and (models._worker is None or models._worker.done()))
         models.close()
         assert [engine.n_closed for engine in world.engines] == [1] * len(world.engines)
 

@@ -284,7 +284,7 @@ def test_long_and_short_answers_never_lock_anybody_out(seed: int, max_models: in
         assert not any(one.waiters or one.gives_way for one in models.all())
         await models.drain(0)
         await until(lambda: models._worker is None or models._worker.done())
-        await until(lambda: not models._closing)
+        await until(lambda: not models.budget.closing)
         models.close()
         assert [engine.n_closed for engine in world.engines] == [1] * len(world.engines)
         assert not any(engine.closed_in_use for engine in world.engines)

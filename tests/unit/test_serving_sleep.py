@@ -1,4 +1,4 @@
-"""Models that sleep: who may, what they hold, and that whoever asks for one wakes it (serving/sleeping.py)."""
+"""Models that sleep: who may, what they hold, and that whoever asks for one wakes it (serving/idle.py)."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def test_a_budget_says_what_room_there_is() -> None:
         served = world.models.get("m")
         await world.swap()
         assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": Room(200 - 15 - served.n_bytes, 185)}
-        world.models.memory_budget = 0
+        world.models.budget.n_bytes = 0
         await world.swap()
         assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": None}
         with pytest.raises(InvalidRequest, match="gap: it must be one of auto, never"):

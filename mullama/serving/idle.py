@@ -1,4 +1,4 @@
-"""Sleep and wake for the manager of models: who may sleep, what a sleeping one holds, and how it comes back.
+"""What becomes of idle models: who is unloaded, who sleeps, what a sleeping one holds, and how it comes back.
 
 A sleeping model has no resident engine that anybody could reach: its engine waits in ``Served.asleep``. The next
 request wakes it where it would else be loaded, so that requests are coalesced, and others make room, as for every load.
@@ -7,7 +7,9 @@ request wakes it where it would else be loaded, so that requests are coalesced, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from mullama.engine.client import EngineClient
@@ -26,12 +28,16 @@ class SleepyEngine(EngineClient, Protocol):
     def wake(self) -> float: ...
 
 
-class SleepMethods:
+class IdleMethods:
     """Mixed into ModelManager. Event loop only."""
 
-    memory_budget: int
+    sleep_after_s: float
+    sleep_level: str
+    _changed: asyncio.Event
+    _clock: Callable[[], float]
+    _is_ending: bool
+    _reaper: asyncio.Task[None] | None
     _served: dict[str, Served]
-    _closing: dict[asyncio.Future[None], int]
     _tasks: set[asyncio.Task[None]]
 
     def get(self, name: str | None) -> Served:
@@ -43,7 +49,13 @@ class SleepMethods:
     def _answer(self, served: Served) -> None:
         raise NotImplementedError
 
-    def _watch_idle(self) -> None:
+    def _close(self, engine: EngineClient, n_bytes: int) -> asyncio.Future[None]:
+        raise NotImplementedError
+
+    async def _unload(self, served: Served, *, wait: bool = True) -> None:
+        raise NotImplementedError
+
+    def _n_leases(self, one: Served) -> int:
         raise NotImplementedError
 
     def _tell(self, served: Served, engine: EngineClient | None) -> None:
@@ -117,14 +129,7 @@ class SleepMethods:
             return
         if served.state is ModelState.ASLEEP:
             served.state = ModelState.UNLOADED
-        closing = asyncio.ensure_future(asyncio.to_thread(asleep.engine.close))
-        self._closing[closing] = asleep.host_bytes
-        closing.add_done_callback(self._closing.pop)
-        await closing
-
-    def _asleep_bytes(self, but: Served) -> int:
-        """Memory that sleeping models hold."""
-        return sum(one.asleep.host_bytes for one in self._served.values() if one.asleep is not None and one is not but)
+        await self._close(asleep.engine, asleep.host_bytes)
 
     def _sleeper_in_the_way(self, served: Served, missing: int) -> Served | None:
         """Who sleeps longest of those whose memory would help, where ``missing`` bytes of the budget are; else None."""
@@ -141,3 +146,46 @@ class SleepMethods:
     def asleep(self) -> list[tuple[str, EngineClient]]:
         """The sleeping ones, of which only ``memory_report`` may be asked."""
         return [(one.name, one.asleep.engine) for one in self._served.values() if one.asleep is not None]
+
+    def _watch_idle(self) -> None:
+        if self._reaper is None or self._reaper.done():
+            self._reaper = asyncio.get_running_loop().create_task(self._reap())
+        self._changed.set()
+
+    async def _reap(self) -> None:
+        """Unload what has been idle for longer than its keep-alive; let sleep what has been for long enough."""
+        while not self._is_ending:
+            due = [self._due(one) for one in self._served.values() if self._limits(one)]
+            if not due:
+                return
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), max(min(due), 0.05))
+            for one in list(self._served.values()):
+                is_idle = one.state is ModelState.READY and not self._n_leases(one)
+                idle_s = self._clock() - one.last_used
+                if is_idle and 0 <= one.keep_alive_s <= idle_s:
+                    log.info("%s: unloaded after %.0f idle seconds", one.name, idle_s)
+                    await self._unload(one)
+                elif one.state is ModelState.ASLEEP and 0 <= one.keep_alive_s <= idle_s and not one.waiters:
+                    log.info("%s: given up in its sleep after %.0f idle seconds", one.name, idle_s)
+                    await self._discard(one)
+                elif is_idle and not one.cannot_sleep and 0 <= self.sleep_after_s <= idle_s:
+                    try:
+                        await self.sleep(one.name, self.sleep_level)
+                    except MullamaError as error:
+                        one.cannot_sleep = True
+                        log.warning("%s does not sleep: %s", one.name, error.message)
+
+    def _limits(self, one: Served) -> list[float]:
+        """Idle seconds after which something becomes of it."""
+        limits = [one.keep_alive_s] if one.resident is not None or one.state is ModelState.ASLEEP else []
+        if one.resident is not None and not one.cannot_sleep:
+            limits.append(self.sleep_after_s)
+        return [limit for limit in limits if limit >= 0]
+
+    def _due(self, one: Served) -> float:
+        """Seconds until its keep-alive ends; from when the last lease was given back."""
+        if self._n_leases(one):
+            return max(min(self._limits(one)), 1.0)  # its end wakes the watcher
+        return one.last_used + min(self._limits(one)) - self._clock()
