@@ -39,3 +39,12 @@ def store_error(action: str, error: OSError) -> StoreError:
         return StoreError(f"cannot {action}: the disk is full")
     where = f" ({error.filename})" if error.filename else ""
     return StoreError(f"cannot {action}: {error.strerror or error}{where}")
+
+
+def identity_of(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does: inode, size, time of the last change. None: there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

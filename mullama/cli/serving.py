@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mullama.cli.loading import weights_of
 from mullama.engine import sizing
 from mullama.errors import MullamaError
+from mullama.files import identity_of
 from mullama.models.reference import parse_spec
 from mullama.models.store import Store
 from mullama.serving.durations import parse_duration
@@ -91,10 +91,10 @@ class Files:
         from mullama.serving.targets import known_digest
 
         known = self._known.get(reference)
-        if known is not None and _identity(known[1].path) == known[0]:
+        if known is not None and identity_of(known[1].path) == known[0]:
             return known[1]
         found = resolve_model(reference, store=self._store, pull=False)
-        identity = _identity(found.path)
+        identity = identity_of(found.path)
         digest, is_known = known_digest(found.entry)
         check_model(found.path, digest=digest, known_good=is_known)
         if identity is not None:
@@ -111,14 +111,6 @@ class Files:
         if known is not None and found is not None:
             self._sizes[reference] = (known[0], found)
         return found
-
-
-def _identity(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _load(name: str, reference: str, config: ServeConfig, files: Files, progress: Callable[[float], bool]) -> Engine:

@@ -16,6 +16,7 @@ from mullama._core import Model, Vacancy
 from mullama.engine import vacant
 from mullama.engine.gap import stand_in
 from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError
+from mullama.files import identity_of
 from mullama.types import SleepLevel
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Sleep:
                 if core.retained(slot)[0]:
                     kv.forget(slot)
         path = Path(core.model.path)
-        self._path, self._identity = str(path), _identity(path)
+        self._path, self._identity = str(path), identity_of(path)
         model = core.model
         on_model(substitute)
         try:
@@ -129,7 +130,7 @@ class Sleep:
         if vacancy is None:
             return 0.0
         began = time.monotonic()
-        if _identity(Path(self._path)) != self._identity:
+        if identity_of(Path(self._path)) != self._identity:
             raise ModelLoadError(f"{self._path} has changed, or gone, while the model was asleep")
         with self._weights.held():
             host.call(lambda: self._enter(vacancy, host)).result()
@@ -144,11 +145,3 @@ class Sleep:
         if self._substitute is not None:
             self._substitute.close()
             self._substitute = None
-
-
-def _identity(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
