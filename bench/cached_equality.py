@@ -95,62 +95,91 @@ def cached_equality(
     """``guard`` is entered around every block, for whoever shares the machine."""
     with guard():
         texts = prompts(context.prompts(), context.seed, context.count or COUNT)
-    answers: dict[str, list[Outcome]] = {name: [] for name in KINDS}
-    seconds = dict.fromkeys(KINDS, 0.0)
+    tally = Tally()
     with make_pool(context) as pool:
-        for at in range(0, len(texts), BLOCK):
-            with guard():
-                for name in KINDS:
-                    server = pool.use(name)
-                    made = [request(name, text, at + i) for i, text in enumerate(texts[at : at + BLOCK])]
-                    begun = time.monotonic()
-                    answers[name] += ask(server, made)
-                    seconds[name] += time.monotonic() - begun
-            common.progress(f"cached-equality: {min(at + BLOCK, len(texts))} of {len(texts)}")
-        with guard():
-            return results(texts, answers, seconds, Probe(pool.use(PEER + COMPUTING)))
+        try:
+            for at in range(0, len(texts), BLOCK):
+                block = texts[at : at + BLOCK]
+                with guard():
+                    answers, seconds = answer_block(pool, block, at)
+                    tally.add(block, answers, seconds, Probe(pool.use(PEER + COMPUTING)))
+                common.progress(f"cached-equality: {tally.n_prompts} of {len(texts)}; {tally.short()}")
+        except BaseException:  # what is judged is worth showing, whatever ended the rest
+            if tally.n_prompts:
+                common.progress(f"cached-equality ended after {tally.n_prompts} prompts; {tally.short()}")
+            raise
+    return tally.result()
 
 
-def results(
-    texts: Sequence[str], answers: dict[str, list[Outcome]], seconds: dict[str, float], probe: Probe
-) -> dict[str, Any]:
-    reference = answers[PEER + COMPUTING]
-    found: dict[str, Any] = {"prompts": len(texts), "max_tokens": OUT_TOKENS, "tie_gap": TIE_GAP}
-    rows = {}
-    for name, against in (
-        (MULLAMA, MULLAMA + COMPUTING),
-        (PEER, PEER + COMPUTING),
-        (MULLAMA + COMPUTING, PEER + COMPUTING),
-    ):
-        counts = {"exact": 0, "tie": 0, "different": 0}
-        cases = []
-        for text, known, ours, theirs in zip(texts, reference, answers[name], answers[against], strict=True):
-            verdict = verdict_of(text, known, theirs.text, ours.text, probe)
-            counts[verdict.kind] += 1
-            if verdict.kind != "exact":
-                cases.append(
-                    {
-                        "prompt_tokens": known.prompt_tokens,
-                        "cached_tokens": ours.cached_tokens,
-                        "verdict": verdict.kind,
-                        "gap": verdict.gap,
-                        "prompt": text,
-                        "computed": theirs.text,
-                        "text": ours.text,
-                    }
-                )
-        rows[f"{name} | {against}"] = counts | {"cases": cases}
-    found["against"] = rows
-    found["servers"] = {
-        name: {
-            "prompt_tokens": sum(out.prompt_tokens for out in outs),
-            "cached_tokens": sum(out.cached_tokens for out in outs),
-            "seconds": seconds[name],
+def answer_block(
+    pool: servers.Pool, texts: Sequence[str], first: int
+) -> tuple[dict[str, list[Outcome]], dict[str, float]]:
+    """What each server answers to all of them, and the seconds that took. ``first`` is the number of the first one."""
+    answers, seconds = {}, {}
+    for name in KINDS:
+        server = pool.use(name)
+        made = [request(name, text, first + i) for i, text in enumerate(texts)]
+        begun = time.monotonic()
+        answers[name] = ask(server, made)
+        seconds[name] = time.monotonic() - begun
+    return answers, seconds
+
+
+#: Whose texts are judged, against whose.
+PAIRS = ((MULLAMA, MULLAMA + COMPUTING), (PEER, PEER + COMPUTING), (MULLAMA + COMPUTING, PEER + COMPUTING))
+
+
+class Tally:
+    """The verdicts so far. A block is judged when it is answered, so a run that is cut short has counts to show."""
+
+    def __init__(self) -> None:
+        self.n_prompts = 0
+        self._rows: dict[str, dict[str, Any]] = {
+            f"{name} | {against}": {"exact": 0, "tie": 0, "different": 0, "cases": []} for name, against in PAIRS
         }
-        for name, outs in answers.items()
-    }
-    found["holds"] = rows[f"{MULLAMA} | {MULLAMA + COMPUTING}"]["different"] == 0
-    return found
+        self._servers = {name: {"prompt_tokens": 0, "cached_tokens": 0, "seconds": 0.0} for name in KINDS}
+
+    def add(
+        self, texts: Sequence[str], answers: dict[str, list[Outcome]], seconds: dict[str, float], probe: Probe
+    ) -> None:
+        self.n_prompts += len(texts)
+        for name, used in self._servers.items():
+            used["prompt_tokens"] += sum(out.prompt_tokens for out in answers[name])
+            used["cached_tokens"] += sum(out.cached_tokens for out in answers[name])
+            used["seconds"] += seconds[name]
+        for (name, against), row in zip(PAIRS, self._rows.values(), strict=True):
+            known = answers[PEER + COMPUTING]
+            for text, best, ours, theirs in zip(texts, known, answers[name], answers[against], strict=True):
+                verdict = verdict_of(text, best, theirs.text, ours.text, probe)
+                row[verdict.kind] += 1
+                if verdict.kind != "exact":
+                    row["cases"].append(
+                        {
+                            "prompt_tokens": best.prompt_tokens,
+                            "cached_tokens": ours.cached_tokens,
+                            "verdict": verdict.kind,
+                            "gap": verdict.gap,
+                            "prompt": text,
+                            "computed": theirs.text,
+                            "text": ours.text,
+                        }
+                    )
+
+    def short(self) -> str:
+        """One line: exact, tie and different of each server."""
+        return ", ".join(
+            f"{name.split(' | ')[0]} {row['exact']}+{row['tie']}+{row['different']}" for name, row in self._rows.items()
+        )
+
+    def result(self) -> dict[str, Any]:
+        return {
+            "prompts": self.n_prompts,
+            "max_tokens": OUT_TOKENS,
+            "tie_gap": TIE_GAP,
+            "against": self._rows,
+            "servers": self._servers,
+            "holds": self._rows[f"{MULLAMA} | {MULLAMA + COMPUTING}"]["different"] == 0,
+        }
 
 
 class Probe:

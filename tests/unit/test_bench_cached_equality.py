@@ -10,7 +10,7 @@ from test_bench_equality import LOGPROBS, REFERENCE
 
 from bench import cached_equality
 from bench.answers import Outcome
-from bench.cached_equality import COMPUTING, KINDS, Probe, prompts, report, request, results, verdict_of
+from bench.cached_equality import COMPUTING, KINDS, Probe, Tally, prompts, report, request, verdict_of
 from bench.context import MULLAMA, PEER
 from bench.prompts import PromptMaker
 from bench.servers import Server
@@ -93,11 +93,18 @@ def test_the_counts_say_whether_it_holds() -> None:
     same = [out(REFERENCE, logprobs=LOGPROBS, prompt_tokens=9, cached_tokens=0) for _ in texts]
     cached = [out(REFERENCE, cached_tokens=8), out("The the dog"), out("The the cat Bern")]
     answers = {MULLAMA: same, MULLAMA + COMPUTING: same, PEER: cached, PEER + COMPUTING: same}
-    found = results(texts, answers, dict.fromkeys(KINDS, 1.5), Asked([]))
+    tally = Tally()
+    for block in (slice(0, 1), slice(1, 3)):
+        part = {name: outs[block] for name, outs in answers.items()}
+        tally.add(texts[block], part, dict.fromkeys(KINDS, 1.5), Asked([]))
+    assert tally.short() == "mullama 3+0+0, llama-server 1+1+1, mullama, computing 3+0+0"
+    found = tally.result()
     theirs = found["against"][f"{PEER} | {PEER + COMPUTING}"]
     assert (theirs["exact"], theirs["tie"], theirs["different"]) == (1, 1, 1)
     assert [case["verdict"] for case in theirs["cases"]] == ["tie", "different"]
-    assert found["holds"] and found["servers"][PEER]["cached_tokens"] == 8
+    assert found["holds"] and found["servers"][PEER] == {"prompt_tokens": 0, "cached_tokens": 8, "seconds": 3.0}
     assert "3 prompts" in report(found)
     swapped = {MULLAMA: cached, MULLAMA + COMPUTING: same, PEER: same, PEER + COMPUTING: same}
-    assert not results(texts, swapped, dict.fromkeys(KINDS, 1.5), Asked([]))["holds"]
+    other = Tally()
+    other.add(texts, swapped, dict.fromkeys(KINDS, 1.5), Asked([]))
+    assert not other.result()["holds"]

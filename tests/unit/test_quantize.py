@@ -261,17 +261,23 @@ def test_show_with_a_context(tmp_path: Path, store: Store, capsys: pytest.Captur
     assert "memory of one request of 512 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel shares no cores among sessions")
 def test_a_child_yields_to_other_sessions_too() -> None:
-    """Its nice value alone would count among the processes of its own session only."""
+    """Its nice value alone would count among the processes of its own session only.
+
+    A kernel may share no cores among sessions, and a process of no session of its own says nothing in that file.
+    """
     code = (
         "import os; from pathlib import Path; from mullama.models import child; child.become_child(15); "
-        "child.yield_to_other_sessions(15); print(os.nice(0), Path('/proc/self/autogroup').read_text())"
+        "child.yield_to_other_sessions(15); group = Path('/proc/self/autogroup'); "
+        "print(os.nice(0), group.read_text() if group.exists() else '')"
     )
-    mine = Path("/proc/self/autogroup").read_text().split()[-1]
-    for own_session, expected in ((True, "15"), (False, mine)):
+    group = Path("/proc/self/autogroup")
+    mine = group.read_text().split()[-1:] if group.exists() else []
+    for own_session in (True, False):
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, start_new_session=own_session, timeout=60)
-        nice, *_, session = done.stdout.split()
-        assert (nice, session) == (str(min(os.nice(0) + 15, 19)), expected)
-    assert Path("/proc/self/autogroup").read_text().split()[-1] == mine
+        assert done.returncode == 0, done.stderr
+        nice, *said = done.stdout.split()
+        assert nice == str(min(os.nice(0) + 15, 19))
+        assert said[-1:] in ([["15"], []] if own_session else [mine])
+    assert (group.read_text().split()[-1:] if group.exists() else []) == mine
