@@ -15,6 +15,7 @@ gate      parts of the loop alone, for tests
 cells     KV in and out of the slots: rows, checkpoints, copies
 swap      other weights under a running loop
 vacancy   a loop without weights for a while
+divergence  how far two models are apart
 quantize  llama.cpp's quantisation, for a process of its own
 """
 
@@ -22,6 +23,7 @@ from mullama._core.adapters import Adapter
 from mullama._core.arbiter import Arbiter, arbiter
 from mullama._core.cells import Cells
 from mullama._core.context import Context
+from mullama._core.divergence import Divergence
 from mullama._core.gate import StopText
 from mullama._core.governor import Governor
 from mullama._core.loop import Core
@@ -43,6 +45,7 @@ __all__ = [
     "Cells",
     "Context",
     "Core",
+    "Divergence",
     "Governor",
     "Model",
     "Page",

@@ -1,9 +1,11 @@
-"""Parts of the loop alone, for tests: the gate that text passes, and the scans of a row of logits."""
+"""Parts of the core alone, for tests: the gate that text passes, the scans of a row of logits, and how far two are."""
 
 from libc.stdint cimport int32_t
+from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.divergence cimport kl_divergence
 from mullama._core.llama cimport *
 from mullama._core.loop cimport TextGate, scan_argmax, scan_top_k
 
@@ -43,3 +45,15 @@ def scan(logits, int k=0):
         return None if n < 0 else n
     n = scan_top_k(x.data(), <int32_t> x.size(), k, out)
     return None if n < 0 else [out[i].id for i in range(n)]
+
+
+def kl(p, q):
+    """(divergence in nats, whether both have the same largest one) of two rows of logits; None: not all are usable."""
+    cdef vector[float] a = p, b = q
+    cdef double found = 0
+    cdef cbool same_top = False
+    if a.size() != b.size() or a.empty():
+        raise ValueError("two rows of the same length are compared")
+    if not kl_divergence(a.data(), b.data(), <int32_t> a.size(), found, same_top):
+        return None
+    return found, bool(same_top)

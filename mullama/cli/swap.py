@@ -28,16 +28,17 @@ from mullama.cli.remote import Server, server_options
     show_default=True,
     help="Whether the old weights may be freed first where memory does not hold both.",
 )
+@click.option("--kl", is_flag=True, help="Measure how far the new weights are from the old ones; takes seconds more.")
 @server_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(name: str, to: str, kv: str, gap: str, url: str, key: str, as_json: bool) -> None:
+def command(name: str, to: str, kv: str, gap: str, kl: bool, url: str, key: str, as_json: bool) -> None:
     """Let the served model NAME go on with other weights; no request is dropped.
 
     TO is a quantisation such as Q4_0 (made when there is none), a reference, or a file of the server.
     """
     server = Server(url, key)
     path = f"/internal/models/{quote(name, safe='/:')}/swap"
-    found = server.post(path, {"to": to, "kv": kv, "gap": gap}, timeout_s=None)
+    found = server.post(path, {"to": to, "kv": kv, "gap": gap, "kl": kl}, timeout_s=None)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -48,8 +49,17 @@ def _line(found: dict[str, Any]) -> str:
     pause = "nothing ran" if found["pause_ms"] is None else f"a pause of {found['pause_ms']:.1f} ms"
     if found.get("gap_ms") is not None:
         pause += f", a gap of {found['gap_ms']:.0f} ms without weights"
+    apart = "" if found.get("kl") is None else f"; {_apart(found['kl'], found['kl_detail'])}"
     moved, recomputed = found["sequences_moved"], found["sequences_recomputed"]
     return (
         f"{found['model']}: {found['weights_from']} -> {found['weights_to']} in {found['total_ms']:.0f} ms "
-        f"({found['kv']}: {pause}, {moved} sequences went on, {recomputed} are computed again)"
+        f"({found['kv']}: {pause}, {moved} sequences went on, {recomputed} are computed again){apart}"
+    )
+
+
+def _apart(kl: float, detail: dict[str, Any]) -> str:
+    on = "carried KV" if detail["carried"] is not None else "KV of their own"
+    return (
+        f"{kl:.4f} nats from the old weights on {on}, the same best token at {detail['same_top']:.0%} of "
+        f"{detail['tokens']} places"
     )

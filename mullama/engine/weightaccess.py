@@ -10,13 +10,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mullama.engine import handover, loading
+from mullama.engine import comparing, handover, loading
 from mullama.engine.weights import Host, SwapReport
 from mullama.errors import EngineDead, InvalidRequest, ModelBusy, ModelLoadError, NeedsAnotherEngine, ShuttingDown
 from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Room, SleepLevel
 
 if TYPE_CHECKING:
     from mullama._core import Core, Model
+    from mullama.config import ServeConfig
     from mullama.engine.adapters import Adapters
     from mullama.engine.engine import Engine
     from mullama.engine.policy import PolicyHost
@@ -32,6 +33,7 @@ Choice = TypeVar("Choice", KvMode, GapMode, SleepLevel)
 class WeightMethods:
     """Mixed into Engine. What blocks is not for an event loop's thread."""
 
+    config: ServeConfig
     info: ModelInfo
     model: Model
     _adapters: Adapters
@@ -67,6 +69,7 @@ class WeightMethods:
         kv: KvMode | str = KvMode.AUTO,
         gap: GapMode | str = GapMode.AUTO,
         room: Room | None = None,
+        kl: bool = False,
         progress: Callable[[float], bool | None] | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> SwapReport:
@@ -75,6 +78,7 @@ class WeightMethods:
         ``label`` names the new weights in profiles (default: the file's stem). ``kv``: ``carry`` the KV cache over (two
         quantisations of one model), ``recompute`` it, or ``auto``. Where memory, or the ``room`` of a budget, does not
         hold both, the old ones are freed first and everything pauses (``gap``: ``auto``), or it is refused (``never``).
+        ``kl``: the report says how far the new weights are from the old ones, which takes some seconds more.
         Not for an event loop's thread. Raises InvalidRequest, ModelLoadError (MemoryTooSmall), ModelBusy while LoRA
         adapters are loaded, or NeedsAnotherEngine for a model of another shape or vocabulary: then the old weights
         stay in charge. EngineDead: after a gap neither could be loaded.
@@ -93,6 +97,7 @@ class WeightMethods:
                 self._host(progress, on_phase),
                 gap=gap_mode,
                 room=room,
+                kl=kl,
             )
         except ModelLoadError:
             if self._closed:  # the old model was closed under the comparison
@@ -163,13 +168,38 @@ class WeightMethods:
         """Free a LoRA adapter that no request uses (see EngineClient)."""
         self._adapters.unload(id, self.call)
 
+    def texts_for(self, other: Engine) -> comparing.Texts:
+        """Tokens of what runs or is cached here, to ``compare`` another engine on. Blocks.
+
+        Raises InvalidRequest where they would mean something else to its model.
+        """
+        if not self._same_vocab(other):
+            raise comparing.not_comparable(other.info.weights)
+        return self.call(lambda: comparing.texts_of(self._core)).result()
+
+    def compare(self, other: Engine, texts: comparing.Texts) -> dict[str, Any]:
+        """How far the other engine's model is from this one's: ``kl`` and ``kl_detail`` of a swap's report. Blocks."""
+        found = comparing.try_to_compare(
+            self.model,
+            other.model,
+            texts,
+            self.config,
+            carry=False,
+            goes_on=lambda: not (self._stopping or other._stopping),
+            locks=[self._weights.comparing, other._weights.comparing],
+        )
+        return comparing.in_report(found)
+
+    def _same_vocab(self, other: Engine) -> bool:
+        return self.info.n_vocab == other.info.n_vocab and self.model.vocab_digest() == other.model.vocab_digest()
+
     def hand_over(self, other: Engine) -> int:
         """Let another engine go on with what waits and runs here, from its tokens or its text; nothing is dropped.
 
         Returns how many requests went over; one that does not fit the other's context ends here. Blocks; not on the
         engine threads or an event loop. The caller sees that no new requests come here.
         """
-        same = self.info.n_vocab == other.info.n_vocab and self.model.vocab_digest() == other.model.vocab_digest()
+        same = self._same_vocab(other)
         travellers = self.call(
             lambda: handover.leave(
                 self._core, self._seqs, self._reader, other, other.info.n_ctx - 1, same_vocab=same

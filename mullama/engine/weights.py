@@ -27,6 +27,7 @@ from mullama import abi, faults
 from mullama._core import Carrier, Context, Core, Model
 from mullama.engine import loading
 from mullama.engine.background import in_background
+from mullama.engine.comparing import Compared, in_report, not_comparable, texts_of, try_to_compare
 from mullama.engine.gap import Gap, decide, needs_of, same_shape, stand_in
 from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine, adapters_loaded
 from mullama.types import GapMode, KvMode, Room
@@ -82,9 +83,11 @@ class SwapReport:
     bytes_moved: int
     mode: str = "beside"  # the old ones, until the new ones were in charge; or "gap": they were freed first
     gap_ms: float | None = None  # without any weights
+    compared: Compared | None = None  # with the old ones, where that was asked for
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        found = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items() if k != "compared"}
+        return found | in_report(self.compared)
 
 
 def why_unsound(old: Model, new: Model) -> str | None:
@@ -233,11 +236,14 @@ class Weights:
         self.core = core
         self.config = config
         self._one = threading.Lock()  # a swap at a time
+        self.comparing = threading.Lock()  # held while the model is read beside the engine
         self.adapters: Callable[[], list[str]] = list  # ids of those that lie on the weights
 
     def close(self) -> None:
         """Let go of the engine, so that nothing waits for the garbage collector."""
         self._post, self.adapters = _ignore, list
+        with self.comparing:
+            pass  # whoever compares has seen that the engine stops
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -284,31 +290,38 @@ class Weights:
         *,
         gap: GapMode = GapMode.AUTO,
         room: Room | None = None,
+        kl: bool = False,
     ) -> SwapReport:
         """Change the weights to those of a file. Blocks; not on the engine thread.
 
-        Where memory, or the budget's ``room``, does not hold both weights, ``gap`` says what may be done.
+        Where memory, or the budget's ``room``, does not hold both weights, ``gap`` says what may be done. ``kl``: say
+        how far the new ones are from the old (comparing.py), which keeps the old ones for some seconds more.
 
-        Raises ModelBusy (another swap is going on, adapters are loaded), InvalidRequest (``carry`` is not sound),
-        NeedsAnotherEngine, ModelLoadError (MemoryTooSmall): then the old weights stay. EngineDead: they went for a gap
-        and did not come back.
+        Raises ModelBusy (another swap is going on, adapters are loaded), InvalidRequest (``carry`` is not sound, or
+        the two cannot be compared), NeedsAnotherEngine, ModelLoadError (MemoryTooSmall): then the old weights stay.
+        EngineDead: they went for a gap and did not come back.
         """
         with self.alone("to"):
             began = time.monotonic_ns()
             way = self._needs_gap(path, kv, host.call, gap, room)
             if way is not None:
+                if kl:
+                    raise InvalidRequest(
+                        "kl: memory does not hold both weights, so they cannot be compared", param="kl"
+                    )
                 return self._swap_with_gap(path, label, way, host, began)
-            return in_background(lambda: self._swap(path, label, kv, host))
+            return in_background(lambda: self._swap(path, label, kv, host, kl))
 
-    def _swap(self, path: str | Path, label: str, kv: KvMode, host: Host) -> SwapReport:
+    def _swap(self, path: str | Path, label: str, kv: KvMode, host: Host, kl: bool) -> SwapReport:
         began = time.monotonic_ns()
         old, before = self.core.model, self.seqs.weights
         host.on_phase("loading")
         model = loading.load_model(path, self.config, host.progress)
         try:
             faults.crash_point("swap:after-load")
-            mode = self._mode(old, model, kv)
+            mode = self._mode(old, model, kv, kl)
             context = self.core.context.like(model)
+            texts = host.call(lambda: texts_of(self.core)).result() if kl else []
         except BaseException:
             model.close()
             raise
@@ -333,6 +346,18 @@ class Weights:
         total_ms = (time.monotonic_ns() - began) / 1e6
         pause_ns, first_ns = self._first_step(moved + recomputed, began)
         left.close()
+        compared = None
+        if kl:
+            host.on_phase("comparing")
+            compared = try_to_compare(
+                old,
+                model,
+                texts,
+                self.config,
+                carry=mode is KvMode.CARRY,
+                goes_on=lambda: not host.is_stopping(),
+                locks=[self.comparing],
+            )
         old.close()
         self._reopen_disk(host.call)
         return SwapReport(
@@ -346,6 +371,7 @@ class Weights:
             sequences_moved=moved,
             sequences_recomputed=recomputed,
             bytes_moved=n_bytes,
+            compared=compared,
         )
 
     def _needs_gap(self, path: str | Path, kv: KvMode, call: Call, gap: GapMode, room: Room | None) -> KvMode | None:
@@ -359,7 +385,7 @@ class Weights:
             return None
         newcomer = Model(path, vocab_only=True)
         try:
-            mode = self._mode(core.model, newcomer, kv)
+            mode = self._mode(core.model, newcomer, kv, False)
         finally:
             newcomer.close()
         if not same_shape(core.model.path, path):
@@ -393,13 +419,15 @@ class Weights:
             gap_ms=found.gap_ms,
         )
 
-    def _mode(self, old: Model, new: Model, kv: KvMode) -> KvMode:
+    def _mode(self, old: Model, new: Model, kv: KvMode, kl: bool) -> KvMode:
         reason = why_unsound(old, new)
         if reason is None:
             return KvMode.CARRY if kv is KvMode.AUTO else kv
         if kv is KvMode.CARRY:
             raise InvalidRequest(f"the KV cache cannot be carried over to {new.path}: {reason}", param="kv")
         if old.n_vocab != new.n_vocab or old.vocab_digest() != new.vocab_digest():
+            if kl:
+                raise not_comparable(new.path)
             raise NeedsAnotherEngine(f"{new.path} is another model: {reason}", param="to")
         return KvMode.RECOMPUTE
 

@@ -47,10 +47,14 @@ class SwappableEngine(EngineClient, Protocol):
 
     def swap_weights(
         self, path: Any, *, label: str = "", kv: Any = "auto", gap: Any = "auto", room: Room | None = None,
-        on_phase: Callable[[str], None] = ...,
+        kl: bool = False, on_phase: Callable[[str], None] = ...,
     ) -> Any: ...  # fmt: skip
 
     def hand_over(self, other: Any) -> int: ...
+
+    def texts_for(self, other: Any) -> Any: ...
+
+    def compare(self, other: Any, texts: Any) -> dict[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -63,6 +67,7 @@ class SwapRecord:
     kv: str
     started: float  # Unix time
     gap: str = "auto"
+    kl: bool = False  # whether the report is to say how far the new weights are from the old ones
     phase: str = "resolving"
     state: str = "running"  # done, failed
     done: int = 0  # of the phase, in its own unit
@@ -119,9 +124,17 @@ class Swaps:
         return next((one for one in self.history if one.id == swap_id), None)
 
     def begin(
-        self, name: str, to: str, kv: str = "auto", *, gap: str = "auto", may_read_files: bool = False
+        self,
+        name: str,
+        to: str,
+        kv: str = "auto",
+        *,
+        gap: str = "auto",
+        kl: bool = False,
+        may_read_files: bool = False,
     ) -> SwapRecord:
-        """Start a swap; it goes on whoever waits for it. ``kv`` and ``gap`` are names of KvMode and GapMode.
+        """Start a swap; it goes on whoever waits for it. ``kv`` and ``gap`` are names of KvMode and GapMode; ``kl``
+        measures how far the new weights are from the old ones.
 
         Raises InvalidRequest, ModelNotFound, ModelNotLoaded.
         """
@@ -136,7 +149,7 @@ class Swaps:
             raise ModelNotLoaded(f"'{served.name}' is not loaded: there is nothing to swap", param="model")
         if served.name in self._busy:
             raise InvalidRequest(f"the weights of '{served.name}' are being changed already", param="to")
-        record = SwapRecord(f"swap-{next(self._ids)}", served.name, to, kv, time.time(), gap)
+        record = SwapRecord(f"swap-{next(self._ids)}", served.name, to, kv, time.time(), gap, kl)
         self.history.append(record)
         self._busy.add(served.name)
         task = asyncio.get_running_loop().create_task(self._run(served, record, may_read_files))
@@ -208,6 +221,7 @@ class Swaps:
                     kv=record.kv,
                     gap=record.gap,
                     room=self._models.room(served.name),
+                    kl=record.kl,
                     on_phase=progress,
                 )
             except NeedsAnotherEngine as error:
@@ -217,23 +231,25 @@ class Swaps:
                 served.reference, served.n_bytes = target.reference, beside + engine.info.size_bytes
                 found: dict[str, Any] = report.to_dict()
                 return {**found, "way": "in_place"}
-        return await self._side_by_side(served, engine, target, record.kv, progress)
+        return await self._side_by_side(served, engine, target, record, progress)
 
     async def _side_by_side(
-        self, served: Served, old: SwappableEngine, target: Target, kv: str, progress: Callable[[str], None]
-    ) -> dict[str, Any]:
+        self, served: Served, old: SwappableEngine, target: Target, record: SwapRecord,
+        progress: Callable[[str], None],
+    ) -> dict[str, Any]:  # fmt: skip
         began = time.monotonic()
         weights_before = old.info.weights
         progress("loading")
         new = await asyncio.to_thread(self._load, served.name, target)
         load_ms = (time.monotonic() - began) * 1e3
         try:
+            texts = await asyncio.to_thread(old.texts_for, new) if record.kl else None
             resident = self._models.replace(served.name, new, reference=target.reference)
         except BaseException:
             await asyncio.to_thread(new.close)
             raise
         moved, first_ms = 0, None
-        if kv != "drain":
+        if record.kv != "drain":
             progress("handing over")
             try:
                 moved = await asyncio.to_thread(old.hand_over, new)
@@ -242,11 +258,15 @@ class Swaps:
                 log.exception("%s: what runs ends with the old weights", served.name)
         # Leases on the old engine also stand for requests that go on in the new one.
         guard = self._models.hold(served.name)
+        compared = {"kl": None, "kl_detail": None}
+        if record.kl:
+            progress("comparing")
+            compared = await asyncio.to_thread(old.compare, new, texts)
         retiring = asyncio.get_running_loop().create_task(self._retire(resident, guard))
         self._tasks.add(retiring)
         retiring.add_done_callback(self._tasks.discard)
         return {
-            "kv": "drain" if kv == "drain" else "recompute",
+            "kv": "drain" if record.kv == "drain" else "recompute",
             "weights_from": weights_before,
             "weights_to": new.info.weights,
             "load_ms": round(load_ms, 3),
@@ -258,6 +278,7 @@ class Swaps:
             "way": "side_by_side",
             "mode": "beside",
             "gap_ms": None,
+            **compared,
         }
 
     async def _first_token(self, engine: EngineClient, began: float) -> float | None:

@@ -31,11 +31,12 @@ class PinBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class SwapBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """``to``: a quantisation, a reference, or (for the admin) a path."""
+    """``to``: a quantisation, a reference, or (for the admin) a path. ``kl``: measure how far it is from the old."""
 
     to: str
     kv: str = "auto"
     gap: str = "auto"
+    kl: bool = False
 
 
 class SleepBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -212,7 +213,7 @@ class ModelActions:
         """Other weights under a name. 200 with the report when done, 202 with ``?wait=false``; progress as events."""
         body: SwapBody = await self._body(req, SwapBody)
         may_read = bool(self._services.config.admin_key)
-        record = self._services.swaps.begin(name, body.to, body.kv, gap=body.gap, may_read_files=may_read)
+        record = self._services.swaps.begin(name, body.to, body.kv, gap=body.gap, kl=body.kl, may_read_files=may_read)
         if "text/event-stream" in (req.get_header("Accept") or ""):
             stream = SwapStream(record, self._services.ping_seconds, req.receive)
             self._services.end_at_shutdown(stream)

@@ -23,6 +23,7 @@ from mullama._core import (
     Cells,
     Context,
     Core,
+    Divergence,
     Governor,
     Model,
     Page,
@@ -106,6 +107,10 @@ def refilled(core: Core) -> Vacancy:
     return vacancy
 
 
+def against_itself(core: Core) -> Divergence:
+    return Divergence(core.context.like(core.model), core.context.like(core.model))
+
+
 def handed(core: Core) -> Core:
     """A preempted sequence that went to another core and ended there."""
     other = Core(core.model, n_slots=1, n_ctx=256, n_batch=64)
@@ -161,6 +166,9 @@ CALLS: dict[str, Callable[..., bool]] = {
     "context.Context.buffers": lambda c: {b[0] for b in c.context.buffers()} == {"weights", "full", "compute"},
     "context.Context.cell_bytes": lambda c: c.context.cell_bytes() == {"full": c.context.token_bytes},
     "context.Context.memory": lambda c: sum(c.context.memory()["weights"].values()) > 0,
+    "divergence.Divergence": lambda c: isinstance(against_itself(c), Divergence),
+    "divergence.Divergence.measure": lambda c: against_itself(c).measure([104, 105, 106], 2)[1] == 2,
+    "gate.kl": lambda: mullama._core.gate.kl([1.0, 2.0], [1.0, 2.0]) == (0.0, True),
     "swap.Carrier": lambda k: isinstance(k, Carrier),
     "swap.Carrier.target": lambda k: isinstance(k.target, Context),
     "swap.Carrier.warm": lambda k: k.warm() in (True, False),

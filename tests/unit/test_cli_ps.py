@@ -100,7 +100,7 @@ def test_swap(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "a/b: Q8_0 -> Q4_0 in 300 ms" in out
     assert "a pause of 7.2 ms, 4 sequences went on, 0 are computed again" in out
-    body = {"to": "Q4_0", "kv": "carry", "gap": "auto"}
+    body = {"to": "Q4_0", "kv": "carry", "gap": "auto", "kl": False}
     assert remote.asked == [("POST", "/internal/models/a/b%20c/swap", body, None)]
     remote.body = json.dumps(REPORT | {"pause_ms": None}).encode()
     assert main(["swap", "a", "Q4_0"]) == 0
@@ -108,10 +108,19 @@ def test_swap(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
     remote.body = json.dumps(REPORT | {"mode": "gap", "gap_ms": 412.3}).encode()
     assert main(["swap", "a", "Q4_0", "--gap", "never"]) == 0
     assert "a gap of 412 ms without weights" in capsys.readouterr().out
-    assert remote.asked[-1][2] == {"to": "Q4_0", "kv": "auto", "gap": "never"}
+    assert remote.asked[-1][2] == {"to": "Q4_0", "kv": "auto", "gap": "never", "kl": False}
     remote.body = json.dumps(REPORT | {"pause_ms": None}).encode()
     assert main(["swap", "a", "Q4_0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pause_ms"] is None
+    detail = {"carried": 0.0062, "recomputed": 0.03, "same_top": 0.958, "tokens": 72}
+    remote.body = json.dumps(REPORT | {"kl": 0.0062, "kl_detail": detail}).encode()
+    assert main(["swap", "a", "Q4_0", "--kl"]) == 0
+    expected = "0.0062 nats from the old weights on carried KV, the same best token at 96% of 72 places"
+    assert expected in capsys.readouterr().out
+    assert remote.asked[-1][2] == {"to": "Q4_0", "kv": "auto", "gap": "auto", "kl": True}
+    remote.body = json.dumps(REPORT | {"kl": 0.03, "kl_detail": detail | {"carried": None}}).encode()
+    assert main(["swap", "a", "Q4_0", "--kl"]) == 0
+    assert "0.0300 nats from the old weights on KV of their own" in capsys.readouterr().out
 
 
 def test_lora(remote: Remote, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -145,7 +154,7 @@ def test_a_gap_is_told(remote: Remote, capsys: pytest.CaptureFixture[str]) -> No
     remote.body = json.dumps(REPORT | {"gap_ms": 812.3}).encode()
     assert main(["swap", "a", "Q4_0", "--gap", "never"]) == 0
     assert "a gap of 812 ms without weights" in capsys.readouterr().out
-    assert remote.asked[0][2] == {"to": "Q4_0", "kv": "auto", "gap": "never"}
+    assert remote.asked[0][2] == {"to": "Q4_0", "kv": "auto", "gap": "never", "kl": False}
 
 
 def test_sleep_and_wake(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,7 @@ class Swappable(Engine):
     error: Exception | None = None
     asked: dict[str, Any] | None = None
     n_handed = 3
+    is_foreign = False
 
     def swap_weights(
         self,
@@ -47,10 +48,11 @@ class Swappable(Engine):
         kv: str = "auto",
         gap: str = "auto",
         room: Any = None,
+        kl: bool = False,
         on_phase: Any = None,
     ) -> Report:
         on_phase("loading")
-        self.asked = {"kv": kv, "gap": gap, "room": room}
+        self.asked = {"kv": kv, "gap": gap, "room": room} | ({"kl": True} if kl else {})
         if self.error:
             raise self.error
         if self.needs_another:
@@ -61,6 +63,15 @@ class Swappable(Engine):
     def hand_over(self, other: Any) -> int:
         assert other is not self
         return self.n_handed
+
+    def texts_for(self, other: Any) -> list[list[int]]:
+        if self.is_foreign:
+            raise InvalidRequest("kl: another vocabulary", param="kl")
+        return [[1, 2, 3]]
+
+    def compare(self, other: Any, texts: list[list[int]]) -> dict[str, Any]:
+        assert texts == [[1, 2, 3]] and self.n_closed == 0 and other.n_closed == 0
+        return {"kl": 0.25, "kl_detail": {"tokens": 2}}
 
 
 class SwapWorld(World):
@@ -199,6 +210,31 @@ def test_what_cannot_begin() -> None:
             with pytest.raises(error):
                 world.swaps.begin(*arguments)
         assert not world.swaps.history
+
+    play(test())
+
+
+def test_how_far_the_new_weights_are() -> None:
+    async def test() -> None:
+        world = SwapWorld()
+        await world.swap(kl=True)
+        assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": None, "kl": True}
+        for kv in ("drain", "recompute"):
+            world.engine.needs_another = True
+            record = await world.swap("other", kv, kl=True)
+            assert record.report is not None
+            assert record.report.items() >= {"kl": 0.25, "kl_detail": {"tokens": 2}, "way": "side_by_side"}.items()
+            world.engine = world.made[-1]
+        record = await world.swap("other", "drain")
+        assert record.report is not None and record.report["kl"] is None
+        world.engine = world.made[-1]
+        world.engine.is_foreign = True
+        record = await world.swap("third", "drain", kl=True)
+        assert (record.state, str(record.error)) == ("failed", "kl: another vocabulary")
+        assert world.made[-1].n_closed == 1  # and the old one goes on
+        lease = await world.models.lease("m")
+        assert lease.engine is cast(EngineClient, world.engine)
+        lease.release()
 
     play(test())
 

@@ -49,13 +49,14 @@ class Engine(FakeEngine):
         kv: str = "auto",
         gap: str = "auto",
         room: Any = None,
+        kl: bool = False,
         on_phase: Any = None,
     ) -> Any:
         on_phase("copying")
 
         class Report:
             def to_dict(self) -> dict[str, Any]:
-                return {"kv": "carry", "pause_ms": 1.0, "weights_to": label}
+                return {"kv": "carry", "pause_ms": 1.0, "weights_to": label, "kl": 0.01 if kl else None}
 
         return Report()
 
@@ -167,6 +168,7 @@ def test_pins(world: World) -> None:
         ("swap", {"to": ""}),
         ("swap", {"to": "Q4_0", "kv": "keep"}),
         ("swap", {"to": "Q4_0", "gap": "maybe"}),
+        ("swap", {"to": "Q4_0", "kl": "yes"}),
         ("swap", b"{"),
         ("share", {"weight": "much"}),
     ],
@@ -201,12 +203,13 @@ def test_actions_take_the_admin_key(config: ServeConfig, action: str) -> None:
 def test_swap_and_history(world: World) -> None:
     found = world.client.post("/internal/models/fake/swap", {"to": "Q4_0", "kv": "carry"}).json
     assert found.items() >= {"state": "done", "kv": "carry", "weights_to": "Q4_0", "way": "in_place"}.items()
-    assert world.may_read == [False]
+    assert found["kl"] is None and world.may_read == [False]
+    assert world.client.post("/internal/models/fake/swap", {"to": "Q4_0", "kl": True}).json["kl"] == 0.01
     world.error = ReferenceNotFound("no such thing")
     failed = world.client.post("/internal/models/fake/swap", {"to": "x"})
     assert (failed.status, failed.error["message"]) == (404, "no such thing")
     history = world.client.get("/internal/swaps").json["swaps"]
-    assert [one["state"] for one in history] == ["failed", "done"]
+    assert [one["state"] for one in history] == ["failed", "done", "done"]
     assert world.client.get(f"/internal/swaps/{found['id']}").json == found
     assert world.client.get("/internal/swaps/nosuch").status == 404
     assert world.models.get("fake").n_requests == 0
