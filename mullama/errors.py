@@ -95,11 +95,9 @@ class ModelBusy(MullamaError):
 
 
 def adapters_loaded(names: Iterable[str], *, param: str) -> ModelBusy:
-    """What forbids that the weights go while LoRA adapters lie on them."""
+    """What forbids that another engine takes over from one whose weights LoRA adapters lie on."""
     told = ", ".join(names)
-    return ModelBusy(
-        f"LoRA adapters are loaded ({told}): unload them before the weights are changed or freed", param=param
-    )
+    return ModelBusy(f"LoRA adapters are loaded ({told}): unload them before another model takes over", param=param)
 
 
 class AdapterNotFound(NotFound):

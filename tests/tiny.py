@@ -85,11 +85,13 @@ class _Builder:
         w.add_layer_norm_rms_eps(1e-5)
         w.add_vocab_size(N_VOCAB)
 
-    def vocabulary(self, chat_template: str | None, add_bos: bool) -> None:
+    def vocabulary(self, chat_template: str | None, add_bos: bool, turned: bool) -> None:
         w = self.writer
         w.add_tokenizer_model("gpt2")
         w.add_tokenizer_pre("gpt-2")
-        w.add_token_list(TOKENS)
+        wide, long = TOKENS[WIDE_TOKEN : LONG_TOKEN + 1]
+        turned_pair = [long, wide] if turned else [wide, long]
+        w.add_token_list([*TOKENS[:WIDE_TOKEN], *turned_pair, *TOKENS[LONG_TOKEN + 1 :]])
         w.add_token_types(TYPES)
         w.add_token_merges(MERGES)
         w.add_bos_token_id(BOS)
@@ -162,11 +164,13 @@ def build(
     add_bos: bool = False,
     seed: int = 7,
     rope_base: float | None = None,
+    turned: bool = False,
 ) -> Path:
-    """Write the tiny model of an architecture to ``path`` and return it. Other seeds are other weights of one shape."""
+    """Write the tiny model of an architecture to ``path`` and return it. Other seeds are other weights of one shape;
+    ``turned`` is another vocabulary of the same size, in which two tokens have changed places."""
     n_layer = {"llama": 2, "gemma3": 3, "mamba": 2, "lfm2": 3}[arch]
     b = _Builder(path, arch, n_layer, seed=seed)
-    b.vocabulary(chat_template, add_bos)
+    b.vocabulary(chat_template, add_bos, turned)
     b.rope_base = rope_base or b.rope_base
     if arch == "llama":
         b.heads()

@@ -8,6 +8,7 @@ from mullama._core.model cimport Model
 cdef extern from "lora.h" namespace "mullama" nogil:
     cppclass Lora:
         void free()
+        void exchange(Lora & other)
     ctypedef shared_ptr[Lora] LoraPtr "mullama::LoraPtr"
     cppclass LoraSet:
         cbool is_new
@@ -16,7 +17,7 @@ cdef extern from "lora.h" namespace "mullama" nogil:
     size_t lora_bytes(const LoraPtr & lora)
     size_t lora_host_bytes(const LoraPtr & lora)
     size_t lora_tensors(const LoraPtr & lora)
-    LoraSetPtr new_set(const llama_model * model) except +
+    LoraSetPtr new_set() except +
     cbool add_to_set(const LoraSetPtr & set, const LoraPtr & lora, float scale) except +
     cbool same_set(const LoraSetPtr & a, const LoraSetPtr & b)
     cbool use_set(llama_context * ctx, const LoraSetPtr & set)
@@ -24,13 +25,15 @@ cdef extern from "lora.h" namespace "mullama" nogil:
 
 cdef class Adapter:
     cdef LoraPtr lora
-    cdef readonly Model model          # that it was loaded onto
+    cdef readonly Model model          # that it is on, or was
+    cdef readonly bint is_on           # so that it can be used
     cdef readonly str path
     cdef readonly size_t n_bytes
     cdef readonly size_t n_host_bytes  # of them, in this process's memory
     cdef readonly size_t n_matrices    # of the model that it changes
 
     cdef void release(self) noexcept
+    cdef void take_off(self) noexcept
 
 
 cdef LoraSetPtr build_set(Model model, adapters) except *

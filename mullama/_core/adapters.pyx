@@ -2,6 +2,8 @@
 
     adapter = Adapter(model, path)             any thread; the GIL is released, and the model may be in use
     core.open(…, adapters=[(adapter, 1.0)])    that sequence's set
+    adapter.exchange(twin)                     the same file on another model: its sequences go on with that
+    adapter.leave(), adapter.enter(model)      it is freed with its model for a while, and its sequences stay
     adapter.close()                            when no sequence and no context uses it
 
 llama.cpp applies adapters to a context, so that one decode has one set: the loop groups sequences by their sets.
@@ -46,6 +48,7 @@ cdef class Adapter:
             raise ModelLoadError(f"{self.path}: {_last_error('llama.cpp refused it')}")
         self.model = model
         model.n_users += 1
+        self.is_on = True
         self.n_bytes = lora_bytes(self.lora)
         self.n_host_bytes = lora_host_bytes(self.lora)
         self.n_matrices = lora_tensors(self.lora)
@@ -56,11 +59,42 @@ cdef class Adapter:
             self.release()
 
     cdef void release(self) noexcept:
-        if self.lora.get() is not NULL:
+        self.take_off()
+        self.lora.reset()
+
+    cdef void take_off(self) noexcept:
+        if self.is_on:
             with nogil:
                 dereference(self.lora).free()
-            self.lora.reset()
+            self.is_on = False
             self.model.n_users -= 1
+
+    def leave(self):
+        """Free what is on the model, and stay for the sets that hold it: with them nothing is computed meanwhile.
+
+        No context may have it in charge. Idempotent.
+        """
+        self.take_off()
+
+    def enter(self, Model model not None):
+        """Load it again, onto this model. Raises ModelLoadError with llama.cpp's reason: then it is as it was."""
+        if self.is_on:
+            raise RuntimeError(f"{self.path} is on a model already")
+        self.exchange(Adapter(model, self.path))
+
+    def exchange(self, Adapter twin not None):
+        """Go on with what ``twin`` is, which another model may be under, and leave it what this one was.
+
+        Sets that hold this one use the other's model from now on. No context may have either in charge.
+        """
+        if self.lora.get() is NULL or twin.lora.get() is NULL:
+            raise RuntimeError(f"{self.path} was closed")
+        dereference(self.lora).exchange(dereference(twin.lora))
+        self.model, twin.model = twin.model, self.model
+        self.is_on, twin.is_on = twin.is_on, self.is_on
+        self.n_bytes, twin.n_bytes = twin.n_bytes, self.n_bytes
+        self.n_host_bytes, twin.n_host_bytes = twin.n_host_bytes, self.n_host_bytes
+        self.n_matrices, twin.n_matrices = twin.n_matrices, self.n_matrices
 
     @property
     def n_sets(self):
@@ -79,14 +113,14 @@ cdef LoraSetPtr build_set(Model model, adapters) except *:
     cdef LoraSetPtr found
     cdef Adapter one
     for one, scale in adapters:
-        if one.lora.get() is NULL or one.model is not model:
+        if not one.is_on or one.model is not model:
             raise ValueError(f"the adapter {one.path} was closed or is of another model")
         if not math.isfinite(scale):
             raise ValueError("the scale of an adapter must be a finite number")
         if scale == 0:
             continue
         if found.get() is NULL:
-            found = new_set(model.ptr)
+            found = new_set()
         if not add_to_set(found, one.lora, scale):
             raise ValueError(f"the adapter {one.path} is named twice")
     return found

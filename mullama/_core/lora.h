@@ -11,9 +11,11 @@
 
 namespace mullama {
 
-// An adapter on a model. The model's list of adapters is changed under one lock, whoever loads or frees.
+// An adapter on a model, or on none for a while. The model's list of adapters is changed under one lock, whoever loads
+// or frees.
 struct Lora {
     llama_adapter_lora * ptr = nullptr;
+    const llama_model * model = nullptr;
 
     static std::mutex & lock() {
         static std::mutex mutex;
@@ -30,7 +32,14 @@ struct Lora {
             const std::lock_guard<std::mutex> guard(lock());
             llama_adapter_lora_free(ptr);
             ptr = nullptr;
+            model = nullptr;
         }
+    }
+
+    // Whoever holds one of them goes on with what the other one was.
+    void exchange(Lora & other) {
+        std::swap(ptr, other.ptr);
+        std::swap(model, other.model);
     }
 };
 
@@ -41,6 +50,7 @@ inline LoraPtr load_lora(llama_model * model, const char * path) {
     auto lora = std::make_shared<Lora>();
     const std::lock_guard<std::mutex> guard(Lora::lock());
     lora->ptr = llama_adapter_lora_init(model, path);
+    lora->model = model;
     return lora->ptr != nullptr ? lora : nullptr;
 }
 
@@ -65,18 +75,13 @@ inline size_t lora_tensors(const LoraPtr & lora) { return lora->ptr->ab_map.size
 
 // Adapters of one model with their scales, in an order that is the same for equal sets. No set at all is the bare model.
 struct LoraSet {
-    const llama_model * model = nullptr;
     std::vector<std::pair<LoraPtr, float>> parts;
     bool is_new = true; // it was in charge of no decode yet
 };
 
 using LoraSetPtr = std::shared_ptr<LoraSet>;
 
-inline LoraSetPtr new_set(const llama_model * model) {
-    auto set = std::make_shared<LoraSet>();
-    set->model = model;
-    return set;
-}
+inline LoraSetPtr new_set() { return std::make_shared<LoraSet>(); }
 
 // False: the set has this adapter already.
 inline bool add_to_set(const LoraSetPtr & set, const LoraPtr & lora, float scale) {
@@ -92,7 +97,7 @@ inline bool add_to_set(const LoraSetPtr & set, const LoraPtr & lora, float scale
 }
 
 inline bool same_set(const LoraSetPtr & a, const LoraSetPtr & b) {
-    return a == b || (a && b && a->model == b->model && a->parts == b->parts);
+    return a == b || (a && b && a->parts == b->parts);
 }
 
 // Let a context compute with a set from now on. False: an adapter is gone, or of another model.
@@ -101,11 +106,8 @@ inline bool use_set(llama_context * ctx, const LoraSetPtr & set) noexcept {
         std::vector<llama_adapter_lora *> loras;
         std::vector<float> scales;
         if (set) {
-            if (set->model != llama_get_model(ctx)) {
-                return false;
-            }
             for (const auto & part : set->parts) {
-                if (part.first->ptr == nullptr) {
+                if (part.first->ptr == nullptr || part.first->model != llama_get_model(ctx)) {
                     return false;
                 }
                 loras.push_back(part.first->ptr);

@@ -205,11 +205,6 @@ cdef class Parking(Slots):
         """Host memory of the saved KV of preempted sequences."""
         return self.counters.parked_bytes
 
-    def set_parked_adapters(self, Parked parked not None, adapters):
-        """The same for a preempted sequence."""
-        cdef LoraSetPtr lora = build_set(self.model, adapters)
-        parked.slot.lora = lora
-
     def damage_parked(self, Parked parked not None):
         """Fault injection for tests: the saved KV of a preempted sequence no longer is what llama.cpp wrote."""
         cdef size_t n = parked.state.size() // 2

@@ -372,14 +372,6 @@ cdef class Slots(Machine):
         elif s.state == MULLAMA_SLOT_RETAINED:
             self.clear_slot(slot)
 
-    def set_adapters(self, int slot, adapters):
-        """Let a running sequence go on with these (Adapter, scale), after its model was changed."""
-        self.check_slot(slot)
-        if not self.slots[slot].open():
-            raise RuntimeError(f"slot {slot} has no running sequence")
-        cdef LoraSetPtr lora = build_set(self.model, adapters)
-        self.slots[slot].lora = lora
-
     def drop_adapters(self):
         """See that the context holds no adapter, so that one that no sequence uses can be closed."""
         self.check_slot(0)

@@ -1,7 +1,8 @@
 """The LoRA adapters of an engine: loaded beside the weights, chosen by requests, unloaded when nobody uses them.
 
 A request names adapters when it is submitted, and has them until it ends. Loading and unloading happen while others
-are answered, one at a time, and never while the weights are being changed.
+are answered, one at a time, and never while the weights are being changed. Other weights get the same adapters, and
+requests go on with theirs: ``twins`` and ``take_over``, or ``leave`` and ``enter`` where the old weights go first.
 """
 
 from __future__ import annotations
@@ -75,6 +76,9 @@ class LoadedAdapter:
 #: What computes a sequence beside the weights.
 Chosen = tuple[tuple[LoadedAdapter, float], ...]
 
+#: Adapters with what they are on another model.
+Twins = list[tuple[LoadedAdapter, Adapter]]
+
 
 def check_id(text: str) -> str:
     """Raises InvalidRequest for what is no id of an adapter."""
@@ -112,10 +116,6 @@ class Adapters:
         with self._lock:
             return list(self._loaded.values())
 
-    def ids(self) -> list[str]:
-        """Of those that are loaded."""
-        return [one.id for one in self.all()]
-
     # -- requests -------------------------------------------------------------------------------------------------
 
     def choose(self, seq: LiveSequence, request: Request) -> tuple[LoraUse, ...]:
@@ -150,6 +150,51 @@ class Adapters:
             with self._lock:
                 for one, _ in seq.adapters:
                     one.n_requests -= 1
+
+    # -- changes of the weights; who makes one has them (Weights.held) -------------------------------------------------
+
+    def check_on(self, path: str | Path) -> None:
+        """See that all can be laid on the model of another file, too. Blocks.
+
+        Raises ModelBusy for one that is not of such a model, BadModelFile for one that has gone or changed.
+        """
+        for one in self.all():
+            try:
+                facts = check_adapter(one.path, path)
+            except AdapterMismatch as error:
+                raise ModelBusy(
+                    f"the LoRA adapter '{one.id}' does not fit the new weights ({error.message}); unload it first",
+                    param="to",
+                ) from None
+            if facts.digest != one.facts.digest:
+                raise BadModelFile(f"{one.path}: the file of the adapter '{one.id}' has changed", param="to")
+
+    def twins(self, model: Model) -> Twins:
+        """All of them loaded onto another model as well, for ``take_over``. Raises BadModelFile: then none is."""
+        found: Twins = []
+        try:
+            for one in self.all():
+                found.append((one, _load(model, one.path, one.facts)))
+        except BaseException:
+            close_twins(found)
+            raise
+        return found
+
+    def take_over(self, twins: Twins) -> None:
+        """Go on with the twins, whose model is in charge now; they are the old ones then. Engine thread."""
+        for one, twin in twins:
+            one.native.exchange(twin)
+
+    def leave(self) -> None:
+        """Free what lies on a model that is to go, after its context. Engine thread."""
+        for one in self.all():
+            one.native.leave()
+
+    def enter(self, model: Model) -> None:
+        """Load all again, onto this model. Raises BadModelFile: then none is. Engine thread."""
+        twins = self.twins(model)
+        self.take_over(twins)
+        close_twins(twins)
 
     # -- loading --------------------------------------------------------------------------------------------------
 
@@ -198,7 +243,8 @@ class Adapters:
             if one.n_requests:
                 raise AdapterBusy(f"{one.n_requests} requests use the adapter '{name}' now", param="id", retry_after=1)
             del self._loaded[name]
-        self._core.drop_adapters()
+        if not self._core.is_vacant:
+            self._core.drop_adapters()
         one.native.close()
 
     def close(self, live: list[LiveSequence]) -> None:
@@ -210,6 +256,12 @@ class Adapters:
             seq.parked = None  # a preempted sequence holds on to its adapters
         for one in loaded:
             one.native.close()
+
+
+def close_twins(twins: Twins) -> None:
+    """Free the twins, whichever of the two they are."""
+    for _, twin in twins:
+        twin.close()
 
 
 def _load(model: Model, path: Path, facts: AdapterFacts) -> Adapter:

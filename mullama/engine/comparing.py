@@ -82,9 +82,10 @@ def texts_of(core: Core) -> Texts:
         return found
     slots = [core.slot_info(slot) for slot in range(core.n_slots)]
     for state, _, _, tokens, _ in sorted(slots, key=lambda info: (info[0] == RETAINED, -info[4])):
-        text = window(tokens)
-        if state and len(text) > TAIL + 1 and text not in found:
-            found.append(text)
+        if state and len(tokens) > TAIL + 1:
+            text = window(tokens)
+            if text not in found:
+                found.append(text)
     return found[:SEQUENCES]
 
 

@@ -116,7 +116,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             self._policy.shadow = self._make_shadow(config.shadow_scheduler, None)
         self._wait = threading.Condition()
         self._adapters = Adapters(core, self._weights, self._wait)
-        self._weights.adapters = self._adapters.ids
+        self._weights.adapters = self._adapters
         self._commands: deque[Callable[[], None]] = deque()
         self._calls: set[Future[Any]] = set()  # of call(), not answered yet
         self._takes_none = False  # it sleeps, or falls asleep; under the lock

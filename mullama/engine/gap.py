@@ -140,13 +140,19 @@ class Gap:
         self._host.on_model(self._substitute)
         weights.in_gap = True
         try:
-            vacancy = vacant.leave(core)
+            vacancy = vacant.leave(core, weights.adapters)
             since = vacancy.held_ns if is_busy else 0
             faults.crash_point("swap:in-gap")
             loading_since = time.monotonic_ns()
             try:
                 model, moved = vacant.enter(
-                    vacancy, self._path, config, self._limited(loading_since), since_ns=since, is_swap=True
+                    vacancy,
+                    self._path,
+                    config,
+                    self._limited(loading_since),
+                    weights.adapters,
+                    since_ns=since,
+                    is_swap=True,
                 )
             except BaseException as error:
                 self._go_back(vacancy, old_path, error, began, since)
@@ -177,8 +183,13 @@ class Gap:
         log.warning("the new weights could not be loaded (%s): the old ones are loaded again", reason)
         try:
             model, _ = vacant.enter(
-                vacancy, path, weights.config, lambda fraction: not self._host.is_stopping(), since_ns=since
-            )  # fmt: skip
+                vacancy,
+                path,
+                weights.config,
+                lambda fraction: not self._host.is_stopping(),
+                weights.adapters,
+                since_ns=since,
+            )
         except BaseException as worse:
             weights.broken = EngineDead(
                 f"the new weights could not be loaded ({reason}), and the old ones not again ({worse})"

@@ -56,8 +56,7 @@ class Sleep:
     def fall(self, level: SleepLevel, host: Host) -> SleepReport:
         """Free context and weights.
 
-        Raises ModelBusy while anything runs, the weights change or LoRA adapters are loaded, InvalidRequest without a
-        disk tier.
+        Raises ModelBusy while anything runs or the weights change, InvalidRequest without a disk tier.
         """
         weights = self._weights
         if self._vacancy is not None:
@@ -66,7 +65,7 @@ class Sleep:
         on_disk = level is SleepLevel.DISK
         if on_disk and weights.kv.disk is None:
             raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR", param="level")
-        with weights.alone("level"):
+        with weights.held():
             substitute = stand_in(weights.core.model, weights.config)
             try:
                 host.call(lambda: self._store(on_disk)).result()
@@ -109,7 +108,7 @@ class Sleep:
         model = core.model
         on_model(substitute)
         try:
-            self._vacancy = vacant.leave(core)
+            self._vacancy = vacant.leave(core, self._weights.adapters)
         except BaseException:
             on_model(model)
             raise
@@ -138,9 +137,12 @@ class Sleep:
 
     def _enter(self, vacancy: Vacancy, host: Host) -> None:
         """Engine thread."""
-        model, _ = vacant.enter(vacancy, self._path, self._weights.config, lambda fraction: not host.is_stopping())
+        weights = self._weights
+        model, _ = vacant.enter(
+            vacancy, self._path, weights.config, lambda fraction: not host.is_stopping(), weights.adapters
+        )
         self._vacancy = None
-        self._weights.in_gap = False
+        weights.in_gap = False
         host.on_model(model)
         if self._substitute is not None:
             self._substitute.close()

@@ -15,13 +15,16 @@ from mullama.engine import loading
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
+    from mullama.engine.adapters import Adapters
 
 
-def leave(core: Core) -> Vacancy:
-    """Save the KV of all slots, then free context and weights. Raises before anything is freed, if at all."""
+def leave(core: Core, adapters: Adapters | None) -> Vacancy:
+    """Save the KV of all slots, then free context, adapters and weights. Raises before anything is freed, if at all."""
     vacancy = Vacancy(core)
     model = core.model
     vacancy.leave()
+    if adapters is not None:
+        adapters.leave()
     model.close()
     return vacancy
 
@@ -31,11 +34,12 @@ def enter(
     path: str | Path,
     config: ServeConfig,
     progress: Callable[[float], bool | None] | None,
+    adapters: Adapters | None,
     *,
     since_ns: int = 0,
     is_swap: bool = False,
 ) -> tuple[Model, int]:
-    """Load a file and go on with it: (the model, sequences that run again). See Vacancy.fill.
+    """Load a file, lay the adapters on it and go on: (the model, sequences that run again). See Vacancy.fill.
 
     Whatever it raises (ModelLoadError, InvalidRequest, ComputeFailed), the core is vacant as before.
     """
@@ -43,9 +47,13 @@ def enter(
     try:
         context = vacancy.core.context.like(model)
         try:
+            if adapters is not None:
+                adapters.enter(model)
             return model, vacancy.fill(context, since_ns=since_ns, is_swap=is_swap)
         except BaseException:
             context.close()
+            if adapters is not None:
+                adapters.leave()
             raise
     except BaseException:
         model.close()

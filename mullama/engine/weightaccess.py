@@ -79,8 +79,8 @@ class WeightMethods:
         quantisations of one model), ``recompute`` it, or ``auto``. Where memory, or the ``room`` of a budget, does not
         hold both, the old ones are freed first and everything pauses (``gap``: ``auto``), or it is refused (``never``).
         ``kl``: the report says how far the new weights are from the old ones, which takes some seconds more.
-        Not for an event loop's thread. Raises InvalidRequest, ModelLoadError (MemoryTooSmall), ModelBusy while LoRA
-        adapters are loaded, or NeedsAnotherEngine for a model of another shape or vocabulary: then the old weights
+        Not for an event loop's thread. Raises InvalidRequest, ModelLoadError (MemoryTooSmall), ModelBusy where a LoRA
+        adapter does not fit, or NeedsAnotherEngine for a model of another shape or vocabulary: then the old weights
         stay in charge. EngineDead: after a gap neither could be loaded.
         """
         mode = _choice(KvMode, kv, "kv")

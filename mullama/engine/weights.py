@@ -26,14 +26,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from mullama import abi, faults
 from mullama._core import Carrier, Context, Core, Model
 from mullama.engine import loading
+from mullama.engine.adapters import Twins, close_twins
 from mullama.engine.background import in_background
 from mullama.engine.comparing import Compared, in_report, not_comparable, texts_of, try_to_compare
 from mullama.engine.gap import Gap, decide, needs_of, same_shape, stand_in
-from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine, adapters_loaded
+from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine
 from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
+    from mullama.engine.adapters import Adapters
     from mullama.engine.kvcache import KvCache
     from mullama.engine.kvdisk import DiskTier
     from mullama.engine.sequences import Sequences
@@ -237,11 +239,11 @@ class Weights:
         self.config = config
         self._one = threading.Lock()  # a swap at a time
         self.comparing = threading.Lock()  # held while the model is read beside the engine
-        self.adapters: Callable[[], list[str]] = list  # ids of those that lie on the weights
+        self.adapters: Adapters | None = None  # that lie on the weights; set once, before there are any
 
     def close(self) -> None:
         """Let go of the engine, so that nothing waits for the garbage collector."""
-        self._post, self.adapters = _ignore, list
+        self._post, self.adapters = _ignore, None
         with self.comparing:
             pass  # whoever compares has seen that the engine stops
 
@@ -254,14 +256,6 @@ class Weights:
             yield
         finally:
             self._one.release()
-
-    @contextlib.contextmanager
-    def alone(self, param: str) -> Iterator[None]:
-        """For who changes or frees the weights. Raises ModelBusy while somebody else does, or adapters lie on them."""
-        with self.held():
-            if names := self.adapters():
-                raise adapters_loaded(names, param=param)
-            yield
 
     def in_charge(self, carrier: Carrier) -> bool:
         """Whether a change has got so far that its weights take the steps."""
@@ -297,11 +291,11 @@ class Weights:
         Where memory, or the budget's ``room``, does not hold both weights, ``gap`` says what may be done. ``kl``: say
         how far the new ones are from the old (comparing.py), which keeps the old ones for some seconds more.
 
-        Raises ModelBusy (another swap is going on, adapters are loaded), InvalidRequest (``carry`` is not sound, or
-        the two cannot be compared), NeedsAnotherEngine, ModelLoadError (MemoryTooSmall): then the old weights stay.
-        EngineDead: they went for a gap and did not come back.
+        Raises ModelBusy (another swap is going on, an adapter does not fit the new weights), InvalidRequest (``carry``
+        is not sound, or the two cannot be compared), NeedsAnotherEngine, ModelLoadError (MemoryTooSmall): then the old
+        weights stay. EngineDead: they went for a gap and did not come back.
         """
-        with self.alone("to"):
+        with self.held():
             began = time.monotonic_ns()
             way = self._needs_gap(path, kv, host.call, gap, room)
             if way is not None:
@@ -315,22 +309,33 @@ class Weights:
     def _swap(self, path: str | Path, label: str, kv: KvMode, host: Host, kl: bool) -> SwapReport:
         began = time.monotonic_ns()
         old, before = self.core.model, self.seqs.weights
+        adapters = self.adapters
+        if adapters is not None:
+            adapters.check_on(path)
         host.on_phase("loading")
         model = loading.load_model(path, self.config, host.progress)
+        twins: Twins = []
         try:
+            if adapters is not None:
+                twins = adapters.twins(model)
             faults.crash_point("swap:after-load")
             mode = self._mode(old, model, kv, kl)
             context = self.core.context.like(model)
             texts = host.call(lambda: texts_of(self.core)).result() if kl else []
         except BaseException:
+            close_twins(twins)
             model.close()
             raise
         load_ms = (time.monotonic_ns() - began) / 1e6
         done: Future[tuple[int, int, int, Context]] = Future()
 
+        def on_commit(with_kv: bool) -> None:
+            if adapters is not None:
+                adapters.take_over(twins)
+            host.on_commit(model, label, with_kv)
+
         def begin() -> None:
-            carrier = Carrier(self.core, context)
-            self.active = Swap(self, carrier, mode, lambda with_kv: host.on_commit(model, label, with_kv), done)
+            self.active = Swap(self, Carrier(self.core, context), mode, on_commit, done)
 
         host.on_phase("copying" if mode is KvMode.CARRY else "switching")
         try:
@@ -339,6 +344,7 @@ class Weights:
         except BaseException as error:
             if self.core.context is not context:  # else it is in charge, and goes with the core
                 context.close()
+                close_twins(twins)
                 model.close()
             if isinstance(error, InvalidRequest):
                 raise NeedsAnotherEngine(error.message, param="to") from None
@@ -346,6 +352,7 @@ class Weights:
         total_ms = (time.monotonic_ns() - began) / 1e6
         pause_ns, first_ns = self._first_step(moved + recomputed, began)
         left.close()
+        close_twins(twins)
         compared = None
         if kl:
             host.on_phase("comparing")
@@ -383,6 +390,8 @@ class Weights:
         way = decide(path, new, call(lambda: needs_of(core)).result(), room, gap, kv)
         if way is None:
             return None
+        if self.adapters is not None:
+            self.adapters.check_on(path)
         newcomer = Model(path, vocab_only=True)
         try:
             mode = self._mode(core.model, newcomer, kv, False)

@@ -209,8 +209,6 @@ class Swaps:
         self, served: Served, engine: SwappableEngine, target: Target, record: SwapRecord,
         progress: Callable[[str], None],
     ) -> dict[str, Any]:  # fmt: skip
-        if names := [one["id"] for one in engine.adapters()]:  # also where another engine would take over
-            raise adapters_loaded(names, param="to")
         size_before = engine.info.size_bytes
         if record.kv != "drain":
             try:
@@ -231,6 +229,8 @@ class Swaps:
                 served.reference, served.n_bytes = target.reference, beside + engine.info.size_bytes
                 found: dict[str, Any] = report.to_dict()
                 return {**found, "way": "in_place"}
+        if names := [one["id"] for one in engine.adapters()]:
+            raise adapters_loaded(names, param="to")
         return await self._side_by_side(served, engine, target, record, progress)
 
     async def _side_by_side(

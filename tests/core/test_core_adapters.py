@@ -16,6 +16,7 @@ from mullama.errors import InvalidRequest, ModelLoadError
 from mullama.types import SamplingParams
 
 Load = Callable[..., Adapter]
+ADAPTER_GONE = 5  # CORE_ADAPTER of _core/guard.h
 PROMPT = "It was a dark and stormy night; the rain fell in torrents."
 
 
@@ -225,18 +226,46 @@ def test_a_cancelled_sequence_lets_go(driver: Driver, load: Load) -> None:
     assert adapter.n_sets == 0
 
 
-def test_other_adapters_for_a_running_sequence(driver: Driver, load: Load) -> None:
+def test_a_sequence_goes_on_with_what_its_adapter_became(driver: Driver, load: Load, model: Model) -> None:
+    """As after a change of weights; here the twin is of other numbers, so that it shows."""
     one, two = load(1), load(2)
     alone = driver.generate(PROMPT, greedy(), adapters=[(one, 1.0)]).tokens
     handle = driver.open(PROMPT, greedy(), adapters=[(one, 1.0)])
     driver.prefill()
     driver.step(3)
-    driver.core.set_adapters(0, [(two, 1.0)])
+    driver.core.drop_adapters()
+    one.exchange(two)
     driver.finish_all()
     changed = driver.outputs[handle].tokens
     assert changed[:4] == alone[:4] and changed != alone
-    with pytest.raises(RuntimeError, match="no running sequence"):
-        driver.core.set_adapters(0, [])
+    driver.core.drop_adapters()
+    one.exchange(two)
+    assert driver.generate(PROMPT, greedy(), adapters=[(one, 1.0)]).tokens == alone
+
+
+def test_an_adapter_that_is_on_no_model_computes_nothing(driver: Driver, load: Load, model: Model) -> None:
+    one, bare = load(1), driver.generate(PROMPT, greedy()).tokens
+    alone = driver.generate(PROMPT, greedy(), adapters=[(one, 1.0)]).tokens
+    handle = driver.open(PROMPT, greedy(), adapters=[(one, 1.0)])
+    driver.prefill()
+    driver.core.drop_adapters()
+    one.leave()
+    one.leave()
+    assert not one.is_on and one.n_sets == 1
+    with pytest.raises(ValueError, match="closed or is of another model"):
+        driver.open(PROMPT, greedy(), slot=1, adapters=[(one, 1.0)])
+    driver.step()
+    assert (driver.outputs[handle].reason, driver.outputs[handle].error) == ("error", ADAPTER_GONE)
+    driver.core.close_slot(0)
+    assert driver.generate(PROMPT, greedy()).tokens == bare
+    one.enter(model)
+    with pytest.raises(RuntimeError, match="on a model already"):
+        one.enter(model)
+    assert driver.generate(PROMPT, greedy(), adapters=[(one, 1.0)]).tokens == alone
+    gone = load(2)
+    gone.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        one.exchange(gone)
 
 
 def test_leak_counters(model: Model, load: Load, make_core: Callable[..., Driver]) -> None:

@@ -12,9 +12,10 @@ import pytest
 from weights_support import requests, run, say
 
 from mullama._core import Context, Divergence, Model, gate
-from mullama.engine import comparing, sizing
+from mullama.engine import comparing
 from mullama.engine.engine import Engine
-from mullama.errors import InvalidRequest, MullamaError
+from mullama.errors import InvalidRequest
+from mullama.types import Room
 
 TEXT = list(b"the sun and the others are all here and so am I, and then some more")
 
@@ -116,7 +117,7 @@ def test_what_cannot_be_compared(pair: Callable[..., tuple[Context, Context]], t
     assert apart.measure(TEXT, 4, goes_on=lambda: bool(asked.append(1)) or len(asked) < 3) is None
     assert len(asked) == 3
     with pytest.raises(InvalidRequest, match="different vocabularies"):
-        Divergence(*pair(tiny_model(), tiny_model("gemma3")))
+        Divergence(*pair(tiny_model(), tiny_model("llama", turned=True)))
     contexts = pair(tiny_model(), tiny_model())
     contexts[1].close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -186,27 +187,27 @@ def test_a_closed_engine_ends_a_comparison(
 def test_two_engines_are_compared(
     make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], other: Path
 ) -> None:
-    one, two, foreign = make_engine(), make_engine(other), make_engine(tiny_model("gemma3"))
+    one, two, foreign = make_engine(), make_engine(other), make_engine(tiny_model("llama", turned=True))
     say(one, TEXT, 5)
     found = one.compare(two, one.texts_for(two))
     assert found["kl"] > 0
     assert found["kl_detail"].items() >= {"carried": None, "of": "requests", "texts": 1}.items()
-    with pytest.raises(InvalidRequest, match="another vocabulary"):
+    with pytest.raises(InvalidRequest, match="the vocabulary of"):
         one.texts_for(foreign)
     two.close()
     assert one.compare(two, [TEXT]) == {"kl": None, "kl_detail": None}
 
 
 def test_what_is_refused_leaves_the_old_weights(
-    make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], other: Path, monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], other: Path
 ) -> None:
     engine = make_engine()
     before = engine.info.weights
-    with pytest.raises(InvalidRequest, match="another vocabulary") as caught:
-        engine.swap_weights(tiny_model("gemma3"), kl=True)
+    with pytest.raises(InvalidRequest, match="the vocabulary of") as caught:
+        engine.swap_weights(tiny_model("llama", turned=True), kl=True)
     assert caught.value.param == "kl"
-    monkeypatch.setattr(sizing, "available_memory", lambda: 1 << 20)
-    with pytest.raises(MullamaError):
-        engine.swap_weights(other, kl=True)
+    with pytest.raises(InvalidRequest, match="does not hold both") as caught:
+        engine.swap_weights(other, room=Room(beside=0, alone=1 << 40), kl=True)
+    assert caught.value.param == "kl"
     assert engine.info.weights == before
     assert say(engine, TEXT)

@@ -22,7 +22,6 @@ from mullama.errors import (
     BadModelFile,
     ConfigError,
     InvalidRequest,
-    ModelBusy,
 )
 from mullama.kv.namespaces import adapters_key
 from mullama.kv.tree import namespace_of, pack
@@ -215,21 +214,6 @@ def test_preempted_sequences_go_on_with_theirs(
     assert sum(answer.profile.preemptions for answer in answers) > 0
 
 
-def test_weights_are_not_changed_under_adapters(
-    make_engine: Callable[..., Engine], files: Callable[..., Path], tiny_model: Callable[..., Path]
-) -> None:
-    engine = make_engine()
-    engine.load_adapter(files(1), "a")
-    with pytest.raises(ModelBusy, match="unload them before"):
-        engine.swap_weights(tiny_model("llama", seed=8))
-    with engine._weights.held(), pytest.raises(ModelBusy, match="being changed now"):
-        engine.load_adapter(files(2), "b")
-    engine.unload_adapter("a")
-    engine.swap_weights(tiny_model("llama", seed=8), label="new")
-    assert engine.load_adapter(files(1), "a")["id"] == "a"
-    assert run(engine, A).profile.weights[0].weights == "new"
-
-
 def test_a_sequence_with_adapters_stays_when_others_are_handed_over(
     make_engine: Callable[..., Engine], files: Callable[..., Path]
 ) -> None:
@@ -365,17 +349,3 @@ def test_damaged_files_are_refused_and_the_engine_serves_on(
         engine.load_adapter(make(files, tiny_model), "a")
     assert engine.adapters() == []
     assert run(engine).text == bare
-
-
-def test_no_sleep_while_adapters_are_loaded(make_engine: Callable[..., Engine], files: Callable[..., Path]) -> None:
-    """Their weights lie on those of the model, which sleep would free."""
-    engine = make_engine()
-    engine.load_adapter(files(), "a")
-    plain, chosen = run(engine), run(engine, A)
-    with pytest.raises(ModelBusy, match=r"adapters are loaded \(a\): unload them"):
-        engine.sleep()
-    assert run(engine, A).text == chosen.text != plain.text
-    engine.unload_adapter("a")
-    engine.sleep()
-    engine.wake()
-    assert run(engine).text == plain.text

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from mullama.config import ServeConfig
-from mullama.errors import AdapterBusy, AdapterMismatch
+from mullama.errors import AdapterBusy, AdapterMismatch, NeedsAnotherEngine
 from mullama.serving.manager import ModelManager
+from mullama.serving.swap import Swaps
+from mullama.serving.targets import Target
 from mullama.types import LoraUse
 from mullama.web.app import create_app
 from mullama.web.services import Services
@@ -189,10 +191,13 @@ def test_writes_take_the_admin_key(admin: Client, loaded: FakeEngine) -> None:
     assert delete(admin, f"{ADAPTERS}/a", ADMIN).status == 200
 
 
-def test_weights_are_not_swapped_under_adapters(client: Client, loaded: FakeEngine, services: Services) -> None:
-    from mullama.serving.swap import Swaps
-    from mullama.serving.targets import Target
+def test_another_engine_does_not_take_over_under_adapters(
+    client: Client, loaded: FakeEngine, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: Path, **options: object) -> None:
+        raise NeedsAnotherEngine("another model")
 
+    monkeypatch.setattr(loaded, "swap_weights", refuses, raising=False)
     services.swaps = Swaps(services.models, lambda *_: Target(Path("x"), "x", "x"), lambda *_: FakeEngine())
     for kv in ("auto", "drain"):
         answer = client.post("/internal/models/fake/swap", {"to": "Q4_0", "kv": kv})
