@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mullama.errors import ModelLoadError
+from mullama.errors import MemoryTooSmall, ModelLoadError
 
 DEFAULT_CTX = 4096
 DEFAULT_PARALLEL = 8
@@ -70,11 +70,8 @@ class Sizes:
     n_parallel: int
 
 
-def fit_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, memory: int | None) -> Sizes:
-    """Context and parallelism, 0 meaning automatic. Explicit values are kept, or refused when they cannot fit.
-
-    Raises ModelLoadError when what was asked for needs more memory than there is.
-    """
+def choose_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, memory: int | None) -> Sizes:
+    """Context and parallelism, 0 meaning automatic: their KV takes a part of ``memory``. Explicit values are kept."""
     n_ctx = ctx_size or min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
     n_parallel = parallel or DEFAULT_PARALLEL
     if memory is not None and token_bytes > 0:
@@ -83,13 +80,20 @@ def fit_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, 
             n_parallel = max(1, min(n_parallel, room // n_ctx))
         if not ctx_size:
             n_ctx = max(256, min(n_ctx, room // n_parallel // 256 * 256))
-        needed = n_ctx * n_parallel * token_bytes
-        if needed > memory:
-            raise ModelLoadError(
-                f"{n_parallel} x {n_ctx} tokens of context need {needed >> 20} MiB of KV cache, "
-                f"{memory >> 20} MiB of memory are free; lower --ctx-size or --parallel"
-            )
     return Sizes(n_ctx, n_parallel)
+
+
+def fit_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, memory: int | None) -> Sizes:
+    """``choose_sizes``, refused when they cannot fit. Raises MemoryTooSmall."""
+    sizes = choose_sizes(ctx_size, parallel, n_ctx_train, token_bytes, memory)
+    needed = sizes.n_ctx * sizes.n_parallel * token_bytes
+    if memory is not None and needed > memory:
+        raise MemoryTooSmall(
+            f"{sizes.n_parallel} x {sizes.n_ctx} tokens of context need {needed >> 20} MiB of KV cache, "
+            f"{memory >> 20} MiB of memory are free; lower --ctx-size or --parallel",
+            missing=needed - memory,
+        )
+    return sizes
 
 
 def fit_gpu_layers(asked: str, n_layer: int, model_bytes: int, kv_bytes: int, free_bytes: int | None) -> int:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mullama import abi, faults
 from mullama._core import Carrier, Context, Core, Model
-from mullama.engine import loading
+from mullama.engine import fits, loading
 from mullama.engine.background import in_background
 from mullama.engine.gap import Gap, decide, needs_of, same_shape, stand_in
 from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine, adapters_loaded
@@ -353,8 +353,9 @@ class Weights:
         core = self.core
         if not Path(path).is_file():
             raise ModelLoadError(f"{path}: no such file")
-        new = loading.expected(path, self.config, n_ctx=core.n_ctx, n_parallel=core.n_slots)
-        way = decide(path, new, call(lambda: needs_of(core)).result(), room, gap, kv)
+        new = fits.expected(path, self.config, n_ctx=core.n_ctx, n_parallel=core.n_slots)
+        free = fits.free_memory(self.config)
+        way = decide(path, new, call(lambda: needs_of(core)).result(), free, room, gap, kv)
         if way is None:
             return None
         newcomer = Model(path, vocab_only=True)
