@@ -77,14 +77,14 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str) -> Sizes | None:
         needs = _needs(header, config, sizes.n_ctx, sizes.n_parallel, needs.adapters)
     check_fits(needs, free, name)
     if sizes != _sizes(header, config, None):
-        log.warning("%s: only %d x %d tokens fit the memory that is free", name, sizes.n_parallel, sizes.n_ctx)
+        log.warning("%s: %d x %d tokens, because little memory is free", name, sizes.n_parallel, sizes.n_ctx)
     return sizes
 
 
 def _sizes(header: Header, config: ServeConfig, free: int | None) -> Sizes:
-    """What is chosen where there is enough: KV takes a part of what the weights leave."""
+    """What is chosen where there is enough: KV takes a part of what is free when the weights are there."""
     if free is not None:
-        free = max(free - _needs(header, config, LEAST_CTX, 1).weights, 0)
+        free = max(free - _needs(header, config, LEAST_CTX, 1).weights_copied, 0)
     return sizing.choose_sizes(
         config.ctx_size,
         config.parallel,
