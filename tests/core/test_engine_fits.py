@@ -72,8 +72,9 @@ def test_nothing_is_loaded_of_what_cannot_fit(tiny_model: Callable[..., Path], m
 
 
 def test_what_just_fits_is_loaded_with_the_sizes_that_were_checked(
-    make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], memory: Memory
+    make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sizing, "KV_SHARE", 1.0)
     config = ServeConfig(ctx_size=512, parallel=4, batch_size=64)
     memory.free = needs(tiny_model(), config, 512, 4).total
     engine = make_engine()
@@ -83,7 +84,10 @@ def test_what_just_fits_is_loaded_with_the_sizes_that_were_checked(
     assert (engine.info.n_ctx, engine.info.n_parallel) == (1024, 3)
 
 
-def test_automatic_sizes_shrink_to_what_fits(tiny_model: Callable[..., Path], memory: Memory) -> None:
+def test_automatic_sizes_shrink_to_what_fits(
+    tiny_model: Callable[..., Path], memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizing, "KV_SHARE", 1.0)  # else a half of it is left free first
     path, config = tiny_model(), ServeConfig()
     least = needs(path, config, 256, 1).total
     assert fits.sizes_for(path, config, "m") == Sizes(min(DEFAULT_CTX, trained(path)), DEFAULT_PARALLEL)
@@ -130,7 +134,7 @@ def test_settings_count(tiny_model: Callable[..., Path], memory: Memory) -> None
     memory.free = 1
     plain = ServeConfig(ctx_size=2048, parallel=4)
     totals = []
-    for more in ({}, {"kv_type_k": "q8_0"}, {"flash_attn": "off"}, {"batch_size": 64}, {"mmap": False},
+    for more in ({}, {"kv_type_k": "q8_0"}, {"flash_attn": "off"}, {"batch_size": 64}, {"kv_type_v": "q4_0"},
                  {"kv_layout": "unified", "kv_tokens": 4096}):  # fmt: skip
         config = ServeConfig(**{"ctx_size": 2048, "parallel": 4, **more})
         with pytest.raises(MemoryTooSmall) as refused:
