@@ -63,6 +63,11 @@ class ServeConfig:
         metavar="auto|BYTES",
         pattern=r"auto|\d{1,15}",
     )
+    memory_check: str = option(
+        "on",
+        "refuse to load what would take more memory than is free, by the estimate of mullama fit",
+        choices=("on", "off"),
+    )
     keep_alive: str = option(
         "-1", "how long an idle model stays loaded: seconds, 5m, 1h30m; -1: for ever", metavar="DURATION"
     )

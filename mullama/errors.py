@@ -186,11 +186,20 @@ class AdapterMismatch(BadModelFile):
 
 
 class MemoryTooSmall(ModelLoadError):
-    """There is not enough memory, or the budget leaves too little; nothing was allocated."""
+    """There is not enough memory, or the budget leaves too little; nothing was allocated.
+
+    ``missing``: bytes that are too few; 0 where that was not counted.
+    """
 
     status = 409
     type = "invalid_request_error"
     code = "memory_too_small"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: int | None = None, missing: int = 0
+    ) -> None:
+        super().__init__(message, param=param, retry_after=retry_after)
+        self.missing = missing
 
 
 class LoadCancelled(ModelLoadError):

@@ -1,4 +1,4 @@
-"""What the stores on disk share: durable renames, and the system's errors in words."""
+"""Files and sizes: durable renames, what tells one file from another, the system's errors and bytes in words."""
 
 from __future__ import annotations
 
@@ -45,6 +45,16 @@ def identity_of(path: Path) -> tuple[int, int, int] | None:
     """What changes when a file does: inode, size, time of the last change. None: there is no such file."""
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL in the path
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def human_size(size: int) -> str:
+    """Bytes in decimal units, as file managers and package indexes show them."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

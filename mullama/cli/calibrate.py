@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Of the options of ``serve``, those that change what a decode costs.
 CONFIG_OPTIONS = (
     *("ctx_size", "parallel", "threads", "batch_size", "flash_attn"),
-    *("mmap", "gpu_layers", "device", "split_mode", "tensor_split"),
+    *("mmap", "gpu_layers", "device", "split_mode", "tensor_split", "memory_check"),
 )
 
 
@@ -63,12 +63,13 @@ def command(reference: str | None, out: Path, seconds: float, **params: Any) -> 
 
 def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress: Any) -> CostModel:
     from mullama.cli.loading import load_engine
-    from mullama.engine import loading
+    from mullama.engine import fits, loading
     from mullama.simulation.calibrate import measure_core, measure_engine, with_about
 
+    sizes = fits.sizes_for(found.path, config, found.name)
     model = loading.load_model(found.path, config, None)
     try:
-        core = loading.make_core(model, found.name, config)
+        core = loading.make_core(model, found.name, config, sizes=sizes)
         try:
             costs = measure_core(core, model.n_vocab, seconds=seconds, progress=progress)
         finally:

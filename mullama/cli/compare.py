@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: Of the options of ``serve``, those that change what is compared.
 CONFIG_OPTIONS = (
     *("ctx_size", "parallel", "threads", "threads_fixed", "batch_size", "kv_tokens", "swap_bytes", "plan_timeout_ms"),
-    *("flash_attn", "mmap", "gpu_layers", "device", "split_mode", "tensor_split"),
+    *("flash_attn", "mmap", "gpu_layers", "device", "split_mode", "tensor_split", "memory_check"),
 )
 _CTX_STEP = 256  # an automatic context is a multiple of it
 

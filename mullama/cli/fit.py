@@ -30,7 +30,7 @@ def command(model: str, n_ctx: int | None, n_parallel: int | None, quant: str | 
     from mullama.cli.table import human_size, print_table
     from mullama.engine import sizing
     from mullama.models import gguf
-    from mullama.models.estimate import estimate, fit
+    from mullama.models.estimate import estimate, fit, is_enough, verdict, way_out
     from mullama.models.reference import parse_spec
     from mullama.models.resolve import in_quant
     from mullama.models.shape import shape_of
@@ -48,23 +48,18 @@ def command(model: str, n_ctx: int | None, n_parallel: int | None, quant: str | 
     needs = estimate(header, n_ctx=n_ctx, n_parallel=n_parallel)
     free = sizing.available_memory()
     fits = fit(header, free, n_ctx=n_ctx, n_parallel=n_parallel) if free is not None else []
-    is_enough = free is None or needs.total <= free
+    does_fit = is_enough(needs, free)
     if as_json:
         echo_json(
             {
-                "fits": is_enough,
+                "fits": does_fit,
                 "free": free,
                 "estimate": needs.to_json(),
                 "largest": [asdict(row) for row in fits],
             }
         )
-        return 0 if is_enough else 1
-    name = spec.name or spec.reference.key
-    there = f"{human_size(free)} are free" if free is not None else "this system does not say what is free"
-    click.echo(
-        f"{name} with {n_parallel} x {needs.n_ctx} tokens "
-        f"{'fits' if is_enough else 'does not fit'}: {human_size(needs.total)} of memory, {there}"
-    )
+        return 0 if does_fit else 1
+    click.echo(verdict(needs, free, spec.name or spec.reference.key))
     print_estimate(needs)
     if fits:
         click.echo("")
@@ -81,7 +76,9 @@ def command(model: str, n_ctx: int | None, n_parallel: int | None, quant: str | 
                 for row in fits
             ],
         )
-    return 0 if is_enough else 1
+    if not does_fit:
+        click.echo(f"\n{way_out(needs)}")
+    return 0 if does_fit else 1
 
 
 def print_estimate(needs: Estimate) -> None:
@@ -94,6 +91,7 @@ def print_estimate(needs: Estimate) -> None:
         **{f"KV, {name}": size for name, size in needs.kv.items()},
         "compute buffers": needs.compute,
         "logits": needs.output,
+        "adapters": needs.adapters,
         "total": needs.total,
     }
     for name, size in parts.items():

@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Of the options of ``serve``, those that mean something for a single conversation.
 CONFIG_OPTIONS = (
     *("quant", "allow_private_sources", "ctx_size", "threads", "threads_fixed", "flash_attn", "mmap", "chat_template"),
-    *("gpu_layers", "device", "split_mode", "tensor_split"),
+    *("gpu_layers", "device", "split_mode", "tensor_split", "memory_check"),
 )
 
 

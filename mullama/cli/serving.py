@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mullama.cli.loading import weights_of
@@ -84,8 +85,11 @@ class Files:
         self._known: dict[str, tuple[tuple[int, int, int], ResolvedModel]] = {}
         self._sizes: dict[str, tuple[tuple[int, int, int], int]] = {}
 
-    def resolve(self, reference: str) -> ResolvedModel:
-        """The checked file of a reference that is here. Raises ReferenceNotFound, ModelLoadError, StoreError."""
+    def resolve(self, reference: str, before: Callable[[Path], object] = lambda path: None) -> ResolvedModel:
+        """The checked file of a reference that is here. Raises ReferenceNotFound, ModelLoadError, StoreError.
+
+        ``before`` is called before a new file is opened in a child process, and may raise as well.
+        """
         from mullama.models.probe import check_model
         from mullama.models.resolve import resolve_model
         from mullama.serving.targets import known_digest
@@ -95,6 +99,7 @@ class Files:
             return known[1]
         found = resolve_model(reference, store=self._store, pull=False)
         identity = identity_of(found.path)
+        before(found.path)
         digest, is_known = known_digest(found.entry)
         check_model(found.path, digest=digest, known_good=is_known)
         if identity is not None:
@@ -115,9 +120,10 @@ class Files:
 
 def _load(name: str, reference: str, config: ServeConfig, files: Files, progress: Callable[[float], bool]) -> Engine:
     """An engine for a reference that is here already. Raises ReferenceNotFound, ModelLoadError, StoreError."""
+    from mullama.engine import fits
     from mullama.engine.engine import Engine
 
-    found = files.resolve(reference)
+    found = files.resolve(reference, lambda path: fits.sizes_for(path, config, name))
     return Engine.load(
         found.path, name=name, config=config, weights=weights_of(found), background=True, progress=progress
     )

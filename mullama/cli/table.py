@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import click
 
+from mullama.files import human_size as human_size
+
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Left-aligned columns on stdout, two spaces apart."""
@@ -13,16 +15,6 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
         click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def human_size(size: int) -> str:
-    """Bytes in decimal units, as file managers and package indexes show them."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 #: C0 and C1 controls and DEL, less tab and newline.

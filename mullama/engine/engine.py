@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
 from mullama.config import ServeConfig
-from mullama.engine import loading, memory, sizing
+from mullama.engine import fits, loading, memory, sizing
 from mullama.engine.adapters import Adapters
 from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
@@ -154,17 +154,19 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         """Load a GGUF file and start its engine. ``weights`` names them in profiles (default: the file's stem).
 
         ``background``: other engines are at work, so that the weights come with low priority.
-        ``progress(fraction)`` may return False to cancel. Raises ModelLoadError (LoadCancelled) with the reason.
+        ``progress(fraction)`` may return False to cancel. Raises ModelLoadError with the reason (LoadCancelled;
+        MemoryTooSmall before anything is loaded).
         """
         config = config or ServeConfig()
         name = name or Path(path).stem.lower()
+        sizes = fits.sizes_for(path, config, name)
         meter = memory.LoadMeter()
         if background:
             model = in_background(lambda: loading.load_model(path, config, progress), nice=NICE_URGENT)
         else:
             model = loading.load_model(path, config, progress)
         try:
-            core = loading.make_core(model, name, config, quick=background)
+            core = loading.make_core(model, name, config, sizes=sizes, quick=background)
             tables = meter.tables(core)
         except BaseException:
             model.close()

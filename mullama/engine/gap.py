@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mullama import faults
 from mullama._core import Core, Model, Vacancy
-from mullama.engine import loading, sizing, vacant
+from mullama.engine import loading, vacant
 from mullama.errors import EngineDead, LoadCancelled, MemoryTooSmall, ModelLoadError, MullamaError, ShuttingDown
 from mullama.models import gguf
 from mullama.models.estimate import Estimate
@@ -51,13 +51,13 @@ def needs_of(core: Core) -> Needs:
 
 
 def decide(
-    path: str | Path, new: Estimate | None, needs: Needs, room: Room | None, gap: GapMode, kv: KvMode
+    path: str | Path, new: Estimate | None, needs: Needs, free: int | None, room: Room | None, gap: GapMode, kv: KvMode
 ) -> KvMode | None:
     """None: the new weights are loaded beside the old ones. Else the change needs a gap, and what becomes of the KV.
 
-    Raises MemoryTooSmall where it does not fit in either way.
+    ``free`` and ``room``: bytes of memory, and of the budget; None: no limit. Raises MemoryTooSmall where it does not
+    fit in either way.
     """
-    free = sizing.available_memory()
     if new is None:
         return None
     beside = [left for left in (free, None if room is None else room.beside) if left is not None]

@@ -19,7 +19,6 @@ from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, ModelLoadError
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
-from mullama.models.estimate import Estimate, estimate
 from mullama.types import ModelInfo
 
 log = logging.getLogger("mullama.engine")
@@ -56,27 +55,6 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
     return model
 
 
-def expected(path: str | Path, config: ServeConfig, *, n_ctx: int, n_parallel: int) -> Estimate | None:
-    """What a file will take with these sizes; None where nobody can say, as with layers on a GPU.
-
-    Raises ModelLoadError for what is no model.
-    """
-    if any(device["type"] in ("gpu", "igpu") for device in devices()):
-        return None
-    return estimate(
-        path,
-        n_ctx=n_ctx,
-        n_parallel=n_parallel,
-        type_k=config.kv_type_k,
-        type_v=config.kv_type_v,
-        n_batch=config.batch_size,
-        flash_attn=config.flash_attn,
-        kv_layout=config.kv_layout,
-        kv_tokens=config.kv_tokens or n_ctx * n_parallel,
-        mmap=config.mmap,
-    )
-
-
 def chat_template(value: str) -> str:
     """The template that the option names: itself, or what is in @FILE. Raises ConfigError."""
     if not value.startswith("@"):
@@ -87,16 +65,23 @@ def chat_template(value: str) -> str:
         raise ConfigError(f"cannot read the chat template {value[1:]}: {error}") from None
 
 
-def make_core(model: Model, name: str, config: ServeConfig, *, quick: bool = False) -> Core:
-    """A context that fits memory, with its instrumentation page in the runtime folder. ``quick``: see Core."""
+def make_core(
+    model: Model, name: str, config: ServeConfig, *, sizes: sizing.Sizes | None = None, quick: bool = False
+) -> Core:
+    """A context with its instrumentation page in the runtime folder. ``quick``: see Core.
+
+    ``sizes`` are those that ``fits.sizes_for`` found before the weights were loaded. Raises ModelLoadError.
+    """
     facts = model.facts()
-    sizes = sizing.fit_sizes(
-        config.ctx_size,
-        config.parallel,
-        facts["n_ctx_train"],
-        sizing.kv_bytes_per_token(model.metadata(), config.kv_type_k, config.kv_type_v),
-        sizing.available_memory(),
-    )
+    if sizes is None:
+        choose = sizing.fit_sizes if config.memory_check == "on" else sizing.choose_sizes
+        sizes = choose(
+            config.ctx_size,
+            config.parallel,
+            facts["n_ctx_train"],
+            sizing.kv_bytes_per_token(model.metadata(), config.kv_type_k, config.kv_type_v),
+            sizing.available_memory(),
+        )
     if facts["n_ctx_train"] and sizes.n_ctx > facts["n_ctx_train"]:
         log.warning(
             "%s was trained on %d tokens of context, %d were asked for", name, facts["n_ctx_train"], sizes.n_ctx

@@ -78,7 +78,7 @@ class Sequences:
         self._core = core
         self._kv = kv
         self._reader = reader
-        self._model = model
+        self.model = model  # its served name
         self.weights = weights  # name of those in charge
         self._swap_bytes = swap_bytes  # most host memory for the KV of preempted sequences
         self._on_end = on_end
@@ -117,7 +117,7 @@ class Sequences:
         except Exception as error:
             # Whatever one request holds, the others go on.
             if not isinstance(error, MullamaError):
-                log.exception("a request of '%s' could not be started", self._model)
+                log.exception("a request of '%s' could not be started", self.model)
                 error = InvalidRequest(f"the request could not be started: {error}")
             if seq.parked is not None:
                 self._core.cancel_parked(seq.parked)
@@ -236,7 +236,7 @@ class Sequences:
             n_bytes = self._core.exchange(a, b)
             self._kv.exchanged(a, b)
         except ComputeFailed:
-            log.exception("slots %d and %d of '%s' could not change places", a, b, self._model)
+            log.exception("slots %d and %d of '%s' could not change places", a, b, self.model)
             n_bytes = 0
             for slot in (a, b):
                 self._kv.released(slot)

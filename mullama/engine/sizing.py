@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mullama.errors import ModelLoadError
+from mullama.errors import MemoryTooSmall, ModelLoadError
 
 DEFAULT_CTX = 4096
 DEFAULT_PARALLEL = 8
@@ -48,13 +48,44 @@ def kv_bytes_per_token(meta: Mapping[str, str], type_k: str = "f16", type_v: str
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that can be used without swapping; None where the system does not say."""
+    """Bytes of memory that can be used without swapping, and within a container; None where the system does not say."""
+    return min((left for left in (_machine_left(), group_left()) if left is not None), default=None)
+
+
+def _machine_left() -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
+        return None
+
+
+def group_left(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the limits of this process's control group leave, as those of a container or of a service have.
+
+    None: there is no limit, or none of version 2. Pages of files count as free, as they do in ``MemAvailable``.
+    """
+    try:
+        name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    parts = [part for part in name.split("/") if part]
+    if ".." in parts:  # it lies outside of what is mounted here
+        parts = []
+    found = [_left_of(root.joinpath(*parts[:n])) for n in range(len(parts) + 1)]
+    return min((left for left in found if left is not None), default=None)
+
+
+def _left_of(group: Path) -> int | None:
+    try:
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        if limit == "max":
+            return None
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(int(limit) - used + int(stat["active_file"]) + int(stat["inactive_file"]), 0)
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -70,11 +101,8 @@ class Sizes:
     n_parallel: int
 
 
-def fit_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, memory: int | None) -> Sizes:
-    """Context and parallelism, 0 meaning automatic. Explicit values are kept, or refused when they cannot fit.
-
-    Raises ModelLoadError when what was asked for needs more memory than there is.
-    """
+def choose_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, memory: int | None) -> Sizes:
+    """Context and parallelism, 0 meaning automatic: their KV takes a part of ``memory``. Explicit values are kept."""
     n_ctx = ctx_size or min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
     n_parallel = parallel or DEFAULT_PARALLEL
     if memory is not None and token_bytes > 0:
@@ -83,13 +111,20 @@ def fit_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, 
             n_parallel = max(1, min(n_parallel, room // n_ctx))
         if not ctx_size:
             n_ctx = max(256, min(n_ctx, room // n_parallel // 256 * 256))
-        needed = n_ctx * n_parallel * token_bytes
-        if needed > memory:
-            raise ModelLoadError(
-                f"{n_parallel} x {n_ctx} tokens of context need {needed >> 20} MiB of KV cache, "
-                f"{memory >> 20} MiB of memory are free; lower --ctx-size or --parallel"
-            )
     return Sizes(n_ctx, n_parallel)
+
+
+def fit_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: int, memory: int | None) -> Sizes:
+    """``choose_sizes``, refused when they cannot fit. Raises MemoryTooSmall."""
+    sizes = choose_sizes(ctx_size, parallel, n_ctx_train, token_bytes, memory)
+    needed = sizes.n_ctx * sizes.n_parallel * token_bytes
+    if memory is not None and needed > memory:
+        raise MemoryTooSmall(
+            f"{sizes.n_parallel} x {sizes.n_ctx} tokens of context need {needed >> 20} MiB of KV cache, "
+            f"{memory >> 20} MiB of memory are free; lower --ctx-size or --parallel",
+            missing=needed - memory,
+        )
+    return sizes
 
 
 def fit_gpu_layers(asked: str, n_layer: int, model_bytes: int, kv_bytes: int, free_bytes: int | None) -> int:

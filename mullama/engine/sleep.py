@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mullama._core import Model, Vacancy
-from mullama.engine import vacant
+from mullama.engine import fits, vacant
 from mullama.engine.gap import stand_in
 from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError
 from mullama.files import identity_of
@@ -122,8 +122,8 @@ class Sleep:
     def wake(self, host: Host) -> float:
         """Load the weights again and go on; ms it took, 0 when it was awake.
 
-        Raises ModelLoadError, also when the file has changed meanwhile: then it sleeps on, and may only be closed or
-        woken again.
+        Raises ModelLoadError, also when the file has changed meanwhile, and MemoryTooSmall before anything is loaded:
+        then it sleeps on, and may only be closed or woken again.
         """
         vacancy = self._vacancy
         if vacancy is None:
@@ -131,7 +131,9 @@ class Sleep:
         began = time.monotonic()
         if identity_of(Path(self._path)) != self._identity:
             raise ModelLoadError(f"{self._path} has changed, or gone, while the model was asleep")
+        core = self._weights.core
         with self._weights.held():
+            fits.check(self._path, self._weights.config, self._weights.seqs.model, core.n_ctx, core.n_slots)
             host.call(lambda: self._enter(vacancy, host)).result()
         return (time.monotonic() - began) * 1e3
 

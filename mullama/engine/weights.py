@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mullama import abi, faults
 from mullama._core import Carrier, Context, Core, Model
-from mullama.engine import loading
+from mullama.engine import fits, loading
 from mullama.engine.adapters import Twins, close_twins
 from mullama.engine.background import in_background
 from mullama.engine.comparing import Compared, in_report, not_comparable, texts_of, try_to_compare
@@ -386,8 +386,9 @@ class Weights:
         core = self.core
         if not Path(path).is_file():
             raise ModelLoadError(f"{path}: no such file")
-        new = loading.expected(path, self.config, n_ctx=core.n_ctx, n_parallel=core.n_slots)
-        way = decide(path, new, call(lambda: needs_of(core)).result(), room, gap, kv)
+        new = fits.expected(path, self.config, n_ctx=core.n_ctx, n_parallel=core.n_slots)
+        free = fits.free_memory(self.config)
+        way = decide(path, new, call(lambda: needs_of(core)).result(), free, room, gap, kv)
         if way is None:
             return None
         if self.adapters is not None:

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mullama.errors import ConfigError, ModelLoadError
+from mullama.errors import ConfigError, MemoryTooSmall
+from mullama.files import human_size
 from mullama.models import gguf
 from mullama.models.gguf import Header, Tensor
 from mullama.models.shape import Shape, shape_of
@@ -42,6 +43,7 @@ class Estimate:
     kv: dict[str, int]  # "full", "window", "recurrent"; what the model does not have is missing
     compute: int
     output: int
+    adapters: int = 0  # LoRA adapters that are loaded with it
 
     @property
     def weights(self) -> int:
@@ -53,7 +55,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_total + self.compute + self.output
+        return self.weights + self.kv_total + self.compute + self.output + self.adapters
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "weights": self.weights, "kv_total": self.kv_total, "total": self.total}
@@ -71,8 +73,11 @@ def estimate(
     kv_layout: str = "streams",
     kv_tokens: int = 0,
     mmap: bool = True,
+    adapters: int = 0,
 ) -> Estimate:
     """What loading takes with these settings of ``serve``; ``kv_tokens`` counts in the ``unified`` layout only.
+
+    ``adapters``: bytes of LoRA adapters that come with it.
 
     Raises ModelLoadError (not a sound GGUF, or a shape that no model has), ConfigError (an unknown type of cells).
     """
@@ -93,6 +98,7 @@ def estimate(
         kv=_kv(shape, cells, window, n_streams, n_parallel, _cell(type_k), _cell(type_v), flash_attn),
         compute=_compute(shape, cells, window, n_streams, n_parallel, n_batch, flash_attn != "off"),
         output=shape.n_vocab * n_parallel * _FLOAT,
+        adapters=adapters,
     )
 
 
@@ -102,15 +108,38 @@ def token_bytes(header: Header, type_k: str = "f16", type_v: str = "f16") -> int
     return sum((a.k * k + a.v * v) // 32 for a in shape_of(header).layers if not a.is_window)
 
 
+def is_enough(found: Estimate, free: int | None) -> bool:
+    """Whether so many bytes of free memory hold it. ``free`` None: nobody knows, so it may try."""
+    return free is None or found.total <= free
+
+
+def verdict(found: Estimate, free: int | None, label: str, parts: str = "") -> str:
+    """Whether it fits, in a sentence with the amounts; ``parts`` follows what it takes."""
+    there = f"{human_size(free)} are free" if free is not None else "this system does not say what is free"
+    return (
+        f"{label} with {found.n_parallel} x {found.n_ctx} tokens {'fits' if is_enough(found, free) else 'does not fit'}"
+        f": {human_size(found.total)} of memory{parts}, {there}"
+    )
+
+
+def way_out(found: Estimate) -> str:
+    """What helps where it does not fit."""
+    if found.n_parallel == 1 and found.n_ctx <= _PAD:  # there is nothing to lower
+        return "choose a smaller quantisation, or free memory"
+    return "lower --ctx-size or --parallel, choose a smaller --kv-type-k and --kv-type-v, or a smaller quantisation"
+
+
 def check_fits(found: Estimate, free: int | None, label: str) -> None:
-    """Raise ModelLoadError unless so many bytes of free memory hold it. ``free`` None: nobody knows, so it may try."""
-    if free is None or found.total <= free:
+    """Raise MemoryTooSmall, with the amounts and what helps, unless so many bytes of free memory hold it."""
+    if free is None or is_enough(found, free):
         return
-    raise ModelLoadError(
-        f"{label} would take {_mib(found.total)} (weights {_mib(found.weights)}, "
-        f"{found.n_parallel} x {found.n_ctx} tokens of KV {_mib(found.kv_total)}, "
-        f"buffers {_mib(found.compute + found.output)}) and {_mib(free)} are free; "
-        "lower --ctx-size or --parallel, choose a smaller --kv-type-k and --kv-type-v, or a smaller quantisation"
+    adapters = f", adapters {human_size(found.adapters)}" if found.adapters else ""
+    parts = (
+        f" (weights {human_size(found.weights)}, KV {human_size(found.kv_total)}, "
+        f"buffers {human_size(found.compute + found.output)}{adapters})"
+    )
+    raise MemoryTooSmall(
+        f"{verdict(found, free, label, parts)}; {way_out(found)}", param="model", missing=found.total - free
     )
 
 
@@ -153,8 +182,8 @@ def fit(
         found.append(
             Fit(
                 kv_type=kv_type,
-                n_ctx=_largest(lambda n: total(n * _PAD, n_parallel) <= free, most_ctx // _PAD, _PAD),
-                n_parallel=_largest(lambda n: total(n_ctx, n) <= free, MOST_PARALLEL, 1),
+                n_ctx=largest(lambda n: total(n * _PAD, n_parallel) <= free, most_ctx // _PAD, _PAD),
+                n_parallel=largest(lambda n: total(n_ctx, n) <= free, MOST_PARALLEL, 1),
                 total=total(n_ctx, n_parallel),
                 fits=total(n_ctx, n_parallel) <= free,
             )
@@ -162,7 +191,7 @@ def fit(
     return found
 
 
-def _largest(fits: Callable[[int], bool], most: int, unit: int) -> int | None:
+def largest(fits: Callable[[int], bool], most: int, unit: int) -> int | None:
     """The largest n of 1 to ``most`` for which ``fits(n)``, times ``unit``; what fits at n fits below it."""
     low, high = 0, most
     while low < high:
@@ -309,7 +338,3 @@ def _padded(n: int) -> int:
 
 def _aligned(n: int) -> int:
     return -(-n // 32) * 32
-
-
-def _mib(n: int) -> str:
-    return f"{n / (1 << 20):,.0f} MiB"

@@ -24,6 +24,7 @@ from mullama.engine.client import EngineClient
 from mullama.errors import (
     ConfigError,
     LoadCancelled,
+    MemoryTooSmall,
     ModelBusy,
     ModelNotFound,
     ModelNotLoaded,
@@ -32,8 +33,9 @@ from mullama.errors import (
     ShuttingDown,
 )
 from mullama.serving.budget import Budget
-from mullama.serving.eviction import POLICIES, ModelPolicy, ModelView
+from mullama.serving.eviction import POLICIES, ModelPolicy
 from mullama.serving.idle import IdleMethods
+from mullama.serving.making_room import RoomMethods
 from mullama.serving.states import Lease, ModelState, Resident, Served
 from mullama.types import Room, SleepLevel
 
@@ -44,7 +46,7 @@ Loader = Callable[[str, str, Callable[[float], bool]], EngineClient]
 FOR_EVER = -1.0
 
 
-class ModelManager(IdleMethods):
+class ModelManager(IdleMethods, RoomMethods):
     """The models of a server, in the order they were named; the first answers requests that name none.
 
     ``engines`` are loaded already, by name; ``load`` loads those that are asked for.
@@ -308,14 +310,15 @@ class ModelManager(IdleMethods):
 
     async def _load(self, served: Served) -> None:
         began = self._clock()
-        engine = await self._wake(served)
-        if engine is None:
-            if self._load_engine is None:
-                raise ModelNotLoaded(
-                    f"'{served.name}' could not be woken, and nothing here loads models", param="model"
-                )
-            engine = await asyncio.to_thread(self._load_now, self._load_engine, served)
-            self._arriving.remove(engine)
+        while True:
+            try:
+                engine = await self._wake(served)
+                if engine is None:
+                    engine = await self._load_anew(served)
+                break
+            except MemoryTooSmall as error:
+                if not await self._free_memory(served, error.missing):
+                    raise
         if self._is_ending:
             await asyncio.to_thread(engine.close)
             raise ShuttingDown("the server is shutting down", retry_after=5)
@@ -327,6 +330,13 @@ class ModelManager(IdleMethods):
         log.info("%s: loaded in %.2f s", served.name, self._clock() - began)
         self._answer(served)
         self._watch_idle()
+
+    async def _load_anew(self, served: Served) -> EngineClient:
+        if self._load_engine is None:
+            raise ModelNotLoaded(f"'{served.name}' could not be woken, and nothing here loads models", param="model")
+        engine = await asyncio.to_thread(self._load_now, self._load_engine, served)
+        self._arriving.remove(engine)
+        return engine
 
     def _load_now(self, load: Loader, served: Served) -> EngineClient:
         """In a thread, which may outlive the loop that asked: then ``close`` closes the engine, or it is done here."""
@@ -348,7 +358,7 @@ class ModelManager(IdleMethods):
     def _fail(self, served: Served, error: Exception) -> None:
         if served.resident is None:
             # That there is no room now says nothing of the model.
-            is_ours = isinstance(error, ModelBusy | ShuttingDown) or served.is_unwanted
+            is_ours = isinstance(error, ModelBusy | MemoryTooSmall | ShuttingDown) or served.is_unwanted
             served.state = ModelState.UNLOADED if is_ours else ModelState.FAILED
             if served.asleep is not None:
                 served.state = ModelState.ASLEEP
@@ -364,74 +374,6 @@ class ModelManager(IdleMethods):
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(error)
-
-    async def _make_room(self, served: Served) -> None:
-        """Unload others until ``served`` fits. Raises ModelBusy when it never can."""
-        if self.budget.n_bytes and served.n_bytes > self.budget.n_bytes:
-            raise ModelBusy(
-                f"'{served.name}' needs {served.n_bytes >> 20} MiB, the budget for models is "
-                f"{self.budget.n_bytes >> 20} MiB (--memory-budget)"
-            )
-        asked: Served | None = None
-        try:
-            while not self.budget.fits(served, self.all()) and served.waiters and not self._is_ending:
-                self._changed.clear()
-                if self.budget.left and self.budget.fits(served, self.all(), with_left=False):
-                    await self._changed.wait()  # an engine that was replaced ends soon, and nobody needs to go
-                    continue
-                sleeper = self._sleeper_in_the_way(served, self.budget.missing(served, self.all()))
-                if sleeper is not None:
-                    log.info("%s: what it held asleep makes room for %s", sleeper.name, served.name)
-                    await self._discard(sleeper)
-                    continue
-                victim = self._victim(served)
-                if not self._n_leases(victim):
-                    await self._unload(victim, wait=False)
-                    continue
-                # All are busy. This one takes no new requests, so that it ends; another one may end before it.
-                if asked is None or asked.pinned or not asked.gives_way:
-                    self._take_back(asked)
-                    asked = self._ask(victim)
-                await self._changed.wait()
-        finally:
-            self._take_back(asked)
-        while len(self.budget.closing) > 1 or (self.budget.closing and not self.budget.fits_beside(served, self.all())):
-            await asyncio.wait(list(self.budget.closing), return_when=asyncio.FIRST_COMPLETED)
-
-    def _victim(self, served: Served) -> Served:
-        """Whom the policy names to make room for ``served``: an idle one where there is one. Raises ModelBusy."""
-        now = self._clock()
-        candidates = [
-            self._view(one, now)
-            for one in self._served.values()
-            if one is not served and one.resident is not None and not one.pinned
-        ]
-        if not candidates:
-            raise ModelBusy(f"there is no room for '{served.name}': every loaded model is pinned")
-        candidates = [view for view in candidates if not view.in_use] or candidates
-        name = self._policy.victim(candidates)
-        if name not in [view.name for view in candidates]:
-            log.error("the model policy named '%s', which cannot be unloaded; lru is asked instead", name)
-            name = POLICIES.load("lru")().victim(candidates)
-        return self._served[name]
-
-    def _ask(self, victim: Served) -> Served:
-        """Let a busy model take no new requests for now."""
-        if victim.state is ModelState.READY:  # else it is being unloaded by hand already
-            victim.state, victim.gives_way = ModelState.UNLOADING, True
-        return victim
-
-    def _take_back(self, asked: Served | None) -> None:
-        """Its room is not needed after all, or it is gone."""
-        if asked is not None and asked.gives_way:
-            asked.gives_way = False
-            if asked.resident is not None:
-                asked.state = ModelState.READY
-                self._answer(asked)
-
-    def _view(self, one: Served, now: float) -> ModelView:
-        in_use = self._n_leases(one)
-        return ModelView(one.name, one.n_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, in_use)
 
     def _n_leases(self, one: Served) -> int:
         return one.resident.n_leases if one.resident is not None else 0

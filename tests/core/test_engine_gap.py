@@ -11,7 +11,7 @@ import pytest
 from core_support import greedy
 from weights_support import PROMPTS, Streams, begins_alike, request, requests, run, say, wait_for_tokens
 
-from mullama.engine import gap, loading, sizing
+from mullama.engine import fits, gap, loading, sizing
 from mullama.engine.engine import Engine
 from mullama.engine.gap import Needs, decide
 from mullama.errors import (
@@ -58,7 +58,7 @@ def test_with_room_for_both_there_is_no_gap(make_engine: Callable[..., Engine], 
 def test_short_memory_is_seen(make_engine: Callable[..., Engine], twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
     needs = engine.call(lambda: gap.needs_of(engine._core)).result()
-    new = loading.expected(twin, engine.config, n_ctx=512, n_parallel=4)
+    new = fits.expected(twin, engine.config, n_ctx=512, n_parallel=4)
     assert new is not None
     monkeypatch.setattr(sizing, "available_memory", lambda: new.total - 1)
     assert needs.own > 1
@@ -91,14 +91,12 @@ def estimate_of(total: int) -> Estimate:
     ],
 )
 def test_the_decision(
-    total: int, kv_bytes: int, kv: KvMode, free: int | None, room: Room | None, expected: KvMode | str | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    total: int, kv_bytes: int, kv: KvMode, free: int | None, room: Room | None, expected: KvMode | str | None
+) -> None:
     """The old weights are 30 bytes of the process's own."""
-    monkeypatch.setattr(sizing, "available_memory", lambda: free)
 
     def asked() -> KvMode | None:
-        return decide("x.gguf", estimate_of(total), Needs(30, kv_bytes), room, GapMode.AUTO, kv)
+        return decide("x.gguf", estimate_of(total), Needs(30, kv_bytes), free, room, GapMode.AUTO, kv)
 
     if isinstance(expected, str) and not isinstance(expected, KvMode):
         with pytest.raises(MemoryTooSmall, match=expected):
@@ -108,7 +106,7 @@ def test_the_decision(
 
 
 def test_what_nobody_can_estimate_is_loaded_beside() -> None:
-    assert decide("x.gguf", None, Needs(1, 1), Room(0, 0), GapMode.AUTO, KvMode.AUTO) is None
+    assert decide("x.gguf", None, Needs(1, 1), 0, Room(0, 0), GapMode.AUTO, KvMode.AUTO) is None
 
 
 def test_many_gaps_with_requests_coming_and_going(make_engine: Callable[..., Engine], twin: Path) -> None:

@@ -13,7 +13,7 @@ from kv_engine_support import EXACT, KINDS, tokens
 from weights_support import Streams, request, say, wait_for_tokens
 
 from mullama.engine.engine import Engine
-from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, ModelNotLoaded
+from mullama.errors import InvalidRequest, MemoryTooSmall, ModelBusy, ModelLoadError, ModelNotLoaded
 from mullama.types import Finish, Request
 
 PROMPT = list(b"a prompt that is long enough to be worth keeping in memory, and then some more of it")
@@ -134,4 +134,27 @@ def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], 
         with pytest.raises(ModelLoadError, match="no memory"):
             engine.wake()
     engine.wake()
+    assert finish_of(engine, [*PROMPT, 65])[1].profile.kv_cache_hit == len(PROMPT)
+
+
+def test_a_wake_that_does_not_fit_loads_nothing(make_engine: Callable[..., Engine], monkeypatch: Any) -> None:
+    from mullama.engine import fits, loading, sizing
+
+    engine = make_engine()
+    say(engine, PROMPT)
+    needs = fits.expected(engine.info.path, engine.config, n_ctx=512, n_parallel=4)
+    assert needs is not None
+    engine.sleep()
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("something was loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_model", never)
+        patch.setattr(sizing, "available_memory", lambda: needs.total - 1)
+        with pytest.raises(MemoryTooSmall, match=f"{engine.info.name} with 4 x 512 tokens does not fit"):
+            engine.wake()
+    with monkeypatch.context() as patch:
+        patch.setattr(sizing, "available_memory", lambda: needs.total)
+        engine.wake()
     assert finish_of(engine, [*PROMPT, 65])[1].profile.kv_cache_hit == len(PROMPT)

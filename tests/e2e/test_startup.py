@@ -78,6 +78,15 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
     assert "secret.gguf" in fails("--model", str(file))
 
 
+def test_a_context_that_no_memory_holds(smollm2: Path) -> None:
+    line = fails("--model", str(smollm2), "--ctx-size", "1000000", "--parallel", "256")
+    assert "with 256 x 1000192 tokens does not fit: " in line and "lower --ctx-size" in line
+    done = run_mullama("run", str(smollm2), "hi", "--ctx-size", "1000000000")
+    assert (done.returncode, done.stdout) == (1, b"")
+    (line,) = done.stderr.decode().splitlines()
+    assert "does not fit: " in line
+
+
 def test_a_port_in_use(smollm2: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -67,6 +67,7 @@ class World:
         self.loads: list[str] = []
         self.cancelled: list[str] = []
         self.errors: dict[str, Exception] = {}
+        self.refusals: dict[str, list[Exception]] = {}  # raised by the next loads, one each
         self.sizes = sizes or {}
         self.may_load = threading.Event()
         self.may_load.set()
@@ -84,6 +85,8 @@ class World:
         if not progress(0.5):
             self.cancelled.append(name)
             raise LoadCancelled("cancelled")
+        if refusals := self.refusals.get(name):
+            raise refusals.pop(0)
         if name in self.errors:
             raise self.errors[name]
         return self.make(name)

@@ -245,7 +245,10 @@ def test_fit(tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str], m
     assert found["estimate"]["kv"] == {"full": 2 * 1024 * 2 * 128 * 2}
     monkeypatch.setattr(sizing, "available_memory", lambda: 1 << 20)
     assert main(["fit", str(path)]) == 1
-    assert "does not fit" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "with 8 x 2048 tokens does not fit: " in out and "1.0 MB are free" in out
+    assert out.endswith("\nlower --ctx-size or --parallel, choose a smaller --kv-type-k and --kv-type-v, "
+                        "or a smaller quantisation\n")  # fmt: skip
     monkeypatch.setattr(sizing, "available_memory", lambda: None)
     assert main(["fit", str(path)]) == 0
     assert "does not say" in capsys.readouterr().out

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from serving_support import World, play, settle, until
 
-from mullama.errors import LoadCancelled, ModelLoadError
+from mullama.errors import LoadCancelled, MemoryTooSmall, ModelLoadError
 from mullama.serving.states import ModelState
 
 
@@ -78,5 +78,114 @@ def test_a_load_that_fails_again_and_again_is_tried_ever_more_rarely() -> None:
         del world.errors["a"]
         await world.models.load("a")
         assert (served.n_failures, served.failure) == (0, None)
+
+    play(test())
+
+
+def too_small(missing: int = 10) -> MemoryTooSmall:
+    return MemoryTooSmall("it does not fit", missing=missing)
+
+
+def test_too_little_memory_is_not_remembered() -> None:
+    """It says nothing of the file: the next request tries again at once, and the server is as ready as before."""
+
+    async def test() -> None:
+        world = World("a")
+        world.refusals["a"] = [too_small() for _ in range(5)]
+        served = world.models.get("a")
+        for n in range(5):
+            with pytest.raises(MemoryTooSmall, match="it does not fit") as refused:
+                await world.models.lease("a")
+            assert refused.value.retry_after is None
+            assert (served.state, served.error, served.n_failures) == (ModelState.UNLOADED, "it does not fit", 0)
+            assert (len(world.loads), world.models.ready) == (n + 1, True)
+        (await world.models.lease("a")).release()
+        assert (served.state, served.error) == (ModelState.READY, None)
+
+    play(test())
+
+
+def test_idle_models_go_one_by_one_where_memory_lacks() -> None:
+    async def test() -> None:
+        world = World("abcd")
+        models = world.models
+        for name in "abc":
+            await models.load(name)
+            world.clock.now += 1
+        world.refusals["d"] = [too_small(15), too_small(5)]
+        await models.load("d")
+        assert (world.loads[3:], world.loaded()) == (["d", "d", "d"], ["c", "d"])
+        assert [engine.n_closed for engine in world.engines] == [1, 1, 0, 0]
+
+    play(test())
+
+
+def test_busy_and_pinned_models_stay_where_memory_lacks() -> None:
+    async def test() -> None:
+        world = World("abc")
+        models = world.models
+        with await models.lease("a"):
+            await models.load("b")
+            models.get("b").pinned = True
+            world.refusals["c"] = [too_small(0)]
+            with pytest.raises(MemoryTooSmall):
+                await models.lease("c")
+            assert world.loaded() == ["a", "b"]
+            assert models.get("a").state is ModelState.READY
+
+    play(test())
+
+
+def test_nobody_goes_for_a_model_that_would_not_fit_even_so() -> None:
+    async def test() -> None:
+        world = World("abc")
+        models = world.models
+        await models.load("a")
+        await models.load("b")
+        world.refusals["c"] = [too_small(21)]  # a and b are 20
+        with pytest.raises(MemoryTooSmall):
+            await models.lease("c")
+        assert world.loaded() == ["a", "b"]
+
+    play(test())
+
+
+def test_what_is_just_being_closed_is_waited_for() -> None:
+    """Its memory is free in a moment, so that nobody else has to go for it."""
+
+    async def test() -> None:
+        world = World("abc", max_models=2, memory_budget=100, sizes={"a": 10, "b": 10, "c": 10})
+        models = world.models
+        await models.load("a")
+        world.clock.now += 1
+        await models.load("b")
+        world.engines[0].may_close.clear()
+        world.refusals["c"] = [too_small()]
+        waiting = asyncio.ensure_future(models.lease("c"))
+        await until(lambda: world.loads[2:] == ["c"])
+        await settle()
+        assert not waiting.done()
+        world.engines[0].may_close.set()
+        (await waiting).release()
+        assert (world.loads[2:], world.loaded()) == (["c", "c"], ["b", "c"])
+
+    play(test())
+
+
+def test_who_gives_a_model_up_while_memory_is_freed_for_it_is_heard() -> None:
+    async def test() -> None:
+        world = World("ab")
+        models = world.models
+        await models.load("a")
+        world.engines[0].may_close.clear()
+        world.refusals["b"] = [too_small(), too_small()]
+        waiting = asyncio.ensure_future(models.lease("b"))
+        await until(lambda: not world.loaded())
+        unloading = asyncio.ensure_future(models.unload("b"))
+        with pytest.raises(LoadCancelled):
+            await waiting
+        world.engines[0].may_close.set()
+        served = await unloading
+        assert (served.state, served.error) == (ModelState.UNLOADED, None)
 
     play(test())

@@ -14,7 +14,14 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
-from mullama.errors import ClientLeft, InvalidRequest, ModelLoadError, ReferenceNotFound
+from mullama.errors import (
+    ClientLeft,
+    InvalidRequest,
+    MemoryTooSmall,
+    ModelLoadError,
+    NeedsAnotherEngine,
+    ReferenceNotFound,
+)
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
 from mullama.serving.swap import Swaps
@@ -115,6 +122,39 @@ def test_load_and_unload(world: World) -> None:
     assert (row["state"], row["error"]) == ("failed", "truncated")
     ready = world.client.get("/ready")
     assert (ready.status, ready.headers["retry-after"]) == (503, "1")
+
+
+def test_a_model_that_does_not_fit(world: World) -> None:
+    world.error = MemoryTooSmall("it does not fit: 9.0 GB of memory, 1.0 GB are free", param="model", missing=1 << 60)
+    for path, body in (("/v1/chat/completions", {**CHAT, "model": NAME}), (f"/internal/models/{NAME}/load", {})):
+        answer = world.client.post(path, body)
+        assert (answer.status, answer.error["code"]) == (409, "memory_too_small")
+        assert answer.error["message"] == world.error.message
+    row = world.client.get(f"/internal/models/{NAME}").json
+    assert (row["state"], row["error"]) == ("unloaded", world.error.message)
+    assert world.client.get("/ready").status == 200
+    assert [one["state"] for one in world.client.get("/internal/models").json["models"]] == ["ready", "unloaded"]
+    world.error = None
+    assert world.client.post("/v1/chat/completions", {**CHAT, "model": NAME}).status == 200
+    assert world.loads == [NAME] * 3
+
+
+@pytest.mark.parametrize("kv", ["drain", "auto"])
+def test_a_swap_that_does_not_fit_beside(world: World, monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
+    def load(name: str, target: Target) -> Any:
+        raise MemoryTooSmall("it does not fit: 9.0 GB of memory, 1.0 GB are free", param="model", missing=1)
+
+    def another(*_: Any, **__: Any) -> Any:
+        raise NeedsAnotherEngine("another architecture")
+
+    monkeypatch.setattr(world.services.swaps, "_load", load)
+    engine = world.models.get("fake").engine
+    monkeypatch.setattr(engine, "swap_weights", another)
+    answer = world.client.post("/internal/models/fake/swap", {"to": "x", "kv": kv})
+    assert (answer.status, answer.error["code"]) == (409, "memory_too_small")
+    assert "1.0 GB are free" in answer.error["message"]
+    assert world.models.get("fake").engine is engine
+    assert world.client.post("/v1/chat/completions", {**CHAT, "model": "fake"}).status == 200
 
 
 def test_unload_of_a_busy_model(world: World) -> None:
