@@ -48,7 +48,10 @@ class Units:
 
 
 def next_reads(readings: Sequence[Reading]) -> list[list[int]]:
-    """For every unit of every request when it is read next, as a number that grows with time; NEVER if it is not."""
+    """For every unit of every request when it is read next, as a number that grows with time; NEVER if it is not.
+
+    Nor is it where a request computes the unit in any case before it is read: that brings it anew.
+    """
     clock = sum(len(reading.units) for reading in readings)
     next_read: dict[int, int] = {}
     found: list[list[int]] = []
@@ -60,6 +63,8 @@ def next_reads(readings: Sequence[Reading]) -> list[list[int]]:
             times[i] = next_read.get(unit, NEVER)
             if i < reading.n_read:
                 next_read[unit] = clock
+            else:
+                next_read.pop(unit, None)
         found.append(times)
     found.reverse()
     return found

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bench import kv_trace, micro_index
@@ -43,6 +43,7 @@ prompts_st = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), min_s
 
 
 @given(prompts=prompts_st, capacity=st.integers(0, 4), unit=st.integers(1, 2))
+@example(prompts=[[1], [0, 1], [1, 0], [0], [0, 1, 0]], capacity=2, unit=1)  # the fourth brings 0 anew
 def test_the_optimum_is_the_best_of_all_choices(prompts: list[list[int]], capacity: int, unit: int) -> None:
     units = Units(unit)
     readings = [units.reading(pack(prompt)) for prompt in prompts]
