@@ -3,7 +3,8 @@
 Each server answers every prompt twice: with its cache on, as users have it, and computing all of every prompt
 (mullama: a ``cache_salt`` for each request; llama-server: ``cache_prompt`` false). A server's cached text is judged
 against its own computed one by the rule of equality.py: *exact*, or it first differs where the two best tokens were
-nearly tied (*tie*), or it is *different*. One request at a time, so that the cache is all that differs.
+nearly tied (*tie*), or it is *different*. The prompts are random words, where often three or more tokens lie close
+together, so the best N_PROBS count as the other choice. One request at a time, so that the cache is all that differs.
 
 The log-probabilities are llama-server's. Where its own text had gone another way before the place in question, it is
 asked for that place.
@@ -26,6 +27,7 @@ from bench.prompts import PromptMaker
 COUNT = 500
 BLOCK = 50  # prompts that one server answers before it is the next one's turn
 OUT_TOKENS = 24
+N_PROBS = 8  # best tokens of every place that llama-server tells
 COMPUTING = ", computing"  # of a server's name: its cache is off
 KINDS = (MULLAMA, MULLAMA + COMPUTING, PEER, PEER + COMPUTING)
 
@@ -77,7 +79,7 @@ def request(name: str, prompt: str | Sequence[int], number: int, max_tokens: int
     if name.startswith(MULLAMA):
         extra: dict[str, Any] = {"cache_salt": f"alone-{number}"} if is_computing else {}
         return clients.completion_request(MULLAMA, prompt, max_tokens, stream=False, ignore_eos=False, **extra)
-    extra = {"n_probs": 2, "cache_prompt": not is_computing}
+    extra = {"n_probs": N_PROBS, "cache_prompt": not is_computing}
     return clients.completion_request(PEER, prompt, max_tokens, stream=False, ignore_eos=False, **extra)
 
 

@@ -3,7 +3,7 @@
     python bench/memory.py --model smollm2:135m gemma3:270m --ctx 2048 8192
 
 Each model at each size is loaded in a process of its own and answers rounds of four prompts that share nothing, so that
-KV fills up and goes to host memory.
+KV fills up and goes to host memory. Then a random LoRA adapter is loaded (tests/adapters.py), and in the end it sleeps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from mullama import Engine
@@ -52,11 +54,31 @@ def measure(model: str, n_ctx: int, rounds: int) -> dict[str, Any]:
                     pass
             shares.append(share(engine)[0])
         _, rss_end, report = share(engine)
+        with_adapter = share_with_adapter(engine)
+        engine.sleep()
+        asleep, rss_asleep, _ = share(engine)
     return {
         "model": model, "n_ctx": n_ctx, "estimate": expected, "allocated": allocated, "rss": rss, "rss_end": rss_end,
         "kv_resident": report["kv"]["resident_bytes"], "kv_used": report["kv"]["used_bytes"],
         "first": first, "worst": max(shares, key=abs),
+        "with_adapter": with_adapter, "asleep": asleep, "rss_asleep": rss_asleep,
     }  # fmt: skip
+
+
+def share_with_adapter(engine: Engine) -> float:
+    """The share with an adapter of rank 16 loaded, and used by a request."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    import adapters
+
+    from mullama.types import LoraUse, Request, SamplingParams
+
+    with tempfile.TemporaryDirectory() as folder:
+        engine.load_adapter(adapters.build(Path(folder) / "a.gguf", Path(engine.info.path), rank=16), "a")
+    for _ in engine.submit_sync(Request("r", [5, 6, 7], SamplingParams(max_tokens=8), lora=(LoraUse("a"),))):
+        pass
+    found = share(engine)[0]
+    engine.unload_adapter("a")
+    return found
 
 
 def main() -> int:
@@ -70,8 +92,8 @@ def main() -> int:
         print(json.dumps(measure(args.model[0], args.ctx[0], args.rounds)))
         return 0
     print("| model | context | estimate | allocated | off by | in memory, loaded → after | KV resident / used "
-          "| unaccounted, loaded | at worst |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
+          "| unaccounted, loaded | at worst | with an adapter | asleep |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for model in args.model:
         for n_ctx in args.ctx:
             command = [sys.executable, __file__, "--one", "--rounds", str(args.rounds), "--model", model]
@@ -82,7 +104,8 @@ def main() -> int:
                 f"| {row['estimate'] / row['allocated'] - 1:+.2%} "
                 f"| {row['rss'] / MIB:.0f} → {row['rss_end'] / MIB:.0f} MiB "
                 f"| {row['kv_resident'] / MIB:.1f} / {row['kv_used'] / MIB:.1f} MiB "
-                f"| {row['first']:.1%} | {row['worst']:.1%} |",
+                f"| {row['first']:.1%} | {row['worst']:.1%} | {row['with_adapter']:.1%} "
+                f"| {row['asleep']:.1%} of {row['rss_asleep'] / MIB:.0f} MiB |",
                 flush=True,
             )
     return 0

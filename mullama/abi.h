@@ -89,7 +89,7 @@
     F(uint64_t, turn_wait_ns)     /* waiting while another engine computes */                 \
     F(uint64_t, weight_swaps)     /* times that other weights took over */                    \
     F(uint64_t, weight_swap_bytes) /* KV carried over to them */                              \
-    F(uint64_t, weight_swap_ns)   /* engine time for that, copying ahead included */          \
+    F(uint64_t, weight_swap_ns)   /* engine time for changing over, first decodes excluded */ \
     F(uint64_t, weight_pause_ns)  /* gauge: last swap, last step before to first step after */ \
     F(uint64_t, weight_first_ns)  /* gauge: when the first step after the last swap ended */   \
     F(uint64_t, adapter_switches) /* times that another set of LoRA adapters was put in charge */ \

@@ -44,8 +44,6 @@ cdef class Cells:
         self.core.check_slot(slot)
         if not 0 <= p0 < p1 <= self.core.slots[slot].n_past:
             raise ValueError(f"slot {slot} holds KV of [0, {self.core.slots[slot].n_past}), not of [{p0}, {p1})")
-        if not self.core.bring(slot, p1):
-            raise RuntimeError(f"the KV of slot {slot} could not be carried over to the new weights")
         return 0
 
     def save(self, int slot, int p0, int p1):
@@ -92,9 +90,6 @@ cdef class Cells:
         cdef uint64_t began = now_ns()
         if s.open():
             raise RuntimeError(f"slot {slot} is in use")
-        if not self.core.bring(slot, s.n_past):
-            self.core.clear_slot(slot)
-            return False
         n_new = len(tokens)
         for token in tokens:
             if not 0 <= token < self.core.model.n_vocab:

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "llama.h"
-#include "llama-cells.h"
 
 #include <cstdio>
 #include <exception>
@@ -34,18 +33,6 @@ inline int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard 
         guard.keep("unknown C++ exception");
     }
     return CORE_EXCEPTION;
-}
-
-inline bool guarded_carry_rows(llama_context * src, llama_context * dst, llama_seq_id seq, llama_pos p0, llama_pos p1,
-                               Guard & guard) noexcept {
-    try {
-        return llama_cells_carry_rows(src, seq, dst, seq, 0, p0, p1);
-    } catch (const std::exception & e) {
-        guard.keep(e.what());
-    } catch (...) {
-        guard.keep("unknown C++ exception");
-    }
-    return false;
 }
 
 // Apply a chain to candidates and accept the choice. Returns the token or -1.

@@ -227,9 +227,6 @@ cdef class Core(Parking):
         cdef Slot * s = &self.slots[slot]
         cdef int keep = min(s.shift_keep, self.n_ctx // 2)
         cdef int drop = (s.n_past - keep) // 2
-        if self.target is not None and self.ahead[slot] > keep:  # what follows is turned, and has to be copied again
-            llama_memory_seq_rm(self.target.mem, slot, keep if keep > 0 else -1, -1)
-            self.ahead[slot] = keep
         llama_memory_seq_rm(self.mem, slot, keep, keep + drop)
         llama_memory_seq_add(self.mem, slot, keep + drop, s.n_past, -drop)
         s.tokens.erase(s.tokens.begin() + keep, s.tokens.begin() + keep + drop)

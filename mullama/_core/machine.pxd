@@ -98,8 +98,6 @@ cdef extern from "guard.h" namespace "mullama" nogil:
         CORE_EXCEPTION "mullama::CORE_EXCEPTION"
     cppclass Guard:
         const char * message
-    cbool guarded_carry_rows(llama_context * src, llama_context * dst, llama_seq_id seq, llama_pos p0, llama_pos p1,
-                             Guard & guard)
     int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard & guard)
     llama_token guarded_sample(llama_sampler * chain, llama_token_data_array * candidates, Guard & guard)
 
@@ -108,9 +106,6 @@ cdef class Machine:
     cdef readonly Context context
     cdef readonly Model model          # of the context
     cdef Context target                # being prepared to take over (swap.pyx)
-    cdef Context source                # was in charge before; slots that have not come over are still there
-    cdef vector[int32_t] ahead         # tokens of each slot whose KV the target has already
-    cdef vector[int32_t] away          # those that have come over from the source; -1: all, nothing is left behind
     cdef uint64_t switched_ns          # last step of the old weights ended; 0: the new ones have taken one
     cdef uint64_t reused_before        # graphs reused by contexts before this one
     cdef readonly Arbiter turns

@@ -94,8 +94,6 @@ cdef class Machine:
         """The rest of __init__, once the context exists."""
         self.batch = llama_batch_init(self.n_batch, 0, 1)
         self.slots.resize(self.n_slots)
-        self.ahead.resize(self.n_slots, 0)
-        self.away.resize(self.n_slots, -1)
         self.ring.reset(new Ring(RING_BYTES))
         if not self.wake.open():
             raise ModelLoadError("no file descriptor left for the wake-up")
@@ -125,10 +123,10 @@ cdef class Machine:
             self.slots[i].end_request()
         self.ctx = NULL
         self.mem = NULL
-        for context in (self.context, self.target, self.source):
+        for context in (self.context, self.target):
             if context is not None:
                 (<Context> context).release()
-        self.target = self.source = None  # the first stays, freed: what it was made with may still be asked for
+        self.target = None  # the first stays, freed: what it was made with may still be asked for
         self.in_charge.reset()
         if self.pool is not NULL:
             with nogil:

@@ -14,6 +14,4 @@ cdef class Slots(Machine):
     cdef void clear_slot(self, int slot) noexcept nogil
     cdef bint cut(self, int slot, int n) noexcept nogil
     cdef int keep_head(self, int slot, int n) noexcept
-    cdef bint bring(self, int slot, int n) noexcept nogil
-    cdef bint carry_rows(self, llama_context * src, llama_context * dst, int slot, int p0, int p1) noexcept nogil
     cdef void lose(self, int slot) noexcept nogil

@@ -250,49 +250,18 @@ cdef class Slots(Machine):
         s.state = MULLAMA_SLOT_FREE
 
     cdef bint cut(self, int slot, int n) noexcept nogil:
-        """Remove the KV of a slot from position ``n`` on, wherever it is. False where llama.cpp cannot."""
-        if self.target is not None and self.ahead[slot] > n:
-            llama_memory_seq_rm(self.target.mem, slot, n if n > 0 else -1, -1)
-            self.ahead[slot] = n
-        if self.away[slot] >= 0:
-            if n > self.away[slot]:
-                return True  # what is removed never came over
-            self.away[slot] = -1
+        """Remove the KV of a slot from position ``n`` on. False where llama.cpp cannot."""
         return llama_memory_seq_rm(self.mem, slot, n if n > 0 else -1, -1)
 
     cdef int keep_head(self, int slot, int n) noexcept:
         """Keep the KV of the first ``n`` tokens of a slot, or none where that cannot be done. Returns those kept."""
         cdef Slot * s = &self.slots[slot]
-        if n > 0 and (not self.bring(slot, n) or (s.n_past > n and not self.cut(slot, n))):
+        if n > 0 and s.n_past > n and not self.cut(slot, n):
             n = 0
         if n == 0:
             self.cut(slot, 0)
         s.n_past = n
         return n
-
-    cdef bint bring(self, int slot, int n) noexcept nogil:
-        """See that the first ``n`` tokens' KV of a slot is in the context in charge, where it was left behind.
-
-        False: that failed, and the slot has no KV any more.
-        """
-        cdef int at = self.away[slot]
-        if at < 0 or n <= at:
-            return True
-        if not self.carry_rows(self.source.ctx, self.ctx, slot, at, n):
-            self.cut(slot, 0)
-            return False
-        self.away[slot] = n if n < self.slots[slot].n_past else -1
-        return True
-
-    cdef bint carry_rows(self, llama_context * src, llama_context * dst, int slot, int p0, int p1) noexcept nogil:
-        """Copy the KV of [p0, p1) of a slot from one context to another. False: one of them refused."""
-        cdef size_t token_bytes = self.context.token_bytes
-        if p0 >= p1:
-            return True
-        if not guarded_carry_rows(src, dst, slot, p0, p1, self.guard):
-            return False
-        self.counters.weight_swap_bytes += (p1 - p0) * token_bytes
-        return True
 
     def evict(self, int slot, int lost=-1):
         """Drop a retained prefix. Returns the number of tokens (cells) freed.
@@ -328,7 +297,6 @@ cdef class Slots(Machine):
         cdef bint ok = True
         cdef int i
         with nogil:
-            ok = self.bring(a, self.slots[a].n_past) and self.bring(b, self.slots[b].n_past)
             if self.slots[a].n_past > 0:
                 n_a = llama_state_seq_get_size(self.ctx, a)
                 if self.state_a.size() < n_a:
@@ -439,11 +407,8 @@ cdef class Slots(Machine):
         truth = self.cells()
         for i in range(self.n_slots):
             n = self.slots[i].n_past
-            here = n
-            if self.away[i] >= 0:
-                here = self.away[i]
-            if truth["caches"] > 0 and truth["used"][i] != here:
-                found.append(f"slot {i}: {here} tokens are accounted for, llama.cpp holds {truth['used'][i]} cells")
+            if truth["caches"] > 0 and truth["used"][i] != n:
+                found.append(f"slot {i}: {n} tokens are accounted for, llama.cpp holds {truth['used'][i]} cells")
             if self.slots[i].state == MULLAMA_SLOT_FREE and n != 0:
                 found.append(f"slot {i} is free but has {n} tokens")
             if n > <int> self.slots[i].tokens.size():
@@ -454,8 +419,6 @@ cdef class Slots(Machine):
         """Bytes that moving a slot's KV would copy."""
         self.check_slot(slot)
         cdef size_t n
-        if self.away[slot] >= 0:
-            return self.slots[slot].n_past * self.context.token_bytes
         with nogil:
             n = llama_state_seq_get_size(self.ctx, slot)
         return n

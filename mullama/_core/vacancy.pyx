@@ -25,7 +25,7 @@ cdef class Vacancy:
     def __init__(self, Core core not None):
         """Save the KV of all slots. Raises InvalidRequest while a Carrier is at work, ComputeFailed, MemoryError."""
         core.check_slot(0)
-        if core.target is not None or core.source is not None:
+        if core.target is not None:
             raise InvalidRequest("the weights are being changed already")
         self.core = core
         self.held_ns = core.busy_since if core.busy_since != 0 else now_ns()
@@ -103,8 +103,6 @@ cdef class Vacancy:
         core.governor = governor
         core.take_on(context)
         for i in range(core.n_slots):
-            core.away[i] = -1
-            core.ahead[i] = 0
             n_running += core.slots[i].open()
         if is_swap:
             core.counters.weight_swaps += 1

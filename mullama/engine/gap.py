@@ -8,6 +8,7 @@ pause, requests that come wait, nothing is dropped. The engine thread does it al
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,11 +62,10 @@ def decide(
     if new is None:
         return None
     beside = [left for left in (free, None if room is None else room.beside) if left is not None]
-    if all(new.total <= left for left in beside):
+    wanted = beside_bytes(new)
+    if all(wanted <= left for left in beside):
         return None
-    told = (
-        f"{path} would take {new.total >> 20} MiB, and {max(min(beside), 0) >> 20} MiB are free beside what is loaded"
-    )
+    told = f"{path} would take {_mib(wanted)}, and {_mib(min(beside))} are free beside what is loaded"
     if gap is GapMode.NEVER:
         raise MemoryTooSmall(f"{told}; with a gap the old weights would be freed first", param="gap")
     most = min(
@@ -74,13 +74,22 @@ def decide(
         if left is not None
     )
     if new.total > most:
-        raise MemoryTooSmall(f"{told}, {_mib(most)} without the old weights", param="to")
+        raise MemoryTooSmall(
+            f"{told}; without the old weights {_mib(most)} are free for {_mib(new.total)}, KV included", param="to"
+        )
     # While it is saved it is there twice.
     if kv is KvMode.RECOMPUTE or (new.total + needs.kv <= most and (free is None or needs.kv <= free)):
         return kv
     if kv is KvMode.CARRY:
         raise MemoryTooSmall(f"{told}; there is no room to save {_mib(needs.kv)} of KV meanwhile", param="kv")
     return KvMode.RECOMPUTE
+
+
+def beside_bytes(new: Estimate) -> int:
+    """What a file takes beside the old weights. It goes on with their KV, and its own cells are never touched: on
+    Linux they take no memory (vendor/patches/0004-cells-untouched.patch)."""
+    untouched = new.kv.get("full", 0) + new.kv.get("window", 0) if sys.platform == "linux" else 0
+    return new.total - untouched
 
 
 def _mib(n_bytes: int) -> str:

@@ -1,10 +1,9 @@
 """Other weights for a running engine: how they come, and what becomes of the sequences. Nothing is dropped.
 
 ``Weights`` is the engine's side. A thread of its own loads the model and makes a context, with the priority of work
-that can wait; then the engine thread takes the rest in steps between the sequences' steps (``Swap.advance``):
-
-    WARM -> AHEAD -> commit -> FOLLOW -> done        carry: KV goes over, ahead and in slices (_core/swap.pyx)
-    WARM -> commit -> done                           recompute: every sequence is computed again by the new weights
+that can wait; then the engine thread runs its first decodes between the sequences' steps (``Swap.advance``) and changes
+over at a step boundary (_core/swap.pyx). With ``carry`` the new context takes the KV over where it lies; with
+``recompute`` every sequence is computed again by the new weights.
 
 Carrying is sound between two quantisations (or fine-tunes) of one model: what the tokens mean, how positions are
 turned and the shape of KV must be equal, and ``why_unsound`` says what is not. Whatever fails before the commit leaves
@@ -44,7 +43,7 @@ log = logging.getLogger("mullama.engine")
 
 T = TypeVar("T")
 
-SHARE = 0.6  # of the engine's time, for copying ahead
+SHARE = 0.6  # of the engine's time, for the first decodes of the new weights
 LEAST_SLICE_NS = 2_000_000
 MOST_SLICE_NS = 90_000_000
 MOST_POSTPONED_S = 0.1
@@ -120,48 +119,24 @@ class Swap:
         self._carrier = carrier
         self._kv = kv
         self._on_commit = on_commit
-        self._phase = self._warm
         self._last_ns = time.monotonic_ns() - MOST_SLICE_NS  # the first slice may be a whole one
-        self._caught_up = False
-        self.is_ready = False
+        self._is_warm = False
         self._ready_since = 0.0
-        self._moved = self._recomputed = 0
-        self._bytes_before = 0
 
     def advance(self, *, busy: bool) -> None:
         """A slice of the work. ``busy``: sequences are running, so that it must be short."""
         now = time.monotonic_ns()
-        slice_ns = int(SHARE * (now - self._last_ns))
-        budget = min(max(slice_ns, LEAST_SLICE_NS), MOST_SLICE_NS) if busy else 1_000_000_000
-        until = now + budget
+        budget = min(max(int(SHARE * (now - self._last_ns)), LEAST_SLICE_NS), MOST_SLICE_NS) if busy else 1_000_000_000
         try:
-            phase = None
-            while phase != self._phase and self._weights.active is self and now < until:
-                phase = self._phase
-                phase(until - now)
-                now = time.monotonic_ns()
+            while not self._is_warm and time.monotonic_ns() < now + budget:
+                self._is_warm = not self._carrier.warm()
+            if self._is_warm and self._kv is not KvMode.CARRY:
+                self._recompute()
         except BaseException as error:
             self._fail(error)
         if not busy:
             self.commit(quiet=True)
         self._last_ns = time.monotonic_ns()
-
-    def _warm(self, budget_ns: int) -> None:
-        until = time.monotonic_ns() + budget_ns
-        is_warm = False
-        while not is_warm:
-            is_warm = not self._carrier.warm()
-            if time.monotonic_ns() >= until:
-                break
-        if is_warm:
-            self._bytes_before = self._weights.counter("weight_swap_bytes")
-            self._phase = self._ahead if self._kv is KvMode.CARRY else self._recompute
-
-    def _ahead(self, budget_ns: int) -> None:
-        left = self._carrier.ahead(budget_ns, retained=False)
-        # One step more, so that the slice before the commit has only that step's tokens to copy.
-        self.is_ready = left == 0 and self._caught_up
-        self._caught_up = left == 0
 
     def commit(self, *, quiet: bool) -> None:
         """Let the new weights take the next step, when they are ready. Right before that step, on its own sequences.
@@ -169,39 +144,33 @@ class Swap:
         ``quiet``: nothing was admitted or preempted since the last step. That takes time of its own, which the pause
         does not need to have; so the commit waits for a step boundary without, though not for long.
         """
-        if not self.is_ready:
+        if not self._is_warm or self._weights.active is not self or self._kv is not KvMode.CARRY:
             return
         self._ready_since = self._ready_since or time.monotonic()
         if not quiet and time.monotonic() - self._ready_since < MOST_POSTPONED_S:
             return
-        self.is_ready = False
         try:
             faults.crash_point("swap:before-commit")
-            self._moved, _ = self._carrier.commit()
+            n_running, n_bytes = self._carrier.commit()
             self._committed(with_kv=True)
-            self._phase = self._follow
+            self._finish(n_running, 0, n_bytes)
         except BaseException as error:
             self._fail(error)
 
-    def _recompute(self, budget_ns: int) -> None:
+    def _recompute(self) -> None:
         faults.crash_point("swap:before-commit")
-        self._recomputed = self._weights.seqs.vacate_all()
+        n_recomputed = self._weights.seqs.vacate_all()
         self._carrier.commit(with_kv=False)
         self._committed(with_kv=False)
-        self._finish()
+        self._finish(0, n_recomputed, 0)
 
     def _committed(self, *, with_kv: bool) -> None:
         self._weights.took_over(with_kv, self._on_commit)
         faults.crash_point("swap:after-commit")
 
-    def _follow(self, budget_ns: int) -> None:
-        if self._carrier.follow(budget_ns) == 0:
-            self._finish()
-
-    def _finish(self) -> None:
+    def _finish(self, n_moved: int, n_recomputed: int, n_bytes: int) -> None:
         self._weights.active = None
-        n_bytes = self._weights.counter("weight_swap_bytes") - self._bytes_before
-        self.done.set_result((self._moved, self._recomputed, n_bytes, self._carrier.finish()))
+        self.done.set_result((n_moved, n_recomputed, n_bytes, self._carrier.finish()))
 
     def abort(self, error: BaseException) -> None:
         """The engine has ended; its core frees both contexts."""
@@ -210,7 +179,7 @@ class Swap:
             self.done.set_exception(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Before the commit the old weights simply stay; after it the new ones do, without what was left behind."""
+        """Before the commit the old weights simply stay; after it the new ones do."""
         self._weights.active = None
         if self._weights.in_charge(self._carrier):
             log.error("a change of weights broke off after they had taken over", exc_info=error)
@@ -270,10 +239,6 @@ class Weights:
             self.left_disk, self.kv.disk = self.kv.disk, None
         self.kv.version += 1
         on_commit(with_kv)
-
-    def counter(self, name: str) -> int:
-        """A counter as it is now. Engine thread."""
-        return self.core.counters_dict()[name]
 
     def swap(
         self,
@@ -337,7 +302,7 @@ class Weights:
         def begin() -> None:
             self.active = Swap(self, Carrier(self.core, context), mode, on_commit, done)
 
-        host.on_phase("copying" if mode is KvMode.CARRY else "switching")
+        host.on_phase("switching")
         try:
             host.call(begin).result()
             moved, recomputed, n_bytes, left = done.result()

@@ -1,4 +1,4 @@
-"""Other weights under a running core (swap.pyx): what is carried over is what was there, whatever happens meanwhile.
+"""Other weights under a running core (swap.pyx): what is taken over is what was there, whatever happens meanwhile.
 
 The target is the same model loaded a second time wherever the text must not change: then every difference is a bug.
 """
@@ -22,25 +22,17 @@ from mullama.errors import InvalidRequest
 from mullama.scheduling import SeqView
 from mullama.types import Request, SeqState
 
-SECOND = 10**9
 PROMPTS = ("the sun is", "all that we have to do here and there", "I", "of her and the others in it")
 
 
-def carry(driver: Driver, target: Context, *, steps: int = 3) -> Context:
-    """A whole swap with some steps of decoding in every phase. Returns the old context."""
+def carry(driver: Driver, target: Context) -> Context:
+    """A whole swap, with steps of decoding between its own. Returns the old context."""
     carrier = Carrier(driver.core, target)
     while carrier.warm():
         driver.step()
-    for _ in range(steps):
-        carrier.ahead(0, retained=False)
-        carrier.ahead(1, retained=False)
-        driver.step()
-    carrier.ahead(SECOND, retained=False)
     driver.step()
     carrier.commit()
     driver.step()
-    while carrier.follow(1):
-        driver.step()
     return carrier.finish()
 
 
@@ -73,12 +65,7 @@ def test_same_weights_same_text(
         left.close()
         old.close()  # nothing uses the old weights any more
 
-    carried = texts(driver, swap)
-    if (arch, layout) == ("gemma3", "unified"):
-        # llama.cpp leaves out the cells that the window hides, so the others lie in another order and sums differ in
-        # their last bits: the nearly flat logits of a random model show that soon, but not at once.
-        carried, plain = [text[:16] for text in carried], [text[:16] for text in plain]
-    assert carried == plain
+    assert texts(driver, swap) == plain
     assert driver.core.counters_dict()["weight_swaps"] == 1
     assert driver.core.counters_dict()["weight_swap_bytes"] > 0
 
@@ -103,16 +90,15 @@ def test_exported_kv_is_the_same_on_both_sides(
     driver.generate("the others are here and there", greedy(30), retain=True, slot=2)
     n = driver.core.retained(2)[0]
     before = Cells(driver.core).save(2, 0, n)
+    where = [row[2] for row in driver.core.context.buffers() if row[0] == "full"]
     carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
-    assert carrier.ahead(SECOND) == 0
-    carrier.commit()
+    assert carrier.commit() == (0, n * driver.core.context.token_bytes)
     carrier.finish().close()
     assert Cells(driver.core).save(2, 0, n) == before
+    assert [row[2] for row in driver.core.context.buffers() if row[0] == "full"] == where  # it lies where it lay
 
 
-def test_a_prefix_left_behind_comes_over_when_it_is_asked_for(
-    tiny_model: Callable[..., Path], make_core: Callable[..., Driver]
-) -> None:
+def test_retained_prefixes_are_there_at_once(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
     prompt = "the sun and the others are all here"
     plain = make_core(Model(tiny_model())).generate(prompt + " to you", greedy(20)).text
     driver = make_core(Model(tiny_model()))
@@ -121,28 +107,38 @@ def test_a_prefix_left_behind_comes_over_when_it_is_asked_for(
     reuse = len(driver.tokenize(prompt))
     carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
     carrier.commit()
+    carrier.finish().close()
     assert driver.core.audit() == []
     handle = driver.open(tokens, greedy(20), slot=1, reuse=reuse)
     driver.finish_all()
-    carrier.finish().close()
     assert driver.outputs[handle].text == plain
     assert driver.outputs[handle].facts.kv_cache_hit == reuse
 
 
-def test_what_stays_behind_is_lost_with_the_old_context(
-    tiny_model: Callable[..., Path], make_core: Callable[..., Driver]
-) -> None:
+def test_the_old_context_keeps_nothing(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
+    """It has the buffers that the new one was made with, which are empty: somebody else may go on with it."""
     driver = make_core(Model(tiny_model()))
     driver.generate("the sun", greedy(20), retain=True, slot=1)
-    carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
+    old = driver.core.context
+    for _ in range(2):
+        carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
+        while carrier.warm():
+            pass
+        carrier.commit()
+        left = carrier.finish()
+        assert driver.core.audit() == []
+        assert driver.core.retained(1)[0] > 0
+    assert left is not old
+    left.close()
+    carrier = Carrier(driver.core, old)
     carrier.commit()
     carrier.finish().close()
-    assert driver.core.states() == [abi.FREE] * 4
+    assert driver.core.context is old
     assert driver.core.audit() == []
 
 
 def test_random_work_during_a_swap(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
-    """Requests come, end, move, are cancelled, preempted and shifted while KV is copied; the texts stay the same."""
+    """Requests come, end, move, are cancelled and preempted while the weights change; the texts stay the same."""
     path = tiny_model()
     alone = make_core(Model(path))
     expected: dict[tuple[str, int], str] = {}
@@ -152,13 +148,13 @@ def test_random_work_during_a_swap(tiny_model: Callable[..., Path], make_core: C
             expected[prompt, n] = alone.generate(prompt, greedy(n)).text
         return expected[prompt, n]
 
+    n_swaps = 0
     for seed in range(12):
         rng = random.Random(seed)
         driver = make_core(Model(path))
         core: Core = driver.core
         carrier: Carrier | None = None
         wanted: dict[int, tuple[str, int]] = {}
-        phase = 0
         for _ in range(60):
             act = rng.randrange(8)
             free = [i for i, state in enumerate(core.states()) if state in (abi.FREE, abi.RETAINED)]
@@ -177,15 +173,13 @@ def test_random_work_during_a_swap(tiny_model: Callable[..., Path], make_core: C
                 slot = rng.choice(running)
                 wanted.pop(core.slot_info(slot)[1])
                 core.cancel(slot)
-            elif carrier is None and phase == 0:
+            elif carrier is None:
                 carrier = Carrier(core, core.context.like(Model(path)))
-            elif carrier is not None and phase == 0:
-                if carrier.ahead(rng.choice([0, 1, SECOND]), retained=rng.random() < 0.5) == 0 and rng.random() < 0.4:
-                    carrier.commit()
-                    phase = 1
-            elif carrier is not None and phase == 1 and carrier.follow(rng.choice([0, 1, SECOND])) == 0:
+            elif not carrier.warm() and rng.random() < 0.6:
+                carrier.commit()
                 carrier.finish().close()
-                carrier, phase = None, 0
+                carrier = None
+                n_swaps += 1
             driver.prefill()
             driver.step()
             for slot in driver.slots_in(abi.DONE):
@@ -195,7 +189,8 @@ def test_random_work_during_a_swap(tiny_model: Callable[..., Path], make_core: C
         for handle, (prompt, n) in wanted.items():
             assert driver.outputs[handle].text == text_of(prompt, n), (seed, prompt)
         if carrier is not None:
-            (carrier.finish() if phase else carrier.abandon()).close()
+            carrier.abandon().close()
+    assert n_swaps > 12
 
 
 def test_an_abandoned_swap_changes_nothing(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
@@ -206,29 +201,32 @@ def test_an_abandoned_swap_changes_nothing(tiny_model: Callable[..., Path], make
     def give_up(driver: Driver) -> None:
         carrier = Carrier(driver.core, old.like(Model(tiny_model())))
         carrier.warm()
-        carrier.ahead(SECOND)
         carrier.abandon().close()
 
     assert texts(driver, give_up) == plain
     assert driver.core.context is old
 
 
-def test_a_shifted_sequence_is_copied_again(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:
-    """The cells of a shifted sequence are out of order, which a copy mends: so its KV is compared and not its text."""
-    driver = make_core(Model(tiny_model()), n_ctx=256)
-    driver.open("the sun", greedy(600), shift_keep=4)
-    driver.prefill()
-    driver.step(150)
-    carrier = Carrier(driver.core, driver.core.context.like(Model(tiny_model())))
-    carrier.ahead(SECOND)
-    driver.step(150)
-    assert driver.core.shifted(0) > 0
-    n = driver.core.slot_fill(0)[0]
-    before = Cells(driver.core).save(0, 0, n)
-    carrier.commit()
-    carrier.finish().close()
-    assert Cells(driver.core).save(0, 0, n) == before
-    driver.finish_all()
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_shifted_sequence_goes_on(
+    tiny_model: Callable[..., Path], make_core: Callable[..., Driver], pending: bool
+) -> None:
+    """Its cells are out of order, and stay so; a shift whose keys are not turned yet is turned by the new weights."""
+
+    def run(swap: bool) -> str:
+        driver = make_core(Model(tiny_model()), n_ctx=256)
+        handle = driver.open("the sun", greedy(600), shift_keep=4)
+        driver.prefill()
+        while driver.core.shifted(0) == 0:
+            driver.step()
+        if not pending:
+            driver.step(5)
+        if swap:
+            carry(driver, driver.core.context.like(Model(tiny_model()))).close()
+        driver.finish_all()
+        return driver.outputs[handle].text
+
+    assert run(swap=True) == run(swap=False)
 
 
 def test_shapes_must_agree(tiny_model: Callable[..., Path], make_core: Callable[..., Driver]) -> None:

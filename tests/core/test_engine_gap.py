@@ -60,7 +60,7 @@ def test_short_memory_is_seen(make_engine: Callable[..., Engine], twin: Path, mo
     needs = engine.call(lambda: gap.needs_of(engine._core)).result()
     new = fits.expected(twin, engine.config, n_ctx=512, n_parallel=4)
     assert new is not None
-    monkeypatch.setattr(sizing, "available_memory", lambda: new.total - 1)
+    monkeypatch.setattr(sizing, "available_memory", lambda: gap.beside_bytes(new) - 1)
     assert needs.own > 1
     assert engine.swap_weights(twin).mode == "gap"
     with pytest.raises(MemoryTooSmall, match="with a gap"):
