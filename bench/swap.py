@@ -6,7 +6,7 @@
 Parts: ``quants`` swaps one model's quantisations under streams, at two amounts of cached tokens, carrying KV and
 recomputing it; ``models`` swaps two different models under one name; ``switch`` alternates requests between two models
 of which one fits, and between two that both do; ``together`` lets two models decode at once; ``quantise`` makes another
-quantisation beside four streams.
+quantisation beside four streams, and ``loading`` loads another model beside them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ from bench.common import percentile, progress
 from bench.models import DEFAULT_MODEL, model_file
 
 QUANTS = ("Q8_0", "Q4_0", "Q4_K_M")
-PARTS = ("quants", "models", "switch", "together", "quantise")
-QUANTISE_QUIET_S = 4.0
+PARTS = ("quants", "models", "switch", "together", "quantise", "loading")
+QUIET_S = 4.0  # before and after work in the background
+N_LOADS = 8  # one after another
 ADMIN = "bench"  # the key that may name files of the server
 
 
@@ -291,34 +292,58 @@ async def _loaded(port: int, names: Sequence[str], streams: int) -> dict[str, di
 
 async def quantising(files: dict[str, Path], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of four streams before, while and after ``mullama quantize`` works on the same machine."""
-    home = folder / "home"
+
+    async def work(port: int, n_round: int) -> None:
+        for k in range(2):
+            await _quantise(files["Q8_0"], f"variant-{n_round}-{k}", folder / "home")
+
+    return await _beside("quantise", [f"m={files['Q8_0']}"], work, args.rounds)
+
+
+async def loading(files: dict[str, Path], args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of four streams before, while and after another model is loaded again and again."""
+
+    async def work(port: int, n_round: int) -> None:
+        for _ in range(N_LOADS):
+            for action in ("unload", "load"):
+                status, answer = await post(port, f"/internal/models/b/{action}", {})
+                if status != 200:
+                    raise SystemExit(f"{action}: {status} {answer}")
+
+    return await _beside("loading", [f"a={files['Q8_0']}", f"b={files['Q4_K_M']}"], work, args.rounds)
+
+
+async def _beside(
+    what: str, models: Sequence[str], work: Callable[[int, int], Awaitable[None]], rounds: int
+) -> dict[str, Any]:
+    """What four streams of the first model keep of their rate while ``work(port, round)`` goes on."""
     rows: list[dict[str, float]] = []
-    with serve([f"m={files['Q8_0']}"], ctx=1024, parallel=8) as server:
+    with serve(models, ctx=1024, parallel=8) as server:
 
         def make(i: int) -> bytes:
-            return clients.completion_request(servers.MULLAMA, f"Chapter {i}: It was", 512)
+            name = models[0].partition("=")[0]
+            return clients.completion_request(servers.MULLAMA, f"Chapter {i}: It was", 512, model=name)
 
         async with clients.background_streams(server.port, 4, make) as calls:
             await asyncio.sleep(3)
-            for i in range(args.rounds):
+            for i in range(rounds):
                 marks = [time.monotonic_ns()]
-                await asyncio.sleep(QUANTISE_QUIET_S)
+                await asyncio.sleep(QUIET_S)
                 marks.append(time.monotonic_ns())
-                for k in range(2):
-                    await _quantise(files["Q8_0"], f"variant-{i}-{k}", home)
+                await work(server.port, i)
                 marks.append(time.monotonic_ns())
-                await asyncio.sleep(QUANTISE_QUIET_S)
+                await asyncio.sleep(QUIET_S)
                 marks.append(time.monotonic_ns())
                 before, during, after = (rate_between(calls, *span) for span in itertools.pairwise(marks))
                 row = {
                     "before": before,
                     "during": during,
                     "after": after,
-                    "quantise_s": (marks[2] - marks[1]) / 2e9,
+                    "work_s": (marks[2] - marks[1]) / 1e9,
                     "of_quiet": 2 * during / (before + after),
                 }
                 rows.append(row)
-                progress("quantise: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
+                progress(f"{what}: " + ", ".join(f"{key} {value:.2f}" for key, value in row.items()))
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {"rounds": rows}
 
 
@@ -370,6 +395,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             results["together"] = clients.run(together(files, args))
         if "quantise" in parts:
             results["quantise"] = clients.run(quantising(files, folder, args))
+        if "loading" in parts:
+            results["loading"] = clients.run(loading(files, args))
     flags = {key: str(value) for key, value in vars(args).items()}
     path = common.write_record(common.record("swap", flags, results), args.json)
     print(json.dumps(results, indent=2))

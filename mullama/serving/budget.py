@@ -44,13 +44,13 @@ class Budget:
         if not self.n_bytes:
             return None
         alone = self.n_bytes - self._taken(served, models, with_left=True, with_closing=True)
-        return Room(alone - served.n_bytes, alone)
+        return Room(alone - served.held_bytes, alone)
 
     def _taken(self, but: Served, models: Iterable[Served], *, with_left: bool, with_closing: bool) -> int:
         taken = sum(self.left.values()) if with_left else 0
         taken += sum(self.closing.values()) if with_closing else 0
         for one in models:
             if one is not but:
-                taken += one.n_bytes if one.resident is not None else 0
+                taken += one.held_bytes if one.resident is not None else 0
                 taken += one.asleep.host_bytes if one.asleep is not None else 0
         return taken

@@ -108,7 +108,7 @@ class RoomMethods:
 
     def _view(self, one: Served, now: float) -> ModelView:
         in_use = self._n_leases(one)
-        return ModelView(one.name, one.n_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, in_use)
+        return ModelView(one.name, one.held_bytes, now - one.last_used, now - one.loaded_at, one.n_requests, in_use)
 
     async def _free_memory(self, served: Served, missing: int) -> bool:
         """Let one go who holds memory and does nothing, where a load has found too little of it. True: try again.
@@ -123,7 +123,7 @@ class RoomMethods:
         others = [one for one in self._served.values() if one is not served and not one.pinned]
         idle = [one for one in others if one.state is ModelState.READY and not self._n_leases(one)]
         asleep = [one.asleep.host_bytes for one in others if one.state is ModelState.ASLEEP and one.asleep is not None]
-        if missing > sum(one.n_bytes for one in idle) + sum(asleep):
+        if missing > sum(one.held_bytes for one in idle) + sum(asleep):
             return False
         sleeper = self._sleeper_in_the_way(served, max(missing, 1))
         if sleeper is not None:

@@ -114,7 +114,7 @@ class Served:
     error: str | None = None  # why the last load failed
     pinned: bool = False
     gives_way: bool = False  # UNLOADING, but only as long as another model wants its room
-    n_bytes: int = 0  # memory it takes or will take; 0: unknown
+    n_bytes: int = 0  # memory it takes or will take, without adapters that are loaded meanwhile; 0: unknown
     n_requests: int = 0
     last_used: float = 0.0  # of the manager's clock
     loaded_at: float = 0.0
@@ -140,6 +140,12 @@ class Served:
     @property
     def engine(self) -> EngineClient | None:
         return self.resident.engine if self.resident is not None else None
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that it takes now, its LoRA adapters included, or what it takes when it is loaded."""
+        engine = self.engine
+        return self.n_bytes + (sum(one["size_bytes"] for one in engine.adapters()) if engine is not None else 0)
 
     @property
     def in_use(self) -> int:

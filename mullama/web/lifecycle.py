@@ -86,7 +86,7 @@ def row_of(one: Served, now: float) -> dict[str, Any]:
         "idle_s": round(idle, 1) if engine is not None else None,
         "keep_alive_s": None if one.keep_alive_s < 0 else one.keep_alive_s,
         "expires_in_s": None if engine is None or one.keep_alive_s < 0 else round(max(one.keep_alive_s - idle, 0), 1),
-        "memory_bytes": (one.n_bytes if one.asleep is None else one.asleep.host_bytes) or None,
+        "memory_bytes": (one.held_bytes if one.asleep is None else one.asleep.host_bytes) or None,
         "asleep": None
         if one.asleep is None
         else {

@@ -23,6 +23,7 @@ class Engine:
     def __init__(self, name: str, size: int = 10, weights: str = "old") -> None:
         self.info = replace(model_info(name), size_bytes=size, weights=weights)
         self.n_closed = 0
+        self.loras: list[dict[str, Any]] = []
         self.drained: list[float] = []
         self.in_use: Callable[[], int] = lambda: 0
         self.closed_in_use = False
@@ -35,7 +36,7 @@ class Engine:
         return self.up
 
     def adapters(self) -> list[dict[str, Any]]:
-        return []
+        return self.loras
 
     def counters(self) -> dict[str, int]:
         return {"sampled_tokens": 1}

@@ -203,6 +203,20 @@ def test_the_memory_budget() -> None:
     play(test())
 
 
+def test_adapters_count_for_the_memory_budget() -> None:
+    async def test() -> None:
+        world = World("abc", sizes={"a": 40, "b": 30, "c": 20}, memory_budget=100)
+        for name in "ab":
+            (await world.models.lease(name)).release()
+            world.clock.now += 1
+        world.engines[1].loras = [{"id": "x", "size_bytes": 15}]
+        assert world.models.get("b").held_bytes == 45
+        (await world.models.lease("c")).release()
+        assert world.loaded() == ["b", "c"]
+
+    play(test())
+
+
 def test_a_busy_model_ends_first_and_takes_nothing_new() -> None:
     """A has somebody at all times; B gets its turn all the same, then A comes back."""
 
