@@ -185,6 +185,14 @@ class AdapterMismatch(BadModelFile):
     code = "adapter_mismatch"
 
 
+class AdapterLost(ModelLoadError):
+    """The file of a LoRA adapter has gone or changed, and the adapter is to be loaded again."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "adapter_lost"
+
+
 class MemoryTooSmall(ModelLoadError):
     """There is not enough memory, or the budget leaves too little; nothing was allocated.
 

@@ -224,3 +224,4 @@ class ModelInfo:
     created: int  # Unix time at which it was loaded
     can_shift: bool = False  # requests may go on beyond the context by dropping older tokens
     weights: str = ""  # which weights are in charge, by the name that a swap gave them
+    mapped_bytes: int = 0  # of the weights, pages of their file, which the system may take back

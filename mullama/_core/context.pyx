@@ -91,13 +91,15 @@ cdef class Context:
         self.release()
 
     cdef void release(self) noexcept:
-        if self.ctx is not NULL:
+        # Out of reach first: another thread may ask for the same while the GIL is released.
+        cdef llama_context * ctx = self.ctx
+        self.ctx = NULL
+        if ctx is not NULL:
             with nogil:
-                llama_free(self.ctx)
-            self.ctx = NULL
-        if self.counted:
-            self.counted = False
-            self.model.n_users -= 1
+                llama_free(ctx)
+            if self.counted:
+                self.counted = False
+                self.model.n_users -= 1
 
     def close(self):
         """Free it. Idempotent. Must not be called while a Core works with it."""

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "llama.h"
+#include "llama-cells.h"
 
 #include <cstdio>
 #include <exception>
@@ -33,6 +34,18 @@ inline int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard 
         guard.keep("unknown C++ exception");
     }
     return CORE_EXCEPTION;
+}
+
+inline bool guarded_wipe(llama_context * ctx, llama_seq_id seq, Guard & guard) noexcept {
+    try {
+        llama_cells_wipe(ctx, seq);
+        return true;
+    } catch (const std::exception & e) {
+        guard.keep(e.what());
+    } catch (...) {
+        guard.keep("unknown C++ exception");
+    }
+    return false;
 }
 
 // Apply a chain to candidates and accept the choice. Returns the token or -1.

@@ -9,7 +9,8 @@
 namespace mullama {
 
 // The Kullback-Leibler divergence D(p || q) in nats of the distributions that two rows of n logits stand for, and
-// whether both have the same most likely token. False: a row holds NaN or +inf, or nothing but -inf.
+// whether both have the same most likely token. False: a row holds NaN or +inf, or nothing but -inf,
+// or the divergence is infinite.
 inline bool kl_divergence(const float * p, const float * q, int32_t n, double & kl, bool & same_top) noexcept {
     const float inf = std::numeric_limits<float>::infinity();
     int32_t top_p = 0, top_q = 0;
@@ -36,6 +37,9 @@ inline bool kl_divergence(const float * p, const float * q, int32_t n, double & 
         if (weight > 0) {
             sum += weight * ((p[i] - log_p) - (q[i] - log_q));
         }
+    }
+    if (!(sum < std::numeric_limits<double>::infinity())) {
+        return false; // q rules out what p may choose
     }
     kl = std::max(sum, 0.0); // rounding may leave equal rows a hair below
     same_top = top_p == top_q;

@@ -263,6 +263,7 @@ cdef extern from "llama-cells.h" nogil:
                                void * dst) except +
     cbool llama_cells_put_rows(llama_context * ctx, int32_t cache, llama_seq_id seq, llama_pos p0, llama_pos p1,
                                const void * src) except +
+    void llama_cells_wipe(llama_context * ctx, llama_seq_id seq) except +
     cbool llama_memory_exchange(llama_context * a, llama_context * b) except +
     cbool llama_cells_carry_rows(llama_context * src, llama_seq_id seq_src, llama_context * dst, llama_seq_id seq_dst,
                                  int32_t cache, llama_pos p0, llama_pos p1) except +

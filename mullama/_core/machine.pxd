@@ -98,6 +98,7 @@ cdef extern from "guard.h" namespace "mullama" nogil:
         CORE_EXCEPTION "mullama::CORE_EXCEPTION"
     cppclass Guard:
         const char * message
+    cbool guarded_wipe(llama_context * ctx, llama_seq_id seq, Guard & guard)
     int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard & guard)
     llama_token guarded_sample(llama_sampler * chain, llama_token_data_array * candidates, Guard & guard)
 

@@ -243,6 +243,8 @@ cdef class Slots(Machine):
 
     cdef void clear_slot(self, int slot) noexcept nogil:
         cdef Slot * s = &self.slots[slot]
+        if s.poisoned:
+            guarded_wipe(self.ctx, slot, self.guard)  # else the next sequence in these cells would have it
         self.cut(slot, 0)
         s.tokens.clear()
         s.n_past = 0

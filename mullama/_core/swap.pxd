@@ -14,4 +14,6 @@ cdef class Carrier:
     cdef bint is_clear                 # no KV of warm() is in the target
 
     cdef void clear(self) noexcept
+    cdef bint copy_each(self) except -1
+    cdef bint copy_all(self) except -1
     cdef size_t bytes_of(self, int slot) noexcept

@@ -7,10 +7,12 @@
 
 Everything belongs to the engine thread. The two contexts have the same sizes, so that they can exchange the buffers
 their KV lies in (llama_memory_exchange, a patch): afterwards the new one has all that the old one had, running
-sequences and retained prefixes, whatever kind of memory it is, in a time that does not depend on how much it is.
+sequences and retained prefixes, in a time that does not depend on how much it is. Where they cannot (layers of the new
+weights lie on other devices, or it is a kind of memory that the patch does not know), all is copied at that boundary.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint8_t, uint64_t
+from libcpp.vector cimport vector
 
 from mullama._core.context cimport Context
 from mullama._core.governor cimport Governor
@@ -73,11 +75,12 @@ cdef class Carrier:
             llama_memory_clear(self.target.mem, False)
             self.is_clear = True
 
-    def commit(self, *, bint with_kv=True):
+    def commit(self, *, bint with_kv=True, bint by_copy=False):
         """Let the new weights take the next step. Returns (running sequences, bytes of KV that they go on with).
 
-        Without ``with_kv`` no slot may hold anything. Raises ComputeFailed where the target cannot take the KV over, as
-        on another device: then the old weights stay in charge, and ``abandon`` should follow.
+        Without ``with_kv`` no slot may hold anything. ``by_copy``: also where nothing had to be copied. Raises
+        ComputeFailed when llama.cpp does not take the KV over: then the old weights stay in charge, and ``abandon``
+        should follow.
         """
         cdef Core core = self.core
         cdef uint64_t start = now_ns()
@@ -93,9 +96,8 @@ cdef class Carrier:
                 raise RuntimeError(f"slot {i} still holds KV of the old weights")
             if core.slots[i].n_past > 0:
                 n_bytes += self.bytes_of(i)
-        # Also where nothing is carried: the pages of the old buffer are there, those of a new one have to be fetched.
-        if not llama_memory_exchange(core.ctx, self.target.ctx) and with_kv:
-            raise ComputeFailed("the new context cannot take the KV over: its buffers are of another kind")
+        if with_kv and (by_copy or not llama_memory_exchange(core.ctx, self.target.ctx)):
+            self.copy_all() if core.unified else self.copy_each()
         self.committed = True
         core.reused_before += llama_perf_context(core.ctx).n_reused
         llama_detach_threadpool(core.ctx)
@@ -117,6 +119,33 @@ cdef class Carrier:
         if self.core.context.token_bytes == 0 or self.core.context.needs_checkpoint:
             return llama_state_seq_get_size(self.core.ctx, slot)
         return self.core.slots[slot].n_past * self.core.context.token_bytes
+
+    cdef bint copy_each(self) except -1:
+        """Every slot's KV, as llama.cpp saves it."""
+        cdef Core core = self.core
+        cdef int i
+        cdef size_t size
+        for i in range(core.n_slots):
+            if core.slots[i].n_past == 0:
+                continue
+            size = llama_state_seq_get_size(core.ctx, i)
+            if core.state_a.size() < size:
+                core.state_a.resize(size)
+            if llama_state_seq_get_data(core.ctx, core.state_a.data(), size, i) != size \
+                    or llama_state_seq_set_data(self.target.ctx, core.state_a.data(), size, i) != size:
+                raise ComputeFailed(f"the KV of slot {i} could not be copied to the new weights")
+        return True
+
+    cdef bint copy_all(self) except -1:
+        """The whole memory, with the cells that sequences share."""
+        cdef Core core = self.core
+        cdef size_t size = llama_state_get_size(core.ctx)
+        cdef vector[uint8_t] state
+        state.resize(size)
+        size = llama_state_get_data(core.ctx, state.data(), size)
+        if size == 0 or llama_state_set_data(self.target.ctx, state.data(), size) != size:
+            raise ComputeFailed("the KV could not be copied to the new weights")
+        return True
 
     def finish(self):
         """Let go of the old context, which holds no KV any more, and return it: whoever holds it last frees it."""

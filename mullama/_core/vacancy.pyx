@@ -70,6 +70,7 @@ cdef class Vacancy:
         core.ctx = NULL
         core.mem = NULL
         core.context.release()
+        core.in_charge.reset()  # adapters may go now
         core.publish()
         return core.context
 

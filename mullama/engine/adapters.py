@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mullama._core import Adapter, Core, Model
 from mullama.errors import (
     AdapterBusy,
+    AdapterLost,
     AdapterMismatch,
     AdapterNotFound,
     BadModelFile,
@@ -191,8 +192,11 @@ class Adapters:
             one.native.leave()
 
     def enter(self, model: Model) -> None:
-        """Load all again, onto this model. Raises BadModelFile: then none is. Engine thread."""
-        twins = self.twins(model)
+        """Load all again, onto this model. Raises AdapterLost: then none is. Engine thread."""
+        try:
+            twins = self.twins(model)
+        except BadModelFile as error:
+            raise AdapterLost(error.message, param="lora") from None
         self.take_over(twins)
         close_twins(twins)
 

@@ -144,8 +144,9 @@ def try_to_compare(*args: Any, **kwargs: Any) -> Compared | None:
     """``compare``, after which the new weights are in charge whatever can be said of them: None where it fails."""
     try:
         return compare(*args, **kwargs)
-    except MullamaError as error:
-        log.warning("the new weights could not be compared with the old ones: %s", error)
+    except Exception as error:
+        is_told = isinstance(error, MullamaError)
+        log.warning("the new weights could not be compared with the old ones: %s", error, exc_info=not is_told)
         return None
 
 

@@ -146,10 +146,15 @@ class Gap:
         began = time.monotonic_ns()
         recomputed = 0 if with_kv else weights.seqs.vacate_all()
         is_busy = recomputed > 0 or any(weights.seqs.slots)
+        old = core.model
         self._host.on_model(self._substitute)
         weights.in_gap = True
         try:
-            vacancy = vacant.leave(core, weights.adapters)
+            try:
+                vacancy = vacant.leave(core, weights.adapters)
+            except BaseException:
+                self._host.on_model(old)  # it is still in charge
+                raise
             since = vacancy.held_ns if is_busy else 0
             faults.crash_point("swap:in-gap")
             loading_since = time.monotonic_ns()

@@ -204,4 +204,5 @@ def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo
         created=int(time.time()),
         can_shift=core.can_shift and not core.unified,
         weights=weights or Path(model.path).stem,
+        mapped_bytes=sum(size for kind, size in core.memory()["weights"].items() if kind.endswith("_Mapped")),
     )

@@ -116,7 +116,7 @@ class WeightMethods:
         try:
             return self._napping.fall(level, self._host())
         finally:
-            self._takes_none = self._napping.is_asleep
+            self._take_again()
 
     def _take_none(self) -> None:
         """No request is taken from here on: it would meet an engine without a context. Engine thread."""
@@ -128,9 +128,16 @@ class WeightMethods:
     def wake(self) -> float:
         """Load the weights again; ms it took. Blocks. Raises ModelLoadError: then it is still asleep."""
         self._check_alive()
+        if not self._napping.is_asleep:
+            return 0.0  # also while it falls asleep: who asked for that has not been answered yet
         try:
             return self._napping.wake(self._host())
         finally:
+            self._take_again()
+
+    def _take_again(self) -> None:
+        """Requests are taken again, unless it sleeps."""
+        with self._wait:
             self._takes_none = self._napping.is_asleep
 
     def _host(

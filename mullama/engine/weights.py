@@ -120,7 +120,7 @@ class Swap:
         self._kv = kv
         self._on_commit = on_commit
         self._last_ns = time.monotonic_ns() - MOST_SLICE_NS  # the first slice may be a whole one
-        self._is_warm = False
+        self._is_warm = self._is_ready = False
         self._ready_since = 0.0
 
     def advance(self, *, busy: bool) -> None:
@@ -128,9 +128,14 @@ class Swap:
         now = time.monotonic_ns()
         budget = min(max(int(SHARE * (now - self._last_ns)), LEAST_SLICE_NS), MOST_SLICE_NS) if busy else 1_000_000_000
         try:
-            while not self._is_warm and time.monotonic_ns() < now + budget:
-                self._is_warm = not self._carrier.warm()
-            if self._is_warm and self._kv is not KvMode.CARRY:
+            if not self._is_warm:
+                while not self._is_warm and time.monotonic_ns() < now + budget:
+                    self._is_warm = not self._carrier.warm()
+                # Not at this boundary: the decodes just done would be part of the pause.
+                self._is_ready = not busy and self._is_warm
+            else:
+                self._is_ready = True
+            if self._is_ready and self._kv is not KvMode.CARRY:
                 self._recompute()
         except BaseException as error:
             self._fail(error)
@@ -144,7 +149,7 @@ class Swap:
         ``quiet``: nothing was admitted or preempted since the last step. That takes time of its own, which the pause
         does not need to have; so the commit waits for a step boundary without, though not for long.
         """
-        if not self._is_warm or self._weights.active is not self or self._kv is not KvMode.CARRY:
+        if not self._is_ready or self._weights.active is not self or self._kv is not KvMode.CARRY:
             return
         self._ready_since = self._ready_since or time.monotonic()
         if not quiet and time.monotonic() - self._ready_since < MOST_POSTPONED_S:
@@ -173,8 +178,9 @@ class Swap:
         self.done.set_result((n_moved, n_recomputed, n_bytes, self._carrier.finish()))
 
     def abort(self, error: BaseException) -> None:
-        """The engine has ended; its core frees both contexts."""
+        """The engine has ended, before the commit. Engine thread: afterwards only who made the new context frees it."""
         self._weights.active = None
+        self._carrier.abandon()
         if not self.done.done():
             self.done.set_exception(error)
 
@@ -285,8 +291,8 @@ class Weights:
                 twins = adapters.twins(model)
             faults.crash_point("swap:after-load")
             mode = self._mode(old, model, kv, kl)
-            context = self.core.context.like(model)
             texts = host.call(lambda: texts_of(self.core)).result() if kl else []
+            context = self.core.context.like(model)
         except BaseException:
             close_twins(twins)
             model.close()
@@ -319,19 +325,21 @@ class Weights:
         left.close()
         close_twins(twins)
         compared = None
-        if kl:
-            host.on_phase("comparing")
-            compared = try_to_compare(
-                old,
-                model,
-                texts,
-                self.config,
-                carry=mode is KvMode.CARRY,
-                goes_on=lambda: not host.is_stopping(),
-                locks=[self.comparing],
-            )
-        old.close()
-        self._reopen_disk(host.call)
+        try:
+            if kl:
+                host.on_phase("comparing")
+                compared = try_to_compare(
+                    old,
+                    model,
+                    texts,
+                    self.config,
+                    carry=mode is KvMode.CARRY,
+                    goes_on=lambda: not host.is_stopping(),
+                    locks=[self.comparing],
+                )
+        finally:
+            old.close()
+            self._reopen_disk(host.call)
         return SwapReport(
             kv=str(mode),
             weights_from=before,
@@ -356,8 +364,9 @@ class Weights:
         way = decide(path, new, call(lambda: needs_of(core)).result(), free, room, gap, kv)
         if way is None:
             return None
-        if self.adapters is not None:
-            self.adapters.check_on(path)
+        adapters = self.adapters
+        if adapters is not None:
+            adapters.check_on(path)
         newcomer = Model(path, vocab_only=True)
         try:
             mode = self._mode(core.model, newcomer, kv, False)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from mullama.engine.client import EngineClient
-from mullama.errors import InvalidRequest, MemoryTooSmall, ModelBusy, ModelNotLoaded, MullamaError
+from mullama.errors import AdapterLost, InvalidRequest, MemoryTooSmall, ModelBusy, ModelNotLoaded, MullamaError
 from mullama.serving.states import Asleep, ModelState, Resident, Served
 from mullama.types import SleepLevel
 
@@ -109,7 +109,7 @@ class IdleMethods:
     async def _wake(self, served: Served) -> EngineClient | None:
         """The engine of a sleeping model, awake; None where there is none, or it could not be woken: then load it.
 
-        Raises MemoryTooSmall: then it sleeps on.
+        Raises MemoryTooSmall or AdapterLost: then it sleeps on.
         """
         if served.dozing is not None:
             await asyncio.wait({served.dozing})
@@ -118,8 +118,8 @@ class IdleMethods:
             return None
         try:
             woke_ms = await asyncio.to_thread(cast(SleepyEngine, asleep.engine).wake)
-        except MemoryTooSmall:
-            raise  # it sleeps on, and is woken when there is more
+        except (MemoryTooSmall, AdapterLost):
+            raise  # it sleeps on, and is woken when there is more, or the file is back
         except MullamaError as error:
             log.warning("%s could not be woken, and is loaded anew: %s", served.name, error.message)
             await self._discard(served)

@@ -14,6 +14,12 @@ from mullama.serving.states import ModelState, Served
 log = logging.getLogger(__name__)
 
 
+def _own_bytes(one: Served) -> int:
+    """What is free when it is unloaded. Its mapped file is not part of that: pages of files count as free."""
+    engine = one.engine
+    return max(one.held_bytes - engine.info.mapped_bytes, 0) if engine is not None else 0
+
+
 class RoomMethods:
     """Mixed into ModelManager. Event loop only."""
 
@@ -123,7 +129,7 @@ class RoomMethods:
         others = [one for one in self._served.values() if one is not served and not one.pinned]
         idle = [one for one in others if one.state is ModelState.READY and not self._n_leases(one)]
         asleep = [one.asleep.host_bytes for one in others if one.state is ModelState.ASLEEP and one.asleep is not None]
-        if missing > sum(one.held_bytes for one in idle) + sum(asleep):
+        if missing > sum(_own_bytes(one) for one in idle) + sum(asleep):
             return False
         sleeper = self._sleeper_in_the_way(served, max(missing, 1))
         if sleeper is not None:

@@ -22,6 +22,7 @@ from typing import cast
 
 from mullama.engine.client import EngineClient
 from mullama.errors import (
+    AdapterLost,
     ConfigError,
     LoadCancelled,
     MemoryTooSmall,
@@ -282,7 +283,8 @@ class ModelManager(IdleMethods, RoomMethods):
             finally:
                 if served in self._wanted:
                     self._wanted.remove(served)
-                if served.waiters and served.state is ModelState.UNLOADED and not self._is_ending:
+                is_down = served.state in (ModelState.UNLOADED, ModelState.ASLEEP)
+                if served.waiters and is_down and not self._is_ending:
                     self._wanted.append(served)  # they came after the load had been given up
 
     async def _bring(self, served: Served) -> None:
@@ -358,7 +360,7 @@ class ModelManager(IdleMethods, RoomMethods):
     def _fail(self, served: Served, error: Exception) -> None:
         if served.resident is None:
             # That there is no room now says nothing of the model.
-            is_ours = isinstance(error, ModelBusy | MemoryTooSmall | ShuttingDown) or served.is_unwanted
+            is_ours = isinstance(error, ModelBusy | MemoryTooSmall | AdapterLost | ShuttingDown) or served.is_unwanted
             served.state = ModelState.UNLOADED if is_ours else ModelState.FAILED
             if served.asleep is not None:
                 served.state = ModelState.ASLEEP
@@ -433,6 +435,8 @@ class ModelManager(IdleMethods, RoomMethods):
             await asyncio.wait({served.dozing})
         if served.state is ModelState.ASLEEP:
             await self._discard(served)
+            if served.waiters:  # they came while it was being woken in vain
+                self._want(served)
         resident = served.resident
         if resident is None:
             return served

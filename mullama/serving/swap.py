@@ -259,12 +259,14 @@ class Swaps:
         # Leases on the old engine also stand for requests that go on in the new one.
         guard = self._models.hold(served.name)
         compared = {"kl": None, "kl_detail": None}
-        if record.kl:
-            progress("comparing")
-            compared = await asyncio.to_thread(old.compare, new, texts)
-        retiring = asyncio.get_running_loop().create_task(self._retire(resident, guard))
-        self._tasks.add(retiring)
-        retiring.add_done_callback(self._tasks.discard)
+        try:
+            if record.kl:
+                progress("comparing")
+                compared = await asyncio.to_thread(old.compare, new, texts)
+        finally:
+            retiring = asyncio.get_running_loop().create_task(self._retire(resident, guard))
+            self._tasks.add(retiring)
+            retiring.add_done_callback(self._tasks.discard)
         return {
             "kv": "drain" if record.kv == "drain" else "recompute",
             "weights_from": weights_before,
