@@ -7,7 +7,7 @@ running, and what it displaces moves to where there is room.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 
@@ -60,4 +60,26 @@ def holes(running: Sequence[bool]) -> list[tuple[int, int]]:
             break
         moves.append((low, high))
         state[low], state[high] = True, False
+    return moves
+
+
+def n_ranges(groups: Sequence[Hashable]) -> int:
+    """Ubatches of a decode of neighbouring slots: one for each range of one group."""
+    return sum(i == 0 or group != groups[i - 1] for i, group in enumerate(groups))
+
+
+def neighbours(groups: Sequence[Hashable]) -> list[tuple[int, int]]:
+    """Exchanges that bring the slots of each group together, in the order in which the groups come first.
+
+    All of them or none: what one of them splits, a later one joins.
+    """
+    state = list(groups)
+    moves = []
+    for low in range(1, len(state)):
+        if state[low] == state[low - 1]:
+            continue
+        high = max((i for i in range(low + 1, len(state)) if state[i] == state[low - 1]), default=-1)
+        if high >= 0:
+            moves.append((low, high))
+            state[low], state[high] = state[high], state[low]
     return moves

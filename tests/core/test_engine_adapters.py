@@ -75,6 +75,30 @@ def test_each_request_has_its_own(make_engine: Callable[..., Engine], files: Cal
     assert engine.counters()["adapter_switches"] > 0
 
 
+@pytest.mark.parametrize(("move_cost", "comes_together"), [(0.0, True), (1e12, False)])
+def test_sequences_with_the_same_adapters_come_together(
+    make_engine: Callable[..., Engine], files: Callable[..., Path], move_cost: float, comes_together: bool
+) -> None:
+    """Each step is one pass for each set, where moving a sequence is not dearer than another pass."""
+    engine = make_engine(kv_host_bytes=0, deterministic=True)
+    engine.load_adapter(files(1), "a")
+    engine.load_adapter(files(2), "b")
+    wanted = [request(f"r{n}", use, n=60, text=TEXT[n:]) for n, use in enumerate((A, B, A, B))]
+    alone = [ask(engine, one)[0].text for one in wanted]
+    engine.kv.drop()
+
+    def price() -> None:
+        engine._seqs.move_ns_per_byte = move_cost
+
+    engine.call(price).result()
+    before = engine.counters()
+    assert [answer.text for answer in ask(engine, *wanted)] == alone
+    after = {name: n - before[name] for name, n in engine.counters().items()}
+    assert after["adapter_ubatches"] > 0
+    assert (after["split_ubatches"] == 0) is comes_together
+    assert (after["kv_moves"] > 0) is comes_together
+
+
 def test_kv_of_different_adapters_is_never_shared(
     make_engine: Callable[..., Engine], files: Callable[..., Path]
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mullama.kv.placement import Placement, SlotView, holes, place
+from mullama.kv.placement import Placement, SlotView, holes, n_ranges, neighbours, place
 
 EMPTY = SlotView(False)
 RUNS = SlotView(True)
@@ -98,3 +98,22 @@ def test_holes_are_closed_with_the_fewest_moves(running: list[bool]) -> None:
     n = sum(running)
     assert state == [True] * n + [False] * (len(running) - n)
     assert len(moves) == sum(running[n:]), "each sequence above the range moves once, nobody else moves"
+
+
+def test_groups_come_together() -> None:
+    assert neighbours("ABAB") == [(1, 2)]
+    assert neighbours("AABB") == neighbours("ABCD") == neighbours("") == []
+    assert neighbours("ABBA") == [(1, 3)]
+    assert neighbours("AABBA") == [(2, 4)]
+
+
+@given(st.lists(st.sampled_from("ABCD"), max_size=12))
+def test_after_the_exchanges_each_group_is_one_range(groups: list[str]) -> None:
+    state = list(groups)
+    for low, high in neighbours(groups):
+        assert low < high
+        assert state[low] != state[high]
+        state[low], state[high] = state[high], state[low]
+    assert sorted(state) == sorted(groups)
+    assert n_ranges(state) == len(set(groups))
+    assert state[:1] == groups[:1]  # the first one stays
