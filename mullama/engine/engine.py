@@ -50,6 +50,7 @@ from mullama.errors import (
 from mullama.kv import registry as kv_registry
 from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import pack
+from mullama.observe.memory import give_back_heap
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
 from mullama.types import ModelInfo, Request, SeqState
@@ -394,6 +395,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._adapters.close(list(self._seqs.live.values()))
         self._seqs.let_go()
         self.model.close()
+        give_back_heap()
 
     def __enter__(self) -> Engine:
         return self

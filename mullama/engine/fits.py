@@ -41,7 +41,7 @@ def expected(path: str | Path, config: ServeConfig, *, n_ctx: int, n_parallel: i
     """
     if _has_gpu():
         return None
-    return _needs(_header_of(path), config, n_ctx, n_parallel)
+    return _needs(header_of(path), config, n_ctx, n_parallel)
 
 
 def check(path: str | Path, config: ServeConfig, name: str, n_ctx: int, n_parallel: int) -> None:
@@ -67,7 +67,7 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str) -> Sizes | None:
     if free is None or _has_gpu():
         return None
     try:
-        header = _header_of(path)
+        header = header_of(path)
         sizes = _sizes(header, config, free)
         needs = _needs(header, config, sizes.n_ctx, sizes.n_parallel, _adapter_bytes(config, header))
     except ModelLoadError:
@@ -134,7 +134,7 @@ def _adapter_bytes(config: ServeConfig, header: Header) -> int:
     for spec in config.lora:
         path = Path(spec.partition("=")[2]).expanduser()
         try:
-            own = _header_of(path)
+            own = header_of(path)
             adapters.compare(own, header, str(path))
         except ModelLoadError:  # of another model, or no adapter: loading it tells
             continue
@@ -146,8 +146,8 @@ def _has_gpu() -> bool:
     return any(device["type"] in ("gpu", "igpu") for device in devices())
 
 
-def _header_of(path: str | Path) -> Header:
-    """Raises ModelLoadError."""
+def header_of(path: str | Path) -> Header:
+    """The checked header of a file, remembered as long as the file is the same. Raises ModelLoadError."""
     return _read(Path(path), tuple(identity_of(part) for part in gguf.part_paths(path)))
 
 

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from mullama import faults
 from mullama._core import Core, Model, Vacancy
-from mullama.engine import loading, vacant
+from mullama.engine import fits, loading, vacant
 from mullama.errors import EngineDead, LoadCancelled, MemoryTooSmall, ModelLoadError, MullamaError, ShuttingDown
-from mullama.models import gguf
 from mullama.models.estimate import Estimate
 from mullama.models.shape import shape_of
 from mullama.types import GapMode, KvMode, Room
@@ -98,7 +97,8 @@ def _mib(n_bytes: int) -> str:
 
 def same_shape(old: str | Path, new: str | Path) -> bool:
     """Whether a context of one file has the sizes of one of the other."""
-    return shape_of(gguf.check(old)).layers == shape_of(gguf.check(new)).layers
+    a, b = (shape_of(fits.header_of(path), str(path)) for path in (old, new))
+    return (a.layers, a.n_vocab) == (b.layers, b.n_vocab)
 
 
 def stand_in(model: Model, config: ServeConfig) -> Model:

@@ -17,6 +17,7 @@ from mullama.engine import fits, vacant
 from mullama.engine.gap import stand_in
 from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError
 from mullama.files import identity_of
+from mullama.observe.memory import give_back_heap
 from mullama.types import SleepLevel
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Sleep:
             on_model(model)
             raise
         self._substitute, self._weights.in_gap = substitute, True
+        give_back_heap()
         tokens = sum(node.n_tokens for node in kv.tree.nodes() if node.is_stored or node.slots)
         disk_bytes = kv.disk.store.bytes_used if kv.disk is not None else 0
         return SleepReport(

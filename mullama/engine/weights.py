@@ -268,6 +268,7 @@ class Weights:
         """
         with self.held():
             began = time.monotonic_ns()
+            self._check_shape(path, kv, kl)
             way = self._needs_gap(path, kv, host.call, gap, room)
             if way is not None:
                 if kl:
@@ -354,11 +355,23 @@ class Weights:
             compared=compared,
         )
 
+    def _check_shape(self, path: str | Path, kv: KvMode, kl: bool) -> None:
+        """Raise NeedsAnotherEngine for a model of another shape. The header tells, so it is loaded once only, there."""
+        if not Path(path).is_file():
+            raise ModelLoadError(f"{path}: no such file")
+        if same_shape(self.core.model.path, path):
+            return
+        if kv is KvMode.CARRY or kl:
+            newcomer = Model(path, vocab_only=True)
+            try:
+                self._mode(self.core.model, newcomer, kv, kl)  # says what is in the way
+            finally:
+                newcomer.close()
+        raise NeedsAnotherEngine(f"{path} has another shape", param="to")
+
     def _needs_gap(self, path: str | Path, kv: KvMode, call: Call, gap: GapMode, room: Room | None) -> KvMode | None:
         """What becomes of the KV where the change needs a gap; None: there is room for both."""
         core = self.core
-        if not Path(path).is_file():
-            raise ModelLoadError(f"{path}: no such file")
         new = fits.expected(path, self.config, n_ctx=core.n_ctx, n_parallel=core.n_slots)
         free = fits.free_memory(self.config)
         way = decide(path, new, call(lambda: needs_of(core)).result(), free, room, gap, kv)
@@ -372,8 +385,6 @@ class Weights:
             mode = self._mode(core.model, newcomer, kv, False)
         finally:
             newcomer.close()
-        if not same_shape(core.model.path, path):
-            raise NeedsAnotherEngine(f"{path} has another shape", param="to")
         return KvMode.RECOMPUTE if way is KvMode.RECOMPUTE else mode
 
     def _swap_with_gap(self, path: str | Path, label: str, kv: KvMode, host: Host, began: int) -> SwapReport:

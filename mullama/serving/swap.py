@@ -209,6 +209,7 @@ class Swaps:
         self, served: Served, engine: SwappableEngine, target: Target, record: SwapRecord,
         progress: Callable[[str], None],
     ) -> dict[str, Any]:  # fmt: skip
+        began = time.monotonic()
         size_before = engine.info.size_bytes
         if record.kv != "drain":
             try:
@@ -231,17 +232,17 @@ class Swaps:
                 return {**found, "way": "in_place"}
         if names := [one["id"] for one in engine.adapters()]:
             raise adapters_loaded(names, param="to")
-        return await self._side_by_side(served, engine, target, record, progress)
+        return await self._side_by_side(served, engine, target, record, progress, began)
 
     async def _side_by_side(
         self, served: Served, old: SwappableEngine, target: Target, record: SwapRecord,
-        progress: Callable[[str], None],
+        progress: Callable[[str], None], began: float,
     ) -> dict[str, Any]:  # fmt: skip
-        began = time.monotonic()
         weights_before = old.info.weights
         progress("loading")
+        loading = time.monotonic()
         new = await asyncio.to_thread(self._load, served.name, target)
-        load_ms = (time.monotonic() - began) * 1e3
+        load_ms = (time.monotonic() - loading) * 1e3
         try:
             texts = await asyncio.to_thread(old.texts_for, new) if record.kl else None
             resident = self._models.replace(served.name, new, reference=target.reference)

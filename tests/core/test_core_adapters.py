@@ -268,6 +268,20 @@ def test_an_adapter_that_is_on_no_model_computes_nothing(driver: Driver, load: L
         one.exchange(gone)
 
 
+def test_reference_computations_do_not_depend_on_neighbours(
+    model: Model, load: Load, make_core: Callable[..., Driver]
+) -> None:
+    """Sequences of one set share a product: its columns are then more than one."""
+    one = load(1)
+    driver = make_core(model, reference=True)
+    prompts = [list(PROMPT[i:].encode()) for i in range(4)]
+    alone = [driver.generate(prompt, greedy(40), adapters=[(one, 1.0)]).text for prompt in prompts]
+    handles = [driver.open(prompt, greedy(40), slot=slot, adapters=[(one, 1.0)]) for slot, prompt in enumerate(prompts)]
+    driver.finish_all()
+    assert [driver.outputs[handle].text for handle in handles] == alone
+    driver.close()
+
+
 def test_leak_counters(model: Model, load: Load, make_core: Callable[..., Driver]) -> None:
     """What many requests with many sets leave behind is nothing."""
     found = [load(n) for n in range(3)]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from core_support import Driver, greedy
 from tiny import WINDOW
@@ -224,3 +225,21 @@ def test_layers_say_where_keys_and_values_lie(make_core: Make, models: Models) -
             assert part[0] == end
             end += part[1]
     assert end == cells.token_bytes
+
+
+@pytest.mark.parametrize("options", [{}, {"flash_attn": "off"}, {"unified_cells": 1024}], ids=str)
+def test_what_is_not_finite_does_not_reach_the_next_sequence(
+    models: Models, make_core: Make, options: dict[str, Any]
+) -> None:
+    """Attention in tiles, and without flash attention, computes hidden cells as well, and 0 times NaN is NaN."""
+    driver = make_core(models("llama"), n_ctx=256, n_batch=128, **options)
+    prompt = [65 + i % 26 for i in range(100)]
+    plain = driver.generate(prompt, greedy(8), slot=0).text
+    driver.core.evict(0)
+    cells = Cells(driver.core)
+    n_values = cells.token_bytes // 2
+    assert cells.extend(0, list(range(200)), [np.full(200 * n_values, np.nan, np.float16).tobytes()])
+    poisoned = driver.generate([*range(200), 65], greedy(4), slot=0, reuse=200)
+    assert poisoned.reason == "error"
+    again = driver.generate(prompt, greedy(8), slot=0)
+    assert (again.reason, again.text) == ("length", plain)

@@ -105,7 +105,7 @@ def test_automatic_sizes_shrink_to_what_fits(
 
 
 def trained(path: Path) -> int:
-    return int(fits._header_of(path).get("{arch}.context_length"))
+    return int(fits.header_of(path).get("{arch}.context_length"))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "mamba", "lfm2"])
