@@ -47,6 +47,8 @@ def main(path: str, memory: int, cpu_s: int, template_s: float, adapter: str = "
         tell(ok=False, reason=error.message)
     except MemoryError:
         tell(ok=False, reason="out of memory", memory=True)
+    except ImportError as error:  # the parent has loaded the same libraries, without the limit
+        tell(ok=False, reason=f"out of memory: {error}", memory=True)
     except Exception as error:
         # Nothing that a file should cause, so perhaps something of this machine's.
         tell(ok=False, reason=f"{type(error).__name__}: {error}", memory="bad_alloc" in str(error), lasting=False)
