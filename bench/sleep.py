@@ -2,14 +2,16 @@
 
     python bench/sleep.py --rounds 5
 
-Chats of 1,000 tokens are cached, then the model sleeps and wakes, and a request goes on with one of them: the time from
+Each line is a process of its own. Chats of 1,000 tokens are cached, then the model sleeps and wakes, and a request goes on with one of them: the time from
 its arrival at the sleeping model to its first token is what a user waits.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -80,13 +82,19 @@ def main() -> int:
     parser.add_argument("--chats", type=int, nargs="+", default=[0, 1, 8], help="chats of 1,000 tokens that are cached")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="FILE", help="where to write the record; default: bench/results/")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # level: this process measures
     args = parser.parse_args()
+    if args.one:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(measure(models.model_file(args.model), args.one, args.chats[0], args.rounds, folder)))
+        return 0
     results, rows = [], []
     for level in ("host", "disk"):
         for n_chats in args.chats:
             progress(f"{level}, {n_chats} chats")
-            with tempfile.TemporaryDirectory() as folder:
-                found = measure(models.model_file(args.model), level, n_chats, args.rounds, folder)
+            command = [sys.executable, __file__, "--one", level, "--chats", str(n_chats), "--model", args.model]
+            done = subprocess.run([*command, "--rounds", str(args.rounds)], check=True, stdout=subprocess.PIPE)
+            found = json.loads(done.stdout.splitlines()[-1])
             results.append({"level": level, "cached_tokens": n_chats * CHAT} | found)
             rows.append([level, n_chats * CHAT, *(statistics.median(values) for values in found.values())])
     header = [
