@@ -2,8 +2,8 @@
 
     python bench/sleep.py --rounds 5
 
-Each line is a process of its own. Chats of 1,000 tokens are cached, then the model sleeps and wakes, and a request goes on with one of them: the time from
-its arrival at the sleeping model to its first token is what a user waits.
+Each line is a process of its own. Chats of 1,000 tokens are cached, then the model sleeps and wakes, and a request goes
+on with one of them: the time from its arrival at the sleeping model to its first token is what a user waits.
 """
 
 from __future__ import annotations
