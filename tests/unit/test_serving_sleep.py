@@ -11,7 +11,15 @@ import pytest
 from serving_support import TIMEOUT, Engine, World, play, settle, until
 
 from mullama.engine.client import EngineClient
-from mullama.errors import InvalidRequest, MemoryTooSmall, ModelBusy, ModelLoadError, ModelNotLoaded, ShuttingDown
+from mullama.errors import (
+    AdapterLost,
+    InvalidRequest,
+    MemoryTooSmall,
+    ModelBusy,
+    ModelLoadError,
+    ModelNotLoaded,
+    ShuttingDown,
+)
 from mullama.serving.states import ModelState
 
 
@@ -156,14 +164,17 @@ def test_one_that_cannot_be_woken_is_loaded_anew() -> None:
     play(test())
 
 
-def test_one_that_finds_too_little_memory_sleeps_on_and_is_woken_later() -> None:
+@pytest.mark.parametrize(
+    "error", [MemoryTooSmall("it does not fit", missing=1), AdapterLost("it does not fit")], ids=["memory", "adapter"]
+)
+def test_one_that_lacks_something_sleeps_on_and_is_woken_later(error: ModelLoadError) -> None:
     async def test() -> None:
         world = SleepWorld()
         await world.models.load("a")
         served = await world.models.sleep("a")
         for _ in range(3):
-            world.failures.append(MemoryTooSmall("it does not fit", missing=1))
-            with pytest.raises(MemoryTooSmall, match="it does not fit"):
+            world.failures.append(error)
+            with pytest.raises(type(error), match="it does not fit"):
                 await world.models.lease("a")
             assert (served.state, served.error, served.n_failures) == (ModelState.ASLEEP, "it does not fit", 0)
             assert served.asleep is not None
