@@ -2,9 +2,8 @@
 
 Each server answers every prompt twice: with its cache on, as users have it, and computing all of every prompt
 (mullama: a ``cache_salt`` for each request; llama-server: ``cache_prompt`` false). A server's cached text is judged
-against its own computed one by the rule of equality.py: *exact*, or it first differs where the two best tokens were
-nearly tied (*tie*), or it is *different*. The prompts are random words, where often three or more tokens lie close
-together, so the best N_PROBS count as the other choice. One request at a time, so that the cache is all that differs.
+against its own computed one by the rule of equality.py: *exact*; or *tie*, where the token that it took first differs
+and lies within 0.4 of the other's choice; or *different*. One request at a time, so that the cache is all that differs.
 
 The log-probabilities are llama-server's. Where its own text had gone another way before the place in question, it is
 asked for that place.
@@ -21,13 +20,12 @@ from typing import Any
 from bench import clients, common, servers
 from bench.answers import Outcome
 from bench.context import MULLAMA, PEER, Context
-from bench.equality import LOOK_BACK, TIE_GAP, Verdict, judge
+from bench.equality import LOOK_BACK, N_PROBS, TIE_GAP, Verdict, judge
 from bench.prompts import PromptMaker
 
 COUNT = 500
 BLOCK = 50  # prompts that one server answers before it is the next one's turn
 OUT_TOKENS = 24
-N_PROBS = 8  # best tokens of every place that llama-server tells
 COMPUTING = ", computing"  # of a server's name: its cache is off
 KINDS = (MULLAMA, MULLAMA + COMPUTING, PEER, PEER + COMPUTING)
 

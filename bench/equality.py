@@ -18,6 +18,7 @@ from bench.context import MULLAMA, PEER, Context
 
 LOOK_BACK = 2  # tokens before the one that holds the first differing byte
 TIE_GAP = 0.4  # log-probability between the two best tokens
+N_PROBS = 8  # best tokens of every place that llama-server tells: often three or more lie close together
 STRICT_PROMPT, STRICT_TOTAL = 64, 512  # below both, llama.cpp is deterministic on a CPU: only exact counts
 
 QUESTIONS = (
@@ -105,7 +106,7 @@ def prompts(context: Context) -> list[str]:
 
 def collect(server: servers.Server, texts: Sequence[str], n_clients: int, max_tokens: int) -> list[Outcome]:
     """Every prompt's greedy text, ``n_clients`` at a time, in the order of the prompts."""
-    extra: dict[str, Any] = {"n_probs": 2} if server.kind == PEER else {}
+    extra: dict[str, Any] = {"n_probs": N_PROBS} if server.kind == PEER else {}
     made = [
         clients.completion_request(server.kind, text, max_tokens, stream=False, ignore_eos=False, **extra)
         for text in texts
