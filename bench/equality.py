@@ -1,8 +1,8 @@
 """Greedy equality: does mullama write what llama.cpp writes, alone and eight at a time?
 
-llama-server alone, with the two best log-probabilities of every token, is the reference. A text is *exact*, or it
-first differs where the two best tokens were nearly tied and the other one was taken (*tie*: batches of another shape
-sum in another order), or it is *different*. llama-server's own eight-at-a-time texts are judged by the same rule, so
+llama-server alone, with the best log-probabilities of every token, is the reference. A text is *exact*, or it first
+differs where the token that it took was nearly as good (*tie*: batches of another shape sum in another order), or it is
+*different*. llama-server's own eight-at-a-time texts are judged by the same rule, so
 that the reader sees how much of it is llama.cpp's.
 """
 
@@ -17,7 +17,7 @@ from bench.answers import Outcome
 from bench.context import MULLAMA, PEER, Context
 
 LOOK_BACK = 2  # tokens before the one that holds the first differing byte
-TIE_GAP = 0.4  # log-probability between the two best tokens
+TIE_GAP = 0.4  # log-probability between the token of the reference and the one that was taken
 N_PROBS = 8  # best tokens of every place that llama-server tells: often three or more lie close together
 STRICT_PROMPT, STRICT_TOTAL = 64, 512  # below both, llama.cpp is deterministic on a CPU: only exact counts
 
