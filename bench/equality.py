@@ -57,11 +57,11 @@ def token_bytes(entry: dict[str, Any]) -> bytes:
 
 
 def judge(reference: str, logprobs: Sequence[dict[str, Any]], text: str, *, limit: float = TIE_GAP) -> Verdict:
-    """Compare a text with the reference, whose tokens and two best candidates are given.
+    """Compare a text with the reference, whose tokens and best candidates are given.
 
     The texts part at the first differing byte, but the token that was chosen differently may have begun a little
     earlier (`` the`` and `` there`` share bytes): of the token that holds that byte and the ``LOOK_BACK`` before it,
-    the last whose other candidate fits the text is the one. When none fits, a third token was taken: no tie.
+    the last whose other candidate fits the text is the one. When none fits, it took one that is not among them: no tie.
     """
     ours, theirs = _final_bytes(text), _final_bytes(reference)
     if ours == theirs:
