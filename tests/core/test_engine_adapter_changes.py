@@ -77,7 +77,7 @@ def test_twin_weights_change_nothing(make: Callable[..., Engine], twin: Path, kv
 def test_preempted_and_waiting_requests_go_on_with_theirs(make: Callable[..., Engine], twin: Path) -> None:
     """Room for two of four, so that two are out of their slots when the weights change."""
     for how in Preempt:
-        options: dict[str, Any] = {"scheduler": "round_robin", "parallel": 2, "kv_host_bytes": 0}
+        options: dict[str, Any] = {"scheduler": "round_robin", "parallel": 2, "kv_host_bytes": 0, "deterministic": True}
         plain = run(make(**options), requests(200, preempt=how)).texts
         engine = make(**options)
         known(engine, twin)
