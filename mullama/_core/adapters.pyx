@@ -3,7 +3,7 @@
     adapter = Adapter(model, path)             any thread; the GIL is released, and the model may be in use
     core.open(…, adapters=[(adapter, 1.0)])    that sequence's set
     adapter.exchange(twin)                     the same file on another model: its sequences go on with that
-    adapter.leave(), adapter.enter(model)      it is freed with its model for a while, and its sequences stay
+    adapter.leave()                            it is freed with its model, until an exchange; its sequences stay
     adapter.close()                            when no sequence and no context uses it
 
 llama.cpp applies adapters to a context, so that one decode has one set: the loop groups sequences by their sets.
@@ -75,12 +75,6 @@ cdef class Adapter:
         No context may have it in charge. Idempotent.
         """
         self.take_off()
-
-    def enter(self, Model model not None):
-        """Load it again, onto this model. Raises ModelLoadError with llama.cpp's reason: then it is as it was."""
-        if self.is_on:
-            raise RuntimeError(f"{self.path} is on a model already")
-        self.exchange(Adapter(model, self.path))
 
     def exchange(self, Adapter twin not None):
         """Go on with what ``twin`` is, which another model may be under, and leave it what this one was.

@@ -258,9 +258,8 @@ def test_an_adapter_that_is_on_no_model_computes_nothing(driver: Driver, load: L
     assert (driver.outputs[handle].reason, driver.outputs[handle].error) == ("error", ADAPTER_GONE)
     driver.core.close_slot(0)
     assert driver.generate(PROMPT, greedy()).tokens == bare
-    one.enter(model)
-    with pytest.raises(RuntimeError, match="on a model already"):
-        one.enter(model)
+    one.exchange(load(1))
+    assert one.is_on
     assert driver.generate(PROMPT, greedy(), adapters=[(one, 1.0)]).tokens == alone
     gone = load(2)
     gone.close()

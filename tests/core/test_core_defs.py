@@ -137,7 +137,6 @@ CALLS: dict[str, Callable[..., bool]] = {
     "adapters.Adapter.path": lambda a, c: Path(a.path).is_file(),
     "adapters.Adapter.is_on": lambda a, c: a.is_on is True,
     "adapters.Adapter.leave": lambda a, c: a.leave() is None and a.is_on is False,
-    "adapters.Adapter.enter": lambda a, c: a.leave() is None and a.enter(c.model) is None and a.is_on,
     "adapters.Adapter.exchange": lambda a, c: exchanged(a).is_on,
     "adapters.Adapter.n_bytes": lambda a, c: a.n_bytes > 0,
     "adapters.Adapter.n_host_bytes": lambda a, c: a.n_host_bytes == a.n_bytes,
