@@ -19,7 +19,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from mullama import abi
 from mullama._core import TEXT, Core, Model, check_params
@@ -54,9 +54,6 @@ from mullama.observe.memory import give_back_heap
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
 from mullama.types import ModelInfo, Request, SeqState
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("mullama.engine")
 
