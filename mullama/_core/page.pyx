@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
+import errno
 import mmap
 import os
 import time
@@ -46,6 +47,20 @@ def site_table():
     return {table[i].name.decode(): (table[i].number, table[i].doc.decode()) for i in range(n)}
 
 
+def _allocate(fd, size):
+    """Have the file system keep room for a whole file. Raises OSError when it has none.
+
+    SAFETY: a write into a mapping of a file for which the disk has no block left is a SIGBUS, which ends the process.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+            raise
+
+
 cdef class Page:
     """A shared mapping (a file when ``path`` is given, else private memory) of counters, rows and events."""
 
@@ -62,11 +77,15 @@ cdef class Page:
             self.mapping = mmap.mmap(-1, size)
         else:
             self.path = os.fspath(path)
-            # Only the owner may read what requests cost.
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
+            # Only the owner may read what requests cost. A file or link that is there already is not ours.
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
             try:
                 os.ftruncate(fd, size)
+                _allocate(fd, size)
                 self.mapping = mmap.mmap(fd, size)
+            except BaseException:
+                os.unlink(self.path)
+                raise
             finally:
                 os.close(fd)
         self.view = memoryview(self.mapping)

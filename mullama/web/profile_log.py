@@ -6,8 +6,9 @@ import logging
 import queue
 import threading
 import time
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
@@ -20,20 +21,23 @@ _Entry = tuple[float, dict[str, Any], Finish]
 
 
 class ProfileLog:
-    """Appends to a JSONL file. ``write`` only queues; a thread formats, writes and flushes.
+    """Appends to a JSONL file. ``write`` only queues; a thread formats and writes.
 
-    A disk that fails costs log lines, never a request: the failure is logged once.
+    A disk that fails costs lines, never a request: the failure is logged once, and how many lines it cost when the disk
+    takes some again. Lines are whole: the first one after a failure begins on a line of its own.
     """
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError when the file cannot be opened for appending."""
         try:
-            self._file: BinaryIO = Path(path).expanduser().open("ab")
+            # Unbuffered: what the disk has not taken is not tried again behind our back, in part and out of place.
+            self._file: FileIO = Path(path).expanduser().open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(f"--profile-log: cannot write {path}: {error.strerror}", param="profile_log") from None
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._closed = False
-        self._failed = False
+        self._lost = 0  # lines, since the disk last took some
+        self._torn = False  # whether the file ends within a line
         self._thread = threading.Thread(target=self._run, name="mullama-profile-log", daemon=True)
         self._thread.start()
 
@@ -43,7 +47,7 @@ class ProfileLog:
             self._queue.put((time.time(), labels, finish))
 
     def close(self) -> None:
-        """Write what is queued, flush, close. Idempotent."""
+        """Write what is queued, close. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -61,14 +65,23 @@ class ProfileLog:
                 return
 
     def _append(self, entries: list[_Entry]) -> None:
-        if not entries or self._failed:
+        if not entries:
             return
+        data = b"\n" * self._torn + b"".join(_line(*entry) for entry in entries)
+        done = 0
         try:
-            self._file.write(b"".join(_line(*entry) for entry in entries))
-            self._file.flush()
+            while done < len(data):
+                done += self._file.write(data[done:]) or 0
         except OSError as error:
-            self._failed = True
-            log.error("the profile log stopped: %s", error)
+            if not self._lost:
+                log.error("the profile log loses lines: %s", error)
+            self._lost += len(entries) - data.count(b"\n", self._torn, done)
+        else:
+            if self._lost:
+                log.warning("the profile log goes on; %d lines were lost", self._lost)
+            self._lost = 0
+        if done:
+            self._torn = data[done - 1 : done] != b"\n"
 
 
 def _line(when: float, labels: dict[str, Any], finish: Finish) -> bytes:

@@ -13,6 +13,7 @@ import importlib.util
 import ipaddress
 import logging
 import math
+import os
 import signal
 import socket
 import sys
@@ -107,6 +108,18 @@ def run_server(
         services.close()
 
 
+def _announce(line: str) -> None:
+    """Print a line. A full disk behind stdout, or nobody at the other end of it, is no reason not to serve."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("%s (stdout: %s)", line, error.strerror)
+        # What is left in the buffer would fail once more at the end, and make the exit status 120.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, with our signals, our ready line, and the engines' drain at the end."""
 
@@ -136,7 +149,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(f"mullama ready on {self._url}", flush=True)
+        _announce(f"mullama ready on {self._url}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, drain the engines, wait for the connections to have their last bytes."""
