@@ -14,8 +14,8 @@ import pytest
 from models_support import make_gguf
 
 from mullama.cli.main import main
-from mullama.engine import sizing
 from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError, StoreError
+from mullama.machine import memory
 from mullama.models import child, gguf, quantize
 from mullama.models.entry import Entry
 from mullama.models.quantize import Source, quantize_variant, source_of, variant_key
@@ -234,7 +234,7 @@ HYPER = {
 def test_fit(tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(make_gguf(HYPER))
-    monkeypatch.setattr(sizing, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 30)
     assert main(["fit", str(path)]) == 0
     out = capsys.readouterr().out
     assert "with 8 x 2048 tokens fits" in out and "KV, full" in out and "q4_0" in out
@@ -243,13 +243,13 @@ def test_fit(tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str], m
     assert (found["fits"], found["free"], found["estimate"]["n_ctx"]) == (True, 1 << 30, 1024)
     assert [row["kv_type"] for row in found["largest"]] == ["f16", "q8_0", "q4_0"]
     assert found["estimate"]["kv"] == {"full": 2 * 1024 * 2 * 128 * 2}
-    monkeypatch.setattr(sizing, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
     assert main(["fit", str(path)]) == 1
     out = capsys.readouterr().out
     assert "with 8 x 2048 tokens does not fit: " in out and "1.0 MB are free" in out
     assert out.endswith("\nlower --ctx-size or --parallel, choose a smaller --kv-type-k and --kv-type-v, "
                         "or a smaller quantisation\n")  # fmt: skip
-    monkeypatch.setattr(sizing, "available_memory", lambda: None)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
     assert main(["fit", str(path)]) == 0
     assert "does not say" in capsys.readouterr().out
 
