@@ -80,6 +80,7 @@ def _row_for(req: Request, one: Served, now: float) -> dict[str, Any]:
 
 def row_of(one: Served, now: float) -> dict[str, Any]:
     engine = one.engine
+    is_held = engine is not None or one.asleep is not None
     idle = 0.0 if one.in_use else max(now - one.last_used, 0.0)
     row: dict[str, Any] = {
         "name": one.name,
@@ -89,10 +90,10 @@ def row_of(one: Served, now: float) -> dict[str, Any]:
         "in_use": one.in_use,
         "requests": one.n_requests,
         "waiting_for_load": len(one.waiters),
-        "idle_s": round(idle, 1) if engine is not None else None,
+        "idle_s": round(idle, 1) if is_held else None,
         "keep_alive_s": None if one.keep_alive_s < 0 else one.keep_alive_s,
-        "expires_in_s": None if engine is None or one.keep_alive_s < 0 else round(max(one.keep_alive_s - idle, 0), 1),
-        "memory_bytes": (one.held_bytes if one.asleep is None else one.asleep.host_bytes) or None,
+        "expires_in_s": round(max(one.keep_alive_s - idle, 0), 1) if is_held and one.keep_alive_s >= 0 else None,
+        "memory_bytes": one.memory_bytes or None,
         "asleep": None
         if one.asleep is None
         else {
