@@ -89,7 +89,7 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
 
     from mullama.cli.version import llama_commit, mullama_version
     from mullama.compare.provenance import commit, machine
-    from mullama.engine.sizing import usable_cores
+    from mullama.machine.cores import usable_threads
 
     return {
         "model": {
@@ -103,7 +103,7 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
         },
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "threads": config.threads or usable_cores(),
+        "threads": config.threads or usable_threads(),
         "batch_size": config.batch_size,
         "flash_attn": config.flash_attn,
         "version": mullama_version(),

@@ -285,7 +285,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
 
     def _check_alive(self) -> None:
         if self._failure is not None:
-            raise EngineDead(f"the engine of '{self.info.name}' stopped: {self._failure}")
+            raise EngineDead(f"the engine of '{self.info.name}' stopped; the server's log says why")
         if self._stopping or self._draining:
             raise ShuttingDown(f"'{self.info.name}' is shutting down", retry_after=5)
 
@@ -423,7 +423,8 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             log.exception("the engine of '%s' stopped", self.info.name)
             with self._wait:
                 self._failure = error.message if isinstance(error, MullamaError) else f"{type(error).__name__}: {error}"
-            self._reader.end_all(EngineDead(f"the engine of '{self.info.name}' stopped: {self._failure}"))
+            # What stopped it may quote anybody's request: that is for the log.
+            self._reader.end_all(EngineDead(f"the engine of '{self.info.name}' stopped; the server's log says why"))
         finally:
             # Nobody posts any more: close() and a failure are both seen under the lock.
             if self._weights.active is not None:

@@ -380,11 +380,18 @@ class KvCache(KvFinder):
         self._event(KvEventKind.EVICTED, tier, start, node.end, node, gone=True)
 
     def explain(
-        self, namespace: bytes, key: bytes, reuse: int, match: Match, text: Callable[[Sequence[int]], str]
+        self,
+        namespace: bytes,
+        key: bytes,
+        reuse: int,
+        match: Match,
+        text: Callable[[Sequence[int]], str],
+        *,
+        is_shared: bool = False,
     ) -> str | None:
         """Why the KV of a prompt's tokens from ``reuse`` on had to be computed (see kv/reasons.py)."""
         ghost = self._ghosts.find(namespace, key, reuse)
-        return miss_reason(namespace, key, reuse, match, ghost, time.monotonic_ns(), text)
+        return miss_reason(namespace, key, reuse, match, ghost, time.monotonic_ns(), text, is_shared=is_shared)
 
     # -- looking after it ---------------------------------------------------------------------------------------
 

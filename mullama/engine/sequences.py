@@ -153,7 +153,9 @@ class Sequences:
         kv.opened(slot, seq.namespace, seq.key, reuse, source)
         seq.borders = kv.borders(match, reuse, n)
         self._reader.note_weights(seq.view.id, self.weights, 0)
-        self._reader.explain(seq.view.id, kv.explain(seq.namespace, seq.key, reuse, match, core.model.detokenize))
+        text, is_shared = core.model.detokenize, seq.request.shares_cache
+        reason = kv.explain(seq.namespace, seq.key, reuse, match, text, is_shared=is_shared)
+        self._reader.explain(seq.view.id, reason)
         self._seat(seq, slot, SeqState.PREFILL)
 
     def _resume(self, seq: LiveSequence, parked: Parked) -> None:

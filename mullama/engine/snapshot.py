@@ -64,6 +64,7 @@ def _sequence(seq: LiveSequence, row: abi.Row | None, now: int) -> dict[str, Any
         "slot": seq.slot if seq.slot >= 0 else None,
         "priority": view.priority,
         "user": view.user,
+        "tenant": seq.request.tenant,
         "slo_ms": view.slo_ms,
         "prompt_tokens": view.prompt_tokens,
         "prompt_tokens_done": min(row.cells, view.prompt_tokens) if row is not None else 0,
