@@ -149,6 +149,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._services.models.start()
         _announce(f"mullama ready on {self._url}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
