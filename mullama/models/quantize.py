@@ -20,14 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-<<<<<<< HEAD
-from mullama.errors import DiskFull, InvalidRequest, LoadCancelled, ModelLoadError, StoreError
-from mullama.models import child, gguf
-=======
 from mullama import child
-from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError, StoreError
+from mullama.errors import DiskFull, InvalidRequest, LoadCancelled, ModelLoadError, StoreError
 from mullama.models import gguf
->>>>>>> main
 from mullama.models.digests import digest_of
 from mullama.models.entry import Entry
 from mullama.models.gguf import TENSOR_TYPES, Header
