@@ -178,6 +178,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "context.Context.memory": lambda c: sum(c.context.memory()["weights"].values()) > 0,
     "divergence.Divergence": lambda c: isinstance(against_itself(c), Divergence),
     "divergence.Divergence.measure": lambda c: against_itself(c).measure([104, 105, 106], 2)[1] == 2,
+    "gate.busy_ticks": lambda: mullama._core.gate.busy_ticks("/proc/stat") > 0,
     "gate.kl": lambda: mullama._core.gate.kl([1.0, 2.0], [1.0, 2.0]) == (0.0, True),
     "swap.Carrier": lambda k: isinstance(k, Carrier),
     "swap.Carrier.target": lambda k: isinstance(k.target, Context),

@@ -226,7 +226,7 @@ def test_the_table_is_the_lifecycle() -> None:
     assert {(row[0], row[1]) for row in rows} == edges_of_the_code()
 
 
-BASE = {"types", "errors", "faults", "files", "priority", "config", "config_docs", "plugins", "abi"}
+BASE = {"types", "errors", "faults", "instructions", "files", "priority", "config", "config_docs", "plugins", "abi"}
 
 
 def room_of(module: str) -> str | None:
