@@ -2,8 +2,8 @@
 
     check()    # raises MachineUnfit, which names what is missing
 
-A build records which instructions its compiler was allowed (``mullama/lib/build.json``); a small library that needs none
-of them asks the processor. What a processor carries but its system does not save for each thread counts as missing.
+A build records which instructions its compiler was allowed (``mullama/lib/build.json``); a small library that needs
+none of them asks the processor. What a processor carries but its system does not save for each thread is missing too.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ cdef inline double unit_of(int n_tokens) noexcept nogil:
 cdef class Governor:
     """Chooses between 1 and ``n_max`` threads (at most 64). ``fixed`` always answers ``n_max``.
 
-    ``n_cores``: those that the process may use, 0 where nobody knows; more of them than threads leave room to neighbours.
+    ``n_cores``: those that the process may use, 0: unknown. Where there are more than threads, neighbours have room.
     """
 
     def __cinit__(self, int n_max, bint fixed=False, int n_cores=0):

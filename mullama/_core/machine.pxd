@@ -82,6 +82,7 @@ cdef extern from "clock.h" namespace "mullama" nogil:
         double read()
         uint64_t age_ns()
         int cores()
+
         @staticmethod
         cbool read_busy(const char * path, const OwnCores & own_cores, uint64_t & busy)
     cppclass Deadline:

@@ -212,7 +212,7 @@ cdef class Machine:
             self.pool_paused = False
 
     cdef double load(self) noexcept nogil:
-        """Cores that neighbours kept busy since the last look (-1: unknown); the governor learns how many we may use."""
+        """Cores that neighbours kept busy since the last look (-1: unknown); the governor learns how many there are."""
         cdef double cores = self.neighbours.read()
         if self.neighbours.cores() > 0:
             self.governor.n_cores = self.neighbours.cores()

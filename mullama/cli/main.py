@@ -1,6 +1,7 @@
 """The program ``mullama``: finds the command, and turns every error into one line and an exit status.
 
-0: done. 1: it failed, one line on stderr says why (a line each where several things are wrong with the machine). 2: wrong usage or configuration. 130: Ctrl-C.
+0: done. 1: it failed, one line on stderr says why; several where several things are wrong with the machine.
+2: wrong usage or configuration. 130: Ctrl-C.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from models_support import make_gguf
 
+from mullama import child
 from mullama.cli.main import main
 from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError, StoreError
 from mullama.machine import memory
-from mullama.models import child, gguf, quantize
+from mullama.models import gguf, quantize
 from mullama.models.entry import Entry
 from mullama.models.quantize import Source, quantize_variant, source_of, variant_key
 from mullama.models.store import Store
@@ -270,7 +271,7 @@ def test_a_child_yields_to_other_sessions_too() -> None:
     A kernel may share no cores among sessions, and a process of no session of its own says nothing in that file.
     """
     code = (
-        "import os; from pathlib import Path; from mullama.models import child; child.become_child(15); "
+        "import os; from pathlib import Path; from mullama import child; child.become_child(15); "
         "child.yield_to_other_sessions(15); group = Path('/proc/self/autogroup'); "
         "print(os.nice(0), group.read_text() if group.exists() else '')"
     )
