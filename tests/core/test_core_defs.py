@@ -144,6 +144,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "adapters.Adapter.n_sets": lambda a, c: with_adapter(c, a).slot_info(0)[0] == abi.DECODE and a.n_sets > 0,
     "adapters.Adapter.close": lambda a, c: a.close() is None and a.close() is None,
     "governor.Governor": lambda: Governor(2, False) is not None,
+    "governor.Governor.n_cores": lambda g: g.n_cores == 2,
     "governor.Governor.n_max": lambda g: g.n_max == 2,
     "governor.Governor.threads": lambda g: g.threads == 2,
     "governor.Governor.fixed": lambda g: g.fixed is False,
