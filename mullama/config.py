@@ -30,11 +30,12 @@ _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
 def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - the field's own word
     """A dataclass field with its documentation. ``metavar``, ``choices``, ``minimum``, ``maximum``, ``pattern`` (of
-    the whole text; shown by the metavar), ``secret``."""
+    the whole text; shown by the metavar), ``secret`` (a key: never shown, never empty, may be ``@FILE``)."""
     meta = {"help": help, **metadata}
+    shown = not meta.get("secret", False)
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=meta)
-    return field(default=default, metadata=meta)
+        return field(default_factory=lambda: list(default), metadata=meta, repr=shown)
+    return field(default=default, metadata=meta, repr=shown)
 
 
 @dataclass(slots=True)
@@ -152,10 +153,20 @@ class ServeConfig:
     tensor_split: str = option("", "share of each GPU, such as 3,1", metavar="N,N,…", pattern=_SPLIT)
 
     api_key: list[str] = option(
-        [], "key that clients must send as a bearer token; repeatable: each is a tenant", metavar="KEY", secret=True
+        [],
+        "key that clients must send as a bearer token; repeatable: each is a tenant; @FILE has one a line",
+        metavar="KEY|@FILE",
+        secret=True,
     )
-    cache_salt_per_key: bool = option(False, "never share cached KV between API keys")
-    admin_key: str = option("", "key for writes under /internal; needed when not on loopback", secret=True)
+    cache_shared_by_keys: bool = option(
+        False, "let API keys share cached KV: hit counts and times then tell a tenant what others have sent"
+    )
+    admin_key: str = option(
+        "",
+        "key that shows and changes all under /internal; needed when not on loopback",
+        metavar="KEY|@FILE",
+        secret=True,
+    )
     allowed_host: list[str] = option([], "extra Host header to accept; repeatable; * accepts all", metavar="HOST")
     max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY)
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
@@ -178,6 +189,22 @@ class ServeConfig:
                 "deterministic needs kv_layout streams; in unified the order of cells changes the last bits of sums",
                 param="deterministic",
             )
+        for key in [*self.api_key, *([self.admin_key] if self.admin_key else [])]:
+            check_key(key, "a key")
+        if len(set(self.api_key)) < len(self.api_key):
+            raise ConfigError("--api-key: two keys are equal; each tenant needs one of its own", param="api_key")
+        if self.admin_key in self.api_key:
+            message = "--admin-key: it is also an --api-key, so that this client would be an operator"
+            raise ConfigError(message, param="admin_key")
+
+
+def check_key(key: str, source: str) -> None:
+    """Raises ConfigError, without the key, for one that no client can send, or that anybody would guess."""
+    if not key.strip():
+        message = f"{source}: it is empty, as a variable that is not set; leave the option out to run without a key"
+        raise ConfigError(message)
+    if any(char.isspace() or not char.isprintable() for char in key):
+        raise ConfigError(f"{source}: a key may hold no white space and no control characters")
 
 
 def options() -> list[Field[Any]]:
@@ -268,7 +295,8 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
             raise ConfigError(f"{source}: {value} is out of range; it must be {bounds}", param=opt.name)
     elif wanted == list[str]:
         if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
+            parts = [part.strip() for part in value.split(",")]
+            value = parts if meta.get("secret") else [part for part in parts if part]
         if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
             raise ConfigError(f"{source}: expected a list of texts", param=opt.name)
         value = list(value)
@@ -277,6 +305,8 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
             value = str(value)
         else:
             raise ConfigError(f"{source}: expected a text", param=opt.name)
+    if meta.get("secret"):
+        return _keys(opt, value, source)
     pattern = meta.get("pattern")
     if pattern and not re.fullmatch(pattern, value):
         raise ConfigError(f"{source}: '{value}' does not fit; it must look like {meta['metavar']}", param=opt.name)
@@ -284,3 +314,30 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
     if choices and value not in choices:
         raise ConfigError(f"{source}: '{value}' is not one of {', '.join(choices)}", param=opt.name)
     return value
+
+
+def _keys(opt: Field[Any], value: str | list[str], source: str) -> Any:
+    """Keys as they are given, or from the files that ``@FILE`` names, one a line. Never shown in an error."""
+    found = [key for text in ([value] if isinstance(value, str) else value) for key in _keys_in(text, source)]
+    for key in found:
+        check_key(key, source)
+    if isinstance(value, list):
+        return found
+    if len(found) != 1:
+        raise ConfigError(f"{source}: the file must hold one key, it has {len(found)}", param=opt.name)
+    return found[0]
+
+
+def _keys_in(text: str, source: str) -> list[str]:
+    if not text.startswith("@"):
+        return [text]
+    try:
+        lines = Path(text[1:]).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot read the key file {text[1:]}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source}: the key file {text[1:]} is not UTF-8") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"{source}: the key file {text[1:]} holds no key")
+    return keys

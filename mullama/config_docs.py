@@ -22,8 +22,9 @@ the file, the file over the default.
   `{ENV_PREFIX}CONFIG`
 
 A value that is wrong stops the program with exit status 2 and one line that says where it came from and what would
-be right. Keys (`--api-key`, `--admin-key`) belong into the environment or the file: other users of the machine can
-see flags.
+be right. Keys (`--api-key`, `--admin-key`) belong into the environment, the TOML file, or a file of their own that the
+flag names (`--api-key @FILE`, one key a line): other users of the machine can see flags. A key that is empty, as a
+variable that is not set, is refused, and so is one that is given twice ([security](security.md#keys)).
 
 | flag | variable | default | allowed | what it does |
 |---|---|---|---|---|

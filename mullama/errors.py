@@ -19,6 +19,8 @@ class MullamaError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
+    #: What a client is told instead, where the message is an operator's: it names files or quotes code of the server.
+    for_clients: ClassVar[str | None] = None
 
     def __init__(self, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -170,6 +172,7 @@ class ModelLoadError(MullamaError):
 
     status = 500
     code = "model_load_failed"
+    for_clients: ClassVar[str | None] = "the model could not be loaded; the server's log says why"
 
 
 class BadModelFile(ModelLoadError):
@@ -202,6 +205,7 @@ class MemoryTooSmall(ModelLoadError):
     status = 409
     type = "invalid_request_error"
     code = "memory_too_small"
+    for_clients: ClassVar[str | None] = None  # sizes and the model's name
 
     def __init__(
         self, message: str, *, param: str | None = None, retry_after: int | None = None, missing: int = 0
@@ -225,6 +229,7 @@ class StoreError(MullamaError):
     """The model store could not keep its promises: disk full, wrong checksum, interrupted download."""
 
     code = "store_error"
+    for_clients = "the model's files could not be had; the server's log says why"
 
 
 class PrivateAddress(StoreError):
@@ -251,6 +256,7 @@ class PluginError(MullamaError):
     """A registered plugin could not be loaded or broke its contract."""
 
     code = "plugin_error"
+    for_clients = "a plugin of the server failed; the server's log says why"
 
 
 class AbiMismatch(MullamaError):

@@ -128,6 +128,8 @@ class Request:
     slo_ms: float | None = None  # wanted time to the first token, for policies with deadlines
     preempt: Preempt = Preempt.AUTO  # how it may be preempted
     cache_salt: str = ""  # requests with different ones never share KV
+    tenant: str | None = None  # whose key sent it, where keys tell clients apart
+    shares_cache: bool = False  # other tenants' KV is beside its own: its profile quotes none of it and names nobody
     context_shift: bool = False  # when the context is full, drop older tokens and go on
     lora: tuple[LoraUse, ...] = ()  # adapters that compute it; none: the bare model
     # The prompt in the words of another model, when one takes over: what a chat's template makes of the messages.

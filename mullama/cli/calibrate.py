@@ -79,17 +79,17 @@ def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress
     engine = load_engine(found, config)
     try:
         costs = measure_engine(engine, costs, progress=progress)
-        return with_about(costs, _about(engine.info, config))
+        return with_about(costs, _about(engine.info, config, engine.kv_host_tokens))
     finally:
         engine.close()
 
 
-def _about(info: ModelInfo, config: ServeConfig) -> dict[str, Any]:
+def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from mullama.cli.version import llama_commit, mullama_version
     from mullama.compare.provenance import commit, machine
-    from mullama.engine.sizing import usable_cores
+    from mullama.machine.cores import usable_threads
 
     return {
         "model": {
@@ -99,10 +99,11 @@ def _about(info: ModelInfo, config: ServeConfig) -> dict[str, Any]:
             "n_params": info.n_params,
             "n_parallel": info.n_parallel,
             "n_ctx": info.n_ctx,
+            "kv_host_tokens": kv_host_tokens,
         },
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "threads": config.threads or usable_cores(),
+        "threads": config.threads or usable_threads(),
         "batch_size": config.batch_size,
         "flash_attn": config.flash_attn,
         "version": mullama_version(),

@@ -29,6 +29,7 @@ def command(model: str, n_ctx: int | None, n_parallel: int | None, quant: str | 
     """
     from mullama.cli.table import human_size, print_table
     from mullama.engine import sizing
+    from mullama.machine import memory
     from mullama.models import gguf
     from mullama.models.estimate import estimate, fit, is_enough, verdict, way_out
     from mullama.models.reference import parse_spec
@@ -46,7 +47,7 @@ def command(model: str, n_ctx: int | None, n_parallel: int | None, quant: str | 
     n_ctx = n_ctx or min(trained or sizing.DEFAULT_CTX, sizing.DEFAULT_CTX)
     n_parallel = n_parallel or sizing.DEFAULT_PARALLEL
     needs = estimate(header, n_ctx=n_ctx, n_parallel=n_parallel)
-    free = sizing.available_memory()
+    free = memory.available_memory()
     fits = fit(header, free, n_ctx=n_ctx, n_parallel=n_parallel) if free is not None else []
     does_fit = is_enough(needs, free)
     if as_json:

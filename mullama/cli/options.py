@@ -40,7 +40,21 @@ def config_from(params: Mapping[str, Any]) -> ServeConfig:
     """The configuration of a command decorated with :func:`config_options`. Raises ConfigError."""
     known = {opt.name for opt in options()}
     given = {name: value for name, value in params.items() if name in known and value is not None and value != ()}
-    return load_config(given, file=params.get("config_file"))
+    config = load_config(given, file=params.get("config_file"))
+    _warn_of_visible_keys(given)
+    return config
+
+
+def _warn_of_visible_keys(given: Mapping[str, Any]) -> None:
+    for opt in options():
+        values = given.get(opt.name, ()) if opt.metadata.get("secret") else ()
+        if any(not text.startswith("@") for text in ([values] if isinstance(values, str) else values)):
+            flag, variable = flag_name(opt), f"{ENV_PREFIX}{opt.name.upper()}"
+            click.echo(
+                f"warning: other users of this machine can see {flag} in the list of processes; "
+                f"use {variable} or {flag} @FILE",
+                err=True,
+            )
 
 
 def _option(opt: Field[Any]) -> Callable[[F], F]:

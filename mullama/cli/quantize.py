@@ -29,7 +29,7 @@ def command(model: str, type_: str, imatrix: Path | None, name: str | None, thre
     """
     from mullama.cli.progress import PullProgress
     from mullama.cli.table import human_size
-    from mullama.engine.sizing import usable_cores
+    from mullama.machine.cores import usable_threads
     from mullama.models.quantize import quantize_variant
     from mullama.models.reference import parse_spec
     from mullama.models.store import Store
@@ -47,7 +47,7 @@ def command(model: str, type_: str, imatrix: Path | None, name: str | None, thre
             progress,
             key=name or spec.name,
             imatrix=imatrix,
-            n_threads=threads or max(1, usable_cores() // 2),
+            n_threads=threads or max(1, usable_threads() // 2),
         )
     path = store.path_of(made)
     is_new = made.pulled_at >= time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(started))

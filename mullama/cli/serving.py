@@ -10,6 +10,7 @@ from mullama.cli.loading import weights_of
 from mullama.engine import sizing
 from mullama.errors import MullamaError
 from mullama.files import identity_of
+from mullama.machine import memory
 from mullama.models.reference import parse_spec
 from mullama.models.store import Store
 from mullama.serving.durations import parse_duration
@@ -70,7 +71,7 @@ def make_swaps(config: ServeConfig, models: ModelManager) -> Swaps:
 def _budget(text: str) -> int:
     if text != "auto":
         return int(text)
-    free = sizing.available_memory()
+    free = memory.available_memory()
     return 0 if free is None else int(free * BUDGET_SHARE)
 
 

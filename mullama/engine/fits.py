@@ -19,6 +19,7 @@ from mullama.engine import sizing
 from mullama.engine.sizing import Sizes
 from mullama.errors import ModelLoadError
 from mullama.files import identity_of
+from mullama.machine import memory
 from mullama.models import adapters, gguf
 from mullama.models.estimate import Estimate, check_fits, estimate, is_enough, largest, token_bytes
 from mullama.models.gguf import Header
@@ -31,7 +32,7 @@ LEAST_CTX = 256
 
 def free_memory(config: ServeConfig) -> int | None:
     """Bytes that a load may take; None: nobody knows, or nobody wants to know."""
-    return sizing.available_memory() if config.memory_check == "on" else None
+    return memory.available_memory() if config.memory_check == "on" else None
 
 
 def expected(path: str | Path, config: ServeConfig, *, n_ctx: int, n_parallel: int) -> Estimate | None:

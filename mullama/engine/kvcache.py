@@ -14,20 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 
 from mullama._core import Cells, Core
-from mullama.engine.kvfind import LEAST_GAIN, Found, KvFinder
-from mullama.kv.choice import Choice, KvSource
+from mullama.engine.kvfind import Found, KvFinder
+from mullama.kv.choice import LEAST_GAIN, Choice, KvSource
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.eviction import EvictionPolicy
 from mullama.kv.ghosts import Ghosts
 from mullama.kv.payload import Checkpoint, Rows
 from mullama.kv.placement import Placement, SlotView, place
 from mullama.kv.reasons import miss_reason
-from mullama.kv.tier import GRAIN, HostTier
+from mullama.kv.tier import GRAIN, LEAST_STORED, HostTier
 from mullama.kv.tree import Match, Node, PrefixTree, unpack
 
 log = logging.getLogger("mullama.engine")
-
-LEAST_STORED = 16  # tokens: a shorter prefix is not worth a place in host memory
 
 
 class KvCache(KvFinder):
@@ -382,11 +380,18 @@ class KvCache(KvFinder):
         self._event(KvEventKind.EVICTED, tier, start, node.end, node, gone=True)
 
     def explain(
-        self, namespace: bytes, key: bytes, reuse: int, match: Match, text: Callable[[Sequence[int]], str]
+        self,
+        namespace: bytes,
+        key: bytes,
+        reuse: int,
+        match: Match,
+        text: Callable[[Sequence[int]], str],
+        *,
+        is_shared: bool = False,
     ) -> str | None:
         """Why the KV of a prompt's tokens from ``reuse`` on had to be computed (see kv/reasons.py)."""
         ghost = self._ghosts.find(namespace, key, reuse)
-        return miss_reason(namespace, key, reuse, match, ghost, time.monotonic_ns(), text)
+        return miss_reason(namespace, key, reuse, match, ghost, time.monotonic_ns(), text, is_shared=is_shared)
 
     # -- looking after it ---------------------------------------------------------------------------------------
 

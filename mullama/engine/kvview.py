@@ -35,6 +35,7 @@ def snapshot(info: ModelInfo, core: Core, seqs: Sequences, kv: KvCache) -> dict[
                 "state": abi.SLOT_STATES[state],
                 "handle": handle or None,
                 "request": seq.request.id if seq is not None else None,
+                "tenant": seq.request.tenant if seq is not None else None,
                 "cells": truth["used"][slot] if truth["caches"] > 0 else n_past,
                 "window_cells": truth["window"][slot] if truth["caches"] > 1 else None,
                 "fragments": fragments(core, slot) if truth["caches"] > 0 else 0,

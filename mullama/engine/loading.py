@@ -19,6 +19,8 @@ from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, ModelLoadError
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
+from mullama.machine import memory
+from mullama.machine.cores import usable_threads
 from mullama.types import ModelInfo
 
 log = logging.getLogger("mullama.engine")
@@ -80,7 +82,7 @@ def make_core(
             config.parallel,
             facts["n_ctx_train"],
             sizing.kv_bytes_per_token(model.metadata(), config.kv_type_k, config.kv_type_v),
-            sizing.available_memory(),
+            memory.available_memory(),
         )
     if facts["n_ctx_train"] and sizes.n_ctx > facts["n_ctx_train"]:
         log.warning(
@@ -91,7 +93,7 @@ def make_core(
         n_slots=sizes.n_parallel,
         n_ctx=sizes.n_ctx,
         n_batch=config.batch_size,
-        n_threads=config.threads or sizing.usable_cores(),
+        n_threads=config.threads or usable_threads(),
         threads_fixed=config.threads_fixed,
         flash_attn=config.flash_attn,
         type_k=config.kv_type_k,

@@ -11,20 +11,18 @@ import queue
 import threading
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 from mullama.scheduling import EngineState, Plan, Scheduler, SeqView
 
-_CHANGING = ("state", "prefill_left", "generated", "cells", "state_ns", "preemptions")
+_CHANGING = ("state", "prefill_left", "generated", "cells", "state_ns", "preemptions", "cached_tokens")
 assert {*_CHANGING} <= {f.name for f in fields(SeqView)}
+_facts = attrgetter("id", *_CHANGING)
 
 
 class Orphaned(BaseException):
     """Raised inside a policy that did not answer in time, to end its thread."""
-
-
-def _facts(view: SeqView) -> tuple[Any, ...]:
-    return (view.id, view.state, view.prefill_left, view.generated, view.cells, view.state_ns, view.preemptions)
 
 
 class Planner:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from mullama.errors import MemoryTooSmall, ModelLoadError
+from mullama.machine import memory
 
 DEFAULT_CTX = 4096
 DEFAULT_PARALLEL = 8
@@ -47,51 +46,9 @@ def kv_bytes_per_token(meta: Mapping[str, str], type_k: str = "f16", type_v: str
     return layers * heads_kv * (key * BLOCK_BYTES[type_k] + value * BLOCK_BYTES[type_v]) // 32
 
 
-def available_memory() -> int | None:
-    """Bytes of memory that can be used without swapping, and within a container; None where the system does not say."""
-    return min((left for left in (_machine_left(), group_left()) if left is not None), default=None)
-
-
-def _machine_left() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def group_left(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes that the limits of this process's control group leave, as those of a container or of a service have.
-
-    None: there is no limit, or none of version 2. Pages of files count as free, as they do in ``MemAvailable``.
-    """
-    try:
-        name = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return None
-    parts = [part for part in name.split("/") if part]
-    if ".." in parts:  # it lies outside of what is mounted here
-        parts = []
-    found = [_left_of(root.joinpath(*parts[:n])) for n in range(len(parts) + 1)]
-    return min((left for left in found if left is not None), default=None)
-
-
-def _left_of(group: Path) -> int | None:
-    try:
-        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
-        if limit == "max":
-            return None
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return max(int(limit) - used + int(stat["active_file"]) + int(stat["inactive_file"]), 0)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def default_swap_bytes() -> int:
     """Host memory that the KV of preempted requests may take: a quarter of what is free, 1 GiB where unknown."""
-    free = available_memory()
+    free = memory.available_memory()
     return (1 << 30) if free is None else free // 4
 
 
@@ -141,11 +98,3 @@ def fit_gpu_layers(asked: str, n_layer: int, model_bytes: int, kv_bytes: int, fr
     a_layer = max((model_bytes + kv_bytes) // max(n_layer + 1, 1), 1)
     fits = room // a_layer
     return -1 if fits > n_layer else max(0, fits)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1

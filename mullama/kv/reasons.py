@@ -18,11 +18,14 @@ def miss_reason(
     ghost: Ghost | None,
     now_ns: int,
     text: Callable[[Sequence[int]], str],
+    *,
+    is_shared: bool = False,
 ) -> str | None:
     """Why the KV of a prompt's tokens from ``reuse`` on was not there; None: nothing was missing.
 
     ``ghost`` is what explains it by an eviction, ``text`` makes tokens readable. A request of another namespace is not
-    named: who else is there is none of a tenant's business.
+    named: who else is there is none of a tenant's business. ``is_shared``: other tenants' KV is in this namespace as
+    well, so that nobody is named and only the prompt itself is quoted.
     """
     n = len(key) // TOKEN_BYTES
     if reuse >= n - 1:
@@ -31,6 +34,8 @@ def miss_reason(
         ago = (now_ns - ghost.evicted_ns) / 1e9
         if ghost.request is None:
             whose = "nobody's request"
+        elif is_shared:
+            whose = "another request"
         elif ghost.namespace == namespace:
             whose = f"request {ghost.request}"
         else:
@@ -43,6 +48,8 @@ def miss_reason(
         return "no cached prompt begins with its first token"
     before = text(_tokens(key, max(at - SHOWN, 0), at))
     here = text(_tokens(key, at, at + SHOWN))
+    if is_shared:
+        return f"diverges at token {at}: after {before!r} it goes on with {here!r}, no cached prompt does"
     cached = _cached_after(match, at, key)
     other = f", the cached one with {text(cached)!r}" if cached else ", the cached one ends there"
     return f"diverges at token {at}: after {before!r} it goes on with {here!r}{other}"

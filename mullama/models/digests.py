@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mullama.errors import StoreError
 from mullama.files import store_error
-from mullama.models.home import default_root
+from mullama.home import default_root
 
 #: Called with the bytes done.
 Done = Callable[[int], None]

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mullama import __version__
+from mullama import __version__, child
 from mullama.errors import ModelLoadError, StoreError
-from mullama.models import child, gguf
-from mullama.models.home import default_root
+from mullama.home import default_root
+from mullama.models import gguf
 from mullama.models.shape import check_sense
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import Any
 
-from mullama.models.child import become_child
+from mullama.child import become_child
 
 #: Stages, in order.
 LOAD, DECODE, TEMPLATE = "loading", "decoding one token", "rendering its chat template"

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from mullama import child
 from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError, StoreError
-from mullama.models import child, gguf
+from mullama.models import gguf
 from mullama.models.digests import digest_of
 from mullama.models.entry import Entry
 from mullama.models.gguf import TENSOR_TYPES, Header

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 
-from mullama.models.child import become_child, yield_to_other_sessions
+from mullama.child import become_child, yield_to_other_sessions
 
 #: Some 3 % of a core beside busy ones: running streams keep nine tenths of their speed.
 NICE = 15

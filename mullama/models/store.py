@@ -33,9 +33,9 @@ from urllib.parse import quote
 
 from mullama.errors import ReferenceNotFound, StoreError
 from mullama.files import disk_errors, store_error, sync_folder
+from mullama.home import HOME_VARIABLE, default_root
 from mullama.models.digests import Digests, hash_file
 from mullama.models.entry import MADE, Entry, Part
-from mullama.models.home import HOME_VARIABLE, default_root
 from mullama.models.reference import Reference, aliases, check_name
 from mullama.models.sources import SOURCES, Progress, load_source
 

@@ -153,9 +153,14 @@ class IdleMethods:
         return [(one.name, one.asleep.engine) for one in self._served.values() if one.asleep is not None]
 
     def _watch_idle(self) -> None:
-        if self._reaper is None or self._reaper.done():
-            self._reaper = asyncio.get_running_loop().create_task(self._reap())
+        """See that somebody watches what is idle. Before the loop runs nobody does: ``start`` sees to it then."""
         self._changed.set()
+        if self._reaper is not None and not self._reaper.done():
+            return
+        with contextlib.suppress(RuntimeError):
+            loop = asyncio.get_running_loop()
+            if any(self._limits(one) for one in self._served.values()):
+                self._reaper = loop.create_task(self._reap())
 
     async def _reap(self) -> None:
         """Unload what has been idle for longer than its keep-alive; let sleep what has been for long enough."""
@@ -167,20 +172,32 @@ class IdleMethods:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(min(due), 0.05))
             for one in list(self._served.values()):
-                is_idle = one.state is ModelState.READY and not self._n_leases(one)
-                idle_s = self._clock() - one.last_used
-                if is_idle and 0 <= one.keep_alive_s <= idle_s:
-                    log.info("%s: unloaded after %.0f idle seconds", one.name, idle_s)
-                    await self._unload(one)
-                elif one.state is ModelState.ASLEEP and 0 <= one.keep_alive_s <= idle_s and not one.waiters:
-                    log.info("%s: given up in its sleep after %.0f idle seconds", one.name, idle_s)
-                    await self._discard(one)
-                elif is_idle and not one.cannot_sleep and 0 <= self.sleep_after_s <= idle_s:
-                    try:
-                        await self.sleep(one.name, self.sleep_level)
-                    except MullamaError as error:
-                        one.cannot_sleep = True
-                        log.warning("%s does not sleep: %s", one.name, error.message)
+                try:
+                    await self._reap_one(one)
+                except Exception:  # of one model; the others are watched on
+                    log.exception("%s: it could not be unloaded", one.name)
+                    one.last_used = self._clock()  # tried again when it is due again
+
+    async def _reap_one(self, one: Served) -> None:
+        is_idle = one.state is ModelState.READY and not self._n_leases(one)
+        idle_s = self._clock() - one.last_used
+        if is_idle and 0 <= one.keep_alive_s <= idle_s:
+            log.info("%s: unloaded after %.0f idle seconds", one.name, idle_s)
+            await self._unload(one)
+        elif one.state is ModelState.ASLEEP and 0 <= one.keep_alive_s <= idle_s and not one.waiters:
+            log.info("%s: given up in its sleep after %.0f idle seconds", one.name, idle_s)
+            await self._discard(one)
+        elif is_idle and not one.cannot_sleep and 0 <= self.sleep_after_s <= idle_s:
+            try:
+                await self.sleep(one.name, self.sleep_level)
+            except ModelBusy:
+                one.last_used = self._clock()  # its last request was ending just now
+            except MullamaError as error:
+                one.cannot_sleep = True
+                log.warning("%s does not sleep: %s", one.name, error.message)
+            except Exception:
+                one.cannot_sleep = True
+                log.exception("%s does not sleep", one.name)
 
     def _limits(self, one: Served) -> list[float]:
         """Idle seconds after which something becomes of it."""

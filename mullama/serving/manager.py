@@ -7,7 +7,8 @@ The laws:
   new requests meanwhile, so that nobody waits for ever.
 - Every waiter is answered: with a lease, or with the error of the load.
 
-Everything belongs to one event loop, but for ``add_loaded`` and ``add`` before it runs, and ``close`` after it.
+Everything belongs to one event loop, but for ``add_loaded`` and ``add`` before it runs, and ``close`` after it;
+``start`` tells that it runs.
 """
 
 from __future__ import annotations
@@ -98,6 +99,13 @@ class ModelManager(IdleMethods, RoomMethods):
         for name, engine in engines:
             self.add_loaded(name, engine)
 
+    def start(self) -> None:
+        """Requests may come from now on, on the running loop: the idle time of what is loaded begins."""
+        for one in self._served.values():
+            if one.resident is not None:
+                one.last_used = self._clock()
+        self._watch_idle()
+
     # -- names ----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
@@ -128,6 +136,7 @@ class ModelManager(IdleMethods, RoomMethods):
         served.loaded_at = served.last_used = self._clock()
         served.n_bytes = served.n_bytes or engine.info.size_bytes
         self._tell(served, engine)
+        self._watch_idle()
         return served.resident
 
     def _tell(self, served: Served, engine: EngineClient | None) -> None:
@@ -205,8 +214,6 @@ class ModelManager(IdleMethods, RoomMethods):
     def _grant(self, served: Served, resident: Resident) -> Lease:
         served.n_requests += 1
         served.last_used = self._clock()
-        if self._limits(served) and (self._reaper is None or self._reaper.done()):
-            self._watch_idle()  # a model that was loaded before the loop ran has nobody who watches it
         return resident.lease(served.name)
 
     def hold(self, name: str | None) -> Lease | None:
@@ -331,7 +338,6 @@ class ModelManager(IdleMethods, RoomMethods):
         self._install(served, engine)
         log.info("%s: loaded in %.2f s", served.name, self._clock() - began)
         self._answer(served)
-        self._watch_idle()
 
     async def _load_anew(self, served: Served) -> EngineClient:
         if self._load_engine is None:
@@ -395,12 +401,14 @@ class ModelManager(IdleMethods, RoomMethods):
         served.resident = None
         self._tell(served, None)
         closing = self._close(resident.engine, served.n_bytes)
-        if wait:
-            await closing
-        if served.state is ModelState.UNLOADING and served.resident is None:  # it may be loading again already
-            served.state = ModelState.UNLOADED
-        if served.waiters:
-            self._want(served)
+        try:
+            if wait:
+                await closing
+        finally:
+            if served.state is ModelState.UNLOADING and served.resident is None:  # it may be loading again already
+                served.state = ModelState.UNLOADED
+            if served.waiters:
+                self._want(served)
 
     def _close(self, engine: EngineClient, n_bytes: int) -> asyncio.Future[None]:
         """In a thread; what it takes counts until it is done."""

@@ -148,6 +148,13 @@ class Served:
         return self.n_bytes + (sum(one["size_bytes"] for one in engine.adapters()) if engine is not None else 0)
 
     @property
+    def memory_bytes(self) -> int:
+        """Memory that it takes now, or is about to while it is loaded; 0 for one that is not."""
+        if self.asleep is not None:
+            return self.asleep.host_bytes
+        return 0 if self.state in (ModelState.UNLOADED, ModelState.FAILED) else self.held_bytes
+
+    @property
     def in_use(self) -> int:
         """Requests that have a lease; what only holds the engine does not count."""
         return self.resident.n_leases - self.resident.n_holds if self.resident is not None else 0

@@ -11,6 +11,7 @@ import orjson
 
 from mullama.errors import MullamaError, ShuttingDown
 from mullama.types import Finish, FinishReason
+from mullama.web.request import Request
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +49,14 @@ def finish_error(finish: Finish) -> MullamaError | None:
     return None
 
 
-async def _expected(req: falcon.asgi.Request, resp: falcon.asgi.Response, error: MullamaError, params: Any) -> None:
-    if error.status >= 500:
+async def _expected(req: Request, resp: falcon.asgi.Response, error: MullamaError, params: Any) -> None:
+    told = error.for_clients if not req.is_operator else None
+    if error.status >= 500 or told is not None:
         log.warning("%s %s: %s", req.method, req.path, error.message)
-    _reply(resp, error.status, error.to_openai())
+    body = error.to_openai()
+    if told is not None:
+        body["error"]["message"] = told
+    _reply(resp, error.status, body)
     if error.retry_after is not None or error.status == 503:
         resp.set_header("Retry-After", str(max(1, error.retry_after or 1)))
     if error.status == 401:

@@ -70,7 +70,8 @@ class Group:
         self._lease = lease
         services.n_open += 1
         engine = lease.engine
-        salt = salt_of(options.tenant if services.config.cache_salt_per_key else None, options.cache_salt)
+        is_shared = services.config.cache_shared_by_keys
+        salt = salt_of(None if is_shared else options.tenant, options.cache_salt)
         num_choices = len(prompts) * options.n
         try:
             for index in range(num_choices):
@@ -84,6 +85,8 @@ class Group:
                     slo_ms=options.slo_ms,
                     preempt=options.preempt,
                     cache_salt=salt,
+                    tenant=options.tenant,
+                    shares_cache=is_shared and options.tenant is not None,
                     context_shift=context_shift,
                     lora=lora,
                     translate=translate,

@@ -16,6 +16,7 @@ from mullama.serving.manager import ModelManager
 from mullama.web.request import Request, read_body
 from mullama.web.schemas import SchedulerChange, parse_scheduler_change
 from mullama.web.security import Access
+from mullama.web.views import scheduler_for_client
 
 
 class Internal:
@@ -59,7 +60,8 @@ class SchedulerView(Policies):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Policy, parameters, waiting and running sequences, step counters. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
-            resp.data = dump(name, engine.scheduler_snapshot())
+            found = engine.scheduler_snapshot()
+            resp.data = dump(name, found if req.is_operator else scheduler_for_client(found, req.tenant))
 
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Put another policy in charge from the next step on. Raises InvalidRequest; then the running one stays."""

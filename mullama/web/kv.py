@@ -7,14 +7,15 @@ from functools import partial
 import falcon.asgi
 
 from mullama.engine.client import EngineClient
-from mullama.errors import InvalidRequest, PermissionDenied
+from mullama.errors import InvalidRequest
 from mullama.web.internal import Internal, Policies, dump
 from mullama.web.kv_events import KvEventStream
 from mullama.web.kv_schemas import Prefix, parse_drop, parse_pin, parse_prefix
 from mullama.web.request import Request
-from mullama.web.security import salt_of
+from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 from mullama.web.streaming import start_stream
+from mullama.web.views import kv_for_client
 
 DEFAULT_NODES = 1000
 MAX_NODES = 100_000
@@ -24,10 +25,13 @@ class KvView(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Layout, cells used and by whom, retained prefixes. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
-            resp.data = dump(name, await engine.kv_snapshot())
+            found = await engine.kv_snapshot()
+            resp.data = dump(name, found if req.is_operator else kv_for_client(found, req.tenant))
 
 
 class KvTree(Internal):
+    access = Access.OPERATOR
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The prefix tree, at most ``?limit=`` nodes of it. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
@@ -36,6 +40,8 @@ class KvTree(Internal):
 
 
 class KvMap(Internal):
+    access = Access.OPERATOR
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Which cells belong to which sequence. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
@@ -43,6 +49,7 @@ class KvMap(Internal):
 
 
 class KvPolicy(Policies):
+    access = Access.OPERATOR
     kind = "an eviction policy"
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
@@ -58,6 +65,9 @@ class KvPolicy(Policies):
 
 
 class KvEvents(Internal):
+    # SAFETY: they name everybody's requests, and tokens are prompts.
+    access = Access.OPERATOR
+
     def __init__(self, services: Services) -> None:
         super().__init__(services.models)
         self._services = services
@@ -70,9 +80,6 @@ class KvEvents(Internal):
         if since is None:
             since = _number(req.get_header("Last-Event-ID"), "Last-Event-ID", 0)
         with_tokens = (req.get_param("tokens") or "").lower() in ("1", "true")
-        # SAFETY: tokens are prompts. A key that may only send requests does not open those of others.
-        if with_tokens and not req.is_operator:
-            raise PermissionDenied("tokens are only shown to those who may write under /internal (--admin-key)")
         watchers = self._models.watchers
         stream = KvEventStream(
             log,
@@ -111,11 +118,9 @@ class _PrefixAction(Internal):
         assert tokens is not None, "the body was accepted without a prefix"
         return tokens
 
-    def _namespace(self, req: Request, prefix: Prefix) -> str:
-        """Where the KV of such a request of this client is."""
-        if prefix.namespace is not None:
-            return prefix.namespace
-        return salt_of(req.tenant if self._services.config.cache_salt_per_key else None, prefix.cache_salt)
+    def _namespace(self, prefix: Prefix) -> str:
+        """Where the KV of such a request is; with several keys the namespace says whose."""
+        return prefix.namespace if prefix.namespace is not None else prefix.cache_salt or ""
 
 
 class KvPin(_PrefixAction):
@@ -124,7 +129,7 @@ class KvPin(_PrefixAction):
         with self._lease(req) as (name, engine):
             pin = await self._services.parse(req, parse_pin)
             tokens = await self._named(engine, pin.prefix)
-            namespace = self._namespace(req, pin.prefix)
+            namespace = self._namespace(pin.prefix)
             resp.data = dump(name, await engine.kv_pin(tokens, ttl_s=pin.ttl_s, namespace=namespace))
 
 
@@ -134,7 +139,7 @@ class KvUnpin(_PrefixAction):
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
             tokens = await self._named(engine, prefix)
-            resp.data = dump(name, await engine.kv_unpin(tokens, namespace=self._namespace(req, prefix)))
+            resp.data = dump(name, await engine.kv_unpin(tokens, namespace=self._namespace(prefix)))
 
 
 class KvDrop(_PrefixAction):
@@ -145,7 +150,7 @@ class KvDrop(_PrefixAction):
             prefix = drop.prefix
             tokens = await self._tokens(engine, prefix)
             is_all = tokens is None and prefix.cache_salt is None and prefix.namespace is None
-            namespace = "" if is_all else self._namespace(req, prefix)
+            namespace = "" if is_all else self._namespace(prefix)
             resp.data = dump(name, await engine.kv_drop(tokens, namespace=namespace, tiers=drop.tiers))
 
 
@@ -155,7 +160,7 @@ class KvSave(_PrefixAction):
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
             tokens = await self._named(engine, prefix)
-            resp.data = dump(name, await engine.kv_save(tokens, namespace=self._namespace(req, prefix)))
+            resp.data = dump(name, await engine.kv_save(tokens, namespace=self._namespace(prefix)))
 
 
 class KvLoad(_PrefixAction):
@@ -164,7 +169,7 @@ class KvLoad(_PrefixAction):
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
             tokens = await self._named(engine, prefix)
-            resp.data = dump(name, await engine.kv_load(tokens, namespace=self._namespace(req, prefix)))
+            resp.data = dump(name, await engine.kv_load(tokens, namespace=self._namespace(prefix)))
 
 
 def _number(text: str | None, name: str, low: int, high: int | None = None) -> int | None:

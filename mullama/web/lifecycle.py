@@ -19,6 +19,7 @@ from mullama.web.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
 from mullama.web.streaming import PING, Silence, event_json, start_stream
+from mullama.web.views import model_for_client
 
 
 class UnloadBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -66,14 +67,20 @@ class ModelTable:
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Every served name: state, requests, memory, keep-alive; what ``mullama ps`` shows."""
         models = self._services.models
-        rows = [row_of(one, models.now()) for one in models.all()]
+        rows = [_row_for(req, one, models.now()) for one in models.all()]
         resp.data = orjson.dumps(
             {"models": rows, "max_models": models.budget.max_models, "memory_budget": models.budget.n_bytes}
         )
 
 
+def _row_for(req: Request, one: Served, now: float) -> dict[str, Any]:
+    row = row_of(one, now)
+    return row if req.is_operator else model_for_client(row)
+
+
 def row_of(one: Served, now: float) -> dict[str, Any]:
     engine = one.engine
+    is_held = engine is not None or one.asleep is not None
     idle = 0.0 if one.in_use else max(now - one.last_used, 0.0)
     row: dict[str, Any] = {
         "name": one.name,
@@ -83,10 +90,10 @@ def row_of(one: Served, now: float) -> dict[str, Any]:
         "in_use": one.in_use,
         "requests": one.n_requests,
         "waiting_for_load": len(one.waiters),
-        "idle_s": round(idle, 1) if engine is not None else None,
+        "idle_s": round(idle, 1) if is_held else None,
         "keep_alive_s": None if one.keep_alive_s < 0 else one.keep_alive_s,
-        "expires_in_s": None if engine is None or one.keep_alive_s < 0 else round(max(one.keep_alive_s - idle, 0), 1),
-        "memory_bytes": (one.held_bytes if one.asleep is None else one.asleep.host_bytes) or None,
+        "expires_in_s": round(max(one.keep_alive_s - idle, 0), 1) if is_held and one.keep_alive_s >= 0 else None,
+        "memory_bytes": one.memory_bytes or None,
         "asleep": None
         if one.asleep is None
         else {
@@ -132,9 +139,9 @@ class ModelActions:
         """One model's row, or its adapters. Raises ModelNotFound."""
         models = self._services.models
         if (named := lora.split_path(name)) is not None:
-            await lora.show(models, *named, resp)
+            await lora.show(models, *named, resp, sees_files=req.is_operator)
             return
-        resp.data = orjson.dumps(row_of(models.get(name), models.now()))
+        resp.data = orjson.dumps(_row_for(req, models.get(name), models.now()))
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """Carry out an action. Raises NotFound for an unknown one, ModelNotFound, and what the action raises."""
@@ -229,7 +236,7 @@ class ModelActions:
 
 
 class SwapViews:
-    access = Access.INTERNAL
+    access = Access.OPERATOR
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -294,7 +301,7 @@ class SwapStream:
 class ArbiterView:
     """``/internal/arbiter``: how the engines of this process share its cores."""
 
-    access = Access.INTERNAL
+    access = Access.OPERATOR
 
     def __init__(self, services: Services) -> None:
         self._services = services

@@ -16,6 +16,7 @@ from mullama.errors import AdapterNotFound, InvalidRequest, ModelNotFound, no_ad
 from mullama.serving.adapters import find_adapter
 from mullama.serving.manager import ModelManager
 from mullama.types import LoraUse
+from mullama.web.views import adapter_for_client
 
 SEPARATOR = "+"  # between a model and its adapters in a name
 MOST_NAMED = 16
@@ -90,10 +91,10 @@ def split_path(path: str) -> tuple[str, str] | None:
     return (path.removesuffix("/adapters"), "") if path.endswith("/adapters") and path != "/adapters" else None
 
 
-async def show(models: ModelManager, model: str, adapter: str, resp: falcon.asgi.Response) -> None:
+async def show(models: ModelManager, model: str, adapter: str, resp: falcon.asgi.Response, *, sees_files: bool) -> None:
     """All adapters of a loaded model, or one. Raises ModelNotFound, ModelNotLoaded, AdapterNotFound."""
     name, engine = models.resolve(model)
-    found = engine.adapters()
+    found = engine.adapters() if sees_files else [adapter_for_client(one) for one in engine.adapters()]
     if adapter:
         resp.data = orjson.dumps(_one(adapter, found))
     else:

@@ -13,11 +13,14 @@ from mullama.errors import EngineDead
 from mullama.observe import memory as system
 from mullama.web.internal import Internal
 from mullama.web.request import Request
+from mullama.web.security import Access
 
 MOST_FILES = 20
 
 
 class MemoryView(Internal):
+    access = Access.OPERATOR
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """All loaded and sleeping models, or the one of ``?model=``. Raises ModelNotFound, ModelNotLoaded."""
         named = req.get_param("model")

@@ -46,7 +46,7 @@ _decoder = msgspec.json.Decoder(PullBody)
 
 
 class ModelPull:
-    access = Access.INTERNAL
+    access = Access.OPERATOR
 
     def __init__(self, services: Services, store: Store | None = None) -> None:
         self._services = services

@@ -11,6 +11,7 @@ import enum
 import hashlib
 import hmac
 import ipaddress
+import logging
 from typing import Any
 
 import falcon
@@ -20,6 +21,8 @@ from mullama.config import ServeConfig
 from mullama.errors import AuthenticationError, ConfigError, PermissionDenied, UnsupportedMediaType
 from mullama.web.request import Request
 
+log = logging.getLogger(__name__)
+
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -28,7 +31,8 @@ class Access(enum.Enum):
 
     OPEN = "open"  # no key: health checks
     CLIENT = "client"  # the API key, when one is set
-    INTERNAL = "internal"  # reading: either key, when an API key is set; writing: see Security
+    INTERNAL = "internal"  # reading: any key, a client is shown its own; writing: an operator
+    OPERATOR = "operator"  # an operator, for reading as well
 
 
 def is_loopback(host: str) -> bool:
@@ -50,16 +54,23 @@ def host_name(header: str) -> str:
 
 
 class Security:
-    """Falcon middleware. Raises AuthenticationError, PermissionDenied, UnsupportedMediaType."""
+    """Falcon middleware: marks each request with its tenant and with whether an operator sent it.
+
+    An operator holds the admin key. Without one it is whoever reaches a server on loopback that has at most one API
+    key (and holds that): there is nobody to hide from. Raises AuthenticationError, PermissionDenied,
+    UnsupportedMediaType.
+    """
 
     def __init__(self, config: ServeConfig) -> None:
-        """Raises ConfigError when tenants shall be kept apart and no API key tells them apart."""
-        self._api_keys = [key.encode() for key in config.api_key if key]
-        if config.cache_salt_per_key and not self._api_keys:
-            raise ConfigError("--cache-salt-per-key needs an --api-key", param="cache_salt_per_key")
-        self._names_tenants = len(self._api_keys) > 1 or config.cache_salt_per_key
+        """Raises ConfigError when keys shall share the cache and there are not several."""
+        self._api_keys = [key.encode() for key in config.api_key]
+        self._names_tenants = len(self._api_keys) > 1
+        if config.cache_shared_by_keys and not self._names_tenants:
+            raise ConfigError("--cache-shared-by-keys needs several --api-key", param="cache_shared_by_keys")
         self._admin_key = config.admin_key.encode()
         self._on_loopback = is_loopback(config.host)
+        if not self._on_loopback and not self._api_keys:
+            log.warning("anybody who reaches %s:%d may use the models: there is no --api-key", config.host, config.port)
         self._any_host = "*" in config.allowed_host
         self._hosts = {"localhost", "127.0.0.1", "::1", host_name(config.host), *map(host_name, config.allowed_host)}
         # Off loopback, clients use whichever address the machine has. An address cannot be rebound, only a name can.
@@ -95,44 +106,48 @@ class Security:
     async def process_resource(
         self, req: Request, resp: falcon.asgi.Response, resource: object, params: dict[str, Any]
     ) -> None:
-        access = getattr(resource, "access", Access.CLIENT)
+        access = getattr(resource, "access", Access.OPERATOR)  # what forgets to say so is shown to nobody else
+        given = _bearer(req)
+        is_client = self._is_client(given)
+        is_admin = _same(given, self._admin_key)
+        if self._admin_key:
+            req.is_operator = is_admin
+        else:
+            req.is_operator = self._on_loopback and not self._names_tenants and (is_client or not self._api_keys)
+        if self._names_tenants and is_client:
+            req.tenant = tenant_of(given)
         if access is Access.OPEN:
             return
         if access is Access.CLIENT:
-            if self._api_keys:
-                given = _bearer(req)
-                if not self._is_client(given):
-                    raise _unauthenticated("the API key")
-                if self._names_tenants:
-                    req.tenant = tenant_of(given)
+            if self._api_keys and not is_client:
+                raise _unauthenticated("the API key")
             return
-        given = _bearer(req)
-        if req.method not in _SAFE_METHODS:
-            self._check_write(req)
-        elif self._api_keys and not (self._is_client(given) or _same(given, self._admin_key)):
-            raise _unauthenticated("the API key or the admin key")
-        if self._names_tenants and self._is_client(given):
-            req.tenant = tenant_of(given)
-        req.is_operator = _same(given, self._admin_key) if self._admin_key else self._on_loopback
+        is_write = req.method not in _SAFE_METHODS
+        if is_write:
+            _check_type(req)
+        needs_operator = is_write or access is Access.OPERATOR
+        if needs_operator and self._admin_key and not is_admin and (is_write or is_client or not self._api_keys):
+            raise PermissionDenied("this needs 'Authorization: Bearer <the admin key>'")
+        if self._api_keys and not (is_client or is_admin):
+            raise _unauthenticated("the API key or the admin key" if self._admin_key else "the API key")
+        if needs_operator and not req.is_operator:
+            raise PermissionDenied(self._why_nobody())
 
     def _is_client(self, given: bytes) -> bool:
         # Every key is compared, so that the time taken does not tell which one was nearly right.
         return sum(_same(given, key) for key in self._api_keys) > 0
 
-    def _check_write(self, req: Request) -> None:
-        """A write under /internal: a type that no HTML form can send, and the admin key where it is needed."""
-        media_type = (req.content_type or "").partition(";")[0].strip().lower()
-        if media_type != falcon.MEDIA_JSON:
-            raise UnsupportedMediaType("writes under /internal need 'Content-Type: application/json'")
-        if self._admin_key:
-            if not _same(_bearer(req), self._admin_key):
-                raise PermissionDenied("writes under /internal need 'Authorization: Bearer <the admin key>'")
-        elif not self._on_loopback:
-            raise PermissionDenied(
-                "writes under /internal are off: the server is not on loopback and has no --admin-key"
-            )
-        elif self._api_keys and not self._is_client(_bearer(req)):
-            raise _unauthenticated("the API key")
+    def _why_nobody(self) -> str:
+        """Why nobody at all is an operator of this server."""
+        why = "several --api-key" if self._on_loopback else "an address that is not loopback"
+        return f"this is off: a server with {why} needs an --admin-key for it"
+
+
+def _check_type(req: Request) -> None:
+    """A write under /internal has a type that no HTML form can send. Raises UnsupportedMediaType."""
+    media_type = (req.content_type or "").partition(";")[0].strip().lower()
+    if media_type != falcon.MEDIA_JSON:
+        raise UnsupportedMediaType("writes under /internal need 'Content-Type: application/json'")
 
 
 def tenant_of(key: bytes) -> str:

@@ -159,6 +159,9 @@ class Services:
         """Wait for the background tasks."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def process_startup(self, scope: dict[str, Any], event: dict[str, Any]) -> None:
+        self.models.start()
+
     async def process_shutdown(self, scope: dict[str, Any], event: dict[str, Any]) -> None:
         await self.settle()
         self.close()

@@ -12,8 +12,9 @@ from pathlib import Path
 import damage
 import pytest
 
+from mullama import child
 from mullama.errors import ModelLoadError
-from mullama.models import child, probe
+from mullama.models import probe
 from mullama.models.digests import hash_file
 from mullama.models.probe import ProbeResult, Verdicts, check_model
 

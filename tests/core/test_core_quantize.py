@@ -310,7 +310,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path, plain: Path) -> None:
     """A server that is killed leaves no process that quantises on."""
     code = (
         "import sys, time\n"
-        "from mullama.models import child\n"
+        "from mullama import child\n"
         "process = child.start('mullama.models.probe_child', [sys.argv[1], str(8 << 30), '60', '5'])\n"
         "import os, signal\n"
         "process.stdout.readline()\n"

@@ -17,13 +17,14 @@ from mullama.engine import fits, loading, sizing
 from mullama.engine.engine import Engine
 from mullama.engine.sizing import DEFAULT_CTX, DEFAULT_PARALLEL, Sizes
 from mullama.errors import MemoryTooSmall, ModelLoadError
+from mullama.machine import memory as machine_memory
 from mullama.models.estimate import Estimate, estimate
 
 PLENTY = 1 << 50
 
 
 class Memory:
-    """What is free, as ``sizing.available_memory`` tells it."""
+    """What is free, as ``memory.available_memory`` tells it."""
 
     free: int | None = PLENTY
 
@@ -31,7 +32,7 @@ class Memory:
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     found = Memory()
-    monkeypatch.setattr(sizing, "available_memory", lambda: found.free)
+    monkeypatch.setattr(machine_memory, "available_memory", lambda: found.free)
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 from core_support import greedy
 from weights_support import PROMPTS, Streams, begins_alike, request, requests, run, say, wait_for_tokens
 
-from mullama.engine import fits, gap, loading, sizing
+from mullama.engine import fits, gap, loading
 from mullama.engine.engine import Engine
 from mullama.engine.gap import Needs, decide
 from mullama.errors import (
@@ -23,6 +23,7 @@ from mullama.errors import (
     NeedsAnotherEngine,
     ShuttingDown,
 )
+from mullama.machine import memory
 from mullama.models.estimate import Estimate
 from mullama.types import FinishReason, GapMode, KvMode, Preempt, Request, Room
 
@@ -60,12 +61,12 @@ def test_short_memory_is_seen(make_engine: Callable[..., Engine], twin: Path, mo
     needs = engine.call(lambda: gap.needs_of(engine._core)).result()
     new = fits.expected(twin, engine.config, n_ctx=512, n_parallel=4)
     assert new is not None
-    monkeypatch.setattr(sizing, "available_memory", lambda: gap.beside_bytes(new) - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: gap.beside_bytes(new) - 1)
     assert needs.own > 1
     assert engine.swap_weights(twin).mode == "gap"
     with pytest.raises(MemoryTooSmall, match="with a gap"):
         engine.swap_weights(twin, gap="never")
-    monkeypatch.setattr(sizing, "available_memory", lambda: new.total - needs.own - (1 << 20))
+    monkeypatch.setattr(memory, "available_memory", lambda: new.total - needs.own - (1 << 20))
     with pytest.raises(MemoryTooSmall, match="without the old weights"):
         engine.swap_weights(twin)
     assert engine.counters()["weight_swaps"] == 1

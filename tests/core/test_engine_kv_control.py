@@ -92,6 +92,19 @@ def test_a_miss_does_not_name_another_tenant_s_request(make_engine: Make) -> Non
     assert reasons[1].endswith("to make room for another tenant's request") and "bob" not in reasons[1]
 
 
+def test_a_cache_that_is_shared_by_keys_shows_nobody_s_text(make_engine: Make) -> None:
+    """Guessing token by token: each answer says where the prompt left the cached one, none says how that goes on."""
+    engine = make_engine(parallel=2)
+    secret = [*tokens(1, 40), *b"my secret"]
+    one(engine, secret, name="alice", tenant="key-alice", shares_cache=True)
+    for n in (40, 42, 45):
+        profile = one(engine, [*secret[:n], 97, 97, 97], name="bob", tenant="key-bob", shares_cache=True).profile
+        reason = profile.kv_miss_reason
+        assert reason is not None and reason.startswith(f"diverges at token {n}: after")
+        assert reason.endswith("it goes on with 'aaa', no cached prompt does")
+        assert profile.kv_cache_hit == n, "they do share"
+
+
 def test_of_what_is_longer_than_host_memory_its_beginning_stays(make_engine: Make) -> None:
     engine = make_engine(parallel=1, kv_host_bytes=150 * TOKEN)
     prompt = tokens(1, 300)

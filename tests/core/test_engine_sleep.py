@@ -138,7 +138,8 @@ def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], 
 
 
 def test_a_wake_that_does_not_fit_loads_nothing(make_engine: Callable[..., Engine], monkeypatch: Any) -> None:
-    from mullama.engine import fits, loading, sizing
+    from mullama.engine import fits, loading
+    from mullama.machine import memory
 
     engine = make_engine()
     say(engine, PROMPT)
@@ -151,10 +152,10 @@ def test_a_wake_that_does_not_fit_loads_nothing(make_engine: Callable[..., Engin
 
     with monkeypatch.context() as patch:
         patch.setattr(loading, "load_model", never)
-        patch.setattr(sizing, "available_memory", lambda: needs.total - 1)
+        patch.setattr(memory, "available_memory", lambda: needs.total - 1)
         with pytest.raises(MemoryTooSmall, match=f"{engine.info.name} with 4 x 512 tokens does not fit"):
             engine.wake()
     with monkeypatch.context() as patch:
-        patch.setattr(sizing, "available_memory", lambda: needs.total)
+        patch.setattr(memory, "available_memory", lambda: needs.total)
         engine.wake()
     assert finish_of(engine, [*PROMPT, 65])[1].profile.kv_cache_hit == len(PROMPT)

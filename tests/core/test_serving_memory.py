@@ -11,8 +11,9 @@ import pytest
 
 from mullama.cli.serving import make_manager
 from mullama.config import ServeConfig
-from mullama.engine import fits, sizing
+from mullama.engine import fits
 from mullama.errors import MemoryTooSmall
+from mullama.machine import memory as machine_memory
 from mullama.models import probe
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
@@ -34,7 +35,7 @@ class Memory:
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     found = Memory(1 << 40)
-    monkeypatch.setattr(sizing, "available_memory", found.available)
+    monkeypatch.setattr(machine_memory, "available_memory", found.available)
     return found
 
 

@@ -69,6 +69,14 @@ def test_a_request_wakes_it_on_its_cached_kv(serve: Callable[..., ServerProcess]
         assert get(server, "/internal/models/m")["state"] == "ready"
 
 
+def test_one_that_nobody_ever_asked_sleeps_and_is_unloaded(serve: Callable[..., ServerProcess]) -> None:
+    server = serve("--sleep-after", "0", "--keep-alive", "2")
+    wait_until(lambda: get(server, "/internal/models/m")["state"] in ("asleep", "unloaded"))
+    wait_until(lambda: get(server, "/internal/models/m")["state"] == "unloaded")
+    row = get(server, "/internal/models/m")
+    assert (row["memory_bytes"], row["expires_in_s"], row["requests"]) == (None, None, 0)
+
+
 def test_an_idle_one_sleeps_by_itself(serve: Callable[..., ServerProcess]) -> None:
     server = serve("--sleep-after", "100ms")
     complete(server)

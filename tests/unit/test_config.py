@@ -26,7 +26,8 @@ def test_the_defaults_are_those_of_the_class() -> None:
 
 
 def test_every_default_passes_its_own_check() -> None:
-    assert load_config({opt.name: default_of(opt) for opt in options()}, env={}) == ServeConfig()
+    given = {opt.name: default_of(opt) for opt in options() if opt.name != "admin_key"}  # no key is no text
+    assert load_config(given, env={}) == ServeConfig()
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -134,3 +135,76 @@ def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == configuration_page(), (
         "run: python -m mullama.config_docs docs/configuration.md"
     )
+
+
+# -- keys ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "env"),
+    [
+        ({"api_key": [""]}, {}),
+        ({"api_key": ["one", " "]}, {}),
+        ({"admin_key": ""}, {}),
+        ({}, {"MULLAMA_API_KEY": ""}),
+        ({}, {"MULLAMA_API_KEY": "one,"}),  # KEYS="$A,$B" without B
+        ({}, {"MULLAMA_ADMIN_KEY": ""}),
+    ],
+)
+def test_a_variable_that_is_not_set_opens_no_server(flags: dict[str, Any], env: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="it is empty, as a variable that is not set") as caught:
+        load_config(flags, env=env)
+    assert caught.value.message.startswith(("--api-key", "--admin-key", "MULLAMA_API_KEY", "MULLAMA_ADMIN_KEY"))
+
+
+def test_an_empty_key_in_the_file_is_refused(tmp_path: Path) -> None:
+    for text in ('admin_key = ""', 'api_key = [""]', 'api_key = ["one", ""]', 'api_key = ""'):
+        with pytest.raises(ConfigError, match=r"mullama\.toml: .*_key: it is empty"):
+            load_config(env={}, file=file(tmp_path, text))
+    assert load_config(env={}, file=file(tmp_path, "api_key = []")).api_key == []
+
+
+def test_no_key_is_that_of_two() -> None:
+    with pytest.raises(ConfigError, match="two keys are equal"):
+        load_config({"api_key": ["same-one", "same-one"]}, env={})
+    with pytest.raises(ConfigError, match="it is also an --api-key"):
+        load_config({"api_key": ["same-one", "other"]}, env={"MULLAMA_ADMIN_KEY": "same-one"})
+    with pytest.raises(ConfigError, match="two keys are equal"):
+        ServeConfig(api_key=["same-one", "same-one"])
+    for key in ("two words", "line\nbreak", "nul\0"):
+        with pytest.raises(ConfigError, match="no white space and no control characters"):
+            ServeConfig(api_key=[key])
+
+
+def test_keys_from_a_file(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# tenants\none\n\n two \n")
+    config = load_config({"api_key": [f"@{keys}", "three"]}, env={})
+    assert config.api_key == ["one", "two", "three"]
+    with pytest.raises(ConfigError, match="must hold one key, it has 2"):
+        load_config({"admin_key": f"@{keys}"}, env={})
+    keys.write_text("alone\n")
+    assert load_config(env={"MULLAMA_ADMIN_KEY": f"@{keys}"}).admin_key == "alone"
+    keys.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        load_config({"api_key": [f"@{keys}"]}, env={})
+    with pytest.raises(ConfigError, match="cannot read the key file"):
+        load_config({"api_key": [f"@{tmp_path}/none"]}, env={})
+
+
+def test_no_text_of_ours_shows_a_key(tmp_path: Path) -> None:
+    secret = "s3cret-key"
+    shown = repr(ServeConfig(api_key=[secret], admin_key=f"{secret}-2"))
+    keys = tmp_path / "keys"
+    keys.write_text(f"{secret} with spaces")
+    for flags in (
+        {"api_key": [secret, secret]},
+        {"api_key": [f"{secret}\t"]},
+        {"api_key": [secret], "admin_key": secret},
+        {"api_key": [f"@{keys}"]},
+        {"admin_key": f"{secret} {secret}"},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(flags, env={})
+        shown += caught.value.message
+    assert secret not in shown

@@ -226,7 +226,7 @@ def test_the_table_is_the_lifecycle() -> None:
     assert {(row[0], row[1]) for row in rows} == edges_of_the_code()
 
 
-BASE = {"types", "errors", "faults", "files", "priority", "config", "config_docs", "plugins", "abi"}
+BASE = {"types", "errors", "faults", "files", "home", "child", "priority", "config", "config_docs", "plugins", "abi"}
 
 
 def room_of(module: str) -> str | None:
@@ -323,8 +323,8 @@ def test_patches_are_explained() -> None:
 def test_the_pinned_version_is_the_locked_one() -> None:
     lock = tomllib.loads((ROOT / "vendor" / "llama.lock.toml").read_text(encoding="utf-8"))
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert set(re.findall(r"commit ([0-9a-f]{7,40})\b", text)) == {lock["upstream_commit"]}
-    versions = re.findall(r"llama[-_]cpp[-_]python[ =-]+(\d+\.\d+\.\d+)", text)
+    assert set(re.findall(r"build (b\d+)\b", text)) == {lock["upstream_commit"]}
+    versions = re.findall(re.escape(lock["package"]) + r"[ =-]+(\d+\.\d+\.\d+)", text)
     assert versions
     assert set(versions) == {lock["version"]}
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mullama.errors import ReferenceNotFound
-from mullama.models.selection import PREFERRED, Candidate, choose, quant_of
+from mullama.models.selection import PREFERRED, Candidate, bits_of, choose, quant_of
 
 
 def pick(names: list[str], **wish: object) -> list[str]:
@@ -98,3 +98,118 @@ def test_the_most_wanted_there_is(quants: list[str]) -> None:
 @given(st.permutations(REPO))
 def test_the_order_of_a_listing_means_nothing(names: list[str]) -> None:
     assert pick(names) == ["m-Q4_K_M.gguf"]
+
+
+def split(stem: str, n: int) -> list[str]:
+    return [f"{stem}-{part:05}-of-{n:05}.gguf" for part in range(1, n + 1)]
+
+
+#: How those who upload most lay their repositories out: what lies there, and what a plain reference means.
+LISTINGS = {
+    "dynamic types, each large one in a folder": (
+        [
+            *("m-Q4_K_S.gguf", "m-UD-Q4_K_XL.gguf", "m-UD-IQ1_S.gguf", "m-UD-TQ1_0.gguf", "m-Q8_0.gguf"),
+            *("mmproj-BF16.gguf", "mmproj-F16.gguf", "imatrix_unsloth.gguf", *split("BF16/m-BF16", 2)),
+        ],
+        ["m-UD-Q4_K_XL.gguf"],
+    ),
+    "the same with Q4_K_M": (["m-UD-Q4_K_XL.gguf", "m-Q4_K_M.gguf", "m-UD-Q2_K_XL.gguf"], ["m-Q4_K_M.gguf"]),
+    "a large one, every type in its folder, and the drafter's head": (
+        [
+            *(*split("BF16/m-BF16", 3), *split("UD-IQ1_M/m-UD-IQ1_M", 2), *split("UD-Q4_K_XL/m-UD-Q4_K_XL", 2)),
+            *("MTP/m-Q4_K_M.gguf", "mtp-m-Q4_K_M.gguf"),
+        ],
+        split("UD-Q4_K_XL/m-UD-Q4_K_XL", 2),
+    ),
+    "an importance matrix with the model's name": (
+        ["org_m-imatrix.gguf", "org_m-IQ2_M.gguf", "org_m-IQ4_XS.gguf", "org_m-Q3_K_XL.gguf", "org_m-bf16.gguf"],
+        ["org_m-IQ4_XS.gguf"],
+    ),
+    "weighted types, with a dot": (
+        ["m.i1-IQ1_S.gguf", "m.i1-Q4_K_S.gguf", "m.i1-Q4_K_M.gguf", "m.i1-Q6_K.gguf", "m.imatrix.gguf"],
+        ["m.i1-Q4_K_M.gguf"],
+    ),
+    "models that say imatrix": (
+        ["m-Q5_K_M-imatrix.gguf", "m-Q4_K_M-imatrix.gguf", "m-imatrix.gguf"], ["m-Q4_K_M-imatrix.gguf"]
+    ),
+    "two types by the model's makers": (["m-q4_0.gguf", "mmproj-model-f16-4B.gguf"], ["m-q4_0.gguf"]),
+    "a model of four bits from the start": (
+        ["m-mxfp4-00001-of-00002.gguf", "m-mxfp4-00002-of-00002.gguf", "m-F16.gguf"], split("m-mxfp4", 2)
+    ),
+    "by way of a Mac": (
+        ["._m-Q4_K_M.gguf", "__MACOSX/._m-Q8_0.gguf", "__MACOSX/m-Q4_0.gguf", "m-Q8_0.gguf", ".cache/m-Q4_K_S.gguf"],
+        ["m-Q8_0.gguf"],
+    ),
+    "adapters beside the model": (
+        ["lora/m-Q4_K_M.gguf", "lora-m-Q4_0.gguf", "m-lora-f16.gguf", "m-Q6_K.gguf", "m-f16.gguf"], ["m-Q6_K.gguf"]
+    ),
+    "a small model to draft with": (
+        ["m-draft-Q4_K_M.gguf", "eagle3-m-Q4_0.gguf", "dflash-m-Q4_0.gguf", "m-Q5_K_M.gguf"], ["m-Q5_K_M.gguf"]
+    ),
+    "types of the past and of forks": (
+        ["m-Q4_0_4_4.gguf", "m-Q4_0_8_8.gguf", "m-IQ4_KSS.gguf", "m-IQ3_K_R4.gguf", "m-Q3_K_M.gguf", "m-bf16.gguf"],
+        ["m-Q3_K_M.gguf"],
+    ),
+    "speech": (["OuteTTS-Q8_0.gguf", "OuteTTS-F16.gguf", "WavTokenizer-Large-75-Q4_0.gguf"], ["OuteTTS-Q8_0.gguf"]),
+    "full precision and two bits": (["m-bf16.gguf", "m-f32.gguf", "m-IQ2_XXS.gguf"], ["m-IQ2_XXS.gguf"]),
+    "full precision alone": (["m-bf16.gguf", "m-f32.gguf"], ["m-bf16.gguf"]),
+    "one bit because it was trained so": (["m-Q1_0.gguf", "mmproj-m-Q8_0.gguf"], ["m-Q1_0.gguf"]),
+    "a model to draft with, and nothing else": (["m-DRAFT-0.6B-Q8_0.gguf", "m-DRAFT-0.6B-Q4_0.gguf"],
+                                               ["m-DRAFT-0.6B-Q4_0.gguf"]),
+    "a name that an adapter made": (["m-LoRA-merged-Q8_0.gguf", "m-LoRA-merged-Q4_K_S.gguf"],
+                                    ["m-LoRA-merged-Q4_K_S.gguf"]),
+    "drafters' words in a model's name": (["MTPLX-Q4_0.gguf", "mtp.gguf"], ["MTPLX-Q4_0.gguf"]),
+    "vocabularies": (["ggml-vocab-llama-bpe.gguf", "vocab.gguf", "z.gguf"], ["z.gguf"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_a_plain_reference_means_the_best_liked_model(name: str) -> None:
+    names, expected = LISTINGS[name]
+    assert pick(names) == expected
+    assert pick(names[::-1]) == expected
+
+
+@pytest.mark.parametrize(
+    ("quant", "expected"),
+    [
+        ("UD-Q4_K_XL", "m-UD-Q4_K_XL.gguf"),
+        ("q4_k_xl", "m-UD-Q4_K_XL.gguf"),
+        ("Q8_0", "m-Q8_0.gguf"),
+        ("BF16", "BF16/m-BF16-00001-of-00002.gguf"),
+        ("UD-TQ1_0", "m-UD-TQ1_0.gguf"),
+    ],
+)
+def test_a_quantisation_is_never_a_file_that_is_no_model(quant: str, expected: str) -> None:
+    names = [*LISTINGS["dynamic types, each large one in a folder"][0], "MTP/m-Q8_0.gguf", "._m-UD-Q4_K_XL.gguf"]
+    assert pick(names, quant=quant)[0] == expected
+
+
+def test_an_importance_matrix_is_known_by_its_size() -> None:
+    """It says the type of the model that it was measured with; only its size tells it from a model made with one."""
+    files = [Candidate("m-Q8_0-imatrix.gguf", 5_000_000), Candidate("m-Q2_K.gguf", 3_000_000_000)]
+    assert [file.path for file in choose(files, where="it")] == ["m-Q2_K.gguf"]
+    files[0] = Candidate("m-Q8_0-imatrix.gguf", 8_000_000_000)
+    assert [file.path for file in choose(files, where="it")] == ["m-Q8_0-imatrix.gguf"]
+
+
+@pytest.mark.parametrize(
+    "names", [["m-IQ1_S.gguf", "m-BF16.gguf"], ["m-TQ1_0.gguf", "m-UD-IQ1_M.gguf"], ["m.gguf", "m-Q1_0.gguf"]]
+)
+def test_one_bit_is_not_taken_by_accident(names: list[str]) -> None:
+    with pytest.raises(ReferenceNotFound, match="no model of 2 to 8 bits; choose one with --quant; there are m"):
+        pick(names)
+    one_bit = next(name for name in names if bits_of(quant_of(name) or "") == 1)
+    assert pick(names, quant=quant_of(one_bit)) == [one_bit]
+    assert pick([one_bit]) == [one_bit], "it is all there is"
+
+
+@given(st.lists(st.sampled_from((*PREFERRED, "IQ1_S", "UD-IQ1_M", "TQ1_0")), min_size=2, unique=True))
+def test_never_full_precision_nor_one_bit_where_there_is_something_else(quants: list[str]) -> None:
+    between = [quant for quant in quants if 2 <= (bits_of(quant) or 0) <= 8]
+    try:
+        (found,) = pick([f"m-{quant}.gguf" for quant in quants])
+    except ReferenceNotFound:
+        assert not between and any(bits_of(quant) == 1 for quant in quants)
+    else:
+        assert not between or 2 <= (bits_of(quant_of(found) or "") or 0) <= 8

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from models_support import make_gguf
 
+from mullama import child
 from mullama.cli.main import main
-from mullama.engine import sizing
 from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError, StoreError
-from mullama.models import child, gguf, quantize
+from mullama.machine import memory
+from mullama.models import gguf, quantize
 from mullama.models.entry import Entry
 from mullama.models.quantize import Source, quantize_variant, source_of, variant_key
 from mullama.models.store import Store
@@ -234,7 +235,7 @@ HYPER = {
 def test_fit(tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(make_gguf(HYPER))
-    monkeypatch.setattr(sizing, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 30)
     assert main(["fit", str(path)]) == 0
     out = capsys.readouterr().out
     assert "with 8 x 2048 tokens fits" in out and "KV, full" in out and "q4_0" in out
@@ -243,13 +244,13 @@ def test_fit(tmp_path: Path, store: Store, capsys: pytest.CaptureFixture[str], m
     assert (found["fits"], found["free"], found["estimate"]["n_ctx"]) == (True, 1 << 30, 1024)
     assert [row["kv_type"] for row in found["largest"]] == ["f16", "q8_0", "q4_0"]
     assert found["estimate"]["kv"] == {"full": 2 * 1024 * 2 * 128 * 2}
-    monkeypatch.setattr(sizing, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
     assert main(["fit", str(path)]) == 1
     out = capsys.readouterr().out
     assert "with 8 x 2048 tokens does not fit: " in out and "1.0 MB are free" in out
     assert out.endswith("\nlower --ctx-size or --parallel, choose a smaller --kv-type-k and --kv-type-v, "
                         "or a smaller quantisation\n")  # fmt: skip
-    monkeypatch.setattr(sizing, "available_memory", lambda: None)
+    monkeypatch.setattr(memory, "available_memory", lambda: None)
     assert main(["fit", str(path)]) == 0
     assert "does not say" in capsys.readouterr().out
 
@@ -270,7 +271,7 @@ def test_a_child_yields_to_other_sessions_too() -> None:
     A kernel may share no cores among sessions, and a process of no session of its own says nothing in that file.
     """
     code = (
-        "import os; from pathlib import Path; from mullama.models import child; child.become_child(15); "
+        "import os; from pathlib import Path; from mullama import child; child.become_child(15); "
         "child.yield_to_other_sessions(15); group = Path('/proc/self/autogroup'); "
         "print(os.nice(0), group.read_text() if group.exists() else '')"
     )

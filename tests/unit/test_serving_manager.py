@@ -452,9 +452,58 @@ def test_keep_alive_0_unloads_at_once_and_never_under_a_lease() -> None:
 def test_an_engine_that_was_there_from_the_start_is_watched_too() -> None:
     async def test() -> None:
         world = World("", keep_alive_s=0.0)
-        world.models.add_loaded("x", world.make("x"))
-        (await world.models.lease("x")).release()
+        await asyncio.to_thread(lambda: world.models.add_loaded("x", world.make("x")))  # as before the loop runs
+        await settle()
+        assert world.engines[0].n_closed == 0
+        world.models.start()
         await until(lambda: world.engines[0].n_closed == 1)
+
+    play(test())
+
+
+def test_idle_time_begins_when_requests_may_come() -> None:
+    """The first of several models must not be due already because the others took long to load."""
+
+    async def test() -> None:
+        world = World("", keep_alive_s=10.0)
+        world.models.add_loaded("x", world.make("x"))
+        world.clock.now += 100
+        world.models.start()
+        await asyncio.sleep(0.06)
+        assert world.loaded() == ["x"]
+        world.clock.now += 11
+        world.models._changed.set()
+        await until(lambda: world.engines[0].n_closed == 1)
+        assert world.models.get("x").memory_bytes == 0
+
+    play(test())
+
+
+def test_an_engine_that_takes_over_is_watched_though_nobody_was_before() -> None:
+    async def test() -> None:
+        world = World("", keep_alive_s=0.0)
+        world.models.start()  # there is nothing to watch
+        world.models.add_loaded("x", world.make("x"))
+        await until(lambda: world.engines[0].n_closed == 1)
+
+    play(test())
+
+
+def test_one_that_cannot_be_unloaded_does_not_end_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        world = World("ab", keep_alive_s=10.0)
+        for name in "ab":
+            await world.models.load(name)
+
+        def fail() -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr(world.engines[0], "close", fail)
+        world.clock.now += 11
+        world.models._changed.set()
+        await until(lambda: world.engines[1].n_closed == 1)
+        (await world.models.lease("a")).release()
+        assert world.loads == ["a", "b", "a"], "who asks for it is answered"
 
     play(test())
 

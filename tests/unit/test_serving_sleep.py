@@ -277,6 +277,49 @@ def test_a_sleep_that_fails_is_not_tried_over_and_over() -> None:
     play(test())
 
 
+def test_one_that_nobody_ever_asked_sleeps_too() -> None:
+    async def test() -> None:
+        world = SleepWorld("", sleep_after_s=0)
+        await asyncio.to_thread(lambda: world.models.add_loaded("x", world.make("x")))
+        world.models.start()
+        await until(lambda: world.models.get("x").state is ModelState.ASLEEP)
+
+    play(test())
+
+
+def test_a_request_that_is_just_ending_puts_the_sleep_off() -> None:
+    """The lease is given back when a client leaves, and its engine needs a step to stop."""
+
+    async def test() -> None:
+        world = SleepWorld(sleep_after_s=10)
+        models = world.models
+        await models.load("a")
+        world.failures.append(ModelBusy("it computes now"))
+        world.clock.now += 11
+        models._watch_idle()
+        await until(lambda: len(world.calls()) == 1)
+        await until(lambda: models.get("a").last_used == world.clock.now)
+        world.clock.now += 11
+        models._watch_idle()
+        await until(lambda: models.get("a").state is ModelState.ASLEEP)
+
+    play(test())
+
+
+def test_a_sleep_that_breaks_does_not_end_the_watch() -> None:
+    async def test() -> None:
+        world = SleepWorld(sleep_after_s=10)
+        for name in "ab":
+            await world.models.load(name)
+        world.failures.append(OSError("disk full"))
+        world.clock.now += 11
+        world.models._watch_idle()
+        await until(lambda: world.models.get("b").state is ModelState.ASLEEP)
+        assert world.models.get("a").cannot_sleep
+
+    play(test())
+
+
 def test_unloading_and_the_end_close_a_sleeper() -> None:
     async def test() -> None:
         world = SleepWorld()

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mullama.engine import sizing
 from mullama.engine.sizing import (
     DEFAULT_CTX,
     DEFAULT_PARALLEL,
-    available_memory,
     fit_gpu_layers,
     fit_sizes,
-    group_left,
     kv_bytes_per_token,
-    usable_cores,
 )
 from mullama.errors import ModelLoadError
 
@@ -108,45 +102,3 @@ def test_layers_on_the_gpu_fit_it(n_layer: int, model: int, kv: int, free: int) 
         assert (model + kv) // (n_layer + 1) * (n_layer + 1) <= free
     else:
         assert layers * ((model + kv) // (n_layer + 1)) <= free
-
-
-def test_this_machine() -> None:
-    memory = available_memory()
-    assert memory is None or memory > 0
-    assert usable_cores() >= 1
-
-
-def make_group(folder: Path, limit: str, used: int = 600, files: tuple[int, int] = (0, 0)) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {files[0]}\nactive_file {files[1]}\n")
-
-
-def test_the_limit_of_a_container(tmp_path: Path) -> None:
-    own, root = tmp_path / "own", tmp_path / "root"
-    assert group_left(own, root) is None
-    own.write_text("1:memory:/old\n")
-    assert group_left(own, root) is None
-    own.write_text("1:name=x:/\n0::/a.slice/b.service\n")
-    assert group_left(own, root) is None
-    make_group(root / "a.slice" / "b.service", "max")
-    assert group_left(own, root) is None
-    make_group(root / "a.slice", "1000", files=(100, 20))  # the group above has a limit
-    assert group_left(own, root) == 520
-    make_group(root / "a.slice" / "b.service", "900", files=(10, 0))
-    assert group_left(own, root) == 310
-    make_group(root / "a.slice" / "b.service", "500")
-    assert group_left(own, root) == 0
-    (root / "a.slice" / "b.service" / "memory.stat").write_text("nothing known")
-    assert group_left(own, root) == 520
-    own.write_text("0::/../other\n")
-    make_group(root, "700")
-    assert group_left(own, root) == 100
-
-
-def test_the_least_of_machine_and_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for machine, group, expected in ((5, 3, 3), (3, 5, 3), (None, 4, 4), (4, None, 4), (None, None, None)):
-        monkeypatch.setattr(sizing, "_machine_left", lambda left=machine: left)
-        monkeypatch.setattr(sizing, "group_left", lambda left=group: left)
-        assert available_memory() == expected

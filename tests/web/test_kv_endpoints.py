@@ -242,33 +242,6 @@ def test_a_request_s_salt(client: Client, engine: FakeEngine, path: str) -> None
         assert (result.status, result.error["param"]) == (400, "cache_salt")
 
 
-def test_tenants_share_unless_they_are_told_not_to(keyed: Callable[..., Client], engine: FakeEngine) -> None:
-    client = keyed(api_key=["one", "two"])
-    for key in ("one", "two"):
-        client.post("/v1/completions", {"prompt": "x", "cache_salt": "s"}, headers=bearer(key))
-    assert [request.cache_salt for request in engine.requests] == ["s", "s"]
-
-
-@pytest.mark.parametrize("keys", [["one"], ["one", "two"]])
-def test_a_salt_per_key(keyed: Callable[..., Client], engine: FakeEngine, keys: list[str]) -> None:
-    client = keyed(api_key=keys, cache_salt_per_key=True)
-    for key in keys:
-        for more in ({}, {"cache_salt": "s"}, {"user": "me", "cache_salt": tenant_of(b"two") + "\0s"}):
-            assert client.post("/v1/completions", {"prompt": "x", **more}, headers=bearer(key)).status == 200
-    salts = [request.cache_salt for request in engine.requests]
-    assert len(set(salts)) == 3 * len(keys)
-    for i, key in enumerate(keys):
-        tenant = tenant_of(key.encode())
-        assert all(salt.startswith(f"{tenant}\0") for salt in salts[3 * i : 3 * i + 3])
-        assert [request.user for request in engine.requests[3 * i :]][:3] == [tenant, tenant, "me"]
-        assert key not in "".join(salts)
-
-
-def test_a_salt_per_key_needs_a_key(keyed: Callable[..., Client]) -> None:
-    with pytest.raises(ConfigError, match="--cache-salt-per-key needs an --api-key"):
-        keyed(cache_salt_per_key=True)
-
-
 def test_no_salt_passes_for_another_tenant_s() -> None:
     one, two = tenant_of(b"one"), tenant_of(b"two")
     assert "\0" not in one
@@ -276,20 +249,14 @@ def test_no_salt_passes_for_another_tenant_s() -> None:
     assert len({salt_of(tenant, salt) for tenant in (one, two) for salt in (None, "s", f"{one}\0s", "\0", "\0s")}) == 10
 
 
-def test_prefixes_of_tenants(keyed: Callable[..., Client], engine: FakeEngine) -> None:
-    """A key means its own KV, the operator any by its whole name; a bare drop means all."""
-    client = keyed(api_key=["one"], cache_salt_per_key=True)
+def test_an_operator_names_a_tenant_s_prefix_by_its_namespace(keyed: Callable[..., Client], engine: FakeEngine) -> None:
+    client = keyed(api_key=["one", "two"], admin_key="a")
     own = f"{tenant_of(b'one')}\0"
-    for body in ({"prompt": [5]}, {"prompt": [5], "cache_salt": "s"}, {"prompt": [5], "namespace": "n"}):
-        assert client.post(f"{KV}/unpin", body, headers=bearer("one")).status == 200
-    assert [options["namespace"] for *_, options in engine.kv_calls] == [own, f"{own}s", "n"]
-    client.post(f"{KV}/drop", {}, headers=bearer("one"))
-    client.post(f"{KV}/drop", {"cache_salt": "s"}, headers=bearer("one"))
-    assert [options["namespace"] for *_, options in engine.kv_calls[3:]] == ["", f"{own}s"]
-    operator = keyed(api_key=["one"], cache_salt_per_key=True, admin_key="a")
-    operator.post(f"{KV}/drop", {"prompt": [5], "namespace": f"{own}s"}, headers=bearer("a"))
-    operator.post(f"{KV}/drop", {"prompt": [5], "cache_salt": "s"}, headers=bearer("a"))
-    assert [options["namespace"] for *_, options in engine.kv_calls[5:]] == [f"{own}s", "s"]
+    for body in ({"prompt": [5], "namespace": f"{own}s"}, {"prompt": [5], "cache_salt": "s"}, {"prompt": [5]}):
+        assert client.post(f"{KV}/unpin", body, headers=bearer("one")).status == 403
+        assert client.post(f"{KV}/unpin", body, headers=bearer("a")).status == 200
+    client.post(f"{KV}/drop", {}, headers=bearer("a"))
+    assert [options["namespace"] for *_, options in engine.kv_calls] == [f"{own}s", "s", "", ""]
 
 
 # -- who may ----------------------------------------------------------------------------------------------
@@ -309,9 +276,10 @@ def test_writes_need_json_and_the_admin_key(keyed: Callable[..., Client], engine
 
 
 @pytest.mark.parametrize("path", [f"{KV}/{view}" for view in ("tree", "map", "policy")])
-def test_reads_take_either_key(keyed: Callable[..., Client], path: str) -> None:
+def test_reads_that_show_everybody_s_take_the_admin_key(keyed: Callable[..., Client], path: str) -> None:
     client = keyed(api_key=["k"], admin_key="a")
-    assert [client.get(path, headers=headers).status for headers in ({}, bearer("k"), bearer("a"))] == [401, 200, 200]
+    assert [client.get(path, headers=headers).status for headers in ({}, bearer("k"), bearer("a"))] == [401, 403, 200]
+    assert keyed(api_key=["k"]).get(path, headers=bearer("k")).status == 200, "there is nobody else"
 
 
 def test_tokens_of_events_are_for_operators(keyed: Callable[..., Client]) -> None:

@@ -116,10 +116,11 @@ def test_load_and_unload(world: World) -> None:
     assert world.client.post(f"/internal/models/{NAME}/load").json["state"] == "ready"
     assert world.loads == [NAME]
     assert world.client.post(f"/internal/models/{NAME}/unload", {}).json["state"] == "unloaded"
+    assert world.client.get(f"/internal/models/{NAME}").json["memory_bytes"] is None
     world.error = ModelLoadError("truncated")
     assert "truncated" in world.client.post(f"/internal/models/{NAME}/load").error["message"]
     row = world.client.get(f"/internal/models/{NAME}").json
-    assert (row["state"], row["error"]) == ("failed", "truncated")
+    assert (row["state"], row["error"], row["memory_bytes"]) == ("failed", "truncated", None)
     ready = world.client.get("/ready")
     assert (ready.status, ready.headers["retry-after"]) == (503, "1")
 
@@ -177,6 +178,10 @@ def test_sleep_and_wake(world: World) -> None:
     row = world.client.post("/internal/models/fake/sleep", {"level": "host"}).json
     held = {"level": "host", "tokens": 3, "host_bytes": 5, "disk_bytes": 0}
     assert (row["state"], row["asleep"], row["memory_bytes"]) == ("asleep", held, 5)
+    world.models.get("fake").keep_alive_s = 600.0
+    row = world.client.get("/internal/models/fake").json
+    assert 0 < row["expires_in_s"] <= 600 and row["idle_s"] < 600, "its keep-alive goes on"
+    world.models.get("fake").keep_alive_s = -1.0
     assert world.client.get("/ready").status == 200
     assert world.client.get("/internal/kv").error["code"] == "model_not_loaded"
     assert "fake" in world.client.get("/internal/memory").json["models"]
