@@ -78,7 +78,7 @@ def is_gone(sock: Any) -> bool:
         poll.register(sock.fileno(), 0)  # a hang-up is reported whatever is asked for
         return any(event & select.POLLHUP for _, event in poll.poll(0))
     except (OSError, AttributeError):  # closed meanwhile, or a system without poll
-        return sock.fileno() < 0
+        return bool(sock.fileno() < 0)
 
 
 def has_no_owner(end: tuple[str, int], other: tuple[str, int]) -> bool:
@@ -104,7 +104,7 @@ def _inode(end: tuple[str, int], other: tuple[str, int]) -> int | None:
         + _REST.pack(0, _ANY_COOKIE, _ANY_COOKIE)
     )
     try:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as diag:  # type: ignore[attr-defined]
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as diag:
             diag.setblocking(False)  # the kernel answers within the call
             size = _HEADER.size + len(request)
             diag.send(_HEADER.pack(size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request)

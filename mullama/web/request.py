@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -33,6 +34,8 @@ class Request(falcon.asgi.Request):
         self.tenant: str | None = None  # set by Security where API keys tell clients apart
         self.is_operator = False  # set by Security: whether it may also change what is under /internal
         super().__init__(scope, receive, *args, **kwargs)
+        if "//" in self.path:  # clients put a base URL with a slash at its end before a path with one
+            self.path = re.sub("/{2,}", "/", self.path).rstrip("/") or "/"
 
 
 async def read_body(req: Request, limit: int) -> bytes:

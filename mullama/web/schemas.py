@@ -344,7 +344,8 @@ def _with_whole_numbers(decoder: msgspec.json.Decoder[S], data: bytes, error: ms
         body = msgspec.json.decode(data)
         if isinstance(body, dict):
             body = {name: value if name in _AS_THEY_CAME else _whole(value) for name, value in body.items()}
-        return msgspec.convert(body, decoder.type)
+        whole: S = msgspec.convert(body, decoder.type)
+        return whole
     except msgspec.ValidationError as fault:
         raise _type_error(str(fault)) from None
     except (msgspec.DecodeError, RecursionError):

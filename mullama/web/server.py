@@ -8,85 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import importlib.util
-import ipaddress
 import logging
 import math
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 
 import uvicorn
 
 from mullama.config import ServeConfig
-from mullama.errors import ConfigError
 from mullama.serving.manager import ModelManager
 from mullama.serving.swap import Swaps
 from mullama.web.app import create_app
+from mullama.web.listening import BACKLOG, Listener, bind, is_loopback, url_of
 from mullama.web.protocol import Protocol
 from mullama.web.services import Services
 
+__all__ = ["Server", "bind", "run_server", "url_of"]
+
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048
 KEEP_ALIVE = 75  # seconds; longer than clients keep an idle connection, so that they close it and not we
 GRACE = 5  # seconds after the drain in which clients may still take their last bytes
 
 
-def bind(config: ServeConfig) -> socket.socket:
-    """Listen on ``config.host`` and ``config.port``. Clients that connect before ``run_server`` wait for it.
-
-    Raises ConfigError, one line, when the address cannot be had.
-    """
-    where = f"{config.host}:{config.port}"
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError):
-        raise ConfigError(f"cannot listen on {where}: '{config.host}' is no address here", param="host") from None
-    # A name such as localhost has several addresses; most clients expect the IPv4 one.
-    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, protocol)
-    try:
-        if sys.platform != "win32":  # there it would let two servers share the port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        reason = _reason(error)
-        raise ConfigError(f"cannot listen on {where}: {reason}", param="port") from None
-    return sock
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "the port is in use; choose another one with --port, or 0 for a free one"
-    if error.errno == errno.EACCES:
-        return "permission denied; ports below 1024 are reserved"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine does not have that address"
-    return error.strerror or str(error)
-
-
-def url_of(config: ServeConfig, sock: socket.socket) -> str:
-    """Where a client on this machine reaches the socket; the real port when a free one was asked for."""
-    port = sock.getsockname()[1]
-    host = config.host
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        if address.is_unspecified:
-            host = "localhost"
-        elif address.version == 6:
-            host = f"[{host}]"
-    return f"http://{host}:{port}"
-
-
 def run_server(
-    config: ServeConfig, models: ModelManager, sock: socket.socket | None = None, swaps: Swaps | None = None
+    config: ServeConfig, models: ModelManager, sock: Listener | None = None, swaps: Swaps | None = None
 ) -> None:
     """Serve until a signal comes, then drain and return. Blocks; call from the main thread.
 
@@ -94,6 +43,11 @@ def run_server(
     profile log or the KV events' endpoint cannot be had. The caller closes ``models``.
     """
     sock = sock or bind(config)
+    if not is_loopback(config.host) and not config.allowed_host:
+        log.warning(
+            "clients must name this server by an IP address or as localhost; other names, such as a container's or a "
+            "domain, are refused until --allowed-host names them (.example.org: a domain and all below it)"
+        )
     try:
         services = Services(config, models, swaps)
     except BaseException:
@@ -101,7 +55,7 @@ def run_server(
         raise
     try:
         server = Server(config, services, sock)
-        server.run(sockets=[sock])
+        server.run(sockets=sock.all)
     finally:
         sock.close()
         services.close()
