@@ -18,8 +18,7 @@ cdef extern from "text.h" namespace "mullama" nogil:
     cppclass TextGate:
         vector[string] stops
         int push(const char * piece, size_t n, cbool check_stops, string & released)
-        int flush(string & released)
-    size_t utf8_incomplete_tail(const string & s)
+        void flush(string & released)
 
 cdef extern from "seq.h" namespace "mullama" nogil:
     cppclass Slot:
