@@ -15,24 +15,26 @@ cdef class StopText:
     """The text gate alone, for tests: pieces in, final bytes out."""
 
     cdef TextGate gate
+    cdef readonly int ended_by  # index of the stop string that ended the text, or -1
 
     def __init__(self, stops=()):
+        self.ended_by = -1
         for stop in stops:
             if not stop:
                 raise ValueError("a stop string needs a character")
             self.gate.stops.push_back(stop.encode("utf-8"))
 
     def push(self, bytes piece, *, bint check_stops=True):
-        """Returns (final bytes, index of the stop string completed or -1)."""
+        """Returns (final bytes, index of the stop string that ended the text or -1)."""
         cdef string released
         cdef const char * data = piece
-        cdef int which = self.gate.push(data, len(piece), check_stops, released)
-        return <bytes> released, which
+        self.ended_by = self.gate.push(data, len(piece), check_stops, released)
+        return <bytes> released, self.ended_by
 
     def flush(self):
-        """End of text: the bytes still held back."""
+        """End of text: the bytes still held back, up to a stop string among them (``ended_by``)."""
         cdef string released
-        self.gate.flush(released)
+        self.ended_by = self.gate.flush(released)
         return <bytes> released
 
 

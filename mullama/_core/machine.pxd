@@ -18,7 +18,8 @@ cdef extern from "text.h" namespace "mullama" nogil:
     cppclass TextGate:
         vector[string] stops
         int push(const char * piece, size_t n, cbool check_stops, string & released)
-        void flush(string & released)
+        int flush(string & released)
+    size_t utf8_incomplete_tail(const string & s)
 
 cdef extern from "seq.h" namespace "mullama" nogil:
     cppclass Slot:
