@@ -19,6 +19,7 @@ from mullama.engine import sizing
 from mullama.engine.kvcache import KvCache
 from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, InvalidRequest, ModelLoadError
+from mullama.home import expand
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
 from mullama.machine import memory
@@ -189,7 +190,7 @@ def open_disk_store(model: Model, core: Core, kv: KvCache, config: ServeConfig) 
         + (f":slots={core.n_slots}:unified={core.unified}" if kv.cells.needs_checkpoint else ""),
         state_version=llama_cpp_version(),
     )
-    return DiskStore(Path(config.kv_disk_dir).expanduser(), config.kv_disk_bytes, identity)
+    return DiskStore(expand(config.kv_disk_dir), config.kv_disk_bytes, identity)
 
 
 def _weights_digest(path: Path) -> str:

@@ -8,12 +8,12 @@ import queue
 import threading
 import time
 from io import FileIO
-from pathlib import Path
 from typing import Any
 
 import orjson
 
 from mullama.errors import ConfigError
+from mullama.home import expand
 from mullama.types import Finish
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class ProfileLog:
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError when the file cannot be opened for appending."""
-        self._path = Path(path).expanduser()
+        self._path = expand(path)
         try:
             self._file = self._open()
         except OSError as error:

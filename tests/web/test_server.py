@@ -111,7 +111,8 @@ def rest(client: socket.socket) -> bytes:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_behind_stdout_is_no_reason_not_to_serve(tmp_path: Path) -> None:
-    arguments = [str(Path(__file__).parent), "1", "1", str(tmp_path / "p.jsonl")]
+    (tmp_path / "c.toml").touch()
+    arguments = [str(Path(__file__).parent), "1", "1", str(tmp_path / "p.jsonl"), "0", str(tmp_path / "c.toml")]
     with Path("/dev/full").open("wb") as full:
         server = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, *arguments], stdout=full, stderr=subprocess.PIPE, text=True
