@@ -30,6 +30,7 @@ from mullama._core import (
     Parked,
     StopText,
     Vacancy,
+    kernels,
 )
 from mullama.errors import ModelLoadError
 from mullama.types import SamplingParams
@@ -131,6 +132,10 @@ def handed(core: Core) -> Core:
 
 
 # Each gets a fresh object of its class (functions get nothing) and returns whether the result is what it should be.
+def products() -> kernels.Products:
+    return kernels.Products(8, 64, 5, copies=2)
+
+
 CALLS: dict[str, Callable[..., bool]] = {
     "adapters.Adapter": lambda a, c: isinstance(a, Adapter),
     "adapters.Adapter.model": lambda a, c: a.model is c.model,
@@ -193,6 +198,18 @@ CALLS: dict[str, Callable[..., bool]] = {
     "vacancy.Vacancy.n_bytes": lambda c: Vacancy(running(c)).n_bytes > 0,
     "vacancy.Vacancy.leave": lambda c: vacated(c).core.is_vacant,
     "vacancy.Vacancy.fill": lambda c: refilled(running(c)).core.states() == [abi.DECODE, abi.FREE],
+    "kernels.layouts": lambda: isinstance(kernels.layouts(), list),
+    "kernels.type_names": lambda: kernels.type_names()[8] == "Q8_0",
+    "kernels.set_kernel": lambda: kernels.set_kernel(8, 0, "auto") is None,
+    "kernels.allow_layout": lambda: kernels.allow_layout(8, "no such layout", True) is False,
+    "kernels.set_attention": lambda: kernels.set_attention(True) is None,
+    "kernels.counts": lambda: set(kernels.counts()) == set(kernels.COUNTED),
+    "kernels.weights_by_layout": lambda model: any(size for size in kernels.weights_by_layout(model).values()),
+    "kernels.Products": lambda: isinstance(products(), kernels.Products),
+    "kernels.Products.can": lambda: products().can(3) is True,
+    "kernels.Products.check": lambda: products().check(products(), 3) == (True, True, 0.0),
+    "kernels.Products.is_steady": lambda: products().is_steady(3, 2) == (True, True),
+    "kernels.Products.time": lambda: products().time(1, 1, 2, 1) > 0,
     "quantize.quantize_types": lambda: "Q4_0" in mullama._core.quantize_types(),
     "quantize.quantize": lambda: refuses(mullama._core.quantize, "/no/file", "/no/where", "Q4_0"),
     "page.Page": lambda: Page(1) is not None,
@@ -324,6 +341,7 @@ def test_there_are_compiled_modules() -> None:
         "divergence",
         "gate",
         "governor",
+        "kernels",
         "loop",
         "machine",
         "model",
@@ -348,9 +366,9 @@ def subject(
     kind = request.param.split(".")[1]
     layers = ("Machine", "Slots", "Parking", "Core")  # one is built on the other
     on_core = (*layers, "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy", "Adapter", "Divergence")
-    model = Model(tiny_model()) if kind in ("Model", *on_core) else None
+    model = Model(tiny_model()) if kind in ("Model", "weights_by_layout", *on_core) else None
     core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
-    arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Parked": (core,)}
+    arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "weights_by_layout": (model,), "Parked": (core,)}
     arguments |= dict.fromkeys(layers, (core,))
     if core is not None:
         arguments["Cells"] = (Cells(core),)
