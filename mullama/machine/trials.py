@@ -2,10 +2,10 @@
 
 A way is a name of ``WAYS``: how products of weights of one type are computed. ``plain`` is a row by a column at a time;
 ``sgemm``, ``tiles`` (our exact tiles) and ``tiled`` are other kernels for weights as they lie in the file; ``repack``
-and ``amx`` are layouts of their own that weights are loaded into. Each way is proved first, one after another: the child says what
-it is about to do before it does it, so that a crash or a hang is held against one way, and the rest is tried in another
-child. Those that are right are timed then, in turns, so that a machine that is busy for a while is busy for all of
-them.
+and ``amx`` are layouts of their own that weights are loaded into. Each way is proved first, one after another: the
+child says what it is about to do before it does it, so that a crash or a hang is held against one way, and the rest is
+tried in another child. Those that are right are timed then, in turns, so that a machine that is busy for a while is
+busy for all of them.
 """
 
 from __future__ import annotations

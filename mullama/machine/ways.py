@@ -27,8 +27,10 @@ def ways_report(root: Path | None = None) -> list[dict[str, Any]]:
 
 
 def ways_of(weights: Mapping[tuple[str, str], int]) -> dict[str, dict[str, Any]]:
-    """How the weights of a loaded model are computed, by type: ``columns``, the way by the smallest number of columns from
-    which on it is taken, and ``bytes`` by the name of the buffers they lie in. ``weights``: bytes by type and buffer."""
+    """How the weights of a loaded model are computed, by type; ``weights``: bytes by type and buffer.
+
+    ``columns``: the way by the smallest number of columns from which on it is taken. ``bytes``: by the buffers they lie in.
+    """
     chosen = {each.name: each.choice for each in kernels.in_charge().values()}
     found: dict[str, dict[str, Any]] = {}
     for (name, buffer), n_bytes in sorted(weights.items()):
