@@ -266,6 +266,6 @@ def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo
         created=int(time.time()),
         can_shift=core.can_shift and not core.unified,
         weights=weights or Path(model.path).stem,
-        kernels=ways.ways_of(weights_by_layout(model)),
+        kernels=ways.ways_of(weights_by_layout(model), reference=core.context.reference),
         mapped_bytes=sum(size for kind, size in core.memory()["weights"].items() if kind.endswith("_Mapped")),
     )

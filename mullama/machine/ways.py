@@ -26,17 +26,20 @@ def ways_report(root: Path | None = None) -> list[dict[str, Any]]:
     return [_of_type(of, running.get(kind)) for kind, of in sorted(known.items())]
 
 
-def ways_of(weights: Mapping[tuple[str, str], int]) -> dict[str, dict[str, Any]]:
-    """How the weights of a loaded model are computed, by type; ``weights``: bytes by type and buffer.
+def ways_of(weights: Mapping[tuple[str, str], int], *, reference: bool = False) -> dict[str, dict[str, Any]]:
+    """How the matrices of a loaded model are computed, by type; ``weights``: bytes by type and buffer.
 
-    ``columns``: the way by the smallest number of columns from which on it is taken. ``bytes``: by the buffers they lie in.
+    ``columns``: the way by the smallest number of columns from which on it is taken. ``bytes``: by the name of the
+    buffers they lie in. ``reference``: by the reference computations only.
     """
     chosen = {each.name: each.choice for each in kernels.in_charge().values()}
     found: dict[str, dict[str, Any]] = {}
     for (name, buffer), n_bytes in sorted(weights.items()):
-        of = found.setdefault(name, {"columns": {}, "bytes": {}})
-        of["bytes"][buffer] = n_bytes
-        of["columns"] = _by_columns(chosen[name]) if name in chosen else {"1": "plain"}
+        if reference or name in chosen:
+            of = found.setdefault(name, {"columns": {"1": "plain"}, "bytes": {}})
+            of["bytes"][buffer] = n_bytes
+            if not reference:
+                of["columns"] = _by_columns(chosen[name])
     return found
 
 
