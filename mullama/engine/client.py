@@ -48,6 +48,10 @@ class EngineClient(Protocol):
 
     info: ModelInfo
 
+    @property
+    def death(self) -> str | None:
+        """Why the engine thread stopped by itself: nothing is answered any more. None: it did not. Any thread."""
+
     def is_ready(self) -> bool:
         """Loaded, and the engine thread makes progress (or has nothing to do)."""
 

@@ -30,7 +30,7 @@ from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
 from mullama.engine.kvcache import KvCache
-from mullama.engine.policy import PolicyHost
+from mullama.engine.policy import IDLE_LIMIT_NS, PolicyHost
 from mullama.engine.policyaccess import PolicyMethods
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
@@ -77,10 +77,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._tokenizer = Tokenizer(lambda: cast(Engine, me()).model)
         self.config = config
         self._core = core
+        scheduler_args = parse_args(config.scheduler_arg)
         self._policy = PolicyHost(
-            registry.create(config.scheduler, parse_args(config.scheduler_arg)),
+            registry.create(config.scheduler, scheduler_args),
             config.scheduler,
-            own_thread=not registry.is_builtin(config.scheduler),
+            own_thread=registry.is_foreign(config.scheduler, scheduler_args),
             timeout_ms=config.plan_timeout_ms,
         )
         policy = GuardedPolicy(
@@ -315,8 +316,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
                 return  # whoever asked has gone
             try:
                 future.set_result(function())
-            except BaseException as error:
+            except Exception as error:
                 future.set_exception(error)
+            except BaseException as error:
+                # A SystemExit from here would end the event loop that waits for it.
+                future.set_exception(RuntimeError(f"the engine was told to end by {type(error).__name__}"))
 
         with self._wait:
             if self._failure is not None or self._closed:
@@ -325,6 +329,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             future.add_done_callback(self._calls.discard)
             self._post(command)
         return future
+
+    @property
+    def death(self) -> str | None:
+        """Why the engine thread stopped by itself; None: it did not."""
+        return self._failure
 
     def is_ready(self) -> bool:
         """Loaded, and the engine makes progress or has nothing to do."""
@@ -386,7 +395,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._reader.close()
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
         self._policy.close()
-        self._kv.close()
+        self._kv.close(keep=self._failure is None)
         self._weights.close()
         self._core.close()
         self._adapters.close(list(self._seqs.live.values()))
@@ -496,7 +505,8 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             self._core.run(decode, prefill, 1 if is_short else steps, plan.until_ns)
             self._seqs.collect()
         elif self._seqs:
-            self._sleep(plan.until_ns or time.monotonic_ns() + 1_000_000)
+            now = time.monotonic_ns()  # not for ever: whoever leaves all idle is asked again, and found out
+            self._sleep(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
 
     def _state(self) -> EngineState:
         self._estimate()

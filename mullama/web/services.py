@@ -100,7 +100,7 @@ class Services:
         """Run ``work`` here, or in the pool when it is large enough to hold up the event loop."""
         if not is_large:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, _without_exits, work)
 
     def pace(self) -> Pace:
         """For one piece of work in the pool that is done in pieces."""
@@ -173,6 +173,16 @@ class Services:
             self.kv_publisher.close()
         if self.profile_log is not None:
             self.profile_log.close()
+
+
+def _without_exits(work: Callable[[], T]) -> T:
+    """A SystemExit (of a plugin, say) would end the event loop that waits for the work."""
+    try:
+        return work()
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"the work was told to end by {type(error).__name__}") from error
 
 
 def _no_target(to: str, *_: Any) -> Any:

@@ -105,6 +105,7 @@ class FakeEngine:
     """Set the attributes to say what it does; ``requests`` and ``generations`` say what was asked of it."""
 
     def __init__(self, name: str = "fake", *, reply: Sequence[str] = ("Hel", "lo", " wörld", "!")) -> None:
+        self.death: str | None = None
         self.info = model_info(name)
         self.reply = list(reply)
         self.delay = 0.0
