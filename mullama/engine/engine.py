@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mullama import abi
-from mullama._core import TEXT, Core, Model, check_params
+from mullama._core import TEXT, Core, Model, Sampling
 from mullama.config import ServeConfig
 from mullama.engine import fits, loading, memory, sizing
 from mullama.engine.adapters import Adapters
@@ -53,7 +53,7 @@ from mullama.kv.tree import pack
 from mullama.observe.memory import give_back_heap
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
-from mullama.types import ModelInfo, Request, SeqState
+from mullama.types import ModelInfo, Request, SamplingParams, SeqState
 
 log = logging.getLogger("mullama.engine")
 
@@ -232,7 +232,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         return generation
 
     def _enqueue(self, request: Request, generation: BaseGeneration) -> None:
-        self._check(request)
+        prepared = self._check(request)
         room = self.info.n_ctx - len(request.prompt)
         view = SeqView(
             id=generation.handle,
@@ -247,7 +247,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             preempt=request.preempt,
             state_ns=time.monotonic_ns(),
         )
-        seq = LiveSequence(view, request, key=pack(request.prompt))
+        seq = LiveSequence(view, request, key=pack(request.prompt), prepared=prepared)
         with self._wait:
             self._check_alive()
             if self._takes_none:
@@ -272,7 +272,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             return asked or self.info.n_ctx
         return min(asked or room, room)
 
-    def _check(self, request: Request) -> None:
+    def prepare(self, sampling: SamplingParams) -> Sampling:
+        """What is dear about opening a request, done ahead in any thread (see EngineClient.prepare)."""
+        return Sampling(self.model, sampling)
+
+    def _check(self, request: Request) -> Sampling:
         n = len(request.prompt)
         if n == 0:
             raise InvalidRequest("the prompt is empty: it must have at least one token", param="prompt")
@@ -282,7 +286,9 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             raise InvalidRequest(f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt")
         if request.context_shift and not self.info.can_shift:
             raise InvalidRequest(f"'{self.info.name}' cannot shift its context", param="context_policy")
-        check_params(request.sampling)
+        if isinstance(request.prepared, Sampling) and request.prepared.model is self.model:
+            return request.prepared
+        return self.prepare(request.sampling)
 
     def _check_alive(self) -> None:
         if self._failure is not None:

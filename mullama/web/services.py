@@ -8,16 +8,19 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from mullama.config import ServeConfig
+from mullama.engine.client import EngineClient
 from mullama.errors import ClientLeft, InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
 from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
 from mullama.serving.swap import Swaps
+from mullama.types import SamplingParams
 from mullama.web.profile_log import ProfileLog
 from mullama.web.request import Request, read_body, until_disconnect
 from mullama.web.security import is_loopback
@@ -31,6 +34,8 @@ LARGE_BODY = 256 << 10
 #: Texts above this many characters are rendered and tokenised in the pool: below, it takes less than a millisecond.
 LARGE_TEXT = 2000
 POOL_THREADS = 2
+#: More entries of a logit_bias than this are checked in the pool.
+FEW_BIASES = 300
 #: What tokenising a long text may take of a core while others are answered.
 SHARE_BESIDE_STREAMS = 0.1
 
@@ -101,6 +106,12 @@ class Services:
         if not is_large:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._pool, _without_exits, work)
+
+    async def prepared(self, engine: EngineClient, sampling: SamplingParams) -> Any:
+        """What opening a request costs, in the pool where that is more than nothing (see EngineClient.prepare)."""
+        if sampling.dry_multiplier <= 0 and len(sampling.logit_bias) <= FEW_BIASES:
+            return None
+        return await self.offload(True, partial(engine.prepare, sampling))
 
     def pace(self) -> Pace:
         """For one piece of work in the pool that is done in pieces."""
