@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from mullama.errors import PluginError
+from mullama.logs import said
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -36,11 +37,6 @@ MOST_PARAMS = 64 << 10  # bytes of a plugin's parameters as JSON
 def is_fault(error: BaseException) -> bool:
     """Whether what foreign code raised is its own fault: all, also SystemExit, but the main thread's Ctrl-C."""
     return not isinstance(error, KeyboardInterrupt) or threading.current_thread() is not threading.main_thread()
-
-
-def said(error: BaseException) -> str:
-    """What foreign code raised, short. Runs its code, so never on the event loop."""
-    return f"{type(error).__name__}: {shown(str, error)}"
 
 
 def shown(how: Callable[[Any], str], value: object) -> str:

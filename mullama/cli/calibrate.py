@@ -79,12 +79,12 @@ def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress
     engine = load_engine(found, config)
     try:
         costs = measure_engine(engine, costs, progress=progress)
-        return with_about(costs, _about(engine.info, config))
+        return with_about(costs, _about(engine.info, config, engine.kv_host_tokens))
     finally:
         engine.close()
 
 
-def _about(info: ModelInfo, config: ServeConfig) -> dict[str, Any]:
+def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from mullama.cli.version import llama_commit, mullama_version
@@ -99,6 +99,7 @@ def _about(info: ModelInfo, config: ServeConfig) -> dict[str, Any]:
             "n_params": info.n_params,
             "n_parallel": info.n_parallel,
             "n_ctx": info.n_ctx,
+            "kv_host_tokens": kv_host_tokens,
         },
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -43,6 +43,11 @@ _MS = click.FloatRange(min=0, min_open=True)
 @click.option(
     "--kv-tokens", type=click.IntRange(0), default=0, help="KV of all running requests  [default: all there is]"
 )
+@click.option(
+    "--kv-host-tokens",
+    type=click.IntRange(0),
+    help="KV of prefixes kept in host memory  [default: as calibrated]",
+)
 @click.option("--sampled", is_flag=True, help="tokens cost what the default samplers cost, not greedy ones")
 @click.option("--slo-ttft-ms", type=_MS, metavar="MS", help="goodput: most time to the first token")
 @click.option("--slo-itl-ms", type=_MS, metavar="MS", help="goodput: most mean time between tokens")
@@ -59,6 +64,7 @@ def command(
     ctx_size: int | None,
     batch_size: int | None,
     kv_tokens: int,
+    kv_host_tokens: int | None,
     sampled: bool,
     slo_ttft_ms: float | None,
     slo_itl_ms: float | None,
@@ -85,6 +91,7 @@ def command(
         n_ctx=-(-(ctx_size or workload.longest()[1]) // _CTX_STEP) * _CTX_STEP,
         n_batch=batch_size or int(costs.about.get("batch_size") or 512),
         kv_tokens=kv_tokens,
+        host_tokens=kv_host_tokens if kv_host_tokens is not None else _calibrated(costs, "kv_host_tokens", 1 << 16),
         sampled=sampled,
     )
     made = [(policy, _make(policy)) for policy in policies]  # what is wrong is said before anything runs

@@ -48,6 +48,7 @@ from mullama.errors import (
     ShuttingDown,
 )
 from mullama.kv import registry as kv_registry
+from mullama.kv.choice import ESTIMATES
 from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import pack
 from mullama.observe.memory import give_back_heap
@@ -61,7 +62,6 @@ T = TypeVar("T")
 
 STALLED_SECONDS = 30.0  # no step for so long, with work to do: not ready
 GIL_SWITCH_SECONDS = 0.0005  # what the engine waits at most for a busy event loop
-ESTIMATES = 8  # queued requests whose prompts are looked up in the KV cache before their turn
 IDLE_AUDIT_S = 1.0  # without work before the KV cache's bookkeeping is compared with llama.cpp's
 BESIDE_S = 0.2  # another engine that computed so lately wants the cores as well
 SHARED_PREFILL = 128  # tokens: about 0.2 s of a small model on two cores
@@ -121,7 +121,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._takes_none = False  # it sleeps, or falls asleep; under the lock
         self._n_posted = 0  # submitted, not taken by the engine thread yet; under the lock
         self._audited = -1  # version of the KV cache that was audited last
-        self._estimated = -1  # version of the KV cache that the queue was last compared with
+        self._estimated = (-1, -1)  # version of the KV cache, and arrivals, when the queue was last looked up in it
         self._tables_bytes = 0  # what loading took beside the buffers
         self._idle = False
         self._draining = False
@@ -455,6 +455,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
     def _sleep(self, until_ns: int = 0) -> None:
         """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
+        self._core.refresh_page(self._n_waiting())
         start = time.monotonic_ns()
         with self._wait:
             self._idle = not self._seqs
@@ -543,12 +544,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
     def _fit_budget(self, plan: Plan) -> tuple[Plan, int]:
         """Cut the plan to the KV budget. Returns it and the cells that it needs on top of the used ones."""
         views = self._seqs.views
-        fitted = budget.fit(plan, views, self._kv_tokens)
-        if plan.tokens and not fitted.plan.tokens and not fitted.preempt:
-            # All is paused for somebody who does not fit beside them: they go on, or nobody ever would.
-            going = {view.id: max(min(view.prefill_left, self._core.n_batch), 1)
-                     for view in views.values() if view.is_running and view.id not in plan.preempt}  # fmt: skip
-            fitted = budget.fit(dataclasses.replace(plan, tokens=going), views, self._kv_tokens)
+        fitted = budget.fit_or_go_on(plan, views, self._kv_tokens, self._core.n_batch)
         for handle in fitted.preempt:
             fitted.plan.preempt[handle] = views[handle].preempt
         return fitted.plan, fitted.cells
@@ -591,14 +587,14 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
 
     def _estimate(self) -> None:
         """Tell the policy what the next ones in the queue will have to compute, as far as the KV cache changed."""
-        if not self._seqs.n_queued or self._kv.version == self._estimated:
+        known = (self._kv.version, self._seqs.n_added)
+        if not self._seqs.n_queued or known == self._estimated:
             return
-        self._estimated = self._kv.version
+        self._estimated = known
         queued = (seq for seq in self._seqs.live.values() if seq.view.state is SeqState.WAITING)
         for seq in itertools.islice(queued, ESTIMATES):
-            n = len(seq.request.prompt)
-            now, later, _ = self._kv.expected(seq.namespace, seq.key, n - 1)
-            seq.view.prefill_left = max(n - max(now, later), 1)
+            now, later, _ = self._kv.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+            seq.view.expect(max(now, later))
 
     def _ended(self, seq: LiveSequence) -> None:
         self._adapters.ended(seq)

@@ -134,15 +134,15 @@ def _seated(one: Traveller, handle: int) -> LiveSequence:
     old = one.seq
     request: Request = dataclasses.replace(old.request, prompt=one.prompt)
     state = SeqState.WAITING if one.parked is None else SeqState.PREEMPTED
-    view = dataclasses.replace(
-        old.view, id=handle, state=state, prompt_tokens=len(one.prompt), prefill_left=len(one.prompt), cells=0
-    )
+    n = len(one.prompt)
+    view = dataclasses.replace(old.view, id=handle, state=state, prompt_tokens=n, prefill_left=n, cells=0)
+    if state is SeqState.WAITING:
+        view.cached_tokens = 0  # what the other engine expected
     return LiveSequence(
         view,
         request,
         parked=one.parked,
         spent_ns=old.spent_ns,
-        cached=old.cached,
         first_token_ns=old.first_token_ns,
         key=pack(one.prompt),
         namespace=old.namespace,

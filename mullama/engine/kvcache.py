@@ -14,20 +14,18 @@ import time
 from collections.abc import Callable, Sequence
 
 from mullama._core import Cells, Core
-from mullama.engine.kvfind import LEAST_GAIN, Found, KvFinder
-from mullama.kv.choice import Choice, KvSource
+from mullama.engine.kvfind import Found, KvFinder
+from mullama.kv.choice import LEAST_GAIN, Choice, KvSource
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.eviction import EvictionPolicy
 from mullama.kv.ghosts import Ghosts
 from mullama.kv.payload import Checkpoint, Rows
 from mullama.kv.placement import Placement, SlotView, place
 from mullama.kv.reasons import miss_reason
-from mullama.kv.tier import GRAIN, HostTier
+from mullama.kv.tier import GRAIN, LEAST_STORED, HostTier
 from mullama.kv.tree import Match, Node, PrefixTree, unpack
 
 log = logging.getLogger("mullama.engine")
-
-LEAST_STORED = 16  # tokens: a shorter prefix is not worth a place in host memory
 
 
 class KvCache(KvFinder):

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from mullama import abi
 from mullama._core import Cells, Core
 from mullama.engine.kvdisk import DiskTier
-from mullama.kv.choice import Choice, KvCosts, SlotOffer, choose
+from mullama.kv.choice import Choice, KvCosts, SlotOffer, choose, foreseen, tail_weight
 from mullama.kv.payload import Checkpoint, Rows
 from mullama.kv.tier import HostTier
 from mullama.kv.tree import Match, PrefixTree
-
-LEAST_GAIN = 32  # tokens: it is not worth waiting for another request's prefix for less
-LOSS_WEIGHT = 0.25  # a cached token that is lost without a tier to save it to, in tokens to compute
 
 
 @dataclass(slots=True)
@@ -65,7 +62,7 @@ class KvFinder:
             costs=self.costs(),
             token_bytes=self.cells.token_bytes,
             can_extend=not self.cells.needs_checkpoint,
-            tail_weight=self._tail_weight(),
+            tail_weight=tail_weight(self.costs(), self.cells.token_bytes, has_host=self.tier.budget > 0),
         )
 
     def costs(self) -> KvCosts:
@@ -80,12 +77,6 @@ class KvFinder:
             restore_byte=counted["restore"] or guess.restore_byte,
             copy_byte=0.0 if core.unified else counted["copy"] or guess.copy_byte,
         )
-
-    def _tail_weight(self) -> float:
-        if self.tier.budget <= 0:
-            return LOSS_WEIGHT
-        costs = self.costs()
-        return min(self.cells.token_bytes * costs.save_byte / costs.prefill_token, LOSS_WEIGHT)
 
     def _offers(self, match: Match, states: Sequence[int], limit: int) -> Iterable[SlotOffer]:
         cells, now = self.cells, time.monotonic_ns()
@@ -143,17 +134,16 @@ class KvFinder:
     def expected(self, namespace: bytes, key: bytes, limit: int) -> tuple[int, int, int]:
         """Tokens that a prompt could reuse now, and (tokens, slot) that it could once a running prompt got there."""
         match = self.tree.match(namespace, key[: 4 * limit])
-        now, _ = self._stored(match, limit)
-        later, whose = 0, -1
+        n_stored, _ = self._stored(match, limit)
+        fills = []
         for slot, shared in match.slots.items():
             n_past, n_tokens = self._core.slot_fill(slot)
-            n = min(shared, n_past, limit)
-            if self.cells.needs_checkpoint and not self.cells.can_cut(slot, n):
-                n = 0
-            now = max(now, n)
-            if not self.cells.needs_checkpoint and n_past < n_tokens - 1 and shared > later:  # it is in its prompt
-                later, whose = shared, slot
-        return (now, later, whose) if later >= now + LEAST_GAIN else (now, 0, -1)
+            if self.cells.needs_checkpoint:
+                n_tokens = n_past  # nobody goes on in the middle of a running prompt
+                if not self.cells.can_cut(slot, min(shared, n_past, limit)):
+                    shared = 0
+            fills.append((slot, shared, n_past, n_tokens))
+        return foreseen(n_stored, fills, limit)
 
     def _is_pinned(self, slot: int, now_ns: int, beyond: int = 0) -> bool:
         """Whether something pinned would be lost with a slot's tokens from ``beyond`` on."""

@@ -7,28 +7,30 @@ SeqViews are copies that this thread brings up to date before each plan.
 from __future__ import annotations
 
 import ctypes
+import logging
 import queue
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 from mullama.errors import PluginError
-from mullama.plugins import Published, publish, said
+from mullama.logs import said
+from mullama.plugins import Published, publish
 from mullama.scheduling import EngineState, Plan, Scheduler, SeqView, own_plan
 
-_CHANGING = ("state", "prefill_left", "generated", "cells", "state_ns", "preemptions")
+log = logging.getLogger("mullama.engine")
+
+_CHANGING = ("state", "prefill_left", "generated", "cells", "state_ns", "preemptions", "cached_tokens")
 PUBLISH_S = 1.0  # between two looks at a policy's parameters, which it may change itself
 assert {*_CHANGING} <= {f.name for f in fields(SeqView)}
+_facts = attrgetter("id", *_CHANGING)
 
 
 class Orphaned(BaseException):
     """Raised inside a policy that did not answer in time, to end its thread."""
-
-
-def _facts(view: SeqView) -> tuple[Any, ...]:
-    return (view.id, view.state, view.prefill_left, view.generated, view.cells, view.state_ns, view.preemptions)
 
 
 class Planner:
@@ -95,6 +97,7 @@ class Planner:
         except PluginError as error:
             return error.message
         except BaseException as error:
+            log.error("scheduler '%s' raised", self._label, exc_info=error)  # here: its words are its code as well
             return f"plan() raised {said(error)}"
 
     def _plan(self, news: list[SeqView | int], facts: list[tuple[Any, ...]], state: EngineState) -> Plan:

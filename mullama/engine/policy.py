@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from mullama.engine.planner import Planner
 from mullama.errors import PluginError
-from mullama.plugins import Published, publish, said
+from mullama.logs import said
+from mullama.plugins import Published, publish
 from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
 from mullama.types import SeqState
 
@@ -127,7 +128,7 @@ class PolicyHost:
         try:
             getattr(self._planner or self.policy, what)(value)
         except BaseException as error:
-            self._fall_back(f"{what}() raised {said(error)}")
+            self._fall_back(f"{what}() raised {said(error)}", error)
 
     # -- plans --------------------------------------------------------------------------------------------
 
@@ -156,7 +157,10 @@ class PolicyHost:
             except BaseException as error:
                 if type(self.policy) is Fcfs and self._planner is None:
                     raise  # the last resort itself: a bug of the engine
-                self._fall_back(error.message if isinstance(error, PluginError) else f"plan() raised {said(error)}")
+                if isinstance(error, PluginError):
+                    self._fall_back(error.message, error.__cause__)
+                else:
+                    self._fall_back(f"plan() raised {said(error)}", error)
 
     def _check_progress(self, plan: Plan, state: EngineState) -> None:
         if plan.tokens or not self.views:
@@ -170,8 +174,9 @@ class PolicyHost:
                 f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {len(self.views)} sequences want to compute"
             )
 
-    def _fall_back(self, reason: str) -> None:
-        log.error("scheduler '%s' is replaced by fcfs: %s", self.spec, reason)
+    def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
+        """``error``: what the policy's own code raised, whose traceback tells its author where."""
+        log.error("scheduler '%s' is replaced by fcfs: %s", self.spec, reason, exc_info=error)
         broken = self.spec
         self._leave()
         self._install(Fcfs(), Fcfs.name, False, Published(Fcfs.name, {}))

@@ -16,6 +16,7 @@ from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
     from mullama._core import Core
+    from mullama.engine.kvcache import KvCache
     from mullama.engine.policy import PolicyHost
     from mullama.engine.sequences import Sequences
     from mullama.engine.shadow import Shadow
@@ -34,13 +35,20 @@ class PolicyMethods:
 
     info: ModelInfo
     _core: Core
+    _kv: KvCache
     _kv_tokens: int
+    _token_bytes: int
     _page: abi.Reader
     _policy: PolicyHost
     _seqs: Sequences
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         raise NotImplementedError
+
+    @property
+    def kv_host_tokens(self) -> int:
+        """Tokens of prefixes that fit into host memory (``--kv-host-bytes``)."""
+        return self._kv.tier.budget // max(self._token_bytes, 1)
 
     def scheduler_snapshot(self) -> dict[str, Any]:
         """GET /internal/scheduler."""
@@ -89,7 +97,13 @@ class PolicyMethods:
         from mullama.simulation import SimConfig
 
         core = self._core
-        config = SimConfig(core.n_slots, self.info.n_ctx, core.n_batch, kv_tokens=self._kv_tokens)
+        config = SimConfig(
+            core.n_slots,
+            self.info.n_ctx,
+            core.n_batch,
+            kv_tokens=self._kv_tokens,
+            host_tokens=self.kv_host_tokens,
+        )
         return Shadow(spec, params, config)
 
     def _set_scheduler(self, policy: Any, spec: str, facts: Published) -> dict[str, Any]:

@@ -39,7 +39,6 @@ class LiveSequence:
     slot: int = -1
     parked: Parked | None = None  # while PREEMPTED
     spent_ns: dict[SeqState, int] = field(default_factory=dict)  # in states it has left
-    cached: int = 0  # prompt tokens that it found in the KV cache
     first_token_ns: int = 0  # end of the step that generated it; 0: none yet
     key: bytes = b""  # the prompt as the prefix tree takes it
     namespace: bytes = b""  # prompts of another one share nothing with it
@@ -75,6 +74,7 @@ class Sequences:
         self.views: dict[int, SeqView] = {}
         self.slots: list[int] = [0] * core.n_slots  # handle of the running sequence, 0: none
         self.n_queued = 0  # WAITING; read by other threads
+        self.n_added = 0  # ever
         self.move_ns_per_byte = 1.0  # saving and restoring, measured as it happens
         self._core = core
         self._kv = kv
@@ -92,6 +92,7 @@ class Sequences:
         return bool(self.live)
 
     def add(self, seq: LiveSequence) -> None:
+        self.n_added += 1
         self.live[seq.view.id] = seq
         self.views[seq.view.id] = seq.view
         if seq.view.state is SeqState.WAITING:
@@ -184,7 +185,7 @@ class Sequences:
         n_past, n_tokens = self._core.slot_fill(slot)
         if seq.view.state is SeqState.WAITING:
             self.n_queued -= 1
-            seq.cached = n_past
+            seq.view.cached_tokens = n_past
         seq.slot = slot
         self.slots[slot] = seq.view.id
         seq.view.cells = n_past

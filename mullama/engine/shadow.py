@@ -59,7 +59,7 @@ class Shadow:
                     view.arrival_ns,
                     view.prompt_tokens,
                     view.generated,
-                    cached_tokens=seq.cached,
+                    cached_tokens=view.cached_tokens,
                     max_tokens=view.max_tokens,
                     priority=view.priority,
                     user=view.user,

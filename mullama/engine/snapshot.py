@@ -69,6 +69,7 @@ def _sequence(seq: LiveSequence, row: abi.Row | None, now: int) -> dict[str, Any
         "prompt_tokens": view.prompt_tokens,
         "prompt_tokens_done": min(row.cells, view.prompt_tokens) if row is not None else 0,
         "prefill_left": view.prefill_left,
+        "cached_tokens": view.cached_tokens,
         "completion_tokens": generated,
         "max_tokens": view.max_tokens,
         "tokens_left": max(view.max_tokens - generated, 0),

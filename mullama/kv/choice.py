@@ -6,6 +6,10 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+ESTIMATES = 64  # queued requests, in order of arrival, whose prompts are looked up in the KV cache before their turn
+LEAST_GAIN = 32  # tokens: it is not worth waiting for another request's prefix for less
+LOSS_WEIGHT = 0.25  # a cached token that is lost without a tier to save it to, in tokens to compute
+
 
 class KvSource(enum.StrEnum):
     """Where reused tokens came from; the numbers of abi.KV_SOURCES by position."""
@@ -96,3 +100,22 @@ def choose(
             if cost < best.cost_ns:
                 best = Choice(source, end, offer.slot, offer.n_tokens, cost)
     return best
+
+
+def tail_weight(costs: KvCosts, token_bytes: int, *, has_host: bool) -> float:
+    """What a token of a tail that makes room counts: saving it, or losing it."""
+    return min(token_bytes * costs.save_byte / costs.prefill_token, LOSS_WEIGHT) if has_host else LOSS_WEIGHT
+
+
+def foreseen(n_stored: int, slots: Iterable[tuple[int, int, int, int]], limit: int) -> tuple[int, int, int]:
+    """Tokens that a prompt could reuse now, and (tokens, slot) that it could once a running prompt got there.
+
+    ``n_stored`` tokens are in the tiers. ``slots``: (slot, tokens shared with the prompt, tokens in its cells, tokens
+    known of what it holds). At most ``limit``; (0, -1) where there is nothing worth waiting for.
+    """
+    now, later, whose = n_stored, 0, -1
+    for slot, shared, n_past, n_tokens in slots:
+        now = max(now, min(shared, n_past, limit))
+        if n_past < n_tokens - 1 and shared > later:  # it is in its prompt
+            later, whose = shared, slot
+    return (now, later, whose) if later >= now + LEAST_GAIN else (now, 0, -1)

@@ -11,7 +11,8 @@ from typing import Any
 
 from mullama.kv.eviction import Entry, EvictionPolicy
 from mullama.kv.policies.lru import Lru
-from mullama.plugins import Published, publish, said, shown
+from mullama.logs import said
+from mullama.plugins import Published, publish, shown
 
 log = logging.getLogger("mullama.kv")
 
@@ -40,6 +41,7 @@ class GuardedPolicy:
 
     def score(self, entry: Entry, now_ns: int) -> float:
         policy = self.policy
+        raised: BaseException | None = None
         began = time.monotonic()
         try:
             score = policy.score(entry, now_ns)
@@ -51,8 +53,8 @@ class GuardedPolicy:
             reason = f"score() returned {shown(repr, score)}, not a finite number"
         # Foreign code: whatever it raises (or calls sys.exit with) is its fault.
         except BaseException as error:
-            reason = f"score() raised {said(error)}"
-        self._fall_back(reason)
+            reason, raised = f"score() raised {said(error, most=120)}", error
+        self._fall_back(reason, raised)
         return self.policy.score(entry, now_ns)
 
     def _was_quick(self, what: str, began: float) -> bool:
@@ -69,7 +71,7 @@ class GuardedPolicy:
         try:
             self.policy.evicted(entry, score)
         except BaseException as error:
-            self._fall_back(f"evicted() raised {said(error)}")
+            self._fall_back(f"evicted() raised {said(error, most=120)}", error)
         else:
             self._was_quick("evicted", began)
 
@@ -82,10 +84,10 @@ class GuardedPolicy:
         """Of the policy in charge, as it published them when it was installed."""
         return dict(self._facts.params)
 
-    def _fall_back(self, reason: str) -> None:
+    def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
         if self.fallback is not None:
             raise RuntimeError(f"lru, the last resort, is broken: {reason}")
-        log.error("KV policy '%s' is replaced by lru: %s", self.spec, reason)
+        log.error("KV policy '%s' is replaced by lru: %s", self.spec, reason, exc_info=error)
         self.fallback = {"from": self.spec, "reason": reason, "unix_time": round(time.time(), 3)}
         self.policy = Lru()
         self.spec = Lru.name

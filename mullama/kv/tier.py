@@ -15,6 +15,7 @@ from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import Node, Payload, PrefixTree
 
 GRAIN = 32  # tokens; a leaf is cut at multiples of it
+LEAST_STORED = 16  # tokens: a shorter prefix is not worth a place in host memory
 
 
 class HostTier:

@@ -25,13 +25,13 @@ class SeqView:
 
     WAITING and PREEMPTED sequences hold no slot; PREFILL and DECODE ones do. A PREEMPTED sequence whose KV was saved
     goes on where it was: ``prefill_left`` is 0 when it was decoding. One whose KV was given up has to compute its
-    prompt and what it had generated again: ``prefill_left`` says how much (an upper bound, like that of a WAITING one).
+    prompt and what it had generated again: ``prefill_left`` says how much (an upper bound: some may still be there).
     """
 
     id: int
     state: SeqState
     prompt_tokens: int
-    prefill_left: int  # tokens to compute before it decodes (an upper bound while WAITING: a prefix may match)
+    prefill_left: int  # tokens to compute before it decodes; while WAITING as far as is known (see cached_tokens)
     max_tokens: int
     arrival_ns: int
     generated: int = 0
@@ -42,6 +42,12 @@ class SeqView:
     state_ns: int = 0  # when it came into its state
     preemptions: int = 0
     preempt: Preempt = Preempt.AUTO  # what the request says of being preempted
+    cached_tokens: int = 0  # of its prompt, from the KV cache: expected while WAITING, found when it was admitted
+
+    def expect(self, n_tokens: int) -> None:
+        """While WAITING: its prompt would find so many tokens in the KV cache. For whoever keeps the view."""
+        self.cached_tokens = min(n_tokens, self.prompt_tokens - 1)
+        self.prefill_left = self.prompt_tokens - self.cached_tokens
 
     @property
     def is_queued(self) -> bool:

@@ -7,7 +7,7 @@ then admissions wait, then the newest of the least urgent running sequences lose
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mullama.scheduling.base import Plan, SeqView
 from mullama.types import SeqState
@@ -55,3 +55,16 @@ def fit(plan: Plan, views: Mapping[int, SeqView], budget: int) -> Fitted:
         admitted += 1
         growth += needs
     return Fitted(Plan(tokens, plan.repeat, dict(plan.preempt), plan.until_ns), victims, growth)
+
+
+def fit_or_go_on(plan: Plan, views: Mapping[int, SeqView], budget: int, n_batch: int) -> Fitted:
+    """``fit``; where all is paused for somebody who does not fit beside them, they go on, or nobody ever would."""
+    fitted = fit(plan, views, budget)
+    if not plan.tokens or fitted.plan.tokens or fitted.preempt:
+        return fitted
+    going = {
+        view.id: max(min(view.prefill_left, n_batch), 1)
+        for view in views.values()
+        if view.is_running and view.id not in plan.preempt
+    }
+    return fit(replace(plan, tokens=going), views, budget)

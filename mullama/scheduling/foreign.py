@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mullama.errors import InvalidRequest, MullamaError, PluginError
-from mullama.plugins import is_fault, said, shown
+from mullama.logs import said
+from mullama.plugins import is_fault, shown
 from mullama.scheduling.params import convert, unknown_param
 
 PLAIN = (bool, int, float, str)

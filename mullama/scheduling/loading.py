@@ -11,7 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from mullama.errors import InvalidRequest, PluginError
-from mullama.plugins import is_fault, said
+from mullama.logs import said
+from mullama.plugins import is_fault
 
 _numbers = itertools.count(1)
 
@@ -60,7 +61,7 @@ def _run_file(path: Path, noun: str) -> ModuleType:
         del sys.modules[module.__name__]
         if not is_fault(error):
             raise
-        raise PluginError(f"cannot load the {noun} file {path}: {_said(error)}") from error
+        raise PluginError(f"cannot load the {noun} file {path}: {said(error)}") from error
     return module
 
 
@@ -70,13 +71,8 @@ def _import(name: str, noun: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise InvalidRequest(f"there is no module '{name}' to load a {noun} from") from None
-        raise PluginError(f"cannot load the {noun} module {name}: {_said(error)}") from error
+        raise PluginError(f"cannot load the {noun} module {name}: {said(error)}") from error
     except BaseException as error:
         if not is_fault(error):
             raise
-        raise PluginError(f"cannot load the {noun} module {name}: {_said(error)}") from error
-
-
-def _said(error: BaseException) -> str:
-    where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-    return f"{said(error)}{where}"
+        raise PluginError(f"cannot load the {noun} module {name}: {said(error)}") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 from mullama.errors import InvalidRequest, PluginError
-from mullama.plugins import is_fault, said
+from mullama.logs import said
+from mullama.plugins import is_fault
 from mullama.scheduling.base import SeqView
 from mullama.scheduling.loading import is_path, load_object
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from mullama.errors import ModelBusy
-from mullama.plugins import said
+from mullama.logs import said
 from mullama.serving.budget import Budget
 from mullama.serving.eviction import Largest, Lru, ModelPolicy, ModelView
 from mullama.serving.states import ModelState, Served

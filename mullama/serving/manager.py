@@ -92,6 +92,7 @@ class ModelManager(IdleMethods, RoomMethods):
         self._changed = asyncio.Event()  # somebody went idle, or came
         self._worker: asyncio.Task[None] | None = None
         self._reaper: asyncio.Task[None] | None = None
+        self._is_leaving = False
         self._is_ending = False
         self._lock = threading.RLock()  # names come from the threads that parse bodies, engines from those that load
         self._is_closed = False
@@ -150,15 +151,20 @@ class ModelManager(IdleMethods, RoomMethods):
             for first in self._served.values():
                 return first
             raise ModelNotFound("no model is served", param="model")
-        for candidate in (name, name.lower()):
-            served = self._served.get(candidate)
-            if served is not None:
-                return served
+        served = self._served.get(name) or self._in_any_case(name)
+        if served is not None:
+            return served
         if len(name) <= 200 and (reference := self._find(name)) is not None:
             with self._lock:
-                return self._served.get(name.lower()) or self.add(name.lower(), reference, from_store=True)
+                return self._in_any_case(name) or self.add(name.lower(), reference, from_store=True)
         known = ", ".join(self._served) or "none"
         raise ModelNotFound(f"the model '{name[:200]}' is not served here; served models: {known}", param="model")
+
+    def _in_any_case(self, name: str) -> Served | None:
+        """What is served as ``name`` but for its capitals; the lower-case one of several."""
+        folded = name.lower()
+        found = [one for served, one in self._served.items() if served.lower() == folded]
+        return self._served.get(folded) or (found[0] if found else None)
 
     def resolve(self, name: str | None) -> tuple[str, EngineClient]:
         """The served name and its engine. Raises ModelNotFound, ModelNotLoaded.
@@ -187,7 +193,7 @@ class ModelManager(IdleMethods, RoomMethods):
         """(name, reference) of what could be loaded as well, and nobody has asked for yet."""
         if self._others is None:
             return []
-        return [(name, reference) for name, reference in self._others() if name not in self._served]
+        return [(name, reference) for name, reference in self._others() if self._in_any_case(name) is None]
 
     @property
     def has_others(self) -> bool:
@@ -200,7 +206,10 @@ class ModelManager(IdleMethods, RoomMethods):
 
     @property
     def ready(self) -> bool:
-        """A model is served, none of the named ones has failed, and every loaded one makes progress."""
+        """A model is served, none of the named ones has failed, every loaded one makes progress, and nobody has said
+        that the server is about to end."""
+        if self.is_leaving:
+            return False
         named = [one for one in self.all() if not one.from_store]
         return bool(named) and all(
             one.state is not ModelState.FAILED and (one.resident is None or one.resident.engine.is_ready())
@@ -539,6 +548,14 @@ class ModelManager(IdleMethods, RoomMethods):
         falling = [one.falling.engine for one in self._served.values() if one.falling is not None]
         asleep = [engine for _, engine in self.asleep()]
         return [*(engine for _, engine in self.items()), *(one.engine for one in self.budget.left), *falling, *asleep]
+
+    def leave(self) -> None:
+        """The server is about to end: not ready any more, though requests are still taken until ``drain``."""
+        self._is_leaving = True
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._is_leaving or self._is_ending
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new requests on every engine and wait up to ``seconds``. True: no request was cut."""

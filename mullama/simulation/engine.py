@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mullama.errors import ConfigError, PluginError
-from mullama.plugins import is_fault, said
+from mullama.logs import said
+from mullama.plugins import is_fault
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
-from mullama.scheduling.budget import fit
+from mullama.scheduling.budget import fit_or_go_on
 from mullama.simulation.costs import BUCKET, CostModel
 from mullama.simulation.feed import SECOND, Feed
 from mullama.simulation.records import EVER, Override, SimConfig, Simulated
@@ -130,7 +131,7 @@ class Simulator:
             slo_ms=request.slo_ms,
             state_ns=at_ns,
         )
-        self._seqs.add(SimSequence.new(view, index, request, known.cached_tokens))
+        self._seqs.add(SimSequence(view, index, request, known.cached_tokens))
         self._tell("add", view)
 
     def _tell(self, what: str, value: SeqView | int) -> None:
@@ -155,7 +156,7 @@ class Simulator:
                 seq.request,
                 token_s=tuple(seen),
                 finished_s=seen[-1],
-                cached_tokens=seq.cached,
+                cached_tokens=seq.view.cached_tokens,
                 preemptions=seq.view.preemptions,
             )
         )
@@ -169,13 +170,16 @@ class Simulator:
         self.now += self._plan_ns
         steps = plan.repeat
         fresh = bool(plan.preempt)
+        cells = 0
         if self._is_tight:
-            plan, steps = self._fit_budget(plan)
+            plan, cells = self._fit_budget(plan)
         seqs = self._seqs
         for handle, how in plan.preempt.items():
             self.now += seqs.preempt(handle, how, self.now)
+        if self._is_tight:
+            steps = self._make_room(plan, cells)
         for handle in plan.tokens:
-            if seqs.views[handle].is_queued:
+            if seqs.views[handle].is_queued and not seqs.waits_for_prefix(handle, plan):
                 self.now += self._admit_ns
                 self.now += seqs.start(handle, self.now)
                 fresh = True
@@ -221,6 +225,7 @@ class Simulator:
 
     def _state(self) -> EngineState:
         seqs, config = self._seqs, self.config
+        seqs.estimate()
         decoding, cells = seqs.load()
         key = (max(decoding, 1), cells // max(decoding, 1) // BUCKET)
         costs = self._policy_costs.get(key)
@@ -229,7 +234,7 @@ class Simulator:
         return EngineState(
             now_ns=self.now,
             step=self.result.counters.steps,
-            free_slots=seqs.slots.free,
+            free_slots=seqs.cache.free,
             max_prefill=config.n_batch,
             n_slots=config.n_slots,
             free_cells=self._kv_tokens - seqs.cells_running(),
@@ -237,22 +242,25 @@ class Simulator:
         )
 
     def _fit_budget(self, plan: Plan) -> tuple[Plan, int]:
-        """Cut the plan to the KV budget and make room for it. Returns it and the steps it may be repeated."""
-        seqs = self._seqs
-        fitted = fit(plan, seqs.views, self._kv_tokens)
+        """Cut the plan to the KV budget. Returns it and the cells that it needs on top of the used ones."""
+        views = self._seqs.views
+        fitted = fit_or_go_on(plan, views, self._kv_tokens, self.config.n_batch)
         for handle in fitted.preempt:
-            fitted.plan.preempt[handle] = seqs.views[handle].preempt
-        leaving = sum(seqs.views[handle].cells for handle in fitted.plan.preempt)
-        running = seqs.cells_running() - leaving
-        n_decode = max(len(fitted.plan.tokens), 1)
-        wanted = fitted.cells + n_decode * PRESSURE_STEPS
-        free = self._kv_tokens - running - seqs.slots.retained()
+            fitted.plan.preempt[handle] = views[handle].preempt
+        return fitted.plan, fitted.cells
+
+    def _make_room(self, plan: Plan, cells: int) -> int:
+        """Give up retained prefixes, also those of whom the plan preempted. Returns the steps it may be repeated."""
+        seqs = self._seqs
+        n_decode = max(len(plan.tokens), 1)
+        wanted = cells + n_decode * PRESSURE_STEPS
+        free = self._kv_tokens - seqs.cells_running() - seqs.cache.retained()
         if free < wanted:
-            freed = seqs.slots.evict_oldest(wanted - free)
-            self.result.counters.evicted_tokens += freed
+            freed, ns = seqs.cache.evict_retained(wanted - free, self.now)
             free += freed
+            self.now += ns
         steps = max(1, free // n_decode)
-        return fitted.plan, min(plan.repeat, steps) if plan.repeat else steps
+        return min(plan.repeat, steps) if plan.repeat else steps
 
     def _sleep(self, until_ns: int) -> None:
         start, arrival = self.now, self._feed.next_ns

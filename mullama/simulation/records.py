@@ -19,13 +19,15 @@ class SimConfig:
     n_batch: int = 512
     kv_tokens: int = 0  # KV of all running requests; 0: slots times context
     swap_tokens: int = EVER  # KV of preempted requests kept in host memory
+    host_tokens: int = 1 << 16  # KV of prefixes kept in host memory when slots give them up (--kv-host-bytes)
     sampled: bool = False  # tokens cost what the default samplers cost; otherwise what greedy ones do
     batch_steps: bool = True  # equal steps at once: the same result, sooner
 
     def __post_init__(self) -> None:
         """Raises ConfigError for sizes that no engine has."""
-        if min(self.n_slots, self.n_ctx, self.n_batch) < 1 or min(self.kv_tokens, self.swap_tokens) < 0:
-            raise ConfigError("slots, context and batch size must be at least 1, KV and swap tokens at least 0")
+        least_one = min(self.n_slots, self.n_ctx, self.n_batch)
+        if least_one < 1 or min(self.kv_tokens, self.swap_tokens, self.host_tokens) < 0:
+            raise ConfigError("slots, context and batch size must be at least 1, KV, swap and host tokens at least 0")
 
 
 @dataclass(slots=True, frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mullama.kv.choice import ESTIMATES
+from mullama.kv.tree import TOKEN_BYTES
 from mullama.scheduling import Plan, SeqView
+from mullama.simulation.cache import Cache, Texts, own
 from mullama.simulation.costs import CostModel
-from mullama.simulation.slots import Content, Slots
 from mullama.types import Preempt, SeqState
 from mullama.workload.base import TraceRequest
 
@@ -23,18 +26,12 @@ class SimSequence:
     view: SeqView
     index: int
     request: TraceRequest
-    content: Content
     found: int | None  # prompt tokens it is known to find in the cache; None: what matches
+    key: bytes = b""  # its prompt as the prefix tree takes it; empty: nobody needed it yet
     slot: int = -1
     saved: bool = False  # while PREEMPTED: its KV is in host memory
     computed: int = 0  # tokens it had in the KV cache when it was preempted
-    cached: int = 0
     token_ns: list[int] = field(default_factory=list)
-
-    @classmethod
-    def new(cls, view: SeqView, index: int, request: TraceRequest, found: int | None) -> SimSequence:
-        content = Content(index, request.prompt_tokens, request.blocks, request.block_tokens)
-        return cls(view, index, request, content, found)
 
     @property
     def left(self) -> int:
@@ -61,7 +58,10 @@ class Sequences:
     def __init__(self, config: SimConfig, costs: CostModel, timing: StepCosts, counters: Counters) -> None:
         self.live: dict[int, SimSequence] = {}
         self.views: dict[int, SeqView] = {}
-        self.slots = Slots(config.n_slots)
+        self.cache = Cache(config, costs, counters)
+        self._texts = Texts()
+        self._n_added = 0
+        self._estimated = (-1, -1)  # version of the cache, and arrivals, when the queue was last looked up in it
         self._running: dict[int, SimSequence] = {}
         self._swap_tokens = config.swap_tokens
         self._parked = 0  # tokens in host memory
@@ -73,6 +73,9 @@ class Sequences:
     def add(self, seq: SimSequence) -> None:
         self.live[seq.view.id] = seq
         self.views[seq.view.id] = seq.view
+        self._n_added += 1
+        if seq.found is not None:
+            seq.view.expect(seq.found)
 
     def load(self) -> tuple[int, int]:
         """Sequences that decode, and their cells."""
@@ -87,15 +90,15 @@ class Sequences:
     def start(self, handle: int, now: int) -> int:
         """Give a queued sequence a slot."""
         seq = self.live[handle]
-        view = seq.view
+        view, cache = seq.view, self.cache
         is_new = view.state is SeqState.WAITING
-        matters = not seq.saved and seq.found is None and (not is_new or bool(seq.content.blocks))
-        slot, reuse, evicted, moved = self.slots.place(seq.content if matters else None, seq.n_tokens)
-        ns = self._costs.move_ns(moved)
-        state = SeqState.PREFILL
+        state, served = SeqState.PREFILL, 0
+        if seq.saved or (is_new and seq.found is not None):
+            slot, ns = cache.clear_slot(now)
+        else:
+            slot, served, ns = cache.seat(self._known(seq), seq.n_tokens - 1, now)
+        reuse = served
         if seq.saved:
-            # What it restores takes the place of what the slot retains.
-            evicted += self.slots.evict(slot)
             ns += round(view.cells * self._costs.restore_token_ns)
             self._counters.swapped_tokens += view.cells
             self._parked -= view.cells
@@ -103,20 +106,48 @@ class Sequences:
         elif is_new:
             if seq.found is not None:
                 reuse = min(seq.found, view.prompt_tokens - 1)
-            seq.cached = reuse
+            view.cached_tokens = reuse
         else:
             self._counters.recomputed_tokens += max(seq.computed - reuse, 0)
         seq.saved = False
         if view.generated and reuse == seq.n_tokens - 1:
             state = SeqState.DECODE
-        self._counters.evicted_tokens += evicted
         view.cells = reuse
         view.prefill_left = 0 if state is SeqState.DECODE else seq.n_tokens - reuse
         seq.slot = slot
-        self.slots.occupy(slot, handle, seq.content)
+        cache.occupy(slot, seq, self._known(seq), now, served=served if is_new else 0)
         self._running[handle] = seq
         seq.move(state, now + ns)
         return ns
+
+    def waits_for_prefix(self, handle: int, plan: Plan) -> bool:
+        """Whether another request is computing the prefix that this one needs: then it is computed once."""
+        seq = self.live[handle]
+        if seq.view.state is not SeqState.WAITING or seq.found is not None:
+            return False
+        return self.cache.waits_for(self._key(seq), seq.view.prompt_tokens - 1, plan.tokens)
+
+    def estimate(self) -> None:
+        """Tell the policy what the next ones in the queue will have to compute, as far as the KV cache changed."""
+        known = (self.cache.version, self._n_added)
+        if known == self._estimated:
+            return
+        self._estimated = known
+        queued = (seq for seq in self.live.values() if seq.view.state is SeqState.WAITING)
+        for seq in itertools.islice(queued, ESTIMATES):
+            if seq.found is None:
+                now, later, _ = self.cache.expected(self._key(seq), seq.view.prompt_tokens - 1)
+                seq.view.expect(max(now, later))
+
+    def _key(self, seq: SimSequence) -> bytes:
+        if not seq.key:
+            seq.key = self._texts.prompt(seq.index, seq.request)
+        return seq.key
+
+    def _known(self, seq: SimSequence) -> bytes:
+        """Its prompt and what it generated."""
+        generated = seq.view.generated
+        return self._key(seq) + own(seq.index, generated) if generated else self._key(seq)
 
     def preempt(self, handle: int, how: Preempt, now: int) -> int:
         """The request's own wish goes before ``how``; AUTO takes the cheaper way."""
@@ -131,10 +162,10 @@ class Sequences:
             self._counters.swapped_tokens += view.cells
             self._parked += view.cells
             view.prefill_left = 0 if view.state is SeqState.DECODE else seq.n_tokens - view.cells
-            self._leave(seq, 0)
+            self._leave(seq, 0, now)
         else:
             view.prefill_left = seq.n_tokens
-            self._leave(seq, view.cells)
+            self._leave(seq, view.cells, now)
             view.cells = 0
         view.preemptions += 1
         self._counters.preemptions += 1
@@ -146,14 +177,15 @@ class Sequences:
             return False
         return how is Preempt.SWAP or self._costs.move_ns(cells) < self._prefill_token_ns * cells
 
-    def _leave(self, seq: SimSequence, retain: int) -> None:
-        self.slots.release(seq.slot, retain, self._counters.steps)
+    def _leave(self, seq: SimSequence, retain: int, now: int) -> None:
+        """Its slot retains so many of its tokens."""
+        self.cache.leave(seq.slot, self._known(seq)[: TOKEN_BYTES * retain], now)
         del self._running[seq.view.id]
         seq.slot = -1
 
     def finish(self, seq: SimSequence, now: int) -> None:
         """It has all of its tokens; its slot retains their KV."""
-        self._leave(seq, seq.view.cells)
+        self._leave(seq, seq.view.cells, now)
         seq.move(SeqState.DONE, now)
         del self.live[seq.view.id], self.views[seq.view.id]
 
@@ -162,12 +194,12 @@ class Sequences:
     def close_holes(self) -> int:
         """Keep running sequences on the lowest slots without gaps, where the move costs less than the gap."""
         spent = 0
-        for low, high in self.slots.holes():
-            seq = self.live[self.slots.slots[high].handle]
+        for low, high in self.cache.holes():
+            seq = self.cache.running[high]
+            assert seq is not None, "holes() moves running sequences"
             if self._costs.move_ns(seq.view.cells) < self._timing.gap_ns(seq.view.tokens_left):
-                spent += self._costs.move_ns(seq.view.cells + self.slots.slots[low].cells)
-                self.slots.exchange(low, high)
-                seq.slot = low
+                spent += self._costs.move_ns(seq.view.cells + self.cache.retained_in(low))
+                self.cache.exchange(low, high)
                 self._counters.moves += 1
         return spent
 
@@ -177,6 +209,8 @@ class Sequences:
         prefill: list[tuple[SimSequence, int]] = []
         for handle, n in plan.tokens.items():
             seq = self.live[handle]
+            if seq.slot < 0:
+                continue  # it waits for a prefix
             if seq.view.state is SeqState.DECODE:
                 decode.append(seq)
             else:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mullama.errors import MullamaError, PluginError
-from mullama.plugins import is_fault, publish, said
+from mullama.logs import said
+from mullama.plugins import is_fault, publish
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
 from mullama.simulation.costs import CostModel
 from mullama.simulation.differences import differences

@@ -25,8 +25,8 @@ from kv_engine_support import (
 )
 
 from mullama.engine.engine import Engine
-from mullama.engine.kvfind import LEAST_GAIN
 from mullama.errors import ComputeFailed
+from mullama.kv.choice import LEAST_GAIN
 from mullama.kv.events import KvEventKind
 from mullama.scheduling import EngineState, Fcfs, Plan
 from mullama.types import FinishReason, Preempt, Request, SeqState

@@ -132,13 +132,22 @@ def check(outcomes: list[Outcome], played: Workload) -> None:
     n_slots=st.integers(1, 5),
     kv_tokens=st.sampled_from([0, 520, 800]),
     swap_tokens=st.sampled_from([0, 300, 1 << 62]),
+    host_tokens=st.sampled_from([0, 200, 1 << 16]),
 )
 def test_nothing_is_lost(
-    name: str, requests: list[TraceRequest], n_clients: int, n_slots: int, kv_tokens: int, swap_tokens: int
+    name: str,
+    requests: list[TraceRequest],
+    n_clients: int,
+    n_slots: int,
+    kv_tokens: int,
+    swap_tokens: int,
+    host_tokens: int,
 ) -> None:
     """Any workload, policy and pressure: all requests end with their tokens, and one step at a time gives the same."""
     played = a_workload(requests, n_clients)
-    config = SimConfig(n_slots=n_slots, n_ctx=512, n_batch=256, kv_tokens=kv_tokens, swap_tokens=swap_tokens)
+    config = SimConfig(
+        n_slots=n_slots, n_ctx=512, n_batch=256, kv_tokens=kv_tokens, swap_tokens=swap_tokens, host_tokens=host_tokens
+    )
     found = simulate(played, make(name), costs(), config)
     check(found.outcomes, played)
     counters = found.counters
@@ -201,8 +210,34 @@ def test_a_retained_prefix_is_found() -> None:
     assert cached(TraceRequest(0, 50, 2), TraceRequest(9, 50, 2)) == [0, 0]
 
 
-def test_a_running_sequence_is_no_prefix() -> None:
-    assert cached(blocks(1, prompt=40), blocks(1, prompt=40)) == [0, 0]
+def test_a_prefix_that_is_being_computed_is_waited_for_and_copied() -> None:
+    """Two at once: it is computed once, unless there is hardly anything to gain."""
+    assert cached(blocks(1, prompt=40), blocks(1, prompt=40)) == [0, 32]
+    short = TraceRequest(0.0, 40, 2, blocks=(1,), block_tokens=31)
+    assert cached(short, short) == [0, 0]
+    # The first one runs on while the second takes its prefix from it.
+    found = simulate(
+        Workload((TraceRequest(0.0, 100, 50, blocks=(1, 2), block_tokens=50), blocks(1, prompt=9, at_s=0.3))),
+        Fcfs(), plain(),
+    )  # fmt: skip
+    assert [outcome.cached_tokens for outcome in found.outcomes] == [0, 8]
+    assert found.outcomes[1].finished_s < found.outcomes[0].finished_s
+
+
+def test_what_a_slot_gives_up_waits_in_host_memory() -> None:
+    """Two slots and three prompts: the first is restored, as far as host memory goes, at what restoring costs."""
+    one, two, three = (blocks(i, prompt=40, at_s=9.0 * i) for i in (1, 2, 3))
+    again = blocks(1, prompt=40, at_s=36.0)
+    assert cached(one, two, three, again, n_slots=2) == [0, 0, 0, 32]
+    assert cached(one, two, three, again, n_slots=2, host_tokens=0) == [0, 0, 0, 0]
+    assert cached(one, two, three, again, n_slots=2, host_tokens=33) == [0, 0, 0, 32]
+    assert cached(one, two, three, again, n_slots=2, host_tokens=31) == [0, 0, 0, 0], "a piece has 32 tokens"
+    costly = plain(save_token_ns=1 * MS // 4, restore_token_ns=1 * MS // 2)
+    played = Workload((one, two, three, again))
+    found = simulate(played, Fcfs(), costly, SimConfig(2)).outcomes[3]
+    assert found.cached_tokens == 32
+    # The second prompt's 41 tokens are saved, the third's 41 change places, 32 of its own are restored, 8 computed.
+    assert found.token_s[0] - 36 == pytest.approx(0.041 / 4 + 0.041 * 3 / 4 + 0.032 / 2 + 0.008)
 
 
 def test_the_longest_match_wins_and_the_oldest_prefix_goes() -> None:
@@ -211,7 +246,7 @@ def test_the_longest_match_wins_and_the_oldest_prefix_goes() -> None:
     # Two slots: the third prompt pushes out the first, and the second is still there.
     one, two, three = (blocks(i, prompt=40, at_s=9.0 * i) for i in (1, 2, 3))
     again = [blocks(i, prompt=40, at_s=9.0 * (4 + n)) for n, i in enumerate((2, 1))]
-    assert cached(one, two, three, *again, n_slots=2) == [0, 0, 0, 32, 0]
+    assert cached(one, two, three, *again, n_slots=2, host_tokens=0) == [0, 0, 0, 32, 0]
 
 
 def test_a_found_prefix_is_not_computed() -> None:
@@ -301,7 +336,7 @@ def test_kv_that_was_given_up_is_computed_again() -> None:
     urgent = [TraceRequest(0.15, 50, 20, priority=0) for _ in range(2)]
     played = Workload((TraceRequest(0.0, 100, 30, priority=9), *urgent))
     policy = registry.create("preemptive", {"method": "recompute"})
-    found = simulate(played, policy, plain(), SimConfig(n_slots=2, n_ctx=256))
+    found = simulate(played, policy, plain(), SimConfig(n_slots=2, n_ctx=256, host_tokens=0))
     assert found.counters.preemptions == 1
     before = sum(at <= 0.16 for at in found.outcomes[0].token_s)
     assert found.counters.recomputed_tokens in range(100 + before - 2, 100 + before + 1)
