@@ -153,7 +153,7 @@ def test_whatever_a_policy_raises_costs_it_its_job(
         one = host(policy)
         assert one.plan(now()).tokens
         assert one.fallback is not None
-        assert one.fallback["reason"] == f"plan() raised {error.__name__}: now"
+        assert one.fallback["reason"].startswith(f"plan() raised {error.__name__}: now")
 
 
 @pytest.mark.parametrize("error", EXITS)
@@ -162,7 +162,7 @@ def test_a_shadow_that_raises_is_off(error: type[BaseException]) -> None:
         return  # on the main thread, where this test runs, that is Ctrl-C
     shadow = ShadowPolicy(Mine(does=raises(error)), "mine")
     shadow.observe(now(), Plan({1: 1}), views().values())
-    assert shadow.off == f"plan() raised {error.__name__}: now"
+    assert shadow.off is not None and shadow.off.startswith(f"plan() raised {error.__name__}: now")
 
 
 def test_no_word_of_an_exception_runs_on_the_engine_thread(host: Callable[[Any], PolicyHost]) -> None:
@@ -175,7 +175,7 @@ def test_no_word_of_an_exception_runs_on_the_engine_thread(host: Callable[[Any],
 
     one = host(Mine(does=raises(Sly)))
     one.plan(now())
-    assert one.fallback is not None and one.fallback["reason"] == "plan() raised Sly: sly"
+    assert one.fallback is not None and one.fallback["reason"].startswith("plan() raised Sly: sly")
     assert threads == {"mullama-planner-./mine.py:Mine"}
 
 
