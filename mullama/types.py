@@ -129,6 +129,7 @@ class Request:
     preempt: Preempt = Preempt.AUTO  # how it may be preempted
     cache_salt: str = ""  # requests with different ones never share KV
     tenant: str | None = None  # whose key sent it, where keys tell clients apart
+    prepared: Any = None  # what ``EngineClient.prepare`` made of ``sampling``; None: ``submit`` does it
     shares_cache: bool = False  # other tenants' KV is beside its own: its profile quotes none of it and names nobody
     context_shift: bool = False  # when the context is full, drop older tokens and go on
     lora: tuple[LoraUse, ...] = ()  # adapters that compute it; none: the bare model

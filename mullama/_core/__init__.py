@@ -40,7 +40,7 @@ from mullama._core.model import Model, chat_template_names, devices, llama_cpp_v
 from mullama._core.page import Page
 from mullama._core.parking import Parked
 from mullama._core.quantize import quantize, quantize_types
-from mullama._core.sampling import check_params
+from mullama._core.sampling import Sampling, check_params
 from mullama._core.swap import Carrier
 from mullama._core.vacancy import Vacancy
 
@@ -58,6 +58,7 @@ __all__ = [
     "Model",
     "Page",
     "Parked",
+    "Sampling",
     "StopText",
     "Vacancy",
     "arbiter",

@@ -28,6 +28,7 @@ from mullama._core import (
     Model,
     Page,
     Parked,
+    Sampling,
     StopText,
     Vacancy,
     kernels,
@@ -246,6 +247,11 @@ CALLS: dict[str, Callable[..., bool]] = {
     "model.Model.render_chat": lambda m: "hi" in m.render_chat(b'[{"role":"user","content":"hi"}]'),
     "model.Model.chat_template": lambda m: "messages" in m.chat_template(),
     "sampling.check_params": lambda: mullama._core.check_params(SamplingParams()) is None,
+    "sampling.Breaker": lambda: mullama._core.sampling.Breaker() is not None,
+    "sampling.BreakerTable": lambda: mullama._core.sampling.BreakerTable() is not None,
+    "sampling.Sampling": lambda m: Sampling(m, SamplingParams()) is not None,
+    "sampling.Sampling.model": lambda m: Sampling(m, SamplingParams()).model is m,
+    "sampling.Sampling.breaker_sequences": lambda m: Sampling(m, SamplingParams()).breaker_sequences == [],
     "gate.scan": lambda: mullama._core.gate.scan([1.0, 3.0, 2.0]) == 1,
     "gate.StopText": lambda: StopText(["x"]) is not None,
     "gate.StopText.ended_by": lambda t: t.ended_by == -1,
@@ -374,9 +380,10 @@ def subject(
     kind = request.param.split(".")[1]
     layers = ("Machine", "Slots", "Parking", "Core")  # one is built on the other
     on_core = (*layers, "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy", "Adapter", "Divergence")
-    model = Model(tiny_model()) if kind in ("Model", "weights_by_layout", *on_core) else None
+    model = Model(tiny_model()) if kind in ("Model", "Sampling", "weights_by_layout", *on_core) else None
     core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
-    arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "weights_by_layout": (model,), "Parked": (core,)}
+    arguments: dict[str, tuple[Any, ...]] = dict.fromkeys(("Model", "Sampling", "weights_by_layout"), (model,))
+    arguments["Parked"] = (core,)
     arguments |= dict.fromkeys(layers, (core,))
     if core is not None:
         arguments["Cells"] = (Cells(core),)
