@@ -11,8 +11,8 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import pytest
+import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "vendor" / "llama.cpp" / "src"
@@ -111,7 +111,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def build(pre: str) -> Path:
         path = folder / f"{re.sub('[^a-z0-9]', '_', pre.lower())}.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
+        writer = tiny._writer.GGUFWriter(str(path), "llama")
         writer.add_context_length(64)
         writer.add_embedding_length(8)
         writer.add_block_count(1)

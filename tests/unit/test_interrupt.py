@@ -19,6 +19,7 @@ from mullama.errors import LoadCancelled
 PRELUDE = """
 import atexit, hashlib, signal, sys, time
 from mullama.cli.interrupt import ends_by_signal, on_interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 def ready():
     print("ready", flush=True)
 """
