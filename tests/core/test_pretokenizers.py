@@ -22,7 +22,7 @@ needs_source = pytest.mark.skipif(not (SOURCE / "llama-vocab.cpp").exists(), rea
 
 
 def names() -> list[str]:
-    """The values of ``tokenizer.ggml.pre`` that llama.cpp compares with; one for each way, or all with MULLAMA_LONG=1."""
+    """The values of ``tokenizer.ggml.pre`` that llama.cpp knows; one for each way, or all with MULLAMA_LONG=1."""
     source = (SOURCE / "llama-vocab.cpp").read_text(encoding="utf-8")
     found: list[str] = []
     for condition in re.findall(r"if \(([^;{}]*tokenizer_pre ==[^;{}]*)\) \{", source):
