@@ -9,6 +9,7 @@ Precedence: flag, environment, file, default.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import re
@@ -183,7 +184,11 @@ class ServeConfig:
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for options that contradict each other."""
+        """Raises ConfigError for a value that an option cannot have, and for options that contradict each other."""
+        for opt in options():
+            value = getattr(self, opt.name)
+            if value != default_of(opt):
+                setattr(self, opt.name, _convert(opt, value, opt.name))
         if self.deterministic and self.kv_layout == "unified":
             raise ConfigError(
                 "deterministic needs kv_layout streams; in unified the order of cells changes the last bits of sums",
@@ -232,11 +237,12 @@ def load_config(
     *,
     env: Mapping[str, str] | None = None,
     file: Path | None = None,
+    where: str = "--",
 ) -> ServeConfig:
     """Merge flags over environment over file over defaults, and check every value.
 
-    ``flags`` holds only what the user gave. Raises ConfigError naming the option, where it came from, and what
-    would be right.
+    ``flags`` holds only what the user gave; ``where`` is put before their names in errors. Raises ConfigError naming
+    the option, where it came from, and what would be right.
     """
     env = os.environ if env is None else env
     known = {opt.name: opt for opt in options()}
@@ -253,8 +259,14 @@ def load_config(
         text = env.get(f"{ENV_PREFIX}{key.upper()}")
         if text is not None:
             values[key] = _convert(opt, text, f"{ENV_PREFIX}{key.upper()}")
-    for key, value in (flags or {}).items():
-        values[key] = _convert(known[key], value, f"--{key.replace('_', '-')}")
+    for name, value in (flags or {}).items():
+        key = name.replace("-", "_") if isinstance(name, str) else name
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"{where}{name}: there is no such option{hint}", param=str(name))
+        shown = key.replace("_", "-") if where == "--" else key
+        values[key] = _convert(known[key], value, f"{where}{shown}")
     return ServeConfig(**values)
 
 
@@ -301,7 +313,9 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
             raise ConfigError(f"{source}: expected a list of texts", param=opt.name)
         value = list(value)
     elif not isinstance(value, str):
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         else:
             raise ConfigError(f"{source}: expected a text", param=opt.name)

@@ -5,10 +5,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from mullama.errors import StoreError
+
+STDIO = Path("-")  # stands for stdin where a file is read, for stdout where one is written
+
+
+def read_file(path: Path) -> bytes:
+    """What a file, or stdin, holds. Raises OSError."""
+    return sys.stdin.buffer.read() if path == STDIO else path.read_bytes()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text to a file in UTF-8, or to stdout. Raises OSError."""
+    if path == STDIO:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        path.write_text(text, encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 
 from mullama.cli.options import config_from, config_options
 from mullama.config import DEFAULT_MODEL
+from mullama.files import STDIO
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
@@ -27,7 +29,11 @@ CONFIG_OPTIONS = (
 @click.command(short_help="Measure what steps cost on this machine, for simulate.")
 @click.option("--model", "reference", metavar="MODEL", help="model to measure  [default: the default model]")
 @click.option(
-    "--out", required=True, metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="cost file to write"
+    "--out",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="cost file to write; -: to stdout",
 )
 @click.option(
     "--seconds",
@@ -47,14 +53,15 @@ def command(reference: str | None, out: Path, seconds: float, **params: Any) -> 
     from mullama.simulation import write_costs
 
     config = replace(config_from(params), threads_fixed=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.touch()  # a file that cannot be written is no surprise after a minute's work
+    if out != STDIO:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()  # a file that cannot be written is no surprise after a minute's work
     found = find_model(reference or (config.model[0] if config.model else DEFAULT_MODEL))
     try:
         with StepProgress("calibrate") as progress:
             costs = _measure(found, config, seconds, progress.update)
     except BaseException:
-        if out.stat().st_size == 0:
+        if out != STDIO and out.stat().st_size == 0:
             out.unlink()
         raise
     write_costs(out, costs)
@@ -114,14 +121,13 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
 
 def _show(costs: CostModel, out: Path) -> None:
     """The main figures, as a check."""
+    echo = functools.partial(click.echo, err=out == STDIO)
     rows = [int(n) for n in costs.decode.x]
     chunk = int(costs.prefill.x[-1])
-    click.echo(f"{out}: {costs.about['model']['name']}, {costs.about['threads']} threads; milliseconds")
-    click.echo(
-        "  decode of " + ", ".join(f"{n}: {costs.decode_ns(n, 256, 256) / 1e6:.2f}" for n in rows) + " sequences"
-    )
-    click.echo(f"  prompt of {chunk} tokens: {costs.prefill_ns(chunk, 0) / 1e6:.1f}")
-    click.echo(
+    echo(f"{out}: {costs.about['model']['name']}, {costs.about['threads']} threads; milliseconds")
+    echo("  decode of " + ", ".join(f"{n}: {costs.decode_ns(n, 256, 256) / 1e6:.2f}" for n in rows) + " sequences")
+    echo(f"  prompt of {chunk} tokens: {costs.prefill_ns(chunk, 0) / 1e6:.1f}")
+    echo(
         f"  step {costs.step_ns / 1e6:.3f} + {costs.token_ns / 1e6:.3f} a token, plan {costs.plan_ns / 1e6:.3f}, "
         f"new graph {costs.rebuild_ns / 1e6:.3f}, waking {costs.wake_ns / 1e6:.3f}"
     )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mullama.cli.options import config_from, config_options
+from mullama.cli.options import JSON_HELP, config_from, config_options
 from mullama.config import DEFAULT_MODEL, ServeConfig
+from mullama.files import STDIO
 
 if TYPE_CHECKING:
     from mullama.compare.runner import PolicySpec, Run
@@ -25,7 +26,7 @@ CONFIG_OPTIONS = (
 )
 _CTX_STEP = 256  # an automatic context is a multiple of it
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
 _MS = click.FloatRange(min=0, min_open=True)
 
@@ -47,8 +48,10 @@ _MS = click.FloatRange(min=0, min_open=True)
 @click.option("--slo-e2e-ms", type=_MS, metavar="MS", help="goodput: most time to the end of the answer")
 @click.option("--out", type=_FOLDER, metavar="DIR", help="write report, trace, outcomes and plots to DIR")
 @click.option("--plots/--no-plots", default=True, help="with --out: draw figures (needs matplotlib)")
-@click.option("--json", "json_file", type=_FILE, metavar="FILE", help="write the report as JSON to FILE")
-@click.option("--record", type=_FILE, metavar="FILE", help="write the workload to FILE, for --trace file:FILE")
+@click.option("--json", "json_file", type=_FILE, metavar="FILE", help=JSON_HELP)
+@click.option(
+    "--record", type=_FILE, metavar="FILE", help="write the workload to FILE (-: stdout), for --trace file:FILE"
+)
 @config_options(CONFIG_OPTIONS)
 def command(
     reference: str | None,
@@ -81,6 +84,8 @@ def command(
     # Whatever can be wrong is found before the minutes that loading and measuring take.
     if out is not None and plots:
         require_matplotlib()
+    if json_file == STDIO == record:
+        raise click.UsageError("--json - and --record - cannot both be written to stdout")
     policies = parse_policies(schedulers, policy_args)
     _check(policies)
     workload = parse_workload(spec, seed)
@@ -99,7 +104,7 @@ def command(
         provenance=_provenance(engine, config),
     )
     if runs:
-        click.echo(to_markdown(report), nl=False)
+        click.echo(to_markdown(report), nl=False, err=STDIO in (json_file, record))
     if json_file is not None:
         write_json(json_file, report)
     if out is not None:

@@ -13,6 +13,8 @@ from mullama.config import ENV_PREFIX, ServeConfig, default_of, load_config, opt
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+JSON_HELP = "write the report as JSON to FILE; -: to stdout, and the table to stderr"
+
 
 def flag_name(opt: Field[Any]) -> str:
     return f"--{opt.name.replace('_', '-')}"

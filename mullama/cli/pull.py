@@ -30,12 +30,15 @@ def command(reference: str, force: bool, as_json: bool, **params: Any) -> None:
     from mullama.cli.progress import PullProgress
     from mullama.models.policy import allow_private
     from mullama.models.reference import parse_spec
+    from mullama.models.resolve import in_quant
     from mullama.models.store import Store, named
 
     config = config_from(params)
     allow_private(config.allow_private_sources)
     store = Store()
-    spec = parse_spec(reference, store.lookup, quant=config.quant or None)
+    spec = parse_spec(reference, store.lookup)
+    if config.quant:
+        spec = in_quant(reference, spec, config.quant, store)
     wanted = named(spec.reference, spec.name) if spec.name else spec.reference
     was_there = store.find(wanted.key) is not None and not force
     with PullProgress(wanted.key) as progress:

@@ -61,7 +61,7 @@ def _find_models(config: ServeConfig) -> list[ResolvedModel]:
 
     found: dict[str, ResolvedModel] = {}
     for text in config.model or [DEFAULT_MODEL]:
-        model = find_model(text, config=config)
+        model = find_model(text, config=config, must_be_quant=False)
         if model.name in found:
             raise ConfigError(f"two models are served as '{model.name}'; give one another name with NAME=REFERENCE")
         found[model.name] = model

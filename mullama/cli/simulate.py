@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mullama.cli.options import JSON_HELP
+from mullama.files import STDIO
+
 if TYPE_CHECKING:
     from mullama.compare.runner import PolicySpec, Run
     from mullama.scheduling import Scheduler
@@ -18,12 +21,14 @@ if TYPE_CHECKING:
 
 _CTX_STEP = 256  # a context is a multiple of it
 
-_FILE = click.Path(path_type=Path, dir_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
 _MS = click.FloatRange(min=0, min_open=True)
 
 
 @click.command(short_help="Compare scheduling policies in a simulator.")
-@click.option("--costs", "cost_file", required=True, type=_FILE, metavar="FILE", help="what calibrate wrote")
+@click.option(
+    "--costs", "cost_file", required=True, type=_FILE, metavar="FILE", help="what calibrate wrote; -: from stdin"
+)
 @click.option(
     "--schedulers",
     required=True,
@@ -53,7 +58,7 @@ _MS = click.FloatRange(min=0, min_open=True)
 @click.option("--slo-itl-ms", type=_MS, metavar="MS", help="goodput: most mean time between tokens")
 @click.option("--slo-e2e-ms", type=_MS, metavar="MS", help="goodput: most time to the end of the answer")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="write everything to DIR")
-@click.option("--json", "json_file", type=_FILE, metavar="FILE", help="write the report as JSON to FILE")
+@click.option("--json", "json_file", type=_FILE, metavar="FILE", help=JSON_HELP)
 def command(
     cost_file: Path,
     schedulers: str,
@@ -112,7 +117,7 @@ def command(
     report["notes"].insert(0, f"simulated, by costs of {costs.about.get('date', 'an unknown date')}")
     for entry in report["policies"]:
         entry["counters"] = counters[entry["label"]]
-    click.echo(to_markdown(report), nl=False)
+    click.echo(to_markdown(report), nl=False, err=json_file == STDIO)
     n = sum(len(run.outcomes) for run in runs)
     click.echo(f"simulated {n} requests in {spent:.2f} s: {n / max(spent, 1e-9):,.0f} a second", err=True)
     if json_file is not None:

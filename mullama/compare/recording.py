@@ -10,12 +10,14 @@ from typing import Any
 
 from mullama.compare.report import to_markdown
 from mullama.compare.runner import Run
+from mullama.files import write_text
 from mullama.workload.base import Workload
 from mullama.workload.recorded import write_outcomes, write_trace
 
 
 def write_json(file: Path, report: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a report as JSON to a file, or for ``-`` to stdout."""
+    write_text(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_folder(folder: Path, report: Mapping[str, Any], runs: Sequence[Run], workload: Workload) -> None:

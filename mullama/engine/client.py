@@ -16,8 +16,11 @@ from mullama.types import Delta, Finish, ModelInfo, Request
 class Generation(Protocol):
     """One submitted request. ``finish`` is set once it ended, whatever the reason."""
 
-    id: str
-    finish: Finish | None
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def finish(self) -> Finish | None: ...
 
     def cancel(self) -> None:
         """Stop it from any thread; its KV is free within one step. Harmless when it has ended."""
@@ -36,7 +39,7 @@ class AsyncGeneration(Generation, Protocol):
 
 
 class SyncGeneration(Generation, Protocol):
-    """The same for threads."""
+    """The same for threads. One that nobody refers to any more is cancelled."""
 
     def __iter__(self) -> Iterator[Delta]: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from mullama.cli import calibrate
 from mullama.cli.main import main
 from mullama.errors import ModelLoadError
 from mullama.simulation import read_costs, write_costs
-from mullama.workload.recorded import read_outcomes
+from mullama.workload.recorded import read_outcomes, write_trace
+from mullama.workload.spec import parse_workload
 
 TRACE = "poisson:rate=3,n=40,prompt=uniform(20,200),out=20"
 ABOUT = {
@@ -216,3 +218,41 @@ def test_the_error_of_the_simulator(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert simulator_error.main(["--costs", "slow.json", "real"]) == 0
     assert simulator_error.main(["--costs", "slow.json", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+# -- stdin and stdout -------------------------------------------------------------------------------------------------
+
+
+def test_a_dash_is_stdout(run: Run, tmp_path: Path) -> None:
+    status, out, err = simulate(run, "--schedulers", "fcfs", "--json", "-")
+    assert status == 0, err
+    report = json.loads(out)
+    assert [entry["label"] for entry in report["policies"]] == ["fcfs"]
+    assert "| fcfs |" in err, "the table does not get in between"
+    assert not (tmp_path / "-").exists()
+
+
+def test_a_dash_is_stdin(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (tmp_path / "costs.json").read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    status, out, err = run("simulate", "--costs", "-", "--trace", TRACE, "--schedulers", "fcfs")
+    assert status == 0, err
+    assert "| fcfs |" in out
+
+
+def test_a_trace_comes_through_a_pipe(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_trace(tmp_path / "t.jsonl", parse_workload(TRACE, 5))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "t.jsonl").read_bytes())))
+    argv = ("--costs", "costs.json", "--schedulers", "fcfs", "--json", "-")
+    piped = json.loads(run("simulate", "--trace", "file:-", *argv)[1])
+    read = json.loads(run("simulate", "--trace", "file:t.jsonl", *argv)[1])
+    assert piped["policies"] == read["policies"]
+
+
+def test_a_calibration_goes_to_stdout(run: Run, tmp_path: Path, measured: list[Any]) -> None:
+    status, out, err = run("calibrate", "--model", "m", "--out", "-")
+    assert status == 0, err
+    (tmp_path / "new.json").write_text(out)
+    assert read_costs(tmp_path / "new.json").about["model"]["name"] == "small"
+    assert "milliseconds" in err
+    assert not (tmp_path / "-").exists()
