@@ -246,7 +246,7 @@ class Engine(CoreEngine):
                 raise
         return requests
 
-    def _request(self, prompt: Prompt, options: GenerateOptions) -> Request:
+    def _request(self, prompt: Any, options: GenerateOptions) -> Request:
         values = dict(options)
         request: dict[str, Any] = {name: values.pop(name) for name in _REQUEST if name in values}
         if "preempt" in values:

@@ -114,8 +114,10 @@ class EngineClient(Protocol):
     def kv_events(self) -> KvEventLog:
         """What happened to cached KV (GET /internal/kv/events)."""
 
-    async def kv_tree(self, *, limit: int = 1000) -> dict[str, Any]:
+    async def kv_tree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
         """GET /internal/kv/tree: the prefix tree, parents before children, at most ``limit`` nodes of it.
+
+        ``text``: each node also has ``text``, what it holds in words, the middle of a long one left out.
 
         ``nodes``: each ``id``, ``parent`` (None below a root), ``start``, ``end``, ``tokens``, ``slots``, ``owners``
         (request ids), ``tiers``, ``host_bytes``, ``checkpoint_bytes``, ``hits``, ``last_used_ms_ago``,
