@@ -28,7 +28,7 @@ from mullama._core.gate import StopText
 from mullama._core.governor import Governor
 from mullama._core.loop import Core
 from mullama._core.machine import FINISH, TEXT
-from mullama._core.model import Model, devices, llama_cpp_version, set_log_level, system_info
+from mullama._core.model import Model, chat_template_names, devices, llama_cpp_version, set_log_level, system_info
 from mullama._core.page import Page
 from mullama._core.parking import Parked
 from mullama._core.quantize import quantize, quantize_types
@@ -53,6 +53,7 @@ __all__ = [
     "StopText",
     "Vacancy",
     "arbiter",
+    "chat_template_names",
     "check_params",
     "devices",
     "llama_cpp_version",

@@ -268,6 +268,11 @@ cdef class Machine:
         self.waiting = waiting
         self.site(MULLAMA_SITE_PLAN, -1, 0, n_decode, n_prefill)
 
+    def refresh_page(self, uint64_t waiting):
+        """Bring the page up to date between runs: what nobody computes for would stand in it as it was."""
+        self.waiting = waiting
+        self.publish()
+
     def note_idle(self, uint64_t ns, uint64_t waiting):
         """Account a wait for commands; keeps the heartbeat fresh."""
         self.waiting = waiting

@@ -53,6 +53,9 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Serve GGUF models with llama.cpp, with every decision of the server visible and replaceable."""
+    from mullama import logs
+
+    logs.set_up("warning")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

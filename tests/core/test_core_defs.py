@@ -205,6 +205,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "page.site_table": lambda: "OPEN" in mullama._core.page.site_table(),
     "model.init_backend": lambda: mullama._core.model.init_backend() is None,
     "model.set_log_level": lambda: mullama._core.set_log_level("none") is None,
+    "model.chat_template_names": lambda: "llama3" in mullama._core.chat_template_names(),
     "model.devices": lambda: any(d["type"] == "cpu" for d in mullama._core.devices()),
     "model.system_info": lambda: "CPU" in mullama._core.system_info(),
     "model.llama_cpp_version": lambda: bool(mullama._core.llama_cpp_version()),
@@ -263,6 +264,9 @@ CALLS: dict[str, Callable[..., bool]] = {
     "machine.Machine.n_batch": lambda c: c.n_batch == 64,
     "machine.Machine.close": lambda c: c.close() is None and c.close() is None,
     "machine.Machine.note_plan": lambda c: c.note_plan(100, 3, 1, 2) is None and c.counters_dict()["waiting"] == 3,
+    "machine.Machine.refresh_page": lambda c: (
+        c.refresh_page(3) is None and abi.Reader(c.page.buffer()).counters().waiting == 3
+    ),
     "machine.Machine.note_idle": lambda c: c.note_idle(100, 2) is None and c.counters_dict()["waiting"] == 2,
     "machine.Machine.counters_dict": lambda c: running(c).counters_dict()["running"] == 1,
     "machine.Machine.wake_fd": lambda c: c.wake_fd() >= 0,
