@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mullama.errors import ConfigError
+from mullama.files import parse_size
 from mullama.logs import FORMATS
 
 ENV_PREFIX = "MULLAMA_"
@@ -37,9 +38,24 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_n
 _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
 
+#: Titles of the groups that --help shows, each by its first option, in the order of the options.
+GROUPS = {
+    "model": "Models",
+    "host": "Address",
+    "ctx_size": "Context and threads",
+    "kv_tokens": "KV cache",
+    "scheduler": "Scheduling",
+    "deterministic": "Computing",
+    "gpu_layers": "GPUs",
+    "api_key": "Keys and clients",
+    "profile_log": "Logs, events and pages",
+}
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - the field's own word
     """A dataclass field with its documentation. ``metavar``, ``choices``, ``minimum``, ``maximum``, ``pattern`` (of
-    the whole text; shown by the metavar), ``secret`` (a key: never shown, never empty, may be ``@FILE``)."""
+    the whole text; shown by the metavar), ``secret`` (a key: never shown, never empty, may be ``@FILE``), ``unit``
+    ("bytes", as 8GB, or "tokens", as 4k)."""
     meta = {"help": help, **metadata}
     shown = not meta.get("secret", False)
     if isinstance(default, list):
@@ -72,6 +88,7 @@ class ServeConfig:
         "memory that loaded models may take, in bytes; auto: most of what is free at the start; 0: no limit",
         metavar="auto|BYTES",
         pattern=r"auto|\d{1,15}",
+        unit="bytes",
     )
     memory_check: str = option(
         "on",
@@ -100,7 +117,11 @@ class ServeConfig:
     port: int = option(8080, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
 
     ctx_size: int = option(
-        0, "tokens one request may use, prompt and completion; 0: automatic", minimum=0, maximum=_MANY
+        0,
+        "tokens one request may use, prompt and completion; 0: automatic",
+        minimum=0,
+        maximum=_MANY,
+        unit="tokens",
     )
     context_policy: str = option(
         "error",
@@ -110,9 +131,13 @@ class ServeConfig:
     parallel: int = option(0, "requests that run at once; 0: automatic", minimum=0, maximum=256)
     threads: int = option(0, "most CPU threads for compute; 0: all cores this process may use", minimum=0, maximum=512)
     threads_fixed: bool = option(False, "keep that number of threads, switch the governor off")
-    batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384)
+    batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384, unit="tokens")
     kv_tokens: int = option(
-        0, "tokens the KV cache holds over all requests; 0: parallel x ctx-size", minimum=0, maximum=_MANY
+        0,
+        "tokens the KV cache holds over all requests; 0: parallel x ctx-size",
+        minimum=0,
+        maximum=_MANY,
+        unit="tokens",
     )
     kv_layout: str = option(
         "streams",
@@ -122,10 +147,14 @@ class ServeConfig:
     kv_type_k: str = option("f16", "type of cached keys", choices=KV_TYPES)
     kv_type_v: str = option("f16", "type of cached values; quantised ones need flash attention", choices=KV_TYPES)
     kv_host_bytes: int = option(
-        -1, "host memory for cached prefixes; -1: a quarter of what is free, 0: none", minimum=-1, maximum=1 << 50
+        -1,
+        "host memory for cached prefixes; -1: a quarter of what is free, 0: none",
+        minimum=-1,
+        maximum=1 << 50,
+        unit="bytes",
     )
     kv_disk_dir: str = option("", "folder where cached prefixes survive a restart; none: no disk tier", metavar="DIR")
-    kv_disk_bytes: int = option(10 << 30, "most bytes in that folder", minimum=1 << 20, maximum=1 << 50)
+    kv_disk_bytes: int = option(10 << 30, "most bytes in that folder", minimum=1 << 20, maximum=1 << 50, unit="bytes")
     kv_policy: str = option(
         "lru",
         "who leaves the KV cache first: lru, lfu, fifo, cost, turns, or a file's class",
@@ -133,7 +162,11 @@ class ServeConfig:
     )
     kv_policy_arg: list[str] = option([], "parameter of that policy; repeatable", metavar="NAME=VALUE")
     swap_bytes: int = option(
-        0, "host memory for the KV of preempted requests; 0: a quarter of what is free", minimum=0, maximum=1 << 50
+        0,
+        "host memory for the KV of preempted requests; 0: a quarter of what is free",
+        minimum=0,
+        maximum=1 << 50,
+        unit="bytes",
     )
     scheduler: str = option(
         "fcfs", "scheduling policy: a name (mullama schedulers), or a file's class", metavar="NAME|FILE:CLASS"
@@ -181,7 +214,7 @@ class ServeConfig:
         secret=True,
     )
     allowed_host: list[str] = option([], "extra Host header to accept; repeatable; * accepts all", metavar="HOST")
-    max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY)
+    max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY, unit="bytes")
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
     drain_delay: float = option(
         0.0,
@@ -317,10 +350,24 @@ _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
 
+def _size(opt: Field[Any], text: str, source: str) -> str:
+    """``8GB`` and ``4k`` in digits; what is none is left for the checks of plain numbers."""
+    if re.fullmatch(r"\s*[+-]?\d*\s*", text):
+        return text
+    unit = opt.metadata["unit"]
+    try:
+        return str(parse_size(text, binary=unit == "tokens"))
+    except ValueError:
+        right = "8GB or 512MiB" if unit == "bytes" else "4096 or 4k"
+        raise ConfigError(f"{source}: '{text}' is not a number of {unit}, as {right}", param=opt.name) from None
+
+
 def _convert(opt: Field[Any], value: Any, source: str) -> Any:
     """Check one value and bring it to the option's type."""
     wanted = option_type(opt)
     meta = opt.metadata
+    if meta.get("unit") and isinstance(value, str) and value != "auto":
+        value = _size(opt, value, source)
     if wanted is bool:
         if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
             value = value.lower() in _TRUE

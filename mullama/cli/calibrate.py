@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 from mullama.cli.options import config_from, config_options
 from mullama.config import DEFAULT_MODEL
 from mullama.files import STDIO
+from mullama.machine.neighbours import LOUD
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
@@ -24,6 +26,9 @@ CONFIG_OPTIONS = (
     *("ctx_size", "parallel", "threads", "batch_size", "flash_attn"),
     *("mmap", "gpu_layers", "device", "split_mode", "tensor_split", "memory_check"),
 )
+
+
+LOOK_S = 0.5  # how long the machine is looked at before anything is measured
 
 
 @click.command(short_help="Measure what steps cost on this machine, for simulate.")
@@ -50,22 +55,37 @@ def command(reference: str | None, out: Path, seconds: float, **params: Any) -> 
     """
     from mullama.cli.loading import find_model
     from mullama.cli.progress import StepProgress
+    from mullama.machine.neighbours import Neighbours
     from mullama.simulation import write_costs
+    from mullama.simulation.calibrate import with_about
 
     config = replace(config_from(params), threads_fixed=True)
     if out != STDIO:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.touch()  # a file that cannot be written is no surprise after a minute's work
     found = find_model(reference or (config.model[0] if config.model else DEFAULT_MODEL))
+    neighbours = Neighbours()
     try:
+        time.sleep(LOOK_S)
+        _warn(neighbours.busy(), "are keeping", "wait until they have ended, or")
         with StepProgress("calibrate") as progress:
             costs = _measure(found, config, seconds, progress.update)
+        costs = with_about(costs, {**costs.about, "neighbours": round(neighbours.busy(), 2)})
     except BaseException:
         if out != STDIO and out.stat().st_size == 0:
             out.unlink()
         raise
     write_costs(out, costs)
     _show(costs, out)
+    _warn(costs.about["neighbours"])
+
+
+def _warn(busy: float, kept: str = "kept", advice: str = "the costs are too high for it;") -> None:
+    if busy > LOUD:
+        click.echo(
+            f"warning: other processes {kept} {busy:.1f} cores busy: {advice} calibrate again on a quiet machine",
+            err=True,
+        )
 
 
 def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress: Any) -> CostModel:
@@ -119,15 +139,26 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
     }
 
 
+def _counted(n: int, word: str) -> str:
+    return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
+
+
 def _show(costs: CostModel, out: Path) -> None:
     """The main figures, as a check."""
     echo = functools.partial(click.echo, err=out == STDIO)
     rows = [int(n) for n in costs.decode.x]
     chunk = int(costs.prefill.x[-1])
-    echo(f"{out}: {costs.about['model']['name']}, {costs.about['threads']} threads; milliseconds")
+    echo(f"{out}: {costs.about['model']['name']}, {_counted(costs.about['threads'], 'thread')}; milliseconds")
     echo("  decode of " + ", ".join(f"{n}: {costs.decode_ns(n, 256, 256) / 1e6:.2f}" for n in rows) + " sequences")
     echo(f"  prompt of {chunk} tokens: {costs.prefill_ns(chunk, 0) / 1e6:.1f}")
     echo(
         f"  step {costs.step_ns / 1e6:.3f} + {costs.token_ns / 1e6:.3f} a token, plan {costs.plan_ns / 1e6:.3f}, "
         f"new graph {costs.rebuild_ns / 1e6:.3f}, waking {costs.wake_ns / 1e6:.3f}"
     )
+    echo(
+        f"  measured: 1 to {_counted(rows[-1], 'sequence')} with up to {costs.decode.y[-1]:,.0f} tokens each, "
+        f"prompt chunks of up to {chunk:,} tokens behind up to {costs.prefill.y[-1]:,.0f}"
+    )
+    slots = (costs.about.get("model") or {}).get("n_parallel") or rows[-1]
+    if slots > rows[-1]:
+        echo(f"  beyond {_counted(rows[-1], 'sequence')} of the {slots} slots costs are extrapolated; raise --seconds")

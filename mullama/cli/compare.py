@@ -152,6 +152,7 @@ def _measure(
     from mullama.cli.loading import find_model, load_engine
     from mullama.cli.progress import StepProgress
     from mullama.compare.runner import compare, ordinary_tokens
+    from mullama.machine.neighbours import Neighbours
     from mullama.workload.prompts import Prompts
 
     found = find_model(reference or (config.model[0] if config.model else DEFAULT_MODEL))
@@ -166,7 +167,9 @@ def _measure(
 
         with StepProgress("compare") as progress, on_interrupt(stop):
             prompts = Prompts(ordinary_tokens(engine), seed)
-            return await compare(engine, policies, workload, prompts, rounds=rounds, progress=progress.update)
+            return await compare(
+                engine, policies, workload, prompts, rounds=rounds, progress=progress.update, busy=Neighbours().busy
+            )
 
     try:
         return engine, asyncio.run(played())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mullama import logs
-from mullama.cli.options import config_from, config_options
+from mullama.cli.options import Grouped, config_from, config_options
 from mullama.config import DEFAULT_MODEL, unknown_variables
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@click.command(short_help="Serve models over HTTP.")
+@click.command(cls=Grouped, short_help="Serve models over HTTP.")
 @config_options()
 def command(**params: Any) -> None:
     """Serve models over an OpenAI-compatible HTTP API, in this process. SIGTERM drains running requests, SIGHUP reads

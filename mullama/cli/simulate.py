@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mullama.cli.options import JSON_HELP
+from mullama.cli.options import JSON_HELP, Size
 from mullama.files import STDIO
 
 if TYPE_CHECKING:
@@ -41,16 +41,22 @@ _MS = click.FloatRange(min=0, min_open=True)
 @click.option("--parallel", type=click.IntRange(1, 256), help="requests that run at once  [default: as calibrated]")
 @click.option(
     "--ctx-size",
-    type=click.IntRange(1, 1 << 24),
+    type=Size(1, 1 << 24),
+    metavar="N",
     help="tokens one request may use  [default: what the longest one needs]",
 )
-@click.option("--batch-size", type=click.IntRange(1, 1 << 14), help="prompt tokens a step  [default: as calibrated]")
+@click.option("--batch-size", type=Size(1, 1 << 14), metavar="N", help="prompt tokens a step  [default: as calibrated]")
 @click.option(
-    "--kv-tokens", type=click.IntRange(0), default=0, help="KV of all running requests  [default: all there is]"
+    "--kv-tokens",
+    type=Size(0, 1 << 40),
+    metavar="N",
+    default=0,
+    help="KV of all running requests  [default: all there is]",
 )
 @click.option(
     "--kv-host-tokens",
-    type=click.IntRange(0),
+    type=Size(0, 1 << 40),
+    metavar="N",
     help="KV of prefixes kept in host memory  [default: as calibrated]",
 )
 @click.option("--sampled", is_flag=True, help="tokens cost what the default samplers cost, not greedy ones")
@@ -58,6 +64,7 @@ _MS = click.FloatRange(min=0, min_open=True)
 @click.option("--slo-itl-ms", type=_MS, metavar="MS", help="goodput: most mean time between tokens")
 @click.option("--slo-e2e-ms", type=_MS, metavar="MS", help="goodput: most time to the end of the answer")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="write everything to DIR")
+@click.option("--plots/--no-plots", default=True, help="with --out: draw figures (needs matplotlib)")
 @click.option("--json", "json_file", type=_FILE, metavar="FILE", help=JSON_HELP)
 def command(
     cost_file: Path,
@@ -75,12 +82,14 @@ def command(
     slo_itl_ms: float | None,
     slo_e2e_ms: float | None,
     out: Path | None,
+    plots: bool,
     json_file: Path | None,
 ) -> None:
-    """Simulate the workload with each policy, and print the table of ``compare``.
+    """Simulate the workload with each policy, and print the table of compare.
 
     The same arguments give the same numbers.
     """
+    from mullama.compare.plots import require_matplotlib, write_plots
     from mullama.compare.recording import write_folder, write_json
     from mullama.compare.report import make_report, to_markdown
     from mullama.compare.runner import parse_policies
@@ -88,6 +97,8 @@ def command(
     from mullama.workload.metrics import Slo
     from mullama.workload.spec import parse_workload
 
+    if out is not None and plots:
+        require_matplotlib()
     costs = read_costs(cost_file)
     policies = parse_policies(schedulers, policy_args)
     workload = parse_workload(spec, seed)
@@ -124,6 +135,8 @@ def command(
         write_json(json_file, report)
     if out is not None:
         write_folder(out, report, runs, workload)
+        if plots:
+            write_plots(out, runs)
 
 
 def _make(policy: PolicySpec) -> Scheduler:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mullama.compare.runner import PolicySpec, Run
+from mullama.machine.neighbours import LOUD
 from mullama.workload.base import Workload
 from mullama.workload.metrics import Slo, measure, median_of
 
@@ -69,6 +70,7 @@ def _policy(policy: PolicySpec, runs: Sequence[Run], workload: Workload, slo: Sl
         "params": own[0].params,
         "fallback": next((run.fallback for run in own if run.fallback), None),
         "late_ms": max(run.late_ms for run in own),
+        "neighbours": [round(run.neighbours, 2) for run in own],
         "median": median_of(metrics),
         "rounds": metrics,
     }
@@ -96,6 +98,11 @@ def _notes(runs: Iterable[Run]) -> Iterable[str]:
             yield f"{run.policy}: {run.exhausted} clients ran out of requests before the end; raise n"
         if run.late_ms > LATE_MS:
             yield f"{run.policy}: requests were sent up to {run.late_ms:.0f} ms late; the machine was too busy"
+        if run.neighbours > LOUD:
+            yield (
+                f"{run.policy}: other processes kept {run.neighbours:.1f} cores busy in round {run.round}; "
+                "its times are longer for it"
+            )
         failures = [outcome.error for outcome in run.outcomes if outcome.error is not None]
         if failures:
             yield f"{run.policy}: {len(failures)} requests failed in round {run.round}, the first with: {failures[0]}"

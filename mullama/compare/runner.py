@@ -44,6 +44,7 @@ class Run:
     fallback: str | None  # why fcfs took over
     late_ms: float
     exhausted: int
+    neighbours: float = 0.0  # cores that other processes kept busy meanwhile
 
 
 def parse_policies(schedulers: str, args: Sequence[str] = ()) -> list[PolicySpec]:
@@ -118,8 +119,11 @@ async def compare(
     rounds: int = 1,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str, float, float], None] = lambda step, done, total: None,
+    busy: Callable[[], float] = lambda: 0.0,
 ) -> list[Run]:
     """Play ``workload`` ``rounds`` times with each policy. Cancelled, it returns the runs that were complete.
+
+    ``busy``: cores that other processes kept busy since it was asked last.
 
     Raises InvalidRequest for an unknown policy or parameter before anything is played, ConfigError when a request does
     not fit the engine, and EngineDead.
@@ -133,7 +137,9 @@ async def compare(
             first = number % len(policies)
             for policy in (*policies[first:], *policies[:first]):
                 step = f"{policy.label}, round {number + 1} of {rounds}"
-                runs.append(await _run(engine, policy, number + 1, workload, prompts, clock, _stepper(progress, step)))
+                runs.append(
+                    await _run(engine, policy, number + 1, workload, prompts, clock, _stepper(progress, step), busy)
+                )
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None:
@@ -153,11 +159,13 @@ async def _run(
     prompts: Prompts,
     clock: Callable[[], float],
     progress: Progress,
+    busy: Callable[[], float],
 ) -> Run:
     """One run from the state that all begin with: nothing running, nothing retained, the machine warm."""
     answer = await engine.set_scheduler(policy.spec, policy.params)
     await play(engine, _warm_up(engine.info, workload), prompts, clock=clock)
     await engine.drop_retained()
+    busy()
     played = await play(engine, workload, prompts, clock=clock, progress=progress)
     fallback = engine.scheduler_snapshot().get("fallback")
     return Run(
@@ -168,6 +176,7 @@ async def _run(
         fallback=str(fallback["reason"]) if fallback else None,
         late_ms=played.late_s * 1e3,
         exhausted=played.exhausted,
+        neighbours=busy(),
     )
 
 

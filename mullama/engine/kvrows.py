@@ -171,7 +171,7 @@ def _parts(cells: Cells, layers: Sequence[Mapping[str, Any]], n: int) -> dict[tu
             if kind is None and array.dtype != np.uint8:
                 cells_are = places[number][f"type_{name}"]
                 raise InvalidRequest(
-                    f"layer {number}, {name}: its cells are {cells_are}: raw bytes (uint8) are needed, not {array.dtype}",
+                    f"layer {number}, {name}: its cells are {cells_are}; bytes (uint8) are needed, not {array.dtype}",
                     param="layers",
                 )
             if kind is not None and not np.issubdtype(array.dtype, np.floating):

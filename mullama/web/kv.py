@@ -7,7 +7,7 @@ from functools import partial
 import falcon.asgi
 
 from mullama.engine.client import EngineClient
-from mullama.errors import InvalidRequest
+from mullama.errors import InvalidRequest, PermissionDenied
 from mullama.web.internal import Internal, Policies, dump
 from mullama.web.kv_events import KvEventStream
 from mullama.web.kv_schemas import Prefix, parse_drop, parse_pin, parse_prefix
