@@ -9,8 +9,10 @@ Precedence: flag, environment, file, default.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import json
 import os
 import re
 import tomllib
@@ -113,7 +115,11 @@ class ServeConfig:
         "how models that compute at once share the cores, step by step",
         choices=("round_robin", "weighted", "priority"),
     )
-    host: str = option("127.0.0.1", "address to listen on")
+    host: str = option(
+        "127.0.0.1",
+        "address to listen on, a name with all of its addresses, or a Unix socket",
+        metavar="HOST|unix:PATH",
+    )
     port: int = option(8080, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
 
     ctx_size: int = option(
@@ -213,7 +219,12 @@ class ServeConfig:
         metavar="KEY|@FILE",
         secret=True,
     )
-    allowed_host: list[str] = option([], "extra Host header to accept; repeatable; * accepts all", metavar="HOST")
+    allowed_host: list[str] = option(
+        [], "extra Host header to accept, .example.org for a domain; repeatable; * accepts all", metavar="HOST"
+    )
+    cors_origin: list[str] = option(
+        [], "web origin whose pages may ask, such as https://chat.example.org; repeatable; * for all", metavar="ORIGIN"
+    )
     max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY, unit="bytes")
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
     drain_delay: float = option(
@@ -362,6 +373,16 @@ def _size(opt: Field[Any], text: str, source: str) -> str:
         raise ConfigError(f"{source}: '{text}' is not a number of {unit}, as {right}", param=opt.name) from None
 
 
+def _list_of(text: str) -> list[Any]:
+    """Texts between commas, or a JSON list, for those that hold a comma themselves."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            found = json.loads(text)
+            if isinstance(found, list):
+                return found
+    return [part.strip() for part in text.split(",")]
+
+
 def _convert(opt: Field[Any], value: Any, source: str) -> Any:
     """Check one value and bring it to the option's type."""
     wanted = option_type(opt)
@@ -388,7 +409,7 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
             raise ConfigError(f"{source}: {value} is out of range; it must be {bounds}", param=opt.name)
     elif wanted == list[str]:
         if isinstance(value, str):
-            parts = [part.strip() for part in value.split(",")]
+            parts = _list_of(value)
             value = parts if meta.get("secret") else [part for part in parts if part]
         if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
             raise ConfigError(f"{source}: expected a list of texts", param=opt.name)

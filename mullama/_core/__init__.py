@@ -1,5 +1,7 @@
 """The compiled room: everything that touches llama.cpp. Importing it loads the shared libraries in mullama/lib.
 
+Raises MachineUnfit, before any of them is loaded, where they need instructions that are not here.
+
 model     weights, vocabulary, chat template
 sampling  SamplingParams to a sampler chain
 governor  thread count from measured step times
@@ -18,6 +20,11 @@ vacancy   a loop without weights for a while
 divergence  how far two models are apart
 quantize  llama.cpp's quantisation, for a process of its own
 """
+
+# ruff: noqa: E402 - the check comes first
+from mullama import instructions
+
+instructions.check()
 
 from mullama._core.adapters import Adapter
 from mullama._core.arbiter import Arbiter, arbiter

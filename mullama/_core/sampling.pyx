@@ -18,6 +18,10 @@ from mullama.errors import InvalidRequest
 cdef enum:
     MAX_SCANNED_TOP_K = 512  # above, building all candidates is no slower
 
+#: Temperatures below draw the largest logit (vLLM's bound too): others differ by more than they leave a chance, and
+#: logits divided by a denormal are infinite.
+GREEDY_BELOW = 1e-5
+
 
 def check_params(params):
     """Raise InvalidRequest, naming the field, unless every number is one that llama.cpp can take."""
@@ -97,7 +101,7 @@ cdef Chain build_chain(Model model, object params, int32_t n_ctx, vector[llama_l
     cdef bint penalties = last_n > 0 and (params.repeat_penalty != 1 or params.frequency_penalty != 0
                                           or params.presence_penalty != 0)
     cdef bint dry = params.dry_multiplier > 0 and params.dry_base >= 1 and dry_last_n > 0
-    cdef bint greedy = params.temperature == 0 or params.top_k == 1
+    cdef bint greedy = params.temperature < GREEDY_BELOW or params.top_k == 1
     if greedy and not penalties and not dry:
         chain.greedy = True
         return chain

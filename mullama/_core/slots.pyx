@@ -196,8 +196,12 @@ cdef class Slots(Machine):
         cdef FinishBody body
         if reason == MULLAMA_FINISH_STOP or reason == MULLAMA_FINISH_LENGTH:
             if stop_index < 0:
-                s.gate.flush(self.released)
+                stop_index = s.gate.flush(self.released)
+                if stop_index >= 0:
+                    reason = MULLAMA_FINISH_STOP
                 s.pending_text.append(self.released)
+            # A character that was cut is left out. Of what went out before, none was.
+            s.pending_text.resize(s.pending_text.size() - utf8_incomplete_tail(s.pending_text))
             self.flush_text(s, 1)
         s.state = MULLAMA_SLOT_DONE
         self.changed = True

@@ -49,24 +49,23 @@ class Repl:
         self._read = read
         self._write = write
         self._style = style
+        self._was_interrupted = False  # by a Ctrl-C at the prompt, and nothing was read since
 
     def run(self) -> None:
         """Until /exit or Ctrl-D. Raises EngineDead when no further reply is possible."""
         info = self._session.engine.info
         self._line(f"{info.name} ({info.n_ctx} tokens of context). /help lists the commands, Ctrl-D leaves.")
-        was_interrupted = False
         while True:
             try:
                 text = self._read_message()
             except KeyboardInterrupt:
-                if was_interrupted:
+                if self._was_interrupted:
                     return
-                was_interrupted = True
+                self._was_interrupted = True
                 self._line("(Ctrl-C again, Ctrl-D or /exit leaves)")
                 continue
             except EOFError:
                 return
-            was_interrupted = False
             if text.startswith(FENCE):
                 # What was fenced is never a command: so a message may start with "/".
                 text = text.removeprefix(FENCE).removesuffix(FENCE).strip("\n")
@@ -80,6 +79,7 @@ class Repl:
     def _read_message(self) -> str:
         """A line, or with its fences everything between \"\"\" and \"\"\"."""
         text = self._read(PROMPT).strip()
+        self._was_interrupted = False
         if text.startswith(FENCE):
             while len(text) < 2 * len(FENCE) or not text.endswith(FENCE):
                 text += "\n" + self._read(MORE).rstrip()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+from mullama.machine.cores import cores as own_cores
 
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 LOUD = 0.25  # cores: neighbours that take so much are worth a word
@@ -24,10 +26,13 @@ class Neighbours:
         *,
         clock: Callable[[], float] = time.monotonic,
         own: Callable[[], float] | None = None,
+        cores: Collection[int] | None = None,
     ) -> None:
+        """``cores``: those that are looked at; None: this process's own. Neighbours on others are nothing to it."""
         self._stat = stat
         self._clock = clock
         self._own = own or _own_seconds
+        self._cores = {f"cpu{core}" for core in (own_cores().affinity if cores is None else cores)}
         self._last = self._now()
 
     def busy(self) -> float:
@@ -40,11 +45,12 @@ class Neighbours:
     def _now(self) -> tuple[float, float, float] | None:
         """The clock, seconds that all processes computed, and this one."""
         try:
-            head = self._stat.read_text(encoding="ascii").split("\n", 1)[0].split()
-            user, _nice, system, _idle, _wait, irq, softirq = map(int, head[1:8])
-        except (OSError, ValueError):  # not Linux, or not for us to see
+            rows = [line.split() for line in self._stat.read_text(encoding="ascii").splitlines()]
+            # user nice system idle iowait irq softirq …, in ticks
+            ticks = sum(int(row[at]) for row in rows if row and row[0] in self._cores for at in (1, 3, 6, 7))
+        except (OSError, ValueError, IndexError):  # not Linux, or not for us to see
             return None
-        return self._clock(), (user + system + irq + softirq) / _TICKS, self._own()
+        return self._clock(), ticks / _TICKS, self._own()
 
 
 def _own_seconds() -> float:

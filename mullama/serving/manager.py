@@ -150,15 +150,20 @@ class ModelManager(IdleMethods, RoomMethods):
             for first in self._served.values():
                 return first
             raise ModelNotFound("no model is served", param="model")
-        for candidate in (name, name.lower()):
-            served = self._served.get(candidate)
-            if served is not None:
-                return served
+        served = self._served.get(name) or self._in_any_case(name)
+        if served is not None:
+            return served
         if len(name) <= 200 and (reference := self._find(name)) is not None:
             with self._lock:
-                return self._served.get(name.lower()) or self.add(name.lower(), reference, from_store=True)
+                return self._in_any_case(name) or self.add(name.lower(), reference, from_store=True)
         known = ", ".join(self._served) or "none"
         raise ModelNotFound(f"the model '{name[:200]}' is not served here; served models: {known}", param="model")
+
+    def _in_any_case(self, name: str) -> Served | None:
+        """What is served as ``name`` but for its capitals; the lower-case one of several."""
+        folded = name.lower()
+        found = [one for served, one in self._served.items() if served.lower() == folded]
+        return self._served.get(folded) or (found[0] if found else None)
 
     def resolve(self, name: str | None) -> tuple[str, EngineClient]:
         """The served name and its engine. Raises ModelNotFound, ModelNotLoaded.
@@ -183,7 +188,7 @@ class ModelManager(IdleMethods, RoomMethods):
         """(name, reference) of what could be loaded as well, and nobody has asked for yet."""
         if self._others is None:
             return []
-        return [(name, reference) for name, reference in self._others() if name not in self._served]
+        return [(name, reference) for name, reference in self._others() if self._in_any_case(name) is None]
 
     @property
     def has_others(self) -> bool:

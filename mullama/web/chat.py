@@ -44,7 +44,7 @@ class ChatCompletions:
     async def _begin(self, req: Request, call: ChatCall, lease: Lease) -> tuple[Group, Options, Dropped | None]:
         """The prompt, and its generations. The group takes over the lease."""
         services, engine = self._services, lease.engine
-        check_named(call.model, call.named, engine)
+        named = check_named(call.model, call.named, engine)
         options = options_of(call.body, engine.info)
         services.keep_alive(call.model, call.body.keep_alive)
         info = engine.info
@@ -63,13 +63,13 @@ class ChatCompletions:
             services,
             lease,
             request_id=new_id("chatcmpl"),
-            model=SEPARATOR.join((call.model, *call.named)),
+            model=SEPARATOR.join((call.model, *named)),
             endpoint="chat.completions",
             prompts=[prompt],
             options=options.of_tenant(req.tenant),
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
-            lora=uses_of(call.named, call.body.lora),
+            lora=uses_of(named, call.body.lora),
             translate=partial(_translated, messages_json=call.messages_json) if dropped is None else None,
         )
         return group, options, dropped

@@ -58,7 +58,7 @@ class Completions:
     ) -> tuple[Group, Options, list[str] | None, list[Dropped | None]]:
         """The prompts, and their generations. The group takes over the lease."""
         services, engine = self._services, lease.engine
-        check_named(call.model, call.named, engine)
+        named = check_named(call.model, call.named, engine)
         options = options_of(call.body, engine.info)
         asked = completion_prompts(call.body, options, engine.info)
         services.keep_alive(call.model, call.body.keep_alive)
@@ -79,13 +79,13 @@ class Completions:
             services,
             lease,
             request_id=new_id("cmpl"),
-            model=SEPARATOR.join((call.model, *call.named)),
+            model=SEPARATOR.join((call.model, *named)),
             endpoint="completions",
             prompts=prompts,
             options=options.of_tenant(req.tenant),
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
-            lora=uses_of(call.named, call.body.lora),
+            lora=uses_of(named, call.body.lora),
         )
         return group, options, echoes, dropped
 

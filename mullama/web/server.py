@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import importlib.util
-import ipaddress
 import logging
 import math
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -25,78 +22,30 @@ from typing import Any, TypeVar
 import uvicorn
 
 from mullama.config import ServeConfig
-from mullama.errors import ConfigError
 from mullama.serving.manager import ModelManager
 from mullama.serving.swap import Swaps
 from mullama.web.app import create_app
+from mullama.web.listening import BACKLOG, Listener, bind, is_loopback, url_of
 from mullama.web.protocol import Protocol
 from mullama.web.reload import Reload
 from mullama.web.request_log import RequestLog
 from mullama.web.services import Services
 
+__all__ = ["Server", "bind", "run_server", "url_of"]
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BACKLOG = 2048
 KEEP_ALIVE = 75  # seconds; longer than clients keep an idle connection, so that they close it and not we
 CLOSE = (b"connection", b"close")
 GRACE = 5  # seconds after the drain in which clients may still take their last bytes
 
 
-def bind(config: ServeConfig) -> socket.socket:
-    """Listen on ``config.host`` and ``config.port``. Clients that connect before ``run_server`` wait for it.
-
-    Raises ConfigError, one line, when the address cannot be had.
-    """
-    where = f"{config.host}:{config.port}"
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError):
-        raise ConfigError(f"cannot listen on {where}: '{config.host}' is no address here", param="host") from None
-    # A name such as localhost has several addresses; most clients expect the IPv4 one.
-    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, protocol)
-    try:
-        if sys.platform != "win32":  # there it would let two servers share the port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        reason = _reason(error)
-        raise ConfigError(f"cannot listen on {where}: {reason}", param="port") from None
-    return sock
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "the port is in use; choose another one with --port, or 0 for a free one"
-    if error.errno == errno.EACCES:
-        return "permission denied; ports below 1024 are reserved"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine does not have that address"
-    return error.strerror or str(error)
-
-
-def url_of(config: ServeConfig, sock: socket.socket) -> str:
-    """Where a client on this machine reaches the socket; the real port when a free one was asked for."""
-    port = sock.getsockname()[1]
-    host = config.host
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        if address.is_unspecified:
-            host = "localhost"
-        elif address.version == 6:
-            host = f"[{host}]"
-    return f"http://{host}:{port}"
-
-
 def run_server(
     config: ServeConfig,
     models: ModelManager,
-    sock: socket.socket | None = None,
+    sock: Listener | None = None,
     swaps: Swaps | None = None,
     read_config: Callable[[], ServeConfig] | None = None,
 ) -> None:
@@ -107,6 +56,11 @@ def run_server(
     cannot be had. The caller closes ``models``.
     """
     sock = sock or bind(config)
+    if not is_loopback(config.host) and not config.allowed_host:
+        log.warning(
+            "clients must name this server by an IP address or as localhost; other names, such as a container's or a "
+            "domain, are refused until --allowed-host names them (.example.org: a domain and all below it)"
+        )
     try:
         services = Services(config, models, swaps)
     except BaseException:
@@ -114,7 +68,7 @@ def run_server(
         raise
     try:
         server = Server(config, services, sock, Reload(services, read_config or (lambda: config)))
-        server.run(sockets=[sock])
+        server.run(sockets=sock.all)
     finally:
         sock.close()
         services.close()
@@ -123,9 +77,7 @@ def run_server(
 class Server(uvicorn.Server):
     """uvicorn's server, with our signals, our ready line, and the engines' drain at the end."""
 
-    def __init__(
-        self, config: ServeConfig, services: Services, sock: socket.socket, reload: Reload | None = None
-    ) -> None:
+    def __init__(self, config: ServeConfig, services: Services, sock: Listener, reload: Reload | None = None) -> None:
         fast = importlib.util.find_spec("uvloop") is not None  # there is none for Windows
         app: Any = create_app(config, services.models, services)
         super().__init__(

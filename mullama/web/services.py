@@ -18,9 +18,10 @@ from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
 from mullama.serving.swap import Swaps
+from mullama.web.listening import is_loopback
 from mullama.web.profile_log import ProfileLog
 from mullama.web.request import Request, read_body, until_disconnect
-from mullama.web.security import Security, is_loopback
+from mullama.web.security import Security
 
 log = logging.getLogger(__name__)
 

@@ -94,6 +94,27 @@ def test_many_ways_to_be_greedy(core: Driver, params: dict[str, Any]) -> None:
     assert core.generate(PROMPT, sampled(**params)).tokens == core.generate(PROMPT, greedy()).tokens
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-42, 1e-38, 1e-9])
+@pytest.mark.parametrize("more", [{}, {"top_k": 40, "top_p": 0.9}, {"mirostat": 1}, {"mirostat": 2}], ids=str)
+def test_temperatures_that_change_nothing_are_greedy(core: Driver, temperature: float, more: dict[str, Any]) -> None:
+    """Also those by which a logit cannot be divided: denormal for a float, or none at all."""
+    output = core.generate(PROMPT, sampled(temperature=temperature, **more))
+    assert (output.reason, output.tokens) == ("length", core.generate(PROMPT, greedy()).tokens)
+    slow = core.generate(PROMPT, sampled(temperature=temperature, presence_penalty=1e-30, **more), slot=1)
+    assert slow.tokens == output.tokens
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"top_p": 1e-42}, {"min_p": 1e-42}, {"typical_p": 1e-42}, {"xtc_probability": 1.0, "xtc_threshold": 1e-42},
+     {"mirostat": 1, "mirostat_tau": 1e-42}, {"mirostat": 2, "mirostat_eta": 1e-42}, {"dry_multiplier": 1e-42},
+     {"presence_penalty": 1e-42}, {"logit_bias": ((66, 1e-42),)}, {"repeat_penalty": 1e-3}],
+    ids=str,
+)  # fmt: skip
+def test_other_denormal_values_end_no_request_in_an_error(core: Driver, params: dict[str, Any]) -> None:
+    assert core.generate(PROMPT, sampled(**params)).reason == "length"
+
+
 # Penalties so small that no logit changes, but the chain is the long one, over all candidates.
 SLOW = {"presence_penalty": 1e-30}
 

@@ -230,6 +230,7 @@ BASE = {
     "types",
     "errors",
     "faults",
+    "instructions",
     "files",
     "home",
     "child",
