@@ -17,9 +17,9 @@ from mullama.machine.neighbours import LOUD
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
+    from mullama.engine.engine import Engine
     from mullama.models.resolve import ResolvedModel
     from mullama.simulation import CostModel
-    from mullama.types import ModelInfo
 
 #: Of the options of ``serve``, those that change what a decode costs.
 CONFIG_OPTIONS = (
@@ -106,18 +106,19 @@ def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress
     engine = load_engine(found, config)
     try:
         costs = measure_engine(engine, costs, progress=progress)
-        return with_about(costs, _about(engine.info, config, engine.kv_host_tokens))
+        return with_about(costs, _about(engine, config))
     finally:
         engine.close()
 
 
-def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[str, Any]:
+def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from mullama.cli.version import llama_commit, mullama_version
     from mullama.compare.provenance import commit, machine
     from mullama.machine.cores import usable_threads
 
+    info = engine.info
     return {
         "model": {
             "name": info.name,
@@ -126,13 +127,14 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
             "n_params": info.n_params,
             "n_parallel": info.n_parallel,
             "n_ctx": info.n_ctx,
-            "kv_host_tokens": kv_host_tokens,
+            "kv_host_tokens": engine.kv_host_tokens,
         },
         "machine": machine(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": config.threads or usable_threads(),
         "batch_size": config.batch_size,
         "flash_attn": config.flash_attn,
+        "computing": engine.computing(),
         "version": mullama_version(),
         "commit": commit(),
         "llama_cpp": llama_commit(),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mullama import abi
-from mullama._core import TEXT, Core, Model, check_params
+from mullama._core import TEXT, Core, Model, check_params, system_info
 from mullama.config import ServeConfig
 from mullama.engine import fits, loading, memory, sizing
 from mullama.engine.adapters import Adapters
@@ -52,6 +52,8 @@ from mullama.kv import registry as kv_registry
 from mullama.kv.choice import ESTIMATES
 from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import pack
+from mullama.machine.cores import usable_threads
+from mullama.machine.ways import ways_report
 from mullama.observe.memory import give_back_heap
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
@@ -378,6 +380,17 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
     def page_path(self) -> str:
         """File of the instrumentation page, for abi.Reader.attach; empty when it is private."""
         return str(self._core.page.path)
+
+    def computing(self) -> dict[str, Any]:
+        """How it computes: what changes times or last bits of numbers, for whoever publishes them."""
+        config = self.config
+        names = ("threads_fixed", "flash_attn", "deterministic", "kv_layout", "kv_type_k", "kv_type_v", "gpu_layers")
+        return {
+            "threads": config.threads or usable_threads(),
+            **{name: getattr(config, name) for name in names},
+            "system": system_info(),
+            "kernels": ways_report(),
+        }
 
     def memory(self) -> dict[str, Any]:
         """Bytes allocated, by part and kind of buffer (see Context.memory), as they are at a step boundary."""
