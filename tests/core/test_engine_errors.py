@@ -18,6 +18,7 @@ import pytest
 
 from mullama.api import Engine
 from mullama.errors import ConfigError, EngineDead, InvalidRequest, ShuttingDown
+from mullama.files import count_of
 from mullama.types import Request
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -223,3 +224,9 @@ def test_a_forked_child_is_told_to_load(tiny_model: Callable[..., Path], tmp_pat
     )  # fmt: skip
     assert done.stdout.splitlines() == ["child done", "parent done"], done.stderr
     assert done.returncode == 0, done.stderr
+
+
+def test_a_description_counts_the_parameters(engine: Engine) -> None:
+    """llama.cpp names a model by its layers, "256M" for one of 135 million."""
+    assert f" {count_of(engine.info.n_params)} " in engine.info.description
+    assert engine.info.description.startswith("llama ")
