@@ -99,6 +99,7 @@ def _cdf(axes: Axes, samples: Mapping[str, list[float]], what: str) -> None:
     axes.set_ylabel("share of the samples")
     low, high = _limits(samples.values())
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlim(low, high)
     axes.set_ylim(0, 1)
 
