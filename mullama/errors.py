@@ -158,7 +158,6 @@ class EngineDead(MullamaError):
     status = 503
     type = "server_error"
     code = "engine_dead"
-    for_clients = "the engine of this model stopped; the server's log says why"
 
 
 class ComputeFailed(MullamaError):

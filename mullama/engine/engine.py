@@ -323,7 +323,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._check_process()
         self._check_open()
         if self._failure is not None:
-            raise EngineDead(f"the engine of '{self.info.name}' stopped: {self._failure}")
+            raise EngineDead(f"the engine of '{self.info.name}' stopped; the server's log says why")
         if self._stopping or self._draining:
             raise ShuttingDown(f"'{self.info.name}' is shutting down", retry_after=5)
 
@@ -368,7 +368,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             if self._closed:
                 raise EngineDead(f"'{self.info.name}' was closed: load it again")
             if self._failure is not None:
-                raise EngineDead(f"the engine of '{self.info.name}' stopped: {self._failure}")
+                raise EngineDead(f"the engine of '{self.info.name}' stopped; the server's log says why")
             self._calls.add(future)
             future.add_done_callback(self._calls.discard)
             self._post(command)
@@ -505,7 +505,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             with self._wait:
                 self._failure = error.message if isinstance(error, MullamaError) else f"{type(error).__name__}: {error}"
             # What stopped it may quote anybody's request: that is for the log.
-            self._reader.end_all(EngineDead(f"the engine of '{self.info.name}' stopped: {self._failure}"))
+            self._reader.end_all(EngineDead(f"the engine of '{self.info.name}' stopped; the server's log says why"))
         finally:
             # Nobody posts any more: close() and a failure are both seen under the lock.
             if self._weights.active is not None:
