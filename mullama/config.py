@@ -149,6 +149,9 @@ class ServeConfig:
     )
     flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))
     mmap: bool = option(True, "map the model file instead of reading it")
+    parse_special_content: bool = option(
+        False, "parse control tokens that the messages of a chat spell out, which lets them forge turns"
+    )
     chat_template: str = option("", "a Jinja chat template, or @FILE, instead of the model's own", metavar="TEMPLATE")
 
     gpu_layers: str = option(

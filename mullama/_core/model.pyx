@@ -336,6 +336,30 @@ cdef class Model:
             self.leave()
         return {"longest": longest, "byte_tokens": [lone[i] for i in range(256)], "joins": joins}
 
+    def control_tokens(self):
+        """What ``tokenize`` takes for a token with ``parse_special`` and for text without, in the order in which it is
+        looked for: (text, whether the whitespace before it goes, whether that behind it does)."""
+        self.check()
+        cdef vector[int32_t] ids
+        cdef int32_t token
+        cdef int attr
+        self.enter()
+        try:
+            with nogil:
+                for token in range(self.n_vocab):
+                    if llama_vocab_get_attr(self.vocab, token) & (LLAMA_TOKEN_ATTR_CONTROL | LLAMA_TOKEN_ATTR_UNKNOWN):
+                        ids.push_back(token)
+        finally:
+            self.leave()
+        found = []
+        for token in ids:
+            data = llama_vocab_get_text(self.vocab, token)
+            attr = llama_vocab_get_attr(self.vocab, token)
+            found.append((len(data), data.decode("utf-8", "replace"), bool(attr & LLAMA_TOKEN_ATTR_LSTRIP),
+                          bool(attr & LLAMA_TOKEN_ATTR_RSTRIP)))
+        found.sort(key=lambda one: -one[0])
+        return [(text, left, right) for size, text, left, right in found if size]
+
     def is_eog(self, int token):
         """Whether a token ends generation."""
         self.check_token(token)
