@@ -22,8 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from mullama.errors import ConfigError
+from mullama.logs import FORMATS
 
 ENV_PREFIX = "MULLAMA_"
+#: Variables with our prefix that are no option of a server: of the store, of other commands, of tests.
+OTHER_VARIABLES = frozenset(
+    (
+        *("MULLAMA_HOME", "MULLAMA_CONFIG", "MULLAMA_URL", "MULLAMA_CHILD_OF", "MULLAMA_CRASH_AT", "MULLAMA_LONG"),
+        *("MULLAMA_TEST_MODEL", "MULLAMA_TEST_GEMMA"),
+    )
+)
 DEFAULT_MODEL = "smollm2:135m"
 _MANY = 1 << 30  # fits the C side's 32-bit integers
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -152,7 +160,11 @@ class ServeConfig:
     parse_special_content: bool = option(
         False, "parse control tokens that the messages of a chat spell out, which lets them forge turns"
     )
-    chat_template: str = option("", "a Jinja chat template, or @FILE, instead of the model's own", metavar="TEMPLATE")
+    chat_template: str = option(
+        "",
+        "chat template instead of the model's own: Jinja, @FILE, or one of llama.cpp's by name (llama3, chatml, …)",
+        metavar="TEMPLATE",
+    )
 
     gpu_layers: str = option(
         "auto", "layers on the GPU: auto (what fits) or a number", metavar="auto|N", pattern=r"auto|\d{1,4}"
@@ -184,6 +196,12 @@ class ServeConfig:
     )
     max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY)
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
+    drain_delay: float = option(
+        0.0,
+        "seconds before that in which /ready says 503 and requests are still taken, for balancers",
+        minimum=0.0,
+        maximum=3600.0,
+    )
     profile_log: str = option("", "append every request's profile to this JSONL file", metavar="FILE")
     kv_events_endpoint: str = option(
         "",
@@ -195,6 +213,8 @@ class ServeConfig:
     kv_events_block_size: int = option(16, "tokens of a block in those events", minimum=1, maximum=4096)
     page_dir: str = option("", "folder of the instrumentation pages; default: the runtime folder", metavar="DIR")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", "form of the lines that are logged", choices=FORMATS)
+    log_requests: bool = option(False, "log a line for every request: its id, status, tokens and time")
 
     def __post_init__(self) -> None:
         """Raises ConfigError for options that contradict each other."""
@@ -270,6 +290,20 @@ def load_config(
     for key, value in (flags or {}).items():
         values[key] = _convert(known[key], value, f"--{key.replace('_', '-')}")
     return ServeConfig(**values)
+
+
+def unknown_variables(env: Mapping[str, str] | None = None) -> list[str]:
+    """What of the environment looks like an option of ours and is none: a sentence each, with what may be meant."""
+    import difflib
+
+    known = {f"{ENV_PREFIX}{opt.name.upper()}" for opt in options()} | OTHER_VARIABLES
+    found = []
+    for name in sorted(os.environ if env is None else env):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name[len(ENV_PREFIX) :], [one[len(ENV_PREFIX) :] for one in known], n=1)
+            meant = f"; is {ENV_PREFIX}{near[0]} meant?" if near else ""
+            found.append(f"the variable {name} is not known{meant}")
+    return found
 
 
 def _read_file(file: Path) -> dict[str, Any]:

@@ -232,6 +232,20 @@ class ReferenceNotFound(ModelLoadError):
     code = "model_not_found"
 
 
+class MachineUnfit(MullamaError):
+    """This machine or this installation cannot run mullama as it is: a library or an instruction is missing, …
+
+    ``faults``: a line each, which says what to do as well. ``message`` is all of them.
+    """
+
+    status = 503
+    code = "machine_unfit"
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
 class StoreError(MullamaError):
     """The model store could not keep its promises: disk full, wrong checksum, interrupted download."""
 

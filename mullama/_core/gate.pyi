@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 class StopText:
     ended_by: int  # index of the stop string that ended the text, or -1
@@ -8,3 +9,4 @@ class StopText:
 
 def scan(logits: Sequence[float], k: int = 0) -> int | list[int] | None: ...
 def kl(p: Sequence[float], q: Sequence[float]) -> tuple[float, bool] | None: ...
+def busy_ticks(path: str | Path) -> int | None: ...

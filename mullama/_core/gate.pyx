@@ -1,6 +1,6 @@
 """Parts of the core alone, for tests: the gate that text passes, the scans of a row of logits, and how far two are."""
 
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -8,6 +8,7 @@ from libcpp.vector cimport vector
 from mullama._core.divergence cimport kl_divergence
 from mullama._core.llama cimport *
 from mullama._core.loop cimport TextGate, scan_argmax, scan_top_k
+from mullama._core.machine cimport NeighbourLoad, OwnCores
 
 
 cdef class StopText:
@@ -59,3 +60,11 @@ def kl(p, q):
     if not kl_divergence(a.data(), b.data(), <int32_t> a.size(), found, same_top):
         return None
     return found, bool(same_top)
+
+
+def busy_ticks(path):
+    """Ticks that this process's cores were busy, by a file like ``/proc/stat``; None: it does not say."""
+    cdef OwnCores own_cores
+    cdef uint64_t busy = 0
+    cdef bytes name = str(path).encode()
+    return busy if NeighbourLoad.read_busy(name, own_cores, busy) else None

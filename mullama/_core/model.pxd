@@ -1,11 +1,13 @@
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
+from libcpp.vector cimport vector
 from libcpp cimport bool as cbool
 
 from mullama._core.llama cimport llama_model, llama_vocab
 
 
 cdef extern from "chat_shim.h" namespace "mullama" nogil:
+    vector[string] c_chat_template_names "mullama::chat_template_names"() except +
     cppclass ChatTemplate:
         ChatTemplate(const llama_model * model, const string & override_source) except +
         cbool apply(const string & messages_json, cbool add_generation_prompt, string & prompt, string & error)

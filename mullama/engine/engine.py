@@ -452,6 +452,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
     def _sleep(self, until_ns: int = 0) -> None:
         """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
+        self._core.refresh_page(self._n_waiting())
         start = time.monotonic_ns()
         with self._wait:
             self._idle = not self._seqs

@@ -85,7 +85,7 @@ class KvMethods:
 
     def _kv_drop(self, namespace: bytes | None, tokens: SequenceOf[int] | None, tiers: set[KvTier]) -> dict[str, int]:
         found = kvview.drop(self._kv, self._seqs.running(), namespace, tokens, tiers)
-        self._core.note_idle(0, self._n_waiting())
+        self._core.refresh_page(self._n_waiting())
         return found
 
     async def kv_save(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
@@ -115,7 +115,7 @@ class KvMethods:
 
     def _drop_retained(self) -> int:
         freed = self._kv.drop(self._seqs.running())
-        self._core.note_idle(0, self._n_waiting())
+        self._core.refresh_page(self._n_waiting())
         return freed
 
 

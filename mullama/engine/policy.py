@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mullama.engine.planner import Planner
 from mullama.errors import PluginError
+from mullama.logs import said
 from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
 from mullama.types import SeqState
 
@@ -117,7 +118,7 @@ class PolicyHost:
         try:
             getattr(self._planner or self.policy, what)(value)
         except Exception as error:
-            self._fall_back(f"{what}() raised {type(error).__name__}: {error}")
+            self._fall_back(f"{what}() raised {said(error)}", error)
 
     # -- plans --------------------------------------------------------------------------------------------
 
@@ -146,8 +147,10 @@ class PolicyHost:
             except Exception as error:
                 if self.name == Fcfs.name and self._planner is None:
                     raise  # the last resort itself: a bug of the engine
-                reason = error.message if isinstance(error, PluginError) else f"plan() raised {error!r}"
-                self._fall_back(reason)
+                if isinstance(error, PluginError):
+                    self._fall_back(error.message, error.__cause__)
+                else:
+                    self._fall_back(f"plan() raised {said(error)}", error)
 
     def _check_progress(self, plan: Plan, state: EngineState) -> None:
         if plan.tokens or not self.views:
@@ -161,8 +164,9 @@ class PolicyHost:
                 f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {len(self.views)} sequences want to compute"
             )
 
-    def _fall_back(self, reason: str) -> None:
-        log.error("scheduler '%s' is replaced by fcfs: %s", self.spec, reason)
+    def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
+        """``error``: what the policy's own code raised, whose traceback tells its author where."""
+        log.error("scheduler '%s' is replaced by fcfs: %s", self.spec, reason, exc_info=error)
         broken = self.spec
         self._leave()
         self._install(Fcfs(), Fcfs.name, False)
@@ -191,7 +195,7 @@ class PolicyHost:
                     return again
                 continue
             if isinstance(answer, BaseException):
-                raise PluginError(f"plan() raised {type(answer).__name__}: {answer}")
+                raise PluginError(f"plan() raised {said(answer)}") from answer
             if not isinstance(answer, Plan):
                 raise PluginError(f"plan() returned {type(answer).__name__}, not a Plan")
             assert self._asked is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 from mullama.kv.eviction import Entry, EvictionPolicy
 from mullama.kv.policies.lru import Lru
+from mullama.logs import said
 
 log = logging.getLogger("mullama.kv")
 
@@ -31,6 +32,7 @@ class GuardedPolicy:
 
     def score(self, entry: Entry, now_ns: int) -> float:
         policy = self.policy
+        raised: BaseException | None = None
         try:
             score = policy.score(entry, now_ns)
             if isinstance(score, Real) and math.isfinite(score):
@@ -38,15 +40,15 @@ class GuardedPolicy:
             reason = f"score() returned {_text(repr, score)}, not a finite number"
         # Foreign code: whatever it raises (or calls sys.exit with) is its fault.
         except (Exception, SystemExit) as error:
-            reason = f"score() raised {_said(error)}"
-        self._fall_back(reason)
+            reason, raised = f"score() raised {said(error, most=120)}", error
+        self._fall_back(reason, raised)
         return self.policy.score(entry, now_ns)
 
     def evicted(self, entry: Entry, score: float) -> None:
         try:
             self.policy.evicted(entry, score)
         except (Exception, SystemExit) as error:
-            self._fall_back(f"evicted() raised {_said(error)}")
+            self._fall_back(f"evicted() raised {said(error, most=120)}", error)
 
     def params(self) -> Mapping[str, Any]:
         """Of the policy in charge; empty if it cannot say."""
@@ -55,19 +57,15 @@ class GuardedPolicy:
         except (Exception, SystemExit):
             return {}
 
-    def _fall_back(self, reason: str) -> None:
+    def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
         if self.fallback is not None:
             raise RuntimeError(f"lru, the last resort, is broken: {reason}")
-        log.error("KV policy '%s' is replaced by lru: %s", self.spec, reason)
+        log.error("KV policy '%s' is replaced by lru: %s", self.spec, reason, exc_info=error)
         self.fallback = {"from": self.spec, "reason": reason, "unix_time": round(time.time(), 3)}
         self.policy = Lru()
         self.spec = self.name = Lru.name
         if self.on_fallback is not None:
             self.on_fallback()
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_text(str, error)}"
 
 
 def _text(how: Callable[[Any], str], value: object) -> str:

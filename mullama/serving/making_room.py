@@ -92,7 +92,11 @@ class RoomMethods:
         if not candidates:
             raise ModelBusy(f"there is no room for '{served.name}': every loaded model is pinned")
         candidates = [view for view in candidates if not view.in_use] or candidates
-        name = self._policy.victim(candidates)
+        try:
+            name = self._policy.victim(candidates)
+        except Exception:  # foreign code
+            log.exception("the model policy failed; lru is asked instead")
+            name = POLICIES.load("lru")().victim(candidates)
         if name not in [view.name for view in candidates]:
             log.error("the model policy named '%s', which cannot be unloaded; lru is asked instead", name)
             name = POLICIES.load("lru")().victim(candidates)

@@ -91,6 +91,7 @@ class ModelManager(IdleMethods, RoomMethods):
         self._changed = asyncio.Event()  # somebody went idle, or came
         self._worker: asyncio.Task[None] | None = None
         self._reaper: asyncio.Task[None] | None = None
+        self._is_leaving = False
         self._is_ending = False
         self._lock = threading.RLock()  # names come from the threads that parse bodies, engines from those that load
         self._is_closed = False
@@ -200,7 +201,10 @@ class ModelManager(IdleMethods, RoomMethods):
 
     @property
     def ready(self) -> bool:
-        """A model is served, none of the named ones has failed, and every loaded one makes progress."""
+        """A model is served, none of the named ones has failed, every loaded one makes progress, and nobody has said
+        that the server is about to end."""
+        if self.is_leaving:
+            return False
         named = [one for one in self._served.values() if not one.from_store]
         return bool(named) and all(
             one.state is not ModelState.FAILED and (one.resident is None or one.resident.engine.is_ready())
@@ -525,6 +529,14 @@ class ModelManager(IdleMethods, RoomMethods):
         falling = [one.falling.engine for one in self._served.values() if one.falling is not None]
         asleep = [engine for _, engine in self.asleep()]
         return [*(engine for _, engine in self.items()), *(one.engine for one in self.budget.left), *falling, *asleep]
+
+    def leave(self) -> None:
+        """The server is about to end: not ready any more, though requests are still taken until ``drain``."""
+        self._is_leaving = True
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._is_leaving or self._is_ending
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new requests on every engine and wait up to ``seconds``. True: no request was cut."""

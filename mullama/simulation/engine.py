@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mullama.errors import ConfigError, PluginError
+from mullama.logs import said
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan
 from mullama.scheduling.budget import fit_or_go_on
 from mullama.simulation.costs import BUCKET, CostModel
@@ -136,7 +137,7 @@ class Simulator:
         try:
             getattr(self._policy, what)(value)
         except Exception as error:
-            raise self._broken(f"{what}() raised {type(error).__name__}: {error}") from error
+            raise self._broken(f"{what}() raised {said(error)}") from error
 
     def _broken(self, reason: str) -> PluginError:
         return PluginError(f"the scheduler '{self._policy.name}' broke its contract: {reason}")
@@ -193,7 +194,7 @@ class Simulator:
         try:
             plan = self._policy.plan(state)
         except Exception as error:
-            raise self._broken(f"plan() raised {error!r}") from error
+            raise self._broken(f"plan() raised {said(error)}") from error
         try:
             if not isinstance(plan, Plan):
                 raise PluginError(f"plan() returned {type(plan).__name__}, not a Plan")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from mullama.errors import MullamaError
+from mullama.logs import said
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan
 from mullama.simulation.costs import CostModel
 from mullama.simulation.differences import differences
@@ -112,7 +113,7 @@ class ShadowPolicy:
         try:
             return call()
         except Exception as error:
-            self.off = f"{what}() raised {type(error).__name__}: {error}"
+            self.off = f"{what}() raised {said(error)}"
             return None
 
     # -- what would have come of it -------------------------------------------------------------------------------

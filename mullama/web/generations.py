@@ -66,6 +66,7 @@ class Group:
         self._labels = {"model": model, "endpoint": endpoint, "stream": options.stream, "user": options.user}
         self._services = services
         self._watcher: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
         self._closed = False
         self._lease = lease
         services.n_open += 1
@@ -141,22 +142,37 @@ class Group:
         self.cancel()
         self._lease.release()
         self._services.n_open -= 1
-        if self._services.profile_log is not None:
-            for generation in self.generations:
-                if generation.finish is not None:
-                    self._log(generation)
-                else:
-                    self._services.keep(asyncio.get_running_loop().create_task(self._log_late(generation)))
+        late = [generation for generation in self.generations if generation.finish is None]
+        if late:
+            self._settling = asyncio.get_running_loop().create_task(self._settle(late))
+            self._services.keep(self._settling)
+        else:
+            self._write_profiles()
 
-    async def _log_late(self, generation: AsyncGeneration) -> None:
+    async def _settle(self, late: list[AsyncGeneration]) -> None:
         """A cancelled generation has its profile one step later."""
-        async for _ in generation:
-            pass
-        self._log(generation)
+        for generation in late:
+            async for _ in generation:
+                pass
+        self._write_profiles()
 
-    def _log(self, generation: AsyncGeneration) -> None:
-        if self._services.profile_log is not None and generation.finish is not None:
-            self._services.profile_log.write({"id": generation.id, **self._labels}, generation.finish)
+    def _write_profiles(self) -> None:
+        profile_log = self._services.profile_log
+        for generation in self.generations if profile_log is not None else ():
+            if profile_log is not None and generation.finish is not None:
+                profile_log.write({"id": generation.id, **self._labels}, generation.finish)
+
+    @property
+    def finishes(self) -> list[Finish]:
+        """Of the choices that have ended."""
+        return [generation.finish for generation in self.generations if generation.finish is not None]
+
+    def when_ended(self, then: Callable[[], None]) -> None:
+        """Call ``then`` once the closed group's last choice has ended: now, or one step later."""
+        if self._settling is None or self._settling.done():
+            then()
+        else:
+            self._settling.add_done_callback(lambda _: then())
 
 
 class Single:

@@ -31,7 +31,8 @@ class Ready:
         if not ready:
             resp.status = 503
             resp.set_header("Retry-After", "1")
+        status = "ready" if ready else "shutting down" if self._models.is_leaving else "not ready"
         states = {name: engine.is_ready() for name, engine in self._models.items()}
-        resp.data = orjson.dumps({"status": "ready" if ready else "not ready", "models": states})
+        resp.data = orjson.dumps({"status": status, "models": states})
 
     on_head = on_get

@@ -58,11 +58,7 @@ class Security:
 
     def __init__(self, config: ServeConfig) -> None:
         """Raises ConfigError when keys shall share the cache and there are not several."""
-        self._api_keys = [key.encode() for key in config.api_key]
-        self._names_tenants = len(self._api_keys) > 1
-        if config.cache_shared_by_keys and not self._names_tenants:
-            raise ConfigError("--cache-shared-by-keys needs several --api-key", param="cache_shared_by_keys")
-        self._admin_key = config.admin_key.encode()
+        self.take_keys(config)
         self._on_loopback = is_loopback(config.host)
         if not self._on_loopback and not self._api_keys:
             log.warning("anybody who reaches %s:%d may use the models: there is no --api-key", config.host, config.port)
@@ -80,6 +76,15 @@ class Security:
         # Off loopback, clients use whichever address the machine has. An address cannot be rebound, only a name can.
         self._any_address = not self._on_loopback
         self._seen: set[str] = set()  # PERF: raw headers already accepted
+
+    def take_keys(self, config: ServeConfig) -> None:
+        """The keys that count from now on. Raises ConfigError as ``Security`` does."""
+        names_tenants = len(config.api_key) > 1
+        if config.cache_shared_by_keys and not names_tenants:
+            raise ConfigError("--cache-shared-by-keys needs several --api-key", param="cache_shared_by_keys")
+        self._api_keys = [key.encode() for key in config.api_key]
+        self._names_tenants = names_tenants
+        self._admin_key = config.admin_key.encode()
 
     async def process_request(self, req: Request, resp: falcon.asgi.Response) -> None:
         if self._any_host:

@@ -21,6 +21,7 @@ from mullama.serving.swap import Swaps
 from mullama.web.listening import is_loopback
 from mullama.web.profile_log import ProfileLog
 from mullama.web.request import Request, read_body, until_disconnect
+from mullama.web.security import Security
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Services:
         self.swaps = swaps or Swaps(models, _no_target, _no_engine)
         self.ping_seconds = ping_seconds
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
+        self.security: Security | None = None  # of the app that serves them
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="mullama-web")
         self._tasks: set[asyncio.Task[Any]] = set()
         self.n_open = 0  # requests that an engine works on

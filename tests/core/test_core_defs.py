@@ -144,6 +144,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "adapters.Adapter.n_sets": lambda a, c: with_adapter(c, a).slot_info(0)[0] == abi.DECODE and a.n_sets > 0,
     "adapters.Adapter.close": lambda a, c: a.close() is None and a.close() is None,
     "governor.Governor": lambda: Governor(2, False) is not None,
+    "governor.Governor.n_cores": lambda g: g.n_cores == 2,
     "governor.Governor.n_max": lambda g: g.n_max == 2,
     "governor.Governor.threads": lambda g: g.threads == 2,
     "governor.Governor.fixed": lambda g: g.fixed is False,
@@ -178,6 +179,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "context.Context.memory": lambda c: sum(c.context.memory()["weights"].values()) > 0,
     "divergence.Divergence": lambda c: isinstance(against_itself(c), Divergence),
     "divergence.Divergence.measure": lambda c: against_itself(c).measure([104, 105, 106], 2)[1] == 2,
+    "gate.busy_ticks": lambda: mullama._core.gate.busy_ticks("/proc/stat") > 0,
     "gate.kl": lambda: mullama._core.gate.kl([1.0, 2.0], [1.0, 2.0]) == (0.0, True),
     "swap.Carrier": lambda k: isinstance(k, Carrier),
     "swap.Carrier.target": lambda k: isinstance(k.target, Context),
@@ -204,6 +206,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "page.site_table": lambda: "OPEN" in mullama._core.page.site_table(),
     "model.init_backend": lambda: mullama._core.model.init_backend() is None,
     "model.set_log_level": lambda: mullama._core.set_log_level("none") is None,
+    "model.chat_template_names": lambda: "llama3" in mullama._core.chat_template_names(),
     "model.devices": lambda: any(d["type"] == "cpu" for d in mullama._core.devices()),
     "model.system_info": lambda: "CPU" in mullama._core.system_info(),
     "model.llama_cpp_version": lambda: bool(mullama._core.llama_cpp_version()),
@@ -262,6 +265,9 @@ CALLS: dict[str, Callable[..., bool]] = {
     "machine.Machine.n_batch": lambda c: c.n_batch == 64,
     "machine.Machine.close": lambda c: c.close() is None and c.close() is None,
     "machine.Machine.note_plan": lambda c: c.note_plan(100, 3, 1, 2) is None and c.counters_dict()["waiting"] == 3,
+    "machine.Machine.refresh_page": lambda c: (
+        c.refresh_page(3) is None and abi.Reader(c.page.buffer()).counters().waiting == 3
+    ),
     "machine.Machine.note_idle": lambda c: c.note_idle(100, 2) is None and c.counters_dict()["waiting"] == 2,
     "machine.Machine.counters_dict": lambda c: running(c).counters_dict()["running"] == 1,
     "machine.Machine.wake_fd": lambda c: c.wake_fd() >= 0,

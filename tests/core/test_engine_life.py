@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from core_support import greedy
 from test_engine_requests import complete, finish_of, request
 
+from mullama import abi
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
 from mullama.errors import EngineDead, ShuttingDown
@@ -46,6 +48,37 @@ def test_an_idle_engine_is_ready(make_engine: Callable[..., Engine]) -> None:
     engine.close()
     engine.close()
     assert not engine.is_ready()
+
+
+def shows(engine: Engine, **gauges: int) -> bool:
+    """Whether the page comes to show these; nothing is asked of the engine meanwhile, which would wake it."""
+    end = time.monotonic() + 30
+    while any(engine.counters()[name] != value for name, value in gauges.items()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def test_the_page_of_an_idle_engine_shows_that_it_is_idle(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(parallel=2)
+    complete(engine, "HELLO", greedy(4))
+    cells = 5 + 4 - 1  # the last token is not computed
+    assert shows(engine, running=0, waiting=0, retained=1, cells_used=cells)
+    assert [row.state for row in engine._page.rows()].count(abi.RETAINED) == 1
+    assert asyncio.run(engine.drop_retained()) == cells
+    assert shows(engine, retained=0, cells_used=0)
+
+
+def test_the_page_forgets_what_was_cancelled(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(ctx_size=4096, parallel=1)
+    first, second = (engine.submit_sync(request(text, LONG)) for text in ("HELLO", "WORLD"))
+    next(first)
+    assert shows(engine, running=1, waiting=1)
+    for generation in (second, first):
+        generation.cancel()
+        list(generation)
+    assert shows(engine, running=0, waiting=0, retained=0, cells_used=0)
 
 
 @pytest.mark.parametrize("moment", ["waiting", "running"])

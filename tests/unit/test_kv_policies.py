@@ -521,7 +521,7 @@ class Nasty:
     [
         (fails, "score() raised KeyError: 'who?'"),
         (exits, "score() raised SystemExit: 3"),
-        (unspeakable, "score() raised Unspeakable: something (Unspeakable)"),
+        (unspeakable, "score() raised Unspeakable: something ("),
         (lambda: None, "score() returned None, not a finite number"),
         (lambda: "1", "score() returned '1', not a finite number"),
         (lambda: math.nan, "score() returned nan, not a finite number"),
@@ -559,7 +559,7 @@ def test_evicted_that_raises() -> None:
     guarded = GuardedPolicy(Faulty(fails, good=9), "mine")
     guarded.evicted(Stretch(), 1.0)
     assert guarded.fallback is not None
-    assert guarded.fallback["reason"] == "evicted() raised KeyError: 'who?'"
+    assert re.fullmatch(r"evicted\(\) raised KeyError: 'who\?' \(.*\.py, line \d+\)", guarded.fallback["reason"])
     assert isinstance(guarded.policy, Lru)
 
 
