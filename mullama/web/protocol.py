@@ -79,7 +79,7 @@ class Protocol(HttpToolsProtocol):
         for name, value in self.headers:
             if name == b"connection":
                 value = b", ".join(t for t in map(bytes.strip, value.split(b",")) if t.lower() not in _OFFERS)
-            if name not in _OFFERS and value:
+            if name not in _OFFERS:
                 head += [name, b": ", value, b"\r\n"]
         self.parser = httptools.HttpRequestParser(self)
         with contextlib.suppress(AttributeError):  # as uvicorn sets it, from httptools 0.6.3 on

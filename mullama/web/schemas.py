@@ -32,6 +32,7 @@ S = TypeVar("S")
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's; refused
 
 
 class ResponseFormat(msgspec.Struct):
@@ -257,6 +258,8 @@ def _refuse(asked: bool, field: str, what: str) -> None:
 
 def _refuse_unsupported(body: GenerationBody) -> None:
     """What would change the answer is refused rather than ignored."""
+    continuous = body.stream_options is not None and body.stream_options.continuous_usage_stats
+    _refuse(bool(continuous), "stream_options.continuous_usage_stats", "the usage in every chunk")
     kind = body.response_format.type if body.response_format else "text"
     _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
 

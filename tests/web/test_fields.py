@@ -124,6 +124,14 @@ def test_zero_is_not_false_and_names_may_be_escaped(client: Client) -> None:
     assert client.post(PATHS[CHAT], NEEDED[CHAT] | {"nobody_knows_this": 1}).status == 200
 
 
+def test_a_member_of_a_field_is_refused_too(client: Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    error = client.post(PATHS[CHAT], NEEDED[CHAT] | {"stream": True, "stream_options": options}).error
+    assert error["param"] == "stream_options.continuous_usage_stats"
+    options["continuous_usage_stats"] = False
+    assert client.post(PATHS[CHAT], NEEDED[CHAT] | {"stream": True, "stream_options": options}).status == 200
+
+
 def test_a_refusal_says_what_there_is_instead(client: Client) -> None:
     message = client.post(PATHS[CHAT], NEEDED[CHAT] | {"n_predict": 5}).error["message"]
     assert (
