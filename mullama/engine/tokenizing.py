@@ -78,8 +78,10 @@ class Tokenizer:
         Raises TooManyTokens as soon as there are surely more than ``most``, InvalidRequest for lone surrogates.
         """
 
-        if isinstance(text, ChatText) and text.parts and parse_special:
-            return self._in_parts(text.parts, add_special, most, between)
+        if isinstance(text, ChatText):
+            if parse_special and text.parts:
+                return self._in_parts(text.parts, add_special, most, between)
+            text = str(text)  # the core takes no other kind
 
         def work_out(piece: str, add_special: bool) -> list[int]:
             def work() -> list[int]:
