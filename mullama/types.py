@@ -178,6 +178,7 @@ class Profile:
     kv_byte_seconds: float = 0.0  # its KV over the time that it was held
     weights: tuple[WeightSpan, ...] = ()  # which weights generated which tokens
     adapters: tuple[LoraUse, ...] = ()  # LoRA adapters that computed all of it, with their scales
+    kernels: dict[str, str] = field(default_factory=dict)  # in which way weights were multiplied, by their type
 
     def to_dict(self) -> dict[str, Any]:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
@@ -228,3 +229,4 @@ class ModelInfo:
     can_shift: bool = False  # requests may go on beyond the context by dropping older tokens
     weights: str = ""  # which weights are in charge, by the name that a swap gave them
     mapped_bytes: int = 0  # of the weights, pages of their file, which the system may take back
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # ways of computing, by type of weights

@@ -19,6 +19,7 @@ swap      other weights under a running loop
 vacancy   a loop without weights for a while
 divergence  how far two models are apart
 quantize  llama.cpp's quantisation, for a process of its own
+kernels   ways of computing products of weights: which there are, trying and timing one, choosing
 """
 
 # ruff: noqa: E402 - the check comes first

@@ -51,6 +51,7 @@ from mullama.kv import registry as kv_registry
 from mullama.kv.choice import ESTIMATES
 from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import pack
+from mullama.machine.ways import words_of
 from mullama.observe.memory import give_back_heap
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
@@ -91,6 +92,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._kv = KvCache(core, host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
         self._token_bytes = self._kv.cells.token_bytes or sizing.kv_bytes_per_token(model.metadata())
         self._reader = Reader(core, TEXT, self._token_bytes)
+        self._reader.kernels = words_of(info.kernels)
         self._page = abi.Reader(core.page.buffer())
         self._handles = itertools.count(1)
         self._seqs = Sequences(
