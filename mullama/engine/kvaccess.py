@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mullama.engine import kvview
-from mullama.errors import InvalidRequest
+from mullama.errors import InvalidRequest, ModelBusy
 from mullama.kv import registry
 from mullama.kv.events import KvEventLog, KvTier
 from mullama.kv.guarded import GuardedPolicy
@@ -19,8 +19,10 @@ from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
     from mullama._core import Core
+    from mullama.config import ServeConfig
     from mullama.engine.kvcache import KvCache
     from mullama.engine.sequences import Sequences
+    from mullama.engine.weights import Weights
 
 T = TypeVar("T")
 
@@ -29,9 +31,11 @@ class KvMethods:
     """Mixed into Engine. Everything is done on the engine thread, between two steps."""
 
     info: ModelInfo
+    config: ServeConfig
     _core: Core
     _kv: KvCache
     _seqs: Sequences
+    _weights: Weights
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         raise NotImplementedError
@@ -89,16 +93,26 @@ class KvMethods:
         return found
 
     async def kv_save(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
-        self._need_disk()
-        return await self._at_boundary(lambda: kvview.save(self._kv, namespace_of(namespace), tokens))
+        return await self._on_disk(lambda: kvview.save(self._kv, namespace_of(namespace), tokens))
 
     async def kv_load(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
-        self._need_disk()
-        return await self._at_boundary(lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
+        return await self._on_disk(lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
+
+    async def _on_disk(self, function: Callable[[], T]) -> T:
+        """``_at_boundary`` for what needs the disk tier, which is looked for there: it goes and comes with weights."""
+
+        def work() -> T:
+            self._need_disk()
+            return function()
+
+        return await self._at_boundary(work)
 
     def _need_disk(self) -> None:
-        if self._kv.disk is None:
-            raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
+        if self._kv.disk is not None:
+            return
+        if self.config.kv_disk_dir and self._weights.is_changing:
+            raise ModelBusy("the disk tier is handed to other weights in this moment; try again", retry_after=1)
+        raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
 
     async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
         # A user's code runs there, and never on the event loop.

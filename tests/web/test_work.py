@@ -272,4 +272,3 @@ def test_a_client_that_leaves_is_counted_and_nobody_is_warned(
     assert [record for record in caplog.records if record.levelno > logging.INFO] == []
     assert "shutting down" not in caplog.text
     assert services.n_left == 3
-    assert client.get("/internal/models").json["clients_left"] == 3
