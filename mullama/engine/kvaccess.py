@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mullama._core import Core
     from mullama.config import ServeConfig
     from mullama.engine.kvcache import KvCache
+    from mullama.engine.kvdisk import DiskTier
     from mullama.engine.sequences import Sequences
     from mullama.engine.weights import Weights
 
@@ -93,25 +94,36 @@ class KvMethods:
         return found
 
     async def kv_save(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
-        return await self._on_disk(lambda: kvview.save(self._kv, namespace_of(namespace), tokens))
+        """Answers when it is on disk. Raises StoreError when the disk does not take it; the KV stays where it was."""
+        disk, name = self._need_disk(), namespace_of(namespace)
+        n_failed = disk.n_failed
+        is_all = False
+        while not is_all:
+            is_all = await self._on_disk(
+                disk, lambda: disk.hand_over(lambda: kvview.save(self._kv, disk, name, tokens))
+            )
+            await asyncio.wrap_future(disk.written())
+        return await self._on_disk(disk, lambda: kvview.saved(self._kv, disk, name, tokens, n_failed))
 
     async def kv_load(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
-        return await self._on_disk(lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
+        disk = self._need_disk()
+        return await self._on_disk(disk, lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
 
-    async def _on_disk(self, function: Callable[[], T]) -> T:
-        """``_at_boundary`` for what needs the disk tier, which is looked for there: it goes and comes with weights."""
+    async def _on_disk(self, disk: DiskTier, function: Callable[[], T]) -> T:
+        """``_at_boundary`` for what needs the disk tier, if it is still that one: it goes and comes with weights."""
 
         def work() -> T:
-            self._need_disk()
+            if self._kv.disk is not disk:
+                raise _handed_over()
             return function()
 
         return await self._at_boundary(work)
 
-    def _need_disk(self) -> None:
+    def _need_disk(self) -> DiskTier:
         if self._kv.disk is not None:
-            return
+            return self._kv.disk
         if self.config.kv_disk_dir and self._weights.is_changing:
-            raise ModelBusy("the disk tier is handed to other weights in this moment; try again", retry_after=1)
+            raise _handed_over()
         raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
 
     async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -132,6 +144,10 @@ class KvMethods:
         freed = self._kv.drop(self._seqs.running())
         self._core.refresh_page(self._n_waiting())
         return freed
+
+
+def _handed_over() -> ModelBusy:
+    return ModelBusy("the disk tier is handed to other weights in this moment; try again", retry_after=1)
 
 
 class KvAccess:
