@@ -8,6 +8,9 @@
  * the counter was even, did not change, and the checksum fits; this holds also where the processor reorders stores.
  * An event is valid when its `seq` equals its index + 1 before and after the copy.
  *
+ * The header is written once, but for `closed_ns`. An engine that ends sets it and removes the file; one that is killed
+ * does neither, but it no longer holds the lock on the file (flock) that a living one has.
+ *
  * Times are nanoseconds of CLOCK_MONOTONIC.
  */
 #ifndef MULLAMA_ABI_H
@@ -33,8 +36,9 @@
     F(uint32_t, events_offset)                                                                \
     F(uint32_t, event_size)                                                                   \
     F(uint32_t, n_events)         /* a power of two */                                        \
-    F(uint64_t, pid)                                                                          \
-    F(uint64_t, created_ns)
+    F(uint64_t, pid)              /* of the engine, in its own namespace */                   \
+    F(uint64_t, created_ns)                                                                   \
+    F(uint64_t, closed_ns)        /* 0 as long as the engine may write */
 
 #define MULLAMA_COUNTER_FIELDS(F)                                                             \
     F(uint64_t, lock)             /* odd while the writer is inside */                        \

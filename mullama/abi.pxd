@@ -21,6 +21,7 @@ cdef extern from "../abi.h" nogil:
         uint32_t n_events
         uint64_t pid
         uint64_t created_ns
+        uint64_t closed_ns
 
     ctypedef struct mullama_counters:
         uint64_t heartbeat_ns, steps, ubatches, split_ubatches, decode_ns, busy_ns, sample_ns, commit_ns

@@ -47,6 +47,7 @@ class Header(ctypes.Structure):
         ("magic", u64), ("version", u32), ("header_size", u32), ("page_size", u64),
         ("counters_offset", u32), ("counters_size", u32), ("rows_offset", u32), ("row_size", u32), ("n_rows", u32),
         ("events_offset", u32), ("event_size", u32), ("n_events", u32), ("pid", u64), ("created_ns", u64),
+        ("closed_ns", u64),
     ]  # fmt: skip
 
 
@@ -115,6 +116,14 @@ class Reader:
                 raise AbiError("too short to be an instrumentation page")
             return cls(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether its engine has ended, and said so: what is read is the last it wrote. See also ``is_alive``."""
+        at = Header.closed_ns.offset
+        if self.header.header_size < at + 8:
+            return False  # an older engine, which never says
+        return bool(struct.unpack_from("=Q", self._view, at)[0])
+
     def counters(self) -> Counters:
         return self._read(Counters, self.header.counters_offset)
 
@@ -150,6 +159,23 @@ class Reader:
             if lock & 1 == 0 and after == lock and sum(values[1:-1]) & 0xFFFFFFFFFFFFFFFF == values[-1]:
                 return kind.from_buffer_copy(data)
         raise AbiError("the writer changed this block during every attempt to copy it")
+
+
+def is_alive(path: str | os.PathLike[str]) -> bool:
+    """Whether the engine of a page still runs, in whatever container: it holds a lock on the file until it ends.
+
+    Where there are no such locks (Windows, some network file systems) every page counts as alive. Raises OSError.
+    """
+    with Path(path).open("rb") as file:
+        try:
+            import fcntl
+        except ImportError:
+            return True
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def runtime_dir() -> Path:

@@ -9,7 +9,9 @@ Precedence: flag, environment, file, default.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import os
 import re
 import tomllib
@@ -20,10 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from mullama.errors import ConfigError
+from mullama.logs import FORMATS
 
 ENV_PREFIX = "MULLAMA_"
+#: Variables with our prefix that are no option of a server: of the store, of other commands, of tests.
+OTHER_VARIABLES = frozenset(
+    (
+        *("MULLAMA_HOME", "MULLAMA_CONFIG", "MULLAMA_URL", "MULLAMA_CHILD_OF", "MULLAMA_CRASH_AT", "MULLAMA_LONG"),
+        *("MULLAMA_TEST_MODEL", "MULLAMA_TEST_GEMMA"),
+    )
+)
 DEFAULT_MODEL = "smollm2:135m"
 _MANY = 1 << 30  # fits the C side's 32-bit integers
+#: Ways of computing (mullama/machine/trials.py); a test compares them.
+KERNELS = ("auto", "plain", "sgemm", "tiles", "tiled", "repack", "amx")
+
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
@@ -87,7 +100,11 @@ class ServeConfig:
         "how models that compute at once share the cores, step by step",
         choices=("round_robin", "weighted", "priority"),
     )
-    host: str = option("127.0.0.1", "address to listen on")
+    host: str = option(
+        "127.0.0.1",
+        "address to listen on, a name with all of its addresses, or a Unix socket",
+        metavar="HOST|unix:PATH",
+    )
     port: int = option(8080, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
 
     ctx_size: int = option(
@@ -101,6 +118,11 @@ class ServeConfig:
     parallel: int = option(0, "requests that run at once; 0: automatic", minimum=0, maximum=256)
     threads: int = option(0, "most CPU threads for compute; 0: all cores this process may use", minimum=0, maximum=512)
     threads_fixed: bool = option(False, "keep that number of threads, switch the governor off")
+    kernels: str = option(
+        "auto",
+        "how weights are multiplied: auto (what is right and fastest by trials on this machine), or one way for all",
+        choices=KERNELS,
+    )
     batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384)
     kv_tokens: int = option(
         0, "tokens the KV cache holds over all requests; 0: parallel x ctx-size", minimum=0, maximum=_MANY
@@ -143,7 +165,11 @@ class ServeConfig:
     )
     flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))
     mmap: bool = option(True, "map the model file instead of reading it")
-    chat_template: str = option("", "a Jinja chat template, or @FILE, instead of the model's own", metavar="TEMPLATE")
+    chat_template: str = option(
+        "",
+        "chat template instead of the model's own: Jinja, @FILE, or one of llama.cpp's by name (llama3, chatml, …)",
+        metavar="TEMPLATE",
+    )
 
     gpu_layers: str = option(
         "auto", "layers on the GPU: auto (what fits) or a number", metavar="auto|N", pattern=r"auto|\d{1,4}"
@@ -167,9 +193,20 @@ class ServeConfig:
         metavar="KEY|@FILE",
         secret=True,
     )
-    allowed_host: list[str] = option([], "extra Host header to accept; repeatable; * accepts all", metavar="HOST")
+    allowed_host: list[str] = option(
+        [], "extra Host header to accept, .example.org for a domain; repeatable; * accepts all", metavar="HOST"
+    )
+    cors_origin: list[str] = option(
+        [], "web origin whose pages may ask, such as https://chat.example.org; repeatable; * for all", metavar="ORIGIN"
+    )
     max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY)
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
+    drain_delay: float = option(
+        0.0,
+        "seconds before that in which /ready says 503 and requests are still taken, for balancers",
+        minimum=0.0,
+        maximum=3600.0,
+    )
     profile_log: str = option("", "append every request's profile to this JSONL file", metavar="FILE")
     kv_events_endpoint: str = option(
         "",
@@ -181,6 +218,8 @@ class ServeConfig:
     kv_events_block_size: int = option(16, "tokens of a block in those events", minimum=1, maximum=4096)
     page_dir: str = option("", "folder of the instrumentation pages; default: the runtime folder", metavar="DIR")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("text", "form of the lines that are logged", choices=FORMATS)
+    log_requests: bool = option(False, "log a line for every request: its id, status, tokens and time")
 
     def __post_init__(self) -> None:
         """Raises ConfigError for options that contradict each other."""
@@ -258,6 +297,20 @@ def load_config(
     return ServeConfig(**values)
 
 
+def unknown_variables(env: Mapping[str, str] | None = None) -> list[str]:
+    """What of the environment looks like an option of ours and is none: a sentence each, with what may be meant."""
+    import difflib
+
+    known = {f"{ENV_PREFIX}{opt.name.upper()}" for opt in options()} | OTHER_VARIABLES
+    found = []
+    for name in sorted(os.environ if env is None else env):
+        if name.startswith(ENV_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name[len(ENV_PREFIX) :], [one[len(ENV_PREFIX) :] for one in known], n=1)
+            meant = f"; is {ENV_PREFIX}{near[0]} meant?" if near else ""
+            found.append(f"the variable {name} is not known{meant}")
+    return found
+
+
 def _read_file(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
@@ -269,6 +322,16 @@ def _read_file(file: Path) -> dict[str, Any]:
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
+
+
+def _list_of(text: str) -> list[Any]:
+    """Texts between commas, or a JSON list, for those that hold a comma themselves."""
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            found = json.loads(text)
+            if isinstance(found, list):
+                return found
+    return [part.strip() for part in text.split(",")]
 
 
 def _convert(opt: Field[Any], value: Any, source: str) -> Any:
@@ -295,7 +358,7 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
             raise ConfigError(f"{source}: {value} is out of range; it must be {bounds}", param=opt.name)
     elif wanted == list[str]:
         if isinstance(value, str):
-            parts = [part.strip() for part in value.split(",")]
+            parts = _list_of(value)
             value = parts if meta.get("secret") else [part for part in parts if part]
         if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
             raise ConfigError(f"{source}: expected a list of texts", param=opt.name)

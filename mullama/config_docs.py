@@ -17,7 +17,8 @@ Every option of `mullama serve` can be given in three ways. A flag wins over the
 the file, the file over the default.
 
 - as a flag: `--ctx-size 4096`; repeat the flag where several values are taken; `--no-` switches a switch off
-- as an environment variable: `{ENV_PREFIX}CTX_SIZE=4096`; several values are separated by commas
+- as an environment variable: `{ENV_PREFIX}CTX_SIZE=4096`; several values are separated by commas, or are a
+  JSON list where one of them holds a comma
 - as a line of a TOML file: `ctx_size = 4096`; several values are a list. The file is named by `--config FILE` or
   `{ENV_PREFIX}CONFIG`
 

@@ -153,7 +153,7 @@ class ClientLeft(MullamaError):
 
 
 class EngineDead(MullamaError):
-    """The engine thread stopped; the reason is in the message."""
+    """The engine thread stopped; the log has the reason. The next request loads the model anew."""
 
     status = 503
     type = "server_error"
@@ -223,6 +223,20 @@ class ReferenceNotFound(ModelLoadError):
 
     status = 404
     code = "model_not_found"
+
+
+class MachineUnfit(MullamaError):
+    """This machine or this installation cannot run mullama as it is: a library or an instruction is missing, …
+
+    ``faults``: a line each, which says what to do as well. ``message`` is all of them.
+    """
+
+    status = 503
+    code = "machine_unfit"
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
 
 
 class StoreError(MullamaError):

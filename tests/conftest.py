@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,15 @@ def smollm2() -> Path:
 def gemma3() -> Path:
     """gemma-3-270m (sliding window): $MULLAMA_TEST_GEMMA, else from the store, pulled when it is not there."""
     return _real_model("MULLAMA_TEST_GEMMA", "gemma3:270m")
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A command that a test runs in this process sets logging up for the process."""
+    root, ours = logging.getLogger(), logging.getLogger("mullama")
+    before = root.level, ours.level, list(root.handlers)
+    yield
+    root.setLevel(before[0])
+    ours.setLevel(before[1])
+    for handler in set(root.handlers) - set(before[2]):
+        root.removeHandler(handler)

@@ -12,6 +12,7 @@ isolated build (which has pip and scikit-build-core, because pyproject.toml asks
 from __future__ import annotations
 
 import argparse
+import filecmp
 import hashlib
 import os
 import shutil
@@ -105,8 +106,6 @@ def unpack(sdist: Path, lock: dict, into: Path) -> None:
                 raise FetchError(f"{member.name} cannot be read from the archive")
             with source, target.open("wb") as out:
                 shutil.copyfileobj(source, out)
-            # Keep the archive's times: build tools and ccache see an unchanged file after a refetch.
-            os.utime(target, (member.mtime, member.mtime))
     missing = [path for path in wanted if not (into / path).exists()]
     if missing:
         raise FetchError(f"the archive lacks {', '.join(missing)}")
@@ -125,6 +124,15 @@ def apply_patches(into: Path, patched: list[Path]) -> None:
         env = dict(os.environ, GIT_CEILING_DIRECTORIES=str(into.parent))
         if subprocess.run(command, cwd=into, env=env, check=False).returncode != 0:
             raise FetchError(f"{patch.name} does not apply to llama.cpp {read_lock()['upstream_commit']}")
+
+
+def keep_times(new: Path, old: Path) -> None:
+    """Give files that stay as they were their old times. The others are new to build tools, whatever their source says:
+    the times of an archive may lie before those of objects that were made from another one."""
+    for file in new.rglob("*"):
+        before = old / file.relative_to(new)
+        if file.is_file() and before.is_file() and filecmp.cmp(file, before, shallow=False):
+            shutil.copystat(before, file)
 
 
 def find_root(sdist: Path) -> str:
@@ -185,6 +193,7 @@ def fetch(sdist: Path | None, force: bool, target: Path = HERE / "llama.cpp", pr
         apply_patches(unpacked, patched)
         (unpacked / STAMP).write_text(stamp_text(lock, patched))
         if target.exists():
+            keep_times(unpacked, target)
             shutil.rmtree(target)
         unpacked.rename(target)
 

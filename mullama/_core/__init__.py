@@ -1,5 +1,7 @@
 """The compiled room: everything that touches llama.cpp. Importing it loads the shared libraries in mullama/lib.
 
+Raises MachineUnfit, before any of them is loaded, where they need instructions that are not here.
+
 model     weights, vocabulary, chat template
 sampling  SamplingParams to a sampler chain
 governor  thread count from measured step times
@@ -17,7 +19,13 @@ swap      other weights under a running loop
 vacancy   a loop without weights for a while
 divergence  how far two models are apart
 quantize  llama.cpp's quantisation, for a process of its own
+kernels   ways of computing products of weights: which there are, trying and timing one, choosing
 """
+
+# ruff: noqa: E402 - the check comes first
+from mullama import instructions
+
+instructions.check()
 
 from mullama._core.adapters import Adapter
 from mullama._core.arbiter import Arbiter, arbiter
@@ -28,11 +36,11 @@ from mullama._core.gate import StopText
 from mullama._core.governor import Governor
 from mullama._core.loop import Core
 from mullama._core.machine import FINISH, TEXT
-from mullama._core.model import Model, devices, llama_cpp_version, set_log_level, system_info
+from mullama._core.model import Model, chat_template_names, devices, llama_cpp_version, set_log_level, system_info
 from mullama._core.page import Page
 from mullama._core.parking import Parked
 from mullama._core.quantize import quantize, quantize_types
-from mullama._core.sampling import check_params
+from mullama._core.sampling import Sampling, check_params
 from mullama._core.swap import Carrier
 from mullama._core.vacancy import Vacancy
 
@@ -50,9 +58,11 @@ __all__ = [
     "Model",
     "Page",
     "Parked",
+    "Sampling",
     "StopText",
     "Vacancy",
     "arbiter",
+    "chat_template_names",
     "check_params",
     "devices",
     "llama_cpp_version",

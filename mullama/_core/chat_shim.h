@@ -5,13 +5,17 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace mullama {
+
+// What llama.cpp has templates of by name.
+std::vector<std::string> chat_template_names();
 
 class ChatTemplate {
   public:
     // Throws std::runtime_error when the template does not parse. An empty override takes the model's own
-    // template, and ChatML when it has none.
+    // template, and ChatML when it has none; one of chat_template_names() is llama.cpp's own of that name.
     ChatTemplate(const llama_model * model, const std::string & override_source);
     ~ChatTemplate();
 

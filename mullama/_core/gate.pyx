@@ -1,6 +1,6 @@
 """Parts of the core alone, for tests: the gate that text passes, the scans of a row of logits, and how far two are."""
 
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -8,30 +8,33 @@ from libcpp.vector cimport vector
 from mullama._core.divergence cimport kl_divergence
 from mullama._core.llama cimport *
 from mullama._core.loop cimport TextGate, scan_argmax, scan_top_k
+from mullama._core.machine cimport NeighbourLoad, OwnCores
 
 
 cdef class StopText:
     """The text gate alone, for tests: pieces in, final bytes out."""
 
     cdef TextGate gate
+    cdef readonly int ended_by  # index of the stop string that ended the text, or -1
 
     def __init__(self, stops=()):
+        self.ended_by = -1
         for stop in stops:
             if not stop:
                 raise ValueError("a stop string needs a character")
             self.gate.stops.push_back(stop.encode("utf-8"))
 
     def push(self, bytes piece, *, bint check_stops=True):
-        """Returns (final bytes, index of the stop string completed or -1)."""
+        """Returns (final bytes, index of the stop string that ended the text or -1)."""
         cdef string released
         cdef const char * data = piece
-        cdef int which = self.gate.push(data, len(piece), check_stops, released)
-        return <bytes> released, which
+        self.ended_by = self.gate.push(data, len(piece), check_stops, released)
+        return <bytes> released, self.ended_by
 
     def flush(self):
-        """End of text: the bytes still held back."""
+        """End of text: the bytes still held back, up to a stop string among them (``ended_by``)."""
         cdef string released
-        self.gate.flush(released)
+        self.ended_by = self.gate.flush(released)
         return <bytes> released
 
 
@@ -57,3 +60,11 @@ def kl(p, q):
     if not kl_divergence(a.data(), b.data(), <int32_t> a.size(), found, same_top):
         return None
     return found, bool(same_top)
+
+
+def busy_ticks(path):
+    """Ticks that this process's cores were busy, by a file like ``/proc/stat``; None: it does not say."""
+    cdef OwnCores own_cores
+    cdef uint64_t busy = 0
+    cdef bytes name = str(path).encode()
+    return busy if NeighbourLoad.read_busy(name, own_cores, busy) else None

@@ -4,6 +4,7 @@ from libc.stdint cimport uint64_t
 cdef class Governor:
     cdef readonly int n_max            # most threads it may choose
     cdef readonly int threads          # what it has settled on
+    cdef public int n_cores            # cores that these threads and neighbours share
     cdef readonly bint fixed
     cdef readonly unsigned long long changes
     cdef readonly double neighbours    # cores that others use; -1: unknown

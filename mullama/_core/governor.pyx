@@ -43,11 +43,15 @@ cdef inline double unit_of(int n_tokens) noexcept nogil:
 
 
 cdef class Governor:
-    """Chooses between 1 and ``n_max`` threads (at most 64). ``fixed`` always answers ``n_max``."""
+    """Chooses between 1 and ``n_max`` threads (at most 64). ``fixed`` always answers ``n_max``.
 
-    def __cinit__(self, int n_max, bint fixed=False):
+    ``n_cores``: those that the process may use, 0: unknown. Where there are more than threads, neighbours have room.
+    """
+
+    def __cinit__(self, int n_max, bint fixed=False, int n_cores=0):
         cdef int t, s
         self.n_max = min(max(n_max, 1), MAX_THREADS)
+        self.n_cores = n_cores if n_cores > 0 else self.n_max
         self.threads = self.n_max
         self.fixed = fixed or self.n_max == 1
         self.changes = 0
@@ -74,7 +78,7 @@ cdef class Governor:
 
     cdef int room(self, double cores) noexcept nogil:
         """Threads that have a core each beside a load of ``cores``; small loads (clients, the system) are shared."""
-        return min(max(self.n_max - <int> (cores + 0.35), 1), self.n_max)
+        return min(max(self.n_cores - <int> (cores + 0.35), 1), self.n_max)
 
     cdef double expected(self, int n_tokens, int threads) noexcept nogil:
         """Ns that a decode should cost; 0 when nothing is known of the shape."""
@@ -174,7 +178,7 @@ cdef class Governor:
         self.neighbours = cores
         if self.trial != 0 or self.fixed:
             return
-        room = self.n_max if cores < 0 else self.room(cores)  # unknown: only trials tell
+        room = self.room(max(cores, 0.0))  # unknown: only trials tell
         if room < self.threads:
             self.free_looks = 0
             self.crowded_looks += 1
@@ -264,5 +268,5 @@ cdef class Governor:
             if known:
                 costs[t] = known
         return {"threads": self.threads, "threads_max": self.n_max, "fixed": bool(self.fixed),
-                "changes": self.changes, "on_trial": self.trial != 0,
+                "cores": self.n_cores, "changes": self.changes, "on_trial": self.trial != 0,
                 "neighbour_cores": None if self.neighbours < 0 else round(self.neighbours, 2), "cost_ns": costs}

@@ -133,7 +133,7 @@ cdef class Core(Parking):
         # Plans and waits for the GIL between two runs are busy time too; only idling is not.
         start = now_ns() if fresh else self.busy_since
         if fresh and self.neighbours.age_ns() > IDLE_LOOK_NS:
-            self.governor.awake(self.neighbours.read(), start)
+            self.governor.awake(self.load(), start)
         while True:
             now = now_ns()
             if not self.turns.acquire(self.seat, self.deadline.stop):
@@ -164,7 +164,7 @@ cdef class Core(Parking):
             start = self.busy_since = now
             self.publish()
             if self.governor.wants_look(now):
-                self.governor.look(self.neighbours.read(), now)
+                self.governor.look(self.load(), now)
             last = self.changed or not self.plan_prefill.empty() or done == max_steps or self.interrupted.get() \
                 or self.deadline.stop.get() or (until_ns != 0 and now >= until_ns)
             if self.pushed:

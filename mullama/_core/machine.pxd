@@ -18,7 +18,8 @@ cdef extern from "text.h" namespace "mullama" nogil:
     cppclass TextGate:
         vector[string] stops
         int push(const char * piece, size_t n, cbool check_stops, string & released)
-        void flush(string & released)
+        int flush(string & released)
+    size_t utf8_incomplete_tail(const string & s)
 
 cdef extern from "seq.h" namespace "mullama" nogil:
     cppclass Slot:
@@ -76,9 +77,15 @@ cdef extern from "wake.h" namespace "mullama" nogil:
 cdef extern from "clock.h" namespace "mullama" nogil:
     uint64_t now_ns()
     void sleep_us(int us)
+    cppclass OwnCores:
+        OwnCores()
     cppclass NeighbourLoad:
         double read()
         uint64_t age_ns()
+        int cores()
+
+        @staticmethod
+        cbool read_busy(const char * path, const OwnCores & own_cores, uint64_t & busy)
     cppclass Deadline:
         uint64_t at_ns
         Flag stop
@@ -162,6 +169,7 @@ cdef class Machine:
     cdef bint try_threads(self, llama_context * ctx, Governor governor, int threads, int pos, int n_tokens,
                           bint note) except? True
     cdef void resume_pool(self) noexcept nogil
+    cdef double load(self) noexcept nogil
     cdef void site(self, uint32_t kind, int32_t slot, uint64_t handle, int64_t a, int64_t b) noexcept nogil
     cdef void publish(self) noexcept nogil
     cdef bint push(self, const RecordHeader & header, const void * body, uint32_t n, const void * tail,

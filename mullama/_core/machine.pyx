@@ -60,7 +60,8 @@ cdef class Machine:
         if self.pool is NULL:
             raise ModelLoadError("the thread pool could not be created")
         self.threads_set = n_threads
-        self.governor = Governor(n_threads, threads_fixed)
+        self.neighbours.read()
+        self.governor = Governor(n_threads, threads_fixed, self.neighbours.cores())
         self.synchronous = not llama_supports_gpu_offload()
         self.seat = self.turns.table.get().join()
         self.take_on(context)
@@ -101,7 +102,6 @@ cdef class Machine:
             self.page = Page(self.n_slots, page_path)
         except OSError as error:
             raise ModelLoadError(f"the instrumentation page {page_path} cannot be made: {error.strerror}") from None
-        self.neighbours.read()
         self.warm_up(self.ctx, self.governor, quick)
         self.publish()
         return 0
@@ -211,6 +211,13 @@ cdef class Machine:
             pool_resume(self.pool)
             self.pool_paused = False
 
+    cdef double load(self) noexcept nogil:
+        """Cores that neighbours kept busy since the last look (-1: unknown); the governor learns how many there are."""
+        cdef double cores = self.neighbours.read()
+        if self.neighbours.cores() > 0:
+            self.governor.n_cores = self.neighbours.cores()
+        return cores
+
     def pause(self):
         """Put the compute threads to sleep; ``run`` wakes them."""
         if not self.pool_paused:
@@ -264,6 +271,11 @@ cdef class Machine:
         self.counters.plan_ns += plan_ns
         self.waiting = waiting
         self.site(MULLAMA_SITE_PLAN, -1, 0, n_decode, n_prefill)
+
+    def refresh_page(self, uint64_t waiting):
+        """Bring the page up to date between runs: what nobody computes for would stand in it as it was."""
+        self.waiting = waiting
+        self.publish()
 
     def note_idle(self, uint64_t ns, uint64_t waiting):
         """Account a wait for commands; keeps the heartbeat fresh."""

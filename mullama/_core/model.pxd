@@ -1,11 +1,13 @@
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
+from libcpp.vector cimport vector
 from libcpp cimport bool as cbool
 
 from mullama._core.llama cimport llama_model, llama_vocab
 
 
 cdef extern from "chat_shim.h" namespace "mullama" nogil:
+    vector[string] c_chat_template_names "mullama::chat_template_names"() except +
     cppclass ChatTemplate:
         ChatTemplate(const llama_model * model, const string & override_source) except +
         cbool apply(const string & messages_json, cbool add_generation_prompt, string & prompt, string & error)
@@ -20,6 +22,7 @@ cdef class Model:
     cdef readonly str path
     cdef readonly int n_vocab
     cdef readonly bint vocab_only
+    cdef object breakers  # what sampling.pyx knows of this vocabulary; None: nobody has asked yet
     cdef str digest   # of the vocabulary; None: nobody has asked yet
     cdef int n_users  # contexts and adapters on it: it cannot be closed before them
     cdef int n_inside  # threads in a method without the GIL: it is not freed before they have left

@@ -56,6 +56,11 @@ def set_log_level(level):
     LogSink.instance().print_level = levels[level]
 
 
+def chat_template_names():
+    """The chat templates that llama.cpp has by name, in order."""
+    return sorted(name.decode() for name in c_chat_template_names())
+
+
 def devices():
     """Compute devices llama.cpp knows: dicts of name, description, type, memory_free and memory_total in bytes."""
     init_backend()
@@ -125,6 +130,7 @@ cdef class Model:
                  repack=True, vocab_only=False, chat_template="", progress=None):
         """Load. ``progress(fraction)`` is called as it goes; returning False cancels (LoadCancelled).
 
+        ``chat_template`` is Jinja or one of ``chat_template_names()``; empty: the model's own, else ChatML.
         ``gpu_layers`` -1 puts all layers on the GPU, if there is one. ``repack``: weights may be copied into a form
         that this processor computes faster with. Raises ModelLoadError with llama.cpp's reason.
         """

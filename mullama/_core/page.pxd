@@ -1,12 +1,14 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
-from mullama.abi cimport mullama_counters, mullama_event, mullama_row
+from mullama.abi cimport mullama_counters, mullama_event, mullama_header, mullama_row
 
 
 cdef class Page:
     cdef object mapping              # mmap.mmap
     cdef object view                 # keeps the buffer exported
     cdef readonly str path           # "" for a private page
+    cdef object file                 # its descriptor, which holds the lock; None for a private page
+    cdef mullama_header * header
     cdef mullama_counters * counters
     cdef mullama_row * rows
     cdef mullama_event * events

@@ -7,6 +7,11 @@ import mmap
 import os
 import time
 
+try:
+    import fcntl
+except ImportError:  # Windows: nobody can remove a file that is in use
+    fcntl = None
+
 from mullama.abi cimport *
 
 
@@ -61,14 +66,10 @@ cdef class Page:
         if path is None:
             self.mapping = mmap.mmap(-1, size)
         else:
+            self.file = _locked(os.fspath(path))
             self.path = os.fspath(path)
-            # Only the owner may read what requests cost.
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
-            try:
-                os.ftruncate(fd, size)
-                self.mapping = mmap.mmap(fd, size)
-            finally:
-                os.close(fd)
+            os.ftruncate(self.file, size)
+            self.mapping = mmap.mmap(self.file, size)
         self.view = memoryview(self.mapping)
         cdef unsigned char[::1] raw = self.view
         cdef unsigned char * base = &raw[0]
@@ -88,6 +89,7 @@ cdef class Page:
         header.pid = os.getpid()
         header.created_ns = time.monotonic_ns()
         header.magic = MULLAMA_ABI_MAGIC  # last: a reader that sees it may read the rest
+        self.header = header
         self.counters = <mullama_counters *> (base + counters_at)
         self.rows = <mullama_row *> (base + rows_at)
         self.events = <mullama_event *> (base + events_at)
@@ -110,13 +112,19 @@ cdef class Page:
         return self.view.toreadonly()
 
     def close(self):
-        """Remove the file and let go of the mapping; it goes when the last reader in this process lets go too."""
+        """Say that it is closed, remove the file and let go of the mapping; that goes with its last reader."""
         if self.path:
             try:
                 os.unlink(self.path)
             except FileNotFoundError:
                 pass
             self.path = ""
+        if self.header is not NULL:
+            self.header.closed_ns = time.monotonic_ns()
+            self.header = NULL
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
         if self.view is not None:
             self.counters = NULL
             self.rows = NULL
@@ -132,3 +140,18 @@ cdef class Page:
 
 cdef size_t _aligned(size_t n) noexcept:
     return (n + 63) // 64 * 64
+
+
+def _locked(str path):
+    """A descriptor of a new file that only the owner may read, locked as long as it is open (see abi.is_alive)."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
+        if fcntl is None:
+            return fd
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError:
+            return fd  # a file system without locks: nobody can take it for dead
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # between the two calls somebody took it for a dead engine's and removed it

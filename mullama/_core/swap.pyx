@@ -36,7 +36,7 @@ cdef class Carrier:
         core.context.check_place(target)
         self.core = core
         self.target = target
-        self.governor = Governor(core.governor.n_max, core.governor.fixed)
+        self.governor = Governor(core.governor.n_max, core.governor.fixed, core.governor.n_cores)
         self.committed = False
         self.is_clear = True
         core.attach(target.ctx)

@@ -27,29 +27,22 @@ class TextGate {
   public:
     std::vector<std::string> stops;
 
-    // Append a piece. `released` gets the bytes that became final. Returns the index of the stop string that was
-    // completed (text from its first byte on is discarded), or -1. Of several, the one that starts first wins.
+    // Append a piece. `released` gets the bytes that became final. Returns the index of the stop string that ended the
+    // text (what follows its first byte is discarded), or -1. Of those that overlap, the one that starts first counts,
+    // wherever the pieces begin: a complete one waits as long as an earlier one may still become complete.
     int push(const char * piece, size_t n, bool check_stops, std::string & released) {
         held.append(piece, n);
         released.clear();
         size_t keep = 0;
         if (!stops.empty() && check_stops) {
-            size_t first = std::string::npos;
-            int which = -1;
-            for (size_t i = 0; i < stops.size(); ++i) {
-                const size_t at = held.find(stops[i]);
-                if (at < first) { // npos is never smaller
-                    first = at;
-                    which = (int) i;
-                }
-            }
-            if (which >= 0) {
-                released.assign(held, 0, first);
-                held.clear();
-                return which;
-            }
+            size_t at = std::string::npos;
+            const int which = first_stop(at);
             for (const auto & stop : stops) {
                 keep = longer(keep, overlap(stop));
+            }
+            if (which >= 0 && held.size() - keep >= at) {
+                end(at, released);
+                return which;
             }
         }
         keep = longer(keep, utf8_incomplete_tail(std::string_view(held).substr(0, held.size() - keep)) + keep);
@@ -58,16 +51,36 @@ class TextGate {
         return -1;
     }
 
-    // End of text: what was held back is final after all.
-    void flush(std::string & released) {
-        released.swap(held);
-        held.clear();
+    // End of text: what was held back is final after all, up to a stop string that waited for an earlier one.
+    int flush(std::string & released) {
+        size_t at = held.size();
+        const int which = first_stop(at);
+        end(at, released);
+        return which;
     }
 
   private:
     std::string held;
 
     static size_t longer(size_t a, size_t b) { return a > b ? a : b; }
+
+    // The complete stop string that starts first, and where; -1, and `at` as it was, when there is none.
+    int first_stop(size_t & at) const {
+        int which = -1;
+        for (size_t i = 0; i < stops.size(); ++i) {
+            const size_t found = held.find(stops[i]);
+            if (found != std::string::npos && (which < 0 || found < at)) {
+                at = found;
+                which = (int) i;
+            }
+        }
+        return which;
+    }
+
+    void end(size_t at, std::string & released) {
+        released.assign(held, 0, at);
+        held.clear();
+    }
 
     // Longest end of `held` that is a beginning of `stop`, and not all of it.
     size_t overlap(const std::string & stop) const {

@@ -90,7 +90,7 @@ cdef class Vacancy:
         if not self.has_left or self.is_over or context.ctx is NULL:
             raise RuntimeError("this core is not vacant, or the context was closed")
         core.context.check_place(context)
-        governor = Governor(core.governor.n_max, core.governor.fixed)
+        governor = Governor(core.governor.n_max, core.governor.fixed, core.governor.n_cores)
         core.attach(context.ctx)
         try:
             core.resume_pool()

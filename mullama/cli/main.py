@@ -1,6 +1,7 @@
 """The program ``mullama``: finds the command, and turns every error into one line and an exit status.
 
-0: done. 1: it failed, one line on stderr says why. 2: wrong usage or configuration. 130: Ctrl-C.
+0: done. 1: it failed, one line on stderr says why; several where several things are wrong with the machine.
+2: wrong usage or configuration. 130: Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import cast
 
 import click
 
-from mullama.errors import ConfigError, MullamaError
+from mullama.errors import ConfigError, MachineUnfit, MullamaError
 
 #: In the order ``mullama --help`` shows them; each is the module ``mullama.cli.NAME``.
 COMMANDS = (
@@ -53,6 +54,9 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """Serve GGUF models with llama.cpp, with every decision of the server visible and replaceable."""
+    from mullama import logs
+
+    logs.set_up("warning")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except MachineUnfit as error:
+        return max(_fail(fault, 1) for fault in error.faults)
     except MullamaError as error:
         return _fail(error.message, 2 if isinstance(error, ConfigError) else 1)
     except OSError as error:  # the machine's fault, not the program's

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
+import signal
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mullama import logs
 from mullama.cli.options import config_from, config_options
-from mullama.config import DEFAULT_MODEL
+from mullama.config import DEFAULT_MODEL, unknown_variables
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
     from mullama.models.resolve import ResolvedModel
     from mullama.serving.manager import ModelManager
 
+log = logging.getLogger(__name__)
+
 
 @click.command(short_help="Serve models over HTTP.")
 @config_options()
 def command(**params: Any) -> None:
-    """Serve models over an OpenAI-compatible HTTP API, in this process. SIGTERM drains running requests.
+    """Serve models over an OpenAI-compatible HTTP API, in this process. SIGTERM drains running requests, SIGHUP reads
+    the keys again.
 
     Every option can also be an environment variable or a line of a TOML file; a flag wins over the environment, and
     that over the file.
@@ -29,17 +34,46 @@ def command(**params: Any) -> None:
     from mullama.web.server import bind, run_server
 
     config = config_from(params)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up(config.log_level, config.log_format)
+    for problem in unknown_variables():
+        log.warning("%s", problem)
     # First of all: a port in use is known before minutes of download and loading.
     sock = bind(config)
     models = make_manager(config)
+    # Until the server runs there is nothing that a hang-up could mean.
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN) if hasattr(signal, "SIGHUP") else None
     try:
         share_cores(config.arbiter)
         _load_first(models, config)
-        run_server(config, models, sock, make_swaps(config, models))
+        _summary(models, config)
+        run_server(config, models, sock, make_swaps(config, models), lambda: config_from(params))
     finally:
         sock.close()
         models.close()
+        if hang_up is not None:
+            signal.signal(signal.SIGHUP, hang_up)
+
+
+def _summary(models: ModelManager, config: ServeConfig) -> None:
+    """What is served, in a line each: what one looks for first when something is slow or refused."""
+    from mullama.cli.version import llama_commit, mullama_version
+    from mullama.machine.cores import usable_threads
+
+    log.info("mullama %s, llama.cpp %s", mullama_version() or "unknown", (llama_commit() or "unknown")[:12])
+    for served in models.all():
+        engine = served.engine
+        if engine is None:
+            log.info("%s is loaded when it is asked for", served.name)
+            continue
+        info = engine.info
+        log.info(
+            "%s is loaded", served.name,
+            extra=logs.facts(
+                model=info.description, weights=info.weights, mb=round(info.size_bytes / 1e6), context=info.n_ctx,
+                slots=info.n_parallel, threads=config.threads or usable_threads(), scheduler=config.scheduler,
+                kv=f"{config.kv_type_k}/{config.kv_type_v}",
+            ),
+        )  # fmt: skip
 
 
 def _load_first(models: ModelManager, config: ServeConfig) -> None:

@@ -85,7 +85,7 @@ class KvMethods:
 
     def _kv_drop(self, namespace: bytes | None, tokens: SequenceOf[int] | None, tiers: set[KvTier]) -> dict[str, int]:
         found = kvview.drop(self._kv, self._seqs.running(), namespace, tokens, tiers)
-        self._core.note_idle(0, self._n_waiting())
+        self._core.refresh_page(self._n_waiting())
         return found
 
     async def kv_save(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
@@ -101,7 +101,8 @@ class KvMethods:
             raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
 
     async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
-        policy = GuardedPolicy(await asyncio.to_thread(registry.create, spec, params or {}), spec)
+        # A user's code runs there, and never on the event loop.
+        policy = await asyncio.to_thread(lambda: GuardedPolicy(registry.create(spec, params or {}), spec))
         await self._at_boundary(lambda: self._kv.tier.set_policy(policy, time.monotonic_ns()))
         return {"policy": policy.name, "params": dict(policy.params())}
 
@@ -115,7 +116,7 @@ class KvMethods:
 
     def _drop_retained(self) -> int:
         freed = self._kv.drop(self._seqs.running())
-        self._core.note_idle(0, self._n_waiting())
+        self._core.refresh_page(self._n_waiting())
         return freed
 
 

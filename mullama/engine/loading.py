@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
@@ -11,19 +13,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mullama import abi, faults
-from mullama._core import Core, Model, devices, llama_cpp_version
+from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
+from mullama._core.kernels import weights_by_layout
 from mullama.config import ServeConfig
 from mullama.engine import sizing
 from mullama.engine.kvcache import KvCache
 from mullama.engine.kvdisk import DiskTier
-from mullama.errors import ConfigError, ModelLoadError
+from mullama.errors import ConfigError, InvalidRequest, ModelLoadError
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
-from mullama.machine import memory
+from mullama.machine import kernels, memory, ways
 from mullama.machine.cores import usable_threads
+from mullama.models import gguf
+from mullama.models.matrices import matrices
 from mullama.types import ModelInfo
 
+try:
+    import fcntl
+except ImportError:  # Windows, where a page goes with its process
+    fcntl = None  # type: ignore[assignment]
+
 log = logging.getLogger("mullama.engine")
+
+NICE_TRIALS = 10
 
 
 def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float], bool | None] | None) -> Model:
@@ -42,29 +54,75 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         split = [float(part) for part in config.tensor_split.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"tensor_split must be numbers such as 3,1; got '{config.tensor_split}'") from None
+    template = chat_template(config.chat_template)
+    if not config.deterministic:
+        choose_kernels(path, config)
     faults.crash_point("load:before-weights")
     model = Model(
         path,
+        repack=not config.deterministic,  # the reference computations are for weights as they lie in the file
         gpu_layers=gpu_layers,
         devices=config.device,
         split_mode=config.split_mode,
         tensor_split=split,
         mmap=config.mmap,
-        chat_template=chat_template(config.chat_template),
+        chat_template=template,
         progress=progress,
     )
     faults.crash_point("load:after-weights")
+    try:
+        _check_template(model, str(path), is_own=not template)
+    except BaseException:
+        model.close()
+        raise
     return model
 
 
+def choose_kernels(path: str | Path, config: ServeConfig) -> None:
+    """Have the ways of computing these weights in charge that are right and fast here. Raises ModelLoadError.
+
+    Seconds where this machine has not computed such weights with this build before, else nothing to speak of.
+    """
+    # Beside engines that may be decoding, trials have a low priority.
+    is_alone = not kernels.in_charge()
+    kernels.prepare(matrices(gguf.read_header(path)), named=config.kernels, niceness=0 if is_alone else NICE_TRIALS)
+
+
 def chat_template(value: str) -> str:
-    """The template that the option names: itself, or what is in @FILE. Raises ConfigError."""
+    """The template that the option names: itself, one of llama.cpp's own, or what is in @FILE. Raises ConfigError."""
     if not value.startswith("@"):
-        return value
+        if not value or "{" in value:
+            return value
+        names = chat_template_names()
+        if value.lower() in names:
+            return value.lower()
+        file = f"; for the file of that name write @{value}" if Path(value).is_file() else ""
+        raise ConfigError(
+            f"'{value[:80]}' is no chat template: it must be Jinja, @FILE, or one of {', '.join(names)}{file}",
+            param="chat_template",
+        )
     try:
-        return Path(value[1:]).read_text(encoding="utf-8")
+        text = Path(value[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the chat template {value[1:]}: {error}") from None
+        raise ConfigError(f"cannot read the chat template {value[1:]}: {error}", param="chat_template") from None
+    if "{" not in text:
+        raise ConfigError(f"{value[1:]} holds no chat template: nothing in it is Jinja", param="chat_template")
+    return text
+
+
+def _check_template(model: Model, name: str, *, is_own: bool) -> None:
+    """A template that writes nothing of the messages would answer every chat alike: with ``is_own`` of the model that
+    is logged, else it raises ConfigError."""
+    word = "mullama-template-check"
+    try:
+        text = model.render_chat(json.dumps([{"role": "user", "content": word}]).encode())
+    except InvalidRequest:
+        return  # it wants other messages, and says so to those who send these
+    if word in text:
+        return
+    if not is_own:
+        raise ConfigError("the chat template writes nothing of the messages into the prompt", param="chat_template")
+    log.warning("%s: its chat template writes nothing of the messages into the prompt", name)
 
 
 def make_core(
@@ -170,17 +228,19 @@ def _page_path(name: str, folder: str) -> str | None:
 
 
 def _sweep(base: Path) -> None:
-    """Remove pages of processes that are gone (a killed server leaves its file behind)."""
+    """Remove pages of engines that are gone: a killed server leaves its file behind.
+
+    Their process ids say nothing: those of another container, which may share the folder, mean nothing here.
+    """
+    if fcntl is None:
+        return
     for file in base.glob("*.page"):
-        pid = file.name.split("-", 1)[0]
-        if not pid.isdigit():
+        if not file.name.split("-", 1)[0].isdigit():
             continue
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            file.unlink(missing_ok=True)
-        except OSError:
-            continue
+        # An error: its engine runs; or it is somebody else's, or just gone.
+        with contextlib.suppress(OSError), file.open("r+b") as page:
+            fcntl.flock(page, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()  # under the lock: an engine that has just made it looks again once it has the lock
 
 
 def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo:
@@ -206,5 +266,6 @@ def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo
         created=int(time.time()),
         can_shift=core.can_shift and not core.unified,
         weights=weights or Path(model.path).stem,
+        kernels=ways.ways_of(weights_by_layout(model), reference=core.context.reference),
         mapped_bytes=sum(size for kind, size in core.memory()["weights"].items() if kind.endswith("_Mapped")),
     )

@@ -139,7 +139,7 @@ def parse_spec(
     """
     text = text.strip()
     named = None if _URL.match(text) else _NAMED.fullmatch(text)
-    if named and not text.startswith(_PATH_START) and not _is(Path(text).is_file):
+    if named and not text.startswith(_PATH_START) and not _is(Path(text).exists):
         return ModelSpec(check_name(named[1].strip()), parse_reference(named[2].strip(), known, quant=quant))
     return ModelSpec(None, parse_reference(text, known, quant=quant))
 

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 from mullama.errors import InvalidRequest, PluginError
+from mullama.logs import said
+from mullama.plugins import is_fault
 
 _numbers = itertools.count(1)
 
@@ -55,9 +57,11 @@ def _run_file(path: Path, noun: str) -> ModuleType:
     try:
         exec(compile(source, str(path), "exec"), vars(module))
     # Foreign code: whatever it raises is reported as its fault.
-    except Exception as error:
+    except BaseException as error:
         del sys.modules[module.__name__]
-        raise PluginError(f"cannot load the {noun} file {path}: {_said(error)}") from error
+        if not is_fault(error):
+            raise
+        raise PluginError(f"cannot load the {noun} file {path}: {said(error)}") from error
     return module
 
 
@@ -67,11 +71,8 @@ def _import(name: str, noun: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise InvalidRequest(f"there is no module '{name}' to load a {noun} from") from None
-        raise PluginError(f"cannot load the {noun} module {name}: {_said(error)}") from error
-    except Exception as error:
-        raise PluginError(f"cannot load the {noun} module {name}: {_said(error)}") from error
-
-
-def _said(error: Exception) -> str:
-    where = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
-    return f"{type(error).__name__}: {error}{where}"
+        raise PluginError(f"cannot load the {noun} module {name}: {said(error)}") from error
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise PluginError(f"cannot load the {noun} module {name}: {said(error)}") from error

@@ -25,6 +25,7 @@ from mullama.engine.client import EngineClient
 from mullama.errors import (
     AdapterLost,
     ConfigError,
+    EngineDead,
     LoadCancelled,
     MemoryTooSmall,
     ModelBusy,
@@ -91,6 +92,7 @@ class ModelManager(IdleMethods, RoomMethods):
         self._changed = asyncio.Event()  # somebody went idle, or came
         self._worker: asyncio.Task[None] | None = None
         self._reaper: asyncio.Task[None] | None = None
+        self._is_leaving = False
         self._is_ending = False
         self._lock = threading.RLock()  # names come from the threads that parse bodies, engines from those that load
         self._is_closed = False
@@ -149,15 +151,20 @@ class ModelManager(IdleMethods, RoomMethods):
             for first in self._served.values():
                 return first
             raise ModelNotFound("no model is served", param="model")
-        for candidate in (name, name.lower()):
-            served = self._served.get(candidate)
-            if served is not None:
-                return served
+        served = self._served.get(name) or self._in_any_case(name)
+        if served is not None:
+            return served
         if len(name) <= 200 and (reference := self._find(name)) is not None:
             with self._lock:
-                return self._served.get(name.lower()) or self.add(name.lower(), reference, from_store=True)
+                return self._in_any_case(name) or self.add(name.lower(), reference, from_store=True)
         known = ", ".join(self._served) or "none"
         raise ModelNotFound(f"the model '{name[:200]}' is not served here; served models: {known}", param="model")
+
+    def _in_any_case(self, name: str) -> Served | None:
+        """What is served as ``name`` but for its capitals; the lower-case one of several."""
+        folded = name.lower()
+        found = [one for served, one in self._served.items() if served.lower() == folded]
+        return self._served.get(folded) or (found[0] if found else None)
 
     def resolve(self, name: str | None) -> tuple[str, EngineClient]:
         """The served name and its engine. Raises ModelNotFound, ModelNotLoaded.
@@ -166,6 +173,7 @@ class ModelManager(IdleMethods, RoomMethods):
         is never reached by a closed engine. What needs the model to stay takes a lease.
         """
         served = self.get(name)
+        self._bury(served)
         if served.resident is None:
             raise ModelNotLoaded(f"'{served.name}' is not loaded now (it is {served.state})", param="model")
         return served.name, served.resident.engine
@@ -175,14 +183,17 @@ class ModelManager(IdleMethods, RoomMethods):
         return self._clock()
 
     def all(self) -> list[Served]:
-        """Every name that was added or asked for."""
-        return list(self._served.values())
+        """Every name that was added or asked for, as it is now: engines that have stopped are given up."""
+        found = list(self._served.values())
+        for one in found:
+            self._bury(one)
+        return found
 
     def others(self) -> list[tuple[str, str]]:
         """(name, reference) of what could be loaded as well, and nobody has asked for yet."""
         if self._others is None:
             return []
-        return [(name, reference) for name, reference in self._others() if name not in self._served]
+        return [(name, reference) for name, reference in self._others() if self._in_any_case(name) is None]
 
     @property
     def has_others(self) -> bool:
@@ -195,8 +206,11 @@ class ModelManager(IdleMethods, RoomMethods):
 
     @property
     def ready(self) -> bool:
-        """A model is served, none of the named ones has failed, and every loaded one makes progress."""
-        named = [one for one in self._served.values() if not one.from_store]
+        """A model is served, none of the named ones has failed, every loaded one makes progress, and nobody has said
+        that the server is about to end."""
+        if self.is_leaving:
+            return False
+        named = [one for one in self.all() if not one.from_store]
         return bool(named) and all(
             one.state is not ModelState.FAILED and (one.resident is None or one.resident.engine.is_ready())
             for one in named
@@ -207,6 +221,7 @@ class ModelManager(IdleMethods, RoomMethods):
     def try_lease(self, name: str | None) -> Lease | None:
         """A lease at once, where the model is loaded and may take requests; else None. Raises ModelNotFound."""
         served = self.get(name)
+        self._bury(served)
         if served.state is not ModelState.READY or served.resident is None or self._is_ending:
             return None
         return self._grant(served, served.resident)
@@ -219,6 +234,7 @@ class ModelManager(IdleMethods, RoomMethods):
     def hold(self, name: str | None) -> Lease | None:
         """As ``try_lease``, for what is no request: it is not counted as one, and does not make the model look used."""
         served = self.get(name)
+        self._bury(served)
         if served.state is not ModelState.READY or served.resident is None or self._is_ending:
             return None
         return served.resident.lease(served.name, is_hold=True)
@@ -499,11 +515,23 @@ class ModelManager(IdleMethods, RoomMethods):
             return
         served.resident = None
         served.state, served.error = ModelState.FAILED, error.message
+        served.note_death(error, self._clock())
         self.budget.left[resident] = served.n_bytes
         self._tell(served, None)
         task = asyncio.get_running_loop().create_task(self.retire(resident))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _bury(self, served: Served) -> None:
+        """Give up an engine that has stopped by itself. On the event loop, by whoever looks at the model."""
+        resident = served.resident
+        why = resident.engine.death if resident is not None else None
+        if served.state is not ModelState.READY or why is None:
+            return
+        log.error("the engine of '%s' stopped: %s; the next request loads it anew", served.name, why)
+        told = f"the engine of '{served.name}' stopped; the server's log says why, and the next request loads it anew"
+        self.give_up(served.name, EngineDead(told))
+        served.error = f"the engine stopped: {why}"
 
     async def retire(self, resident: Resident) -> None:
         """Close an engine that was replaced and that nobody uses any more."""
@@ -520,6 +548,14 @@ class ModelManager(IdleMethods, RoomMethods):
         falling = [one.falling.engine for one in self._served.values() if one.falling is not None]
         asleep = [engine for _, engine in self.asleep()]
         return [*(engine for _, engine in self.items()), *(one.engine for one in self.budget.left), *falling, *asleep]
+
+    def leave(self) -> None:
+        """The server is about to end: not ready any more, though requests are still taken until ``drain``."""
+        self._is_leaving = True
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._is_leaving or self._is_ending
 
     async def drain(self, seconds: float) -> bool:
         """Refuse new requests on every engine and wait up to ``seconds``. True: no request was cut."""

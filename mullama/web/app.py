@@ -13,6 +13,7 @@ from mullama.serving.manager import ModelManager
 from mullama.web.chat import ChatCompletions
 from mullama.web.completions import Completions
 from mullama.web.context import ContextPolicy, default_policy
+from mullama.web.cors import middleware_of
 from mullama.web.errors import add_error_handlers
 from mullama.web.health import Health, Ready
 from mullama.web.internal import SchedulerView, ShadowScheduler
@@ -22,6 +23,7 @@ from mullama.web.listing import ModelDetail, ModelList
 from mullama.web.memory import MemoryView
 from mullama.web.pull import ModelPull
 from mullama.web.request import Request
+from mullama.web.request_log import RequestIds
 from mullama.web.security import Security
 from mullama.web.services import Services
 
@@ -37,7 +39,8 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     """
     _check_context_policy(config, models)
     services = services or Services(config, models)
-    middleware: list[Any] = [Security(config), services]
+    services.security = Security(config)
+    middleware: list[Any] = [RequestIds(), *middleware_of(config.cors_origin), services.security, services]
     app: App = falcon.asgi.App(media_type=falcon.MEDIA_JSON, request_type=Request, middleware=middleware)
     app.req_options.strip_url_path_trailing_slash = True
     add_error_handlers(app)

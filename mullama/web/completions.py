@@ -23,7 +23,7 @@ from mullama.web.schemas import (
     parse_completion,
 )
 from mullama.web.security import Access
-from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.services import FEW_BIASES, LARGE_TEXT, Services
 
 
 class Completions:
@@ -58,8 +58,10 @@ class Completions:
     ) -> tuple[Group, Options, list[str] | None, list[Dropped | None]]:
         """The prompts, and their generations. The group takes over the lease."""
         services, engine = self._services, lease.engine
-        check_named(call.model, call.named, engine)
-        options = options_of(call.body, engine.info)
+        named = check_named(call.model, call.named, engine)
+        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
+        options = await services.offload(has_many, partial(options_of, call.body, engine.info))
+        prepared = await services.prepared(engine, options.sampling)
         asked = completion_prompts(call.body, options, engine.info)
         services.keep_alive(call.model, call.body.keep_alive)
         info = engine.info
@@ -79,14 +81,16 @@ class Completions:
             services,
             lease,
             request_id=new_id("cmpl"),
-            model=SEPARATOR.join((call.model, *call.named)),
+            model=SEPARATOR.join((call.model, *named)),
             endpoint="completions",
             prompts=prompts,
             options=options.of_tenant(req.tenant),
+            prepared=prepared,
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
-            lora=uses_of(call.named, call.body.lora),
+            lora=uses_of(named, call.body.lora),
         )
+        await group.submit()
         return group, options, echoes, dropped
 
 

@@ -15,13 +15,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import orjson
-
 from mullama.kv.events import KvEvent, KvEventLog
 from mullama.kv.namespaces import short_namespace
 from mullama.kv.tree import TOKEN_BYTES, unpack
 from mullama.web.request import Receive, until_disconnect
-from mullama.web.streaming import PING, Silence
+from mullama.web.streaming import PING, Silence, event_json
 
 MAX_PIECE = 64 << 10  # bytes after which a piece of the body ends
 
@@ -155,4 +153,4 @@ class KvEventStream:
 
 
 def _event(seq: int, kind: str, fields: dict[str, Any]) -> bytes:
-    return b"id: %d\nevent: %s\ndata: %s\n\n" % (seq, kind.encode(), orjson.dumps(fields))
+    return b"id: %d\nevent: %s\ndata: %s\n\n" % (seq, kind.encode(), event_json(fields))

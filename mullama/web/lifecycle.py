@@ -18,7 +18,7 @@ from mullama.web.request import Receive, Request, until_disconnect
 from mullama.web.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.streaming import PING, Silence, start_stream
+from mullama.web.streaming import PING, Silence, event_json, start_stream
 from mullama.web.views import model_for_client
 
 
@@ -286,7 +286,7 @@ class SwapStream:
             raise StopAsyncIteration
         kind = {"running": "progress", "done": "done"}.get(record.state, "error")
         self._is_over = record.ended.is_set()
-        return b"event: %s\ndata: %s\n\n" % (kind.encode(), orjson.dumps(record.to_dict()))
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), event_json(record.to_dict()))
 
     def end(self) -> None:
         self._is_over = True

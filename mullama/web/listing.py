@@ -44,7 +44,7 @@ class ModelDetail:
             resp.data = orjson.dumps(describe(served))
             return
         _, engine = self._models.resolve(name)
-        check_named(name, named, engine)
+        named = check_named(name, named, engine)
         resp.data = orjson.dumps({**describe(served), "id": SEPARATOR.join((name, *named)), "parent": name})
 
 

@@ -67,17 +67,24 @@ def uses_of(ids: Sequence[str], lora: Sequence[LoraBody] | None) -> tuple[LoraUs
     return (*(LoraUse(one) for one in ids), *(LoraUse(one.id, one.scale) for one in lora or ()))
 
 
-def check_named(model: str, ids: Sequence[str], engine: EngineClient) -> None:
-    """Raises ModelNotFound where the name of a model asks for an adapter that is not loaded."""
+def check_named(model: str, ids: Sequence[str], engine: EngineClient) -> tuple[str, ...]:
+    """The adapters that the name of a model asks for, in any case, as they are called. Raises ModelNotFound."""
     if not ids:
-        return
+        return ()
     loaded = [one["id"] for one in engine.adapters()]
+    in_any_case = {one.lower(): one for one in loaded}
+    found = []
     for one in ids:
-        if one not in loaded:
+        if one in loaded:
+            found.append(one)
+        elif one.lower() in in_any_case:
+            found.append(in_any_case[one.lower()])
+        else:
             raise ModelNotFound(
                 f"the model '{model}' has no adapter '{one[:80]}'; loaded adapters: {', '.join(loaded) or 'none'}",
                 param="model",
             )
+    return tuple(found)
 
 
 # -- administration

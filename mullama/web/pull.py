@@ -28,7 +28,7 @@ from mullama.web.request import Receive, Request, until_disconnect
 from mullama.web.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.streaming import PING, Silence, start_stream
+from mullama.web.streaming import PING, Silence, event_json, start_stream
 
 GAP_SECONDS = 0.1  # at least, between two progress events of one stream
 
@@ -237,4 +237,4 @@ def _summary(store: Store, entry: Entry, was_there: bool) -> dict[str, Any]:
 
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:
-    return b"event: %s\ndata: %s\n\n" % (kind.encode(), orjson.dumps(fields))
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), event_json(fields))

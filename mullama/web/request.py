@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import falcon.asgi
 
 from mullama.errors import PayloadTooLarge
+from mullama.web.content_encoding import decode, encodings_of
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -31,14 +34,23 @@ class Request(falcon.asgi.Request):
         self.tenant: str | None = None  # set by Security where API keys tell clients apart
         self.is_operator = False  # set by Security: whether it may also change what is under /internal
         super().__init__(scope, receive, *args, **kwargs)
+        if "//" in self.path:  # clients put a base URL with a slash at its end before a path with one
+            self.path = re.sub("/{2,}", "/", self.path).rstrip("/") or "/"
 
 
 async def read_body(req: Request, limit: int) -> bytes:
-    """The whole request body. Raises PayloadTooLarge beyond ``limit`` bytes, whether or not a length was announced.
+    """The whole request body, unpacked. Raises PayloadTooLarge beyond ``limit`` bytes, packed or not, whether or not a
+    length was announced, UnsupportedMediaType and InvalidRequest for a ``Content-Encoding``.
 
     The rest of an oversized body is left to uvicorn, which discards it: closing at once would reset the connection
     of a client that is still sending, and it would never see the answer.
     """
+    encodings = encodings_of(req.get_header("Content-Encoding"))
+    data = await _raw_body(req, limit)
+    return await asyncio.to_thread(decode, data, encodings, limit) if encodings and data else data
+
+
+async def _raw_body(req: Request, limit: int) -> bytes:
     length = req.content_length
     if length is not None:
         if length > limit:

@@ -14,6 +14,7 @@ from mullama.web.context import Dropped, context_member, shift_member
 from mullama.web.direct import direct_body
 from mullama.web.generations import Group, Reply
 from mullama.web.request import Request
+from mullama.web.request_log import note_group
 from mullama.web.schemas import Options
 from mullama.web.services import Services
 from mullama.web.streaming import ChunkFormat, EventStream, start_stream
@@ -46,6 +47,7 @@ async def respond(
     what the engine dropped to go on when the context was full.
     """
     streaming = False
+    note_group(req, group)
     try:
         created = int(time.time())
         context = context_member(dropped)

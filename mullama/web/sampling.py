@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from mullama.errors import InvalidRequest
 from mullama.types import ModelInfo
 
@@ -77,6 +79,8 @@ _PARAMS = (
     *("repeat_last_n", "presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length"),
     *("dry_penalty_last_n", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta"),
 )
+#: As ``max_tokens``: what leaving it out means (llama-server, LM Studio).
+NO_LIMIT = -1
 #: Counts of tokens to generate: the engine knows what room they have. It takes none above this.
 _LIMITS = {"max_tokens", "min_tokens"}
 MOST_TOKENS = 1 << 30
@@ -87,7 +91,8 @@ _COUNTS = {"repeat_last_n", "dry_allowed_length", "dry_penalty_last_n"}
 def check_range(name: str, value: float | None) -> None:
     """Raises InvalidRequest naming the field, its value and what it may be."""
     if value is not None and value not in RANGES[name]:
-        raise InvalidRequest(f"{name}: {value} is out of range; it must be {RANGES[name]}", param=name)
+        unlimited = f", or {NO_LIMIT} for no limit" if name in _SPELLINGS["max_tokens"] else ""
+        raise InvalidRequest(f"{name}: {value} is out of range; it must be {RANGES[name]}{unlimited}", param=name)
 
 
 def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
@@ -97,21 +102,25 @@ def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
     for param in _PARAMS:
         for field in _SPELLINGS.get(param, (param,)):
             value = getattr(body, field, None)
-            check_range(field, value)
-            if value is not None and param not in values:
-                values[param] = min(value, most[param]) if param in most else value
+            if value is None:
+                continue
+            unlimited = param == "max_tokens" and value == NO_LIMIT
+            if not unlimited:
+                check_range(field, value)
+            if param not in values:
+                values[param] = None if unlimited else min(value, most[param]) if param in most else value
     if "top_k" in values:
         values["top_k"] = min(max(values["top_k"], 0), info.n_vocab)  # -1 switches it off, as in vLLM
-    if values.get("min_tokens", 0) > values.get("max_tokens", MOST_TOKENS):
+    if values.get("min_tokens", 0) > (values.get("max_tokens") or MOST_TOKENS):
         raise InvalidRequest("min_tokens: it must not be greater than max_tokens", param="min_tokens")
     return values
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Raises InvalidRequest for too many, too long or empty ones."""
-    if stop is None:
+    """Raises InvalidRequest for too many or too long ones, and empty ones beside others; empty alone means none."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not any(stops):
         return ()
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOPS:
         raise InvalidRequest(f"stop: {len(stops)} strings are too many; at most {MAX_STOPS} are taken", param="stop")
     for text in stops:
@@ -122,9 +131,17 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def breakers(texts: Sequence[str]) -> tuple[str, ...]:
-    """DRY sequence breakers. Raises InvalidRequest for too many, too long or empty ones."""
+def breakers(given: str | Sequence[str]) -> tuple[str, ...]:
+    """DRY sequence breakers: a list, or one as JSON text, as SillyTavern sends it. Raises InvalidRequest for another
+    text, and for too many, too long or empty ones."""
     name = "dry_sequence_breakers"
+    if isinstance(given, str):
+        try:
+            texts = msgspec.json.decode(given, type=list[str])
+        except (msgspec.DecodeError, UnicodeEncodeError):
+            raise InvalidRequest(f"{name}: expected a list of texts, or one as JSON text", param=name) from None
+    else:
+        texts = list(given)
     if len(texts) > MAX_BREAKERS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in texts):
         raise InvalidRequest(
             f"{name}: it takes at most {MAX_BREAKERS} texts of 1 to {MAX_STOP_LENGTH} characters", param=name
@@ -132,11 +149,11 @@ def breakers(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def logit_biases(biases: Mapping[str, float] | None, info: ModelInfo) -> tuple[tuple[int, float], ...]:
-    """OpenAI's ``{"token id": bias}``. Raises InvalidRequest for other keys, ids outside the vocabulary, biases
-    outside -100..100."""
+def logit_biases(biases: Mapping[str, float] | Sequence[Any] | None, info: ModelInfo) -> tuple[tuple[int, float], ...]:
+    """OpenAI's ``{"token id": bias}``, or llama-server's ``[[token id, bias]]``. Raises InvalidRequest for other keys,
+    ids outside the vocabulary, biases outside -100..100."""
     checked = []
-    for key, bias in (biases or {}).items():
+    for key, bias in _bias_pairs(biases or {}):
         if not _TOKEN_ID.fullmatch(key):
             raise InvalidRequest(f"logit_bias: {key[:40]!r} is not a token id; it must be a number", param="logit_bias")
         token = int(key)
@@ -149,6 +166,17 @@ def logit_biases(biases: Mapping[str, float] | None, info: ModelInfo) -> tuple[t
             )
         checked.append((token, float(bias)))
     return tuple(checked)
+
+
+def _bias_pairs(biases: Mapping[str, float] | Sequence[Any]) -> list[tuple[str, float]]:
+    if isinstance(biases, Mapping):
+        return list(biases.items())
+    try:
+        pairs = msgspec.convert(biases, list[tuple[int, float]])
+    except msgspec.ValidationError:
+        words = "logit_bias: expected an object of token ids and biases, or a list of pairs of them"
+        raise InvalidRequest(words, param="logit_bias") from None
+    return [(str(token), bias) for token, bias in pairs]
 
 
 def check_tokens(tokens: Sequence[int], name: str, info: ModelInfo) -> None:

@@ -6,6 +6,7 @@ msgspec checks the types while it decodes; the ranges are in ``sampling.py``. Un
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -61,13 +62,13 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     dry_base: float | None = None
     dry_allowed_length: int | None = None
     dry_penalty_last_n: int | None = None
-    dry_sequence_breakers: list[str] | None = None
+    dry_sequence_breakers: str | list[str] | None = None
     xtc_probability: float | None = None
     xtc_threshold: float | None = None
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | list[Any] | None = None
     user: str | None = None
     priority: int | None = None
     slo_ms: float | None = None
@@ -314,6 +315,7 @@ def _prompts(prompt: str | list[str | int | list[int]] | None, info: ModelInfo) 
 
 def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
     """Raises InvalidRequest with ``param`` set when a field has the wrong type."""
+    data = data.removeprefix(codecs.BOM_UTF8)
     if not data.strip(b" \t\r\n"):
         raise InvalidRequest("the body is empty; it must be a JSON object")
     try:
@@ -325,9 +327,57 @@ def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
     except RecursionError:
         raise InvalidRequest("the body is JSON nested too deeply") from None
     except msgspec.ValidationError as error:
-        raise _type_error(str(error)) from None
+        return _with_whole_numbers(decoder, data, error)
     except msgspec.DecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        raise InvalidRequest(f"the body is not valid JSON: {_half_a_pair(data) or error}") from None
+
+
+#: Members that hold what is the client's own, which stays as it came.
+_AS_THEY_CAME = ("messages", "tools", "functions", "tool_choice", "response_format")
+
+
+def _with_whole_numbers(decoder: msgspec.json.Decoder[S], data: bytes, error: msgspec.ValidationError) -> S:
+    """The body of a client that writes whole numbers as ``3.0`` or ``3e0`` (PHP, Lua). PERF: looked at only when the
+    body was refused as it is, with ``error``. Raises InvalidRequest where it has other faults.
+    """
+    try:
+        body = msgspec.json.decode(data)
+        if isinstance(body, dict):
+            body = {name: value if name in _AS_THEY_CAME else _whole(value) for name, value in body.items()}
+        whole: S = msgspec.convert(body, decoder.type)
+        return whole
+    except msgspec.ValidationError as fault:
+        raise _type_error(str(fault)) from None
+    except (msgspec.DecodeError, RecursionError):
+        raise _type_error(str(error)) from None
+
+
+def _whole(value: Any) -> Any:
+    """The same with an int for every float that is one."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 1 << 63 else value
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _whole(one) for name, one in value.items()}
+    return value
+
+
+#: A surrogate pair, or half of one; JSON's escapes of a character beyond U+FFFF.
+_SURROGATES = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+
+
+def _half_a_pair(data: bytes) -> str | None:
+    """What to say where the reason is half a surrogate pair: a character that was cut in two."""
+    for found in _SURROGATES.finditer(data):
+        before = data[max(0, found.start() - 1000) : found.start()]
+        is_escape = (len(before) - len(before.rstrip(b"\\"))) % 2 == 0  # and not an escaped backslash
+        if is_escape and found[1] is None:
+            half = found[0].decode()
+            return f"{half} at byte {found.start()} is half a surrogate pair, which alone is no character"
+    return None
 
 
 _AT_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)

@@ -19,10 +19,13 @@ import falcon.asgi
 
 from mullama.config import ServeConfig
 from mullama.errors import AuthenticationError, ConfigError, PermissionDenied, UnsupportedMediaType
+from mullama.web.listening import is_loopback, unix_path
 from mullama.web.request import Request
 
 log = logging.getLogger(__name__)
 
+#: Where clients of other makers put the key: Anthropic's, Azure's.
+_KEY_HEADERS = ("X-Api-Key", "Api-Key")
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
@@ -33,14 +36,6 @@ class Access(enum.Enum):
     CLIENT = "client"  # the API key, when one is set
     INTERNAL = "internal"  # reading: any key, a client is shown its own; writing: an operator
     OPERATOR = "operator"  # an operator, for reading as well
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a listening address is reachable from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def host_name(header: str) -> str:
@@ -63,19 +58,33 @@ class Security:
 
     def __init__(self, config: ServeConfig) -> None:
         """Raises ConfigError when keys shall share the cache and there are not several."""
-        self._api_keys = [key.encode() for key in config.api_key]
-        self._names_tenants = len(self._api_keys) > 1
-        if config.cache_shared_by_keys and not self._names_tenants:
-            raise ConfigError("--cache-shared-by-keys needs several --api-key", param="cache_shared_by_keys")
-        self._admin_key = config.admin_key.encode()
+        self.take_keys(config)
         self._on_loopback = is_loopback(config.host)
         if not self._on_loopback and not self._api_keys:
             log.warning("anybody who reaches %s:%d may use the models: there is no --api-key", config.host, config.port)
-        self._any_host = "*" in config.allowed_host
-        self._hosts = {"localhost", "127.0.0.1", "::1", host_name(config.host), *map(host_name, config.allowed_host)}
+        # No page's request comes through a Unix socket.
+        self._any_host = "*" in config.allowed_host or unix_path(config.host) is not None
+        for name in config.allowed_host:
+            if "/" in name:
+                raise ConfigError(
+                    f"--allowed-host: '{name}' is no host name; leave out http:// and paths", param="allowed_host"
+                )
+        names = [host_name(name.removeprefix("*")) if name != "*" else name for name in config.allowed_host]
+        self._domains = tuple(name for name in names if name.startswith("."))
+        self._hosts = {"localhost", "127.0.0.1", "::1", host_name(config.host), *names}
+        self._hosts |= {domain[1:] for domain in self._domains}
         # Off loopback, clients use whichever address the machine has. An address cannot be rebound, only a name can.
         self._any_address = not self._on_loopback
         self._seen: set[str] = set()  # PERF: raw headers already accepted
+
+    def take_keys(self, config: ServeConfig) -> None:
+        """The keys that count from now on. Raises ConfigError as ``Security`` does."""
+        names_tenants = len(config.api_key) > 1
+        if config.cache_shared_by_keys and not names_tenants:
+            raise ConfigError("--cache-shared-by-keys needs several --api-key", param="cache_shared_by_keys")
+        self._api_keys = [key.encode() for key in config.api_key]
+        self._names_tenants = names_tenants
+        self._admin_key = config.admin_key.encode()
 
     async def process_request(self, req: Request, resp: falcon.asgi.Response) -> None:
         if self._any_host:
@@ -95,7 +104,7 @@ class Security:
             self._seen.add(header)
 
     def _host_allowed(self, name: str) -> bool:
-        if name in self._hosts:
+        if name in self._hosts or name.endswith(self._domains):
             return True
         try:
             address = ipaddress.ip_address(name)
@@ -107,7 +116,7 @@ class Security:
         self, req: Request, resp: falcon.asgi.Response, resource: object, params: dict[str, Any]
     ) -> None:
         access = getattr(resource, "access", Access.OPERATOR)  # what forgets to say so is shown to nobody else
-        given = _bearer(req)
+        given = _key(req)
         is_client = self._is_client(given)
         is_admin = _same(given, self._admin_key)
         if self._admin_key:
@@ -116,7 +125,7 @@ class Security:
             req.is_operator = self._on_loopback and not self._names_tenants and (is_client or not self._api_keys)
         if self._names_tenants and is_client:
             req.tenant = tenant_of(given)
-        if access is Access.OPEN:
+        if access is Access.OPEN or req.method == "OPTIONS":  # a browser asks what it may send before it sends the key
             return
         if access is Access.CLIENT:
             if self._api_keys and not is_client:
@@ -163,10 +172,15 @@ def salt_of(tenant: str | None, salt: str | None) -> str:
     return salt or "" if tenant is None else f"{tenant}\0{salt or ''}"
 
 
-def _bearer(req: Request) -> bytes:
-    """The bearer token of the request, empty when there is none."""
+def _key(req: Request) -> bytes:
+    """The key that came with the request, empty when there is none: a bearer token first."""
     scheme, _, token = (req.get_header("Authorization") or "").partition(" ")
-    return token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip().encode("latin-1")
+    for name in _KEY_HEADERS:
+        if key := (req.get_header(name) or "").strip():
+            return key.encode("latin-1")
+    return b""
 
 
 def _same(given: bytes, key: bytes) -> bool:

@@ -1,107 +1,74 @@
 """Running the app: one process, one event loop, uvicorn with uvloop and httptools.
 
-``bind`` comes first, before the slow model load, so that a port in use is known at once. SIGTERM and SIGINT stop
-accepting, let running requests end (``--drain-timeout``), and return; a second SIGINT does not wait.
+``bind`` comes first, before the slow model load, so that a port in use is known at once. SIGTERM and SIGINT end the
+server in four steps: it is not ready any more (``--drain-delay``); it refuses new requests with 503, on new connections
+as on old ones, while running ones end (``--drain-timeout``); it closes the listener; clients get their last bytes. A
+second SIGINT does not wait. SIGHUP reads the keys again and opens the profile log anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import importlib.util
-import ipaddress
 import logging
 import math
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 import uvicorn
 
 from mullama.config import ServeConfig
-from mullama.errors import ConfigError
 from mullama.serving.manager import ModelManager
 from mullama.serving.swap import Swaps
 from mullama.web.app import create_app
+from mullama.web.listening import BACKLOG, Listener, bind, is_loopback, url_of
 from mullama.web.protocol import Protocol
+from mullama.web.reload import Reload
+from mullama.web.request_log import RequestLog
 from mullama.web.services import Services
+
+__all__ = ["Server", "bind", "run_server", "url_of"]
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 2048
+T = TypeVar("T")
+
 KEEP_ALIVE = 75  # seconds; longer than clients keep an idle connection, so that they close it and not we
+CLOSE = (b"connection", b"close")
 GRACE = 5  # seconds after the drain in which clients may still take their last bytes
 
 
-def bind(config: ServeConfig) -> socket.socket:
-    """Listen on ``config.host`` and ``config.port``. Clients that connect before ``run_server`` wait for it.
-
-    Raises ConfigError, one line, when the address cannot be had.
-    """
-    where = f"{config.host}:{config.port}"
-    try:
-        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError):
-        raise ConfigError(f"cannot listen on {where}: '{config.host}' is no address here", param="host") from None
-    # A name such as localhost has several addresses; most clients expect the IPv4 one.
-    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
-    sock = socket.socket(family, kind, protocol)
-    try:
-        if sys.platform != "win32":  # there it would let two servers share the port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        reason = _reason(error)
-        raise ConfigError(f"cannot listen on {where}: {reason}", param="port") from None
-    return sock
-
-
-def _reason(error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return "the port is in use; choose another one with --port, or 0 for a free one"
-    if error.errno == errno.EACCES:
-        return "permission denied; ports below 1024 are reserved"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return "this machine does not have that address"
-    return error.strerror or str(error)
-
-
-def url_of(config: ServeConfig, sock: socket.socket) -> str:
-    """Where a client on this machine reaches the socket; the real port when a free one was asked for."""
-    port = sock.getsockname()[1]
-    host = config.host
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        if address.is_unspecified:
-            host = "localhost"
-        elif address.version == 6:
-            host = f"[{host}]"
-    return f"http://{host}:{port}"
-
-
 def run_server(
-    config: ServeConfig, models: ModelManager, sock: socket.socket | None = None, swaps: Swaps | None = None
+    config: ServeConfig,
+    models: ModelManager,
+    sock: Listener | None = None,
+    swaps: Swaps | None = None,
+    read_config: Callable[[], ServeConfig] | None = None,
 ) -> None:
     """Serve until a signal comes, then drain and return. Blocks; call from the main thread.
 
-    Prints one line when clients are answered. Raises ConfigError before anything is started when the port, the
-    profile log or the KV events' endpoint cannot be had. The caller closes ``models``.
+    ``read_config`` reads the configuration again (default: it never changes). Prints one line when clients are
+    answered. Raises ConfigError before anything is started when the port, the profile log or the KV events' endpoint
+    cannot be had. The caller closes ``models``.
     """
     sock = sock or bind(config)
+    if not is_loopback(config.host) and not config.allowed_host:
+        log.warning(
+            "clients must name this server by an IP address or as localhost; other names, such as a container's or a "
+            "domain, are refused until --allowed-host names them (.example.org: a domain and all below it)"
+        )
     try:
         services = Services(config, models, swaps)
     except BaseException:
         sock.close()
         raise
     try:
-        server = Server(config, services, sock)
-        server.run(sockets=[sock])
+        server = Server(config, services, sock, Reload(services, read_config or (lambda: config)))
+        server.run(sockets=sock.all)
     finally:
         sock.close()
         services.close()
@@ -110,11 +77,12 @@ def run_server(
 class Server(uvicorn.Server):
     """uvicorn's server, with our signals, our ready line, and the engines' drain at the end."""
 
-    def __init__(self, config: ServeConfig, services: Services, sock: socket.socket) -> None:
+    def __init__(self, config: ServeConfig, services: Services, sock: Listener, reload: Reload | None = None) -> None:
         fast = importlib.util.find_spec("uvloop") is not None  # there is none for Windows
+        app: Any = create_app(config, services.models, services)
         super().__init__(
             uvicorn.Config(
-                create_app(config, services.models, services),
+                RequestLog(app) if config.log_requests else app,
                 loop="uvloop" if fast else "asyncio",
                 http=Protocol,
                 ws="none",
@@ -130,34 +98,63 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(config.drain_timeout) + 2 * GRACE,
             )
         )
+        self._drain_delay = config.drain_delay
         self._drain_timeout = config.drain_timeout
+        self._reload = reload
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._services = services
         self._url = url_of(config, sock)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
         self._services.models.start()
+        log.info("listening on %s", self._url)
         print(f"mullama ready on {self._url}", flush=True)
 
+    async def _serve_during(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Go on with what uvicorn does ten times a second until ``work`` is done. None: nobody wants to wait for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        counter = 0
+        while not self.force_exit:
+            await self.on_tick(counter)
+            done, _ = await asyncio.wait({task}, timeout=0.1)
+            if done:
+                return task.result()
+            counter += 1
+        task.cancel()
+        return None
+
+    async def on_tick(self, counter: int) -> bool:
+        """Once it is about to end, every answer asks its client to connect anew, to whoever is there then."""
+        is_over = await super().on_tick(counter)
+        if self._services.models.is_leaving and CLOSE not in self.server_state.default_headers:
+            self.server_state.default_headers.append(CLOSE)
+        return is_over
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, drain the engines, wait for the connections to have their last bytes."""
+        """Drain while new connections are still answered; close the listener; let clients have their last bytes."""
+        await self._drain()
         # The task starts at the first await of uvicorn's own shutdown: after the listener was closed.
-        ending = asyncio.get_running_loop().create_task(self._end_requests(self._drain_timeout, GRACE))
+        ending = asyncio.get_running_loop().create_task(self._end_connections(0.5 if self.force_exit else GRACE))
         try:
             await super().shutdown(sockets)
-            if self.force_exit:
-                ending.cancel()
-                await self._end_requests(0.0, 0.5)
-            elif not await ending:
-                log.warning("requests were cut after %g s of draining", self._drain_timeout)
+            await ending
             await self._services.settle()
         finally:
             ending.cancel()
 
-    async def _end_requests(self, drain_timeout: float, grace: float) -> bool:
-        """Let requests end, cut them after ``drain_timeout``; clients that do not take what is theirs, or do not
-        finish what they were sending, are left after ``grace`` seconds more. True: no request was cut."""
-        drained = await self._services.models.drain(drain_timeout)
+    async def _drain(self) -> None:
+        self._services.models.leave()
+        if self._drain_delay:
+            await self._serve_during(asyncio.sleep(self._drain_delay))
+        if await self._serve_during(self._services.models.drain(self._drain_timeout)) is False:
+            log.warning("requests were cut after %g s of draining", self._drain_timeout)
+
+    async def _end_connections(self, grace: float) -> None:
+        """What still runs is cut; clients that do not take what is theirs, or do not finish what they were sending,
+        are left after ``grace`` seconds."""
+        await self._services.models.drain(0.0)
         self._services.end_responses()
         tasks = self.server_state.tasks
         if tasks:
@@ -168,7 +165,11 @@ class Server(uvicorn.Server):
                 transport.abort()
         if tasks:
             await asyncio.wait(list(tasks), timeout=1.0)
-        return drained
+
+    def _hang_up(self, *_: object) -> None:
+        """SIGHUP, in whatever the main thread does just now."""
+        if self._reload is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._reload)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -176,8 +177,9 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handled = [signal.SIGINT, signal.SIGTERM]
-        before = {number: signal.signal(number, self.handle_exit) for number in handled}
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "SIGHUP"):
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._hang_up)
         try:
             yield
         finally:

@@ -1,7 +1,7 @@
 """Server-sent events: one stream of chunks for one request.
 
 The hot path is ``EventStream._sink`` where the server offers a direct way to the client (``direct.py``), else
-``__anext__``: one ``orjson.dumps`` of the new text between two constants.
+``__anext__``: one JSON encoding of the new text between two constants.
 """
 
 from __future__ import annotations
@@ -21,8 +21,24 @@ from mullama.web.errors import as_mullama_error
 from mullama.web.generations import Event, Group, events_of
 from mullama.web.usage import profile_fields, usage
 
-PING = b": ping\n\n"
+#: A comment alone: a blank line behind it would end an event without data, which some clients take for a broken one.
+PING = b": ping\n"
 DONE = b"data: [DONE]\n\n"
+
+#: Ends of lines for Python's ``str.splitlines``, and so for clients that split a stream with it (such as httpx's
+#: ``iter_lines``), but not for JSON or server-sent events. The controls among them are escaped in any JSON.
+_LINE_ENDS = ((b"\xc2\x85", rb"\u0085"), (b"\xe2\x80\xa8", rb"\u2028"), (b"\xe2\x80\xa9", rb"\u2029"))
+
+
+def event_json(value: object) -> bytes:
+    """The JSON of ``value`` for an event: no client's idea of a line ends within it."""
+    data = orjson.dumps(value)
+    if data.isascii():
+        return data
+    for end, escaped in _LINE_ENDS:
+        if end in data:
+            data = data.replace(end, escaped)
+    return data
 
 
 class ChunkFormat:
@@ -43,7 +59,7 @@ class ChunkFormat:
         only_first: dict[str, Any] | None = None,
     ) -> None:
         kind = "chat.completion.chunk" if is_chat else "text_completion"
-        head = orjson.dumps({"id": group.id, "object": kind, "created": created, "model": group.model})
+        head = event_json({"id": group.id, "object": kind, "created": created, "model": group.model})
         self._is_chat = is_chat
         self._echoes = echoes
         self._head = b"data: " + head[:-1] + b',"choices":['
@@ -63,7 +79,7 @@ class ChunkFormat:
         return self._first_head + data.removeprefix(self._head)
 
     def text(self, index: int, text: str) -> bytes:
-        return self._text_heads[index] + orjson.dumps(text) + self._text_tail
+        return self._text_heads[index] + event_json(text) + self._text_tail
 
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         """What comes before and after a text's JSON."""
@@ -79,7 +95,7 @@ class ChunkFormat:
     def finish(self, index: int, reason: str, extra: dict[str, Any]) -> bytes:
         """The chunk with the finish reason; ``extra`` are further members of the chunk."""
         text: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-        choice = orjson.dumps({"index": index, **text, "logprobs": None, "finish_reason": reason})
+        choice = event_json({"index": index, **text, "logprobs": None, "finish_reason": reason})
         return self._head + choice + self._end + _members(extra) + b"}\n\n"
 
     def usage(self, usage: dict[str, Any], extra: dict[str, Any]) -> bytes:
@@ -88,7 +104,7 @@ class ChunkFormat:
 
 def _members(extra: dict[str, Any]) -> bytes:
     """Further members of an open JSON object."""
-    return b"," + orjson.dumps(extra)[1:-1] if extra else b""
+    return b"," + event_json(extra)[1:-1] if extra else b""
 
 
 class Silence:
@@ -188,7 +204,7 @@ class EventStream:
         PERF: the function that is returned is all that runs for a token of a flowing stream.
         """
         silence, source, opened = self._silence, self._source, self._opened
-        dumps, now = orjson.dumps, asyncio.get_running_loop().time
+        dumps, now = event_json, asyncio.get_running_loop().time
         head, tail = self._chunks.around_text(index)
         write_first = body.writer(self._chunks.opening(index) + head, tail)
         write_later = body.writer(head, tail)
@@ -227,7 +243,7 @@ class EventStream:
             except Exception as error:  # logged by as_mullama_error, and the client is told
                 self._ended = True
                 self._group.cancel()
-                return b"data: " + orjson.dumps(as_mullama_error(error).to_openai()) + b"\n\n"
+                return b"data: " + event_json(as_mullama_error(error).to_openai()) + b"\n\n"
         raise StopAsyncIteration
 
     def _begin(self, data: bytes) -> bytes:

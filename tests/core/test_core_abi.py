@@ -18,6 +18,7 @@ from core_support import Driver, greedy
 from mullama import abi
 from mullama._core import Model, Page
 from mullama._core.page import block_sizes, layout, site_table
+from mullama.engine.loading import _sweep
 
 BLOCKS = {"header": abi.Header, "counters": abi.Counters, "row": abi.Row, "event": abi.Event}
 
@@ -86,10 +87,44 @@ def test_the_file_is_private_and_goes_with_close(tmp_path: Path) -> None:
     assert page.path == str(path)
     assert path.stat().st_mode & 0o077 == 0
     reader = abi.Reader.attach(path)
+    assert abi.is_alive(path) and not reader.is_closed
     page.close()
     page.close()
     assert not path.exists()
     assert reader.counters().steps == 0, "who has it open may go on reading"
+    assert reader.is_closed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_pages_of_dead_engines_are_swept_whatever_their_pids_mean(tmp_path: Path) -> None:
+    """Of containers that share the folder: a pid may be somebody else's here, or nobody's."""
+    own = [f"{os.getpid()}-m-0.page", f"{2**22 + 1}-m-1.page"]  # a living pid; one that no process has
+    alive = [Page(1, tmp_path / f"{os.getpid()}-alive-0.page"), Page(1, tmp_path / f"{2**22 + 1}-alive-1.page")]
+    for name in (*own, "notes.page", "1-m.txt"):
+        (tmp_path / name).write_bytes(b"x" * 200)
+    _sweep(tmp_path)
+    left = {file.name for file in tmp_path.iterdir()}
+    assert left == {"notes.page", "1-m.txt", *(Path(page.path).name for page in alive)}
+    for page in alive:
+        page.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_a_page_that_is_swept_as_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    real, path, sweeps = fcntl.flock, tmp_path / "1-m-0.page", [True]
+
+    def flock(fd: int, how: int) -> None:
+        if sweeps and how == fcntl.LOCK_EX:
+            sweeps.pop()
+            path.unlink()  # another engine had the lock first
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    page = Page(1, path)
+    assert not sweeps and path.exists() and abi.is_alive(path)
+    page.close()
 
 
 def test_counters_rows_and_events_of_a_request(core: Driver) -> None:

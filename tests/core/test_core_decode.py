@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import tiny
 from core_support import Driver, Output, greedy, sampled
 
 from mullama import abi
@@ -209,3 +210,48 @@ def test_smollm2_alone_and_eight_at_once(make_core: Callable[..., Driver], real_
     handles = [driver.open(text, greedy(8), slot=slot) for slot, text in enumerate(questions)]
     driver.finish_all()
     assert [driver.outputs[handle].text for handle in handles] == apart
+
+
+# -- the end of a text --------------------------------------------------------------------------------------------
+
+
+def only_bytes(data: bytes) -> tuple[tuple[int, float], ...]:
+    """A bias that leaves these bytes alone (token ids 0 to 255 are the bytes of that number)."""
+    return tuple((token, -1e9) for token in range(tiny.N_VOCAB) if token not in set(data))
+
+
+@pytest.mark.parametrize("lead", [0xC3, 0xE2, 0xF0], ids=hex)
+@pytest.mark.parametrize("max_tokens", [1, 2, 5])
+def test_a_character_that_was_cut_is_left_out(core: Driver, lead: int, max_tokens: int) -> None:
+    """The last byte begins a character; what is broken before it stays visible."""
+    output = core.generate("x", greedy(max_tokens, logit_bias=only_bytes(bytes([lead]))))
+    assert output.reason == "length" and len(output.tokens) == max_tokens
+    assert output.text == "\ufffd" * (max_tokens - 1)
+    assert sum(n for _, n in output.deltas) == max_tokens, "its token counts"
+
+
+def test_a_character_that_was_cut_before_a_stop_string(core: Driver) -> None:
+    # After a lead byte, the best of the two is sure to be the other one only where nothing else may come.
+    prompt = core.tokenize("x")
+    for seed in range(20):
+        bias = only_bytes(b"\xe2Z")
+        output = core.generate(prompt, sampled(30, seed=seed, logit_bias=bias, stop=("Z",)))
+        if output.reason == "stop":
+            assert output.stop_index == 0
+            assert output.text == "\ufffd" * max(0, len(output.tokens) - 2)
+
+
+def test_a_stop_string_that_waited_for_an_earlier_one_ends_the_text(core: Driver) -> None:
+    """The last token completes one, and could go on with another that begins before it."""
+    letters = only_bytes(bytes(range(0x41, 0x5B)))
+    plain = core.generate("x", greedy(30, logit_bias=letters)).text
+    at = next(i for i in range(1, 30) if plain[i] not in plain[:i])
+    stops = (f"{plain[at - 1 : at + 1]}never", plain[at])
+    output = core.generate("x", greedy(at + 1, logit_bias=letters, stop=stops), slot=1)
+    assert (output.reason, output.stop_index, output.text) == ("stop", 1, plain[:at])
+    longer = core.generate("x", greedy(30, logit_bias=letters, stop=stops), slot=2)
+    assert (longer.reason, longer.stop_index, longer.text) == ("stop", 1, plain[:at])
+    assert len(longer.tokens) == at + 2, "one token tells that the earlier one does not come"
+    earlier = (plain[at - 1 : at + 2], plain[at])
+    output = core.generate("x", greedy(30, logit_bias=letters, stop=earlier), slot=3)
+    assert (output.reason, output.stop_index, output.text) == ("stop", 0, plain[: at - 1])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama._core import Governor
+from mullama._core.gate import busy_ticks
 
 MS = 1_000_000
 LOOK = 100 * MS
@@ -285,3 +288,62 @@ def test_whatever_happens_the_choice_is_in_range(
             governor.record(n_tokens, threads, int(value), now, aborted=aborted and may_abort)
     snapshot = governor.snapshot()
     assert 1 <= snapshot["threads"] <= n_max
+
+
+# -- whose cores, and whose neighbours
+
+
+def test_neighbours_have_room_where_there_are_more_cores_than_threads() -> None:
+    """Two threads of four cores, by --threads or by a quota: a neighbour on a third core takes nothing away."""
+    machine = Machine(Governor(2, n_cores=4), neighbours=2.0)
+    machine.warm_up()
+    assert share(machine.run(5), 2) == 1.0
+    assert machine.governor.changes == 0
+    machine.neighbours, machine.cost = 3.0, beside_a_busy_loop
+    machine.run(1)
+    assert share(machine.run(5), 1) > 0.95
+
+
+def test_cores_that_are_taken_away_count() -> None:
+    """The affinity of a process can change while it runs."""
+    machine = Machine(Governor(4, n_cores=4), lambda n, t: 20.0 / min(t, machine.governor.n_cores) + t)
+    machine.warm_up()
+    machine.run(2)
+    assert machine.governor.threads == 4
+    machine.governor.n_cores = 1
+    machine.run(2)
+    assert machine.governor.threads == 1
+
+
+STAT = """cpu  600 70 60 9000 5 4 3 2 0 0
+cpu0 100 10 20 1000 1 2 1 1 0 0
+cpu1 500 60 40 8000 4 2 2 1 0 0
+intr 12345 0 0
+ctxt 99
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_other_processes_on_other_cores_are_no_neighbours(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text(STAT)
+    before = os.sched_getaffinity(0)
+    expected = {0: 100 + 20 + 2 + 1 + 1, 1: 500 + 40 + 2 + 2 + 1}  # not what runs at a low priority
+    try:
+        for core in before & {0, 1}:
+            os.sched_setaffinity(0, {core})
+            assert busy_ticks(stat) == expected[core]
+        os.sched_setaffinity(0, before)
+        if before == {0, 1}:
+            assert busy_ticks(stat) == sum(expected.values())
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_a_container_that_is_shown_other_numbers_of_cores(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  600 70 60 9000\ncpu7000 600 70 60 9000\n")
+    assert busy_ticks(stat) == 660
+    stat.write_text("nothing of it\n")
+    assert busy_ticks(stat) is None
+    assert busy_ticks(tmp_path / "none") is None

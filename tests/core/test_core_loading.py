@@ -205,6 +205,12 @@ def load(path: Path, **options: Any) -> Engine:
     [
         ({"chat_template": "{% nonsense %}"}, ModelLoadError, "does not parse"),
         ({"chat_template": "@/none.jinja"}, ConfigError, "cannot read the chat template"),
+        ({"chat_template": "llama9"}, ConfigError, "'llama9' is no chat template: it must be Jinja.* llama3, "),
+        ({"chat_template": "user: "}, ConfigError, "'user: ' is no chat template"),
+        ({"chat_template": __file__}, ConfigError, "for the file of that name write @"),
+        ({"chat_template": "@/dev/null"}, ConfigError, "/dev/null holds no chat template"),
+        ({"chat_template": '{"a": 1}'}, ConfigError, "writes nothing of the messages"),
+        ({"chat_template": "{% for m in message %}{{ m.content }}{% endfor %}"}, ConfigError, "writes nothing of"),
         ({"ctx_size": 1 << 24, "parallel": 256}, ModelLoadError, "lower --ctx-size or --parallel"),
         ({"device": ["nonsense"]}, ModelLoadError, "no device named"),
         ({"page_dir": "/proc/nonsense"}, ModelLoadError, "cannot use the page folder"),
@@ -217,6 +223,17 @@ def test_an_engine_that_cannot_be_made(
     with pytest.raises(error, match=message) as refused:
         load(tiny_model(), **options)
     assert "\n" not in str(refused.value)
+
+
+def test_a_models_own_template_that_is_deaf_is_logged(
+    tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    load(tiny_model(chat_template="{{ 'always the same' }}"), ctx_size=128, parallel=1, threads=1).close()
+    assert "its chat template writes nothing of the messages" in caplog.text
+    caplog.clear()
+    load(tiny_model(chat_template="{{ raise_exception('only haiku') }}"), ctx_size=128, parallel=1, threads=1).close()
+    load(tiny_model(), ctx_size=128, parallel=1, threads=1, chat_template="Llama3").close()
+    assert "template" not in caplog.text
 
 
 def test_an_engine_of_a_bad_file(tmp_path: Path) -> None:
@@ -245,14 +262,16 @@ def test_what_is_known_of_a_loaded_model(make_engine: Callable[..., Engine], tin
 def test_the_page_of_a_dead_process_is_swept(make_engine: Callable[..., Engine], tmp_path: Path) -> None:
     pages = tmp_path / "pages"
     pages.mkdir()
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    (pages / f"{gone.stdout.strip()}-x-1.page").touch()
-    (pages / "1-init-1.page").touch()
+    other = make_engine()
+    page = "import sys; from mullama._core import Page; page = Page(1, sys.argv[1]); import os; os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", page, str(pages / "12345-x-1.page")], cwd=tmp_path, check=False)
+    (pages / "1-init-1.page").touch()  # a pid that lives, of a process that has no page
     (pages / "notes.page").touch()
+    assert (pages / "12345-x-1.page").exists(), "it was killed"
     engine = make_engine()
-    assert sorted(p.name for p in pages.iterdir() if p.name != Path(engine.page_path()).name) == [
-        "1-init-1.page",
-        "notes.page",
-    ]
+    assert {p.name for p in pages.iterdir()} == {
+        Path(engine.page_path()).name, Path(other.page_path()).name, "notes.page",
+    }  # fmt: skip
+    other.close()
     engine.close()
     assert not Path(engine.page_path() or "/nonexistent").is_file()

@@ -16,7 +16,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mullama._core import Model
+from mullama._core import Model, chat_template_names
 from mullama.errors import InvalidRequest, ModelLoadError
 
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -185,6 +185,37 @@ def test_nested_json_does_not_kill_the_process(tiny_model: Callable[..., Path], 
 def test_what_the_template_raises_is_shown(model: Model) -> None:
     with pytest.raises(InvalidRequest, match="no tools here"):
         chat(model, {"role": "tool", "content": "x"})
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("chatml", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        ("llama3", "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+                   "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+        ("gemma", "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"),
+        ("phi3", "<|user|>\nhi<|end|>\n<|assistant|>\n"),
+    ],
+)  # fmt: skip
+def test_templates_by_name(tiny_model: Callable[..., Path], name: str, prompt: str) -> None:
+    model = Model(tiny_model(), vocab_only=True, chat_template=name)
+    assert chat(model, {"role": "user", "content": "hi"}) == prompt
+    with_system = chat(model, {"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"})
+    assert "be brief" in with_system and with_system != prompt
+    with pytest.raises(InvalidRequest):
+        model.render_chat(b'[{"role":"user","content":5}]')
+    model.close()
+
+
+def test_every_name_makes_a_prompt_of_the_messages(tiny_model: Callable[..., Path]) -> None:
+    names = chat_template_names()
+    assert {"chatml", "llama2", "llama3", "mistral-v7", "gemma", "deepseek3"} <= set(names)
+    for name in names:
+        model = Model(tiny_model(), vocab_only=True, chat_template=name)
+        text = chat(model, {"role": "user", "content": "first"}, {"role": "assistant", "content": "second"},
+                    {"role": "user", "content": "third é"})  # fmt: skip
+        assert [text.find(word) >= 0 for word in ("first", "second", "third é")] == [True] * 3, name
+        model.close()
 
 
 def test_a_model_without_a_template_gets_chatml(models: Callable[..., Model]) -> None:

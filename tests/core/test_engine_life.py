@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from core_support import greedy
 from test_engine_requests import complete, finish_of, request
 
+from mullama import abi
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
 from mullama.errors import EngineDead, ShuttingDown
 from mullama.scheduling import EngineState, Plan, SeqView
+from mullama.serving.manager import ModelManager
 from mullama.types import FinishReason
 
 LONG = greedy(3500)  # seconds of work: it does not end by itself while a test looks
@@ -46,6 +49,37 @@ def test_an_idle_engine_is_ready(make_engine: Callable[..., Engine]) -> None:
     engine.close()
     engine.close()
     assert not engine.is_ready()
+
+
+def shows(engine: Engine, **gauges: int) -> bool:
+    """Whether the page comes to show these; nothing is asked of the engine meanwhile, which would wake it."""
+    end = time.monotonic() + 30
+    while any(engine.counters()[name] != value for name, value in gauges.items()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def test_the_page_of_an_idle_engine_shows_that_it_is_idle(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(parallel=2)
+    complete(engine, "HELLO", greedy(4))
+    cells = 5 + 4 - 1  # the last token is not computed
+    assert shows(engine, running=0, waiting=0, retained=1, cells_used=cells)
+    assert [row.state for row in engine._page.rows()].count(abi.RETAINED) == 1
+    assert asyncio.run(engine.drop_retained()) == cells
+    assert shows(engine, retained=0, cells_used=0)
+
+
+def test_the_page_forgets_what_was_cancelled(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(ctx_size=4096, parallel=1)
+    first, second = (engine.submit_sync(request(text, LONG)) for text in ("HELLO", "WORLD"))
+    next(first)
+    assert shows(engine, running=1, waiting=1)
+    for generation in (second, first):
+        generation.cancel()
+        list(generation)
+    assert shows(engine, running=0, waiting=0, retained=0, cells_used=0)
 
 
 @pytest.mark.parametrize("moment", ["waiting", "running"])
@@ -167,7 +201,8 @@ def test_a_dead_engine_tells_everybody(make_engine: Callable[..., Engine]) -> No
         list(generation)
         finish = finish_of(generation)
         assert finish.reason is FinishReason.ERROR and isinstance(finish.error, EngineDead)
-        assert "on purpose" in str(finish.error)
+        assert "on purpose" not in str(finish.error), "it may quote anybody's request: it is for the log"
+    assert engine.death == "ZeroDivisionError: on purpose"
     assert not engine.is_ready()
     with pytest.raises(EngineDead):
         engine.submit_sync(request("HELLO"))
@@ -249,3 +284,52 @@ def test_nothing_is_left_after_close(tiny_model: Callable[..., Path], tmp_path: 
         round_trip()
     assert len(list(folder.iterdir())) == before
     assert list((tmp_path / "pages").iterdir()) == []
+
+
+def test_whatever_stops_an_engine_is_reported_and_the_next_request_loads_it_anew(
+    make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def go() -> None:
+        engines: list[Engine] = []
+
+        def load(name: str, reference: str, progress: Callable[[float], bool]) -> Engine:
+            engines.append(make_engine())
+            return engines[-1]
+
+        models = ModelManager(load=load)
+        models.add("m", "m")
+        lease = await models.lease("m")
+        generations = [lease.engine.submit(request("HELLO", LONG)) for _ in range(6)]  # some run, some wait
+        await anext(aiter(generations[0]))
+
+        def ends() -> None:
+            raise SystemExit("on purpose")
+
+        engines[0]._post_quietly(ends)
+        for generation in generations:
+            async for _ in generation:
+                pass
+            error = finish_of(generation).error
+            assert isinstance(error, EngineDead) and "on purpose" not in error.message, "that is for the log"
+        assert engines[0].death == "SystemExit: on purpose"
+        assert not models.ready and models.get("m").error == "the engine stopped: SystemExit: on purpose"
+        lease.release()
+        again = await models.lease("m")
+        assert len(engines) == 2 and models.ready
+        generation = again.engine.submit(request("HELLO"))
+        assert sum([delta.n_tokens async for delta in generation]) == 16
+        again.release()
+
+    asyncio.run(go())
+    assert "SystemExit: on purpose; the next request loads it anew" in caplog.text
+
+
+def test_a_command_that_tells_the_engine_to_end_ends_nothing(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+
+    def exits() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(RuntimeError, match="told to end by SystemExit"):
+        engine.call(exits).result(10)
+    assert engine.death is None and len(complete(engine, "HELLO")) > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -28,12 +27,14 @@ from .support import (
 Spawn = Callable[..., ServerProcess]
 
 
-def refuses_connections(server: ServerProcess) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
-    except ConnectionRefusedError:
-        return True
-    return False
+def is_draining(server: ServerProcess) -> bool:
+    """It says so itself, on a new connection."""
+    answer = server.get("/ready")
+    if answer.status_code == 200:
+        return False
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+    assert answer.json()["status"] == "shutting down"
+    return True
 
 
 def check_clean_exit(server: ServerProcess) -> None:
@@ -62,7 +63,11 @@ def test_running_requests_are_finished(spawn: Spawn) -> None:
         waiting.send(COMPLETIONS, long_request(max_tokens=5))
         wait_until(lambda: len(running.scheduler()["waiting"]) == 1)
         running.signal()
-        wait_until(lambda: refuses_connections(running))
+        wait_until(lambda: is_draining(running))
+        late = running.post(COMPLETIONS, {"prompt": "x", "max_tokens": 1})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(late.headers["retry-after"]) > 0 and late.headers["connection"] == "close"
+        assert running.get("/health").status_code == 200
         events = events_of(first + raw.rest())
         assert events[-1] == "[DONE]"
         assert events[-2]["choices"][0]["finish_reason"] == "length"
@@ -97,8 +102,8 @@ def test_requests_that_take_too_long_are_cut(spawn: Spawn) -> None:
 
 
 def test_no_new_request_on_an_old_connection(spawn: Spawn) -> None:
-    """A kept-alive connection that asks during the drain is closed or told so; it does not start anything."""
-    running = spawn("--parallel", "2", "--ctx-size", "8192", "--drain-timeout", "2")
+    """A kept-alive connection that asks during the drain is told so, and then closed; it does not start anything."""
+    running = spawn("--parallel", "2", "--ctx-size", "8192", "--drain-timeout", "10")
     with connect(running) as raw, connect(running) as old:
         old.sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         status, headers = old.head()
@@ -107,13 +112,11 @@ def test_no_new_request_on_an_old_connection(spawn: Spawn) -> None:
         raw.head()
         raw.chunk()
         running.signal()
-        wait_until(lambda: refuses_connections(running))
-        try:
-            old.send(COMPLETIONS, {"prompt": "x", "max_tokens": 1})
-            status, _ = old.head()
-        except ConnectionError:
-            status = 0
-        assert status in (0, 503)
+        wait_until(lambda: is_draining(running))
+        old.send(COMPLETIONS, {"prompt": "x", "max_tokens": 1})
+        status, headers = old.head()
+        assert (status, headers["connection"]) == (503, "close")
+        assert b"shutting_down" in old.file.read()
         raw.rest()
     check_clean_exit(running)
 
@@ -125,7 +128,7 @@ def test_a_second_sigint_does_not_wait(spawn: Spawn) -> None:
     raw.head()
     raw.chunk()
     running.signal(signal.SIGINT)
-    wait_until(lambda: refuses_connections(running))
+    wait_until(lambda: is_draining(running))
     running.signal(signal.SIGINT)
     running.wait(30)
     raw.close()
@@ -141,6 +144,28 @@ def test_clients_that_do_not_read_or_write_cannot_hold_up_the_end(spawn: Spawn) 
         wait_until(lambda: running.busy() >= 1)
         running.signal()
         check_clean_exit(running)
+
+
+def test_a_hang_up_before_and_after_the_server_is_ready(smollm2: Path, tmp_path: Path) -> None:
+    """A terminal that closes, or a log rotation: it goes on, with the keys that its file has now."""
+    file = tmp_path / "c.toml"
+    file.write_text('api_key = ["old"]\n')
+    args = ["--model", f"m={smollm2}", "--threads", "1", "--ctx-size", "256", "--parallel", "1", "--config", str(file)]
+    running = ServerProcess(tmp_path / "server", args)
+    try:
+        wait_until(lambda: running.page_dir.exists())  # it loads
+        running.signal(signal.SIGHUP)
+        running.wait_ready()
+        file.write_text('api_key = ["new"]\n')
+        running.signal(signal.SIGHUP)
+        new = {"Authorization": "Bearer new"}
+        wait_until(lambda: running.get("/v1/models", headers=new).status_code == 200)
+        assert running.get("/v1/models", headers={"Authorization": "Bearer old"}).status_code == 401
+        running.signal()
+        check_clean_exit(running)
+        assert "reloaded: api_key" in running.stderr
+    finally:
+        running.kill()
 
 
 def test_a_signal_before_the_server_is_ready(smollm2: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import struct
+import sys
 import threading
 from pathlib import Path
 
@@ -193,6 +194,35 @@ def test_attach_maps_the_file(page: FakePage, tmp_path: Path) -> None:
     with file.open("r+b") as out, mmap.mmap(out.fileno(), 0) as mapping:
         mapping[:] = bytes(page.data)
     assert reader.counters().steps == 9, "a live view, not a copy"
+
+
+def test_a_closed_page_says_so_to_who_has_it_open(page: FakePage, tmp_path: Path) -> None:
+    file = tmp_path / "a.page"
+    file.write_bytes(page.data)
+    reader = abi.Reader.attach(file)
+    assert not reader.is_closed
+    page.header.closed_ns = 5
+    with file.open("r+b") as out, mmap.mmap(out.fileno(), 0) as mapping:
+        mapping[:] = bytes(page.data)
+    assert reader.is_closed
+    page.header.header_size = abi.Header.closed_ns.offset
+    assert not abi.Reader(page.data).is_closed, "a header without that field: what lies there means something else"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such locks")
+def test_who_holds_the_lock_is_alive(page: FakePage, tmp_path: Path) -> None:
+    import fcntl
+
+    file = tmp_path / "1-x-0.page"
+    file.write_bytes(page.data)
+    assert not abi.is_alive(file)
+    with file.open("r+b") as engine:
+        fcntl.flock(engine, fcntl.LOCK_EX)
+        assert abi.is_alive(file)
+        abi.Reader.attach(file).counters()
+    assert not abi.is_alive(file)
+    with pytest.raises(FileNotFoundError):
+        abi.is_alive(tmp_path / "none.page")
 
 
 def test_attach_to_what_is_not_a_page(tmp_path: Path) -> None:

@@ -463,6 +463,10 @@ class Web:
                 web.events.append(f"add {name}")
                 self.engines[name] = engine
 
+            def all(self) -> list[Any]:
+                found = [types.SimpleNamespace(name=name, engine=engine) for name, engine in self.engines.items()]
+                return [*found, types.SimpleNamespace(name="later", engine=None)]
+
             def close(self) -> None:
                 web.events.append("models closed")
                 for engine in self.engines.values():
@@ -474,8 +478,9 @@ class Web:
                 raise web.error
             return Socket()
 
-        def run_server(config: Any, models: Models, sock: Socket, swaps: Any) -> None:
+        def run_server(config: Any, models: Models, sock: Socket, swaps: Any, read_config: Any) -> None:
             web.config = config
+            assert read_config() == config
             web.events.append("serve")
 
         server.bind, server.run_server = bind, run_server  # type: ignore[attr-defined]
@@ -496,6 +501,23 @@ def test_serve_in_order(run: Run, web: Web, engines: list[FakeEngine], model: st
     assert web.events == ["bind", "add Small", "add tiny", "serve", "socket closed", "models closed"]
     assert (web.config.port, web.config.mmap, web.config.model) == (0, False, [f"Small={model}", "pypi:tiny"])
     assert [engine.closed for engine in engines] == [1, 1]
+
+
+def test_serve_says_what_it_serves_and_what_it_does_not_know(
+    run: Run, web: Web, engines: list[FakeEngine], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MULLAMA_CTX_SISE", "1")
+    before = signal.getsignal(signal.SIGHUP)
+    status, _, err = run("serve", "--model", f"small={model}", "--threads", "3")
+    assert status == 0
+    assert signal.getsignal(signal.SIGHUP) == before
+    levels = [line.split(" ")[2] for line in err.splitlines() if " cli.serve: " in line]
+    assert levels == ["WARNING", "INFO", "INFO", "INFO"]
+    assert "MULLAMA_CTX_SISE is not known; is MULLAMA_CTX_SIZE meant?" in err
+    info = engines[0].info
+    assert f"small is loaded model={info.description}" in err.replace('"', "")
+    assert f"context={info.n_ctx} slots={info.n_parallel} threads=3 scheduler=fcfs kv=f16/f16" in err
+    assert "later is loaded when it is asked for" in err
 
 
 def test_what_the_limit_leaves_out_waits_for_a_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ def test_switches_in_the_environment(text: str, value: bool) -> None:
 
 def test_lists_in_the_environment_are_split_at_commas() -> None:
     assert load_config(env={"MULLAMA_MODEL": "a, b=c,,"}).model == ["a", "b=c"]
+
+
+def test_values_with_a_comma_are_a_json_list_in_the_environment(tmp_path: Path) -> None:
+    wanted = ["/models/a,b.gguf", "n=/x=y, z.gguf"]
+    assert load_config(env={"MULLAMA_MODEL": json.dumps(wanted)}).model == wanted
+    assert load_config({"model": wanted}, env={}).model == wanted
+    file = tmp_path / "m.toml"
+    file.write_text(f"model = {json.dumps(wanted)}\nallowed-host = '[::1], box'\n")
+    loaded = load_config(env={}, file=file)
+    assert (loaded.model, loaded.allowed_host) == (wanted, ["[::1]", "box"])
+    with pytest.raises(ConfigError, match="MULLAMA_MODEL: expected a list of texts"):
+        load_config(env={"MULLAMA_MODEL": '["a", 5]'})
 
 
 @pytest.mark.parametrize(

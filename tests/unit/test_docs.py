@@ -226,7 +226,21 @@ def test_the_table_is_the_lifecycle() -> None:
     assert {(row[0], row[1]) for row in rows} == edges_of_the_code()
 
 
-BASE = {"types", "errors", "faults", "files", "home", "child", "priority", "config", "config_docs", "plugins", "abi"}
+BASE = {
+    "types",
+    "errors",
+    "faults",
+    "instructions",
+    "files",
+    "home",
+    "child",
+    "priority",
+    "config",
+    "config_docs",
+    "logs",
+    "plugins",
+    "abi",
+}
 
 
 def room_of(module: str) -> str | None:

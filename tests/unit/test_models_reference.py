@@ -64,6 +64,12 @@ def test_an_existing_file_with_an_equals_sign_is_not_split(tmp_path: Path) -> No
     assert (spec.name, spec.reference.locations) == (None, (str(tmp_path / "a=b.gguf"),))
 
 
+def test_a_folder_with_an_equals_sign_is_not_split_either(tmp_path: Path) -> None:
+    (tmp_path / "my=models").mkdir()
+    assert parse_spec("my=models").reference.locations == (str(tmp_path / "my=models"),)
+    assert parse_spec("n=my=models").name == "n"
+
+
 def test_a_folder_is_a_model_unless_its_bare_name_is_an_alias(tmp_path: Path) -> None:
     for name in ("models", "smollm2", "own/repo"):
         (tmp_path / name).mkdir(parents=True)

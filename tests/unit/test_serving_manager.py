@@ -47,6 +47,22 @@ def test_names() -> None:
         models.resolve("a")
 
 
+def test_a_name_with_capitals_is_found_in_any_case() -> None:
+    world = World(
+        "", find=lambda name: "other" if name == "Kept" else None, others=lambda: [("mymodel", "r"), ("s", "r")]
+    )
+    models = world.models
+    models.add("MyModel", "r")
+    for asked in ("MyModel", "mymodel", "MYMODEL"):
+        assert models.get(asked).name == "MyModel"
+        with pytest.raises(ModelNotLoaded):
+            models.resolve(asked)
+    assert models.others() == [("s", "r")], "no name is listed twice"
+    assert models.get("Kept") is models.get("kept")
+    models.add("mymodel", "r2")
+    assert [models.get(asked).name for asked in ("MyModel", "mymodel", "MYMODEL")] == ["MyModel", "mymodel", "mymodel"]
+
+
 def test_others_are_those_that_are_not_served() -> None:
     world = World("a", others=lambda: [("a", "ra"), ("s", "rs")])
     assert world.models.has_others

@@ -121,9 +121,9 @@ def parse_events(body: bytes) -> list[Any]:
     payloads: list[Any] = []
     assert body.endswith(b"\n\n")
     for event in body.decode().split("\n\n")[:-1]:
+        while event.startswith(":"):
+            event = event.partition("\n")[2]
         assert "\n" not in event
-        if event.startswith(":"):
-            continue
         assert event.startswith("data: ")
         data = event.removeprefix("data: ")
         payloads.append(data if data == "[DONE]" else json.loads(data))

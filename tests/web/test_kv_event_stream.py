@@ -37,8 +37,8 @@ def parse(body: bytes) -> list[tuple[int, str, dict[str, Any]]]:
     assert body == b"" or body.endswith(b"\n\n")
     found = []
     for text in body.decode().split("\n\n")[:-1]:
-        if text == ": ping":
-            continue
+        while text.startswith(":"):
+            text = text.partition("\n")[2]
         number, kind, data = text.split("\n")
         fields = json.loads(data.removeprefix("data: "))
         assert number == f"id: {fields['seq']}"

@@ -231,7 +231,7 @@ def test_pings_go_out_on_silence(live: Start, engine: FakeEngine) -> None:
     with connect(live(ping_seconds=0.03)) as raw:
         raw.send(CHAT, {"messages": MESSAGES, "stream": True})
         raw.head()
-        assert raw.chunk() == b": ping\n\n"
+        assert raw.chunk() == b": ping\n"
 
 
 def test_a_connection_serves_many_requests(live: Start) -> None:

@@ -203,3 +203,22 @@ def test_another_engine_does_not_take_over_under_adapters(
         answer = client.post("/internal/models/fake/swap", {"to": "Q4_0", "kv": kv})
         assert (answer.status, answer.error["code"]) == (409, "model_busy")
         assert "unload them before" in answer.error["message"]
+
+
+def test_adapters_in_the_name_are_found_in_any_case(client: Client, engine: FakeEngine) -> None:
+    engine.loras = {"SQL": {}, "b": {}}
+    answer = client.post("/v1/completions", {"model": "FAKE+sql+B", "prompt": "x"})
+    assert answer.status == 200 and answer.json["model"] == "fake+SQL+b"
+    assert engine.requests[-1].lora == (LoraUse("SQL"), LoraUse("b"))
+    assert client.get("/v1/models/fake+sql").json["id"] == "fake+SQL"
+
+
+def test_a_name_with_capitals_in_every_place(config: ServeConfig) -> None:
+    services = Services(config, ModelManager([("MyModel", FakeEngine("MyModel"))]))
+    client = Client(create_app(config, services.models, services), services)
+    for asked in ("mymodel", "MyModel", "MYMODEL"):
+        assert client.post("/v1/completions", {"model": asked, "prompt": "x"}).json["model"] == "MyModel"
+        assert client.get(f"/v1/models/{asked}").json["id"] == "MyModel"
+        assert client.get(f"/internal/models/{asked}/adapters").json["model"] == "MyModel"
+        assert client.get("/internal/kv", query=f"model={asked}").json["model"] == "MyModel"
+    services.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from mullama.errors import ComputeFailed, QueueFull
 from mullama.web.generations import Merged
 from mullama.web.services import Services
-from mullama.web.streaming import PING, Silence
+from mullama.web.streaming import PING, Silence, event_json
 
 from .conftest import Client
 from .fake_engine import FakeEngine, FakeGeneration
@@ -246,3 +247,33 @@ def test_merged_events_are_bounded_while_nobody_reads() -> None:
         return held
 
     assert asyncio.run(main()) <= 5
+
+
+LINE_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/chat/completions", "/v1/completions"])
+def test_no_client_sees_a_line_end_inside_an_event(client: Client, engine: FakeEngine, endpoint: str) -> None:
+    """``str.splitlines`` knows more ends of lines than the event stream: httpx's ``iter_lines`` splits there."""
+    engine.reply = [f"a{end}b" for end in LINE_ENDS] + ["漢字\u2028", "\u2029"]
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+    if endpoint == "/v1/completions":
+        asked = {"prompt": f"x{LINE_ENDS}", "echo": True}
+    reply = client.post(endpoint, asked | {"stream": True, "n": 2})
+    lines = reply.body.decode().splitlines()
+    assert all(line == "" or line.startswith("data: ") for line in lines)
+    texts = ["", ""]
+    for line in lines:
+        if line.startswith("data: {"):
+            (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+            texts[choice["index"]] += choice.get("text", choice.get("delta", {}).get("content", ""))
+    assert texts == [("x" + LINE_ENDS if endpoint == "/v1/completions" else "") + "".join(engine.reply)] * 2
+
+
+def test_errors_and_other_events_have_no_line_end_inside(client: Client, engine: FakeEngine) -> None:
+    engine.fail_after, engine.failure = 1, ComputeFailed("not\u2028finite")
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    lines = client.post("/v1/chat/completions", body).body.decode().splitlines()
+    assert json.loads(lines[-2].removeprefix("data: "))["error"]["message"] == "not\u2028finite"
+    assert event_json({"\u2028": ["\x85", 1.5, None]}) == rb'{"\u2028":["\u0085",1.5,null]}'
+    assert event_json("Â\u00a8 ⁨漢") == '"Â\u00a8 ⁨漢"'.encode()  # neighbours of those bytes stay

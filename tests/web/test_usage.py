@@ -1,0 +1,38 @@
+"""``usage`` and ``profile`` of several choices."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from mullama.types import Finish, FinishReason, LoraUse, Profile, WeightSpan
+from mullama.web.usage import profile_fields, total
+
+#: A value other than the default for every field of a profile.
+GIVEN: dict[str, Any] = {
+    "time_to_first_token_ms": 5.0,
+    "kv_cache_source": "host",
+    "kv_miss_reason": "evicted",
+    "weights": (WeightSpan("w", 0),),
+    "adapters": (LoraUse("a", 0.5),),
+}
+
+
+def full() -> Profile:
+    given = {f.name: GIVEN.get(f.name, 3.0 if isinstance(f.default, float) else 3) for f in fields(Profile)}
+    return Profile(**given)
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Profile)])
+def test_a_total_forgets_no_field(field: str) -> None:
+    assert getattr(total([full(), full()]), field) != getattr(Profile(), field), field
+
+
+def test_the_profile_of_several_choices_has_what_theirs_have() -> None:
+    finishes = [Finish(FinishReason.STOP, full()), Finish(FinishReason.STOP, replace(full(), prompt_tokens=4))]
+    both = profile_fields(finishes)
+    assert set(both["profile"]) == set(both["profiles"][0])
+    assert both["profile"]["adapters"] == both["profiles"][0]["adapters"]
+    assert both["profile"]["prompt_tokens"] == 7
