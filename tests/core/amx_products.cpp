@@ -5,6 +5,7 @@
 //   amx_products configuration     the tile configuration that arrives is the one that was meant
 //   amx_products shared            another library uses tiles in between
 //   amx_products denied            a thread gets no tiles (in software only)
+//   amx_products full              the system starts no more threads while weights are loaded
 //   amx_products refused           what it cannot compute is not promised
 //
 // Ends with status 0 and one line of figures, or with status 1 and what was wrong.
@@ -16,10 +17,12 @@
 #include "ggml-cpu.h"
 #include "ggml-cpu/traits.h"
 
+#include <dlfcn.h>
 #include <immintrin.h>
 #include <pthread.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdarg>
 #include <map>
@@ -39,6 +42,13 @@ extern "C" void ggml_barrier(struct ggml_threadpool *) {
     if (barrier) {
         pthread_barrier_wait(barrier);
     }
+}
+
+// The system starts no more threads while this is set.
+static bool is_full;
+extern "C" int pthread_create(pthread_t * thread, const pthread_attr_t * attributes, void * (*start)(void *), void * argument) {
+    static const auto real = (decltype(&pthread_create)) dlsym(RTLD_NEXT, "pthread_create");
+    return is_full ? EAGAIN : real(thread, attributes, start, argument);
 }
 
 namespace {
@@ -355,6 +365,19 @@ int denied() {
 }
 #endif
 
+int full() {
+    const Shape shape = { 512, 96, 50 };
+    const std::vector<float> before = Product(GGML_TYPE_Q8_0, shape).compute(1);
+    is_full = true;
+    Product product(GGML_TYPE_Q8_0, shape);
+    const std::vector<float> now = product.compute(1);
+    if (!same(before.data(), now.data(), now.size())) {
+        wrong("weights that were packed without further threads differ");
+    }
+    puts("weights are packed without further threads");
+    return 0;
+}
+
 int refused() {
     auto supported = [](ggml_type type, Shape shape) {
         Product product(type, shape);
@@ -394,6 +417,7 @@ int main(int argc, char ** argv) {
 #if defined(GGML_AMX_EMULATED)
     if (mode == "denied")        { return denied(); }
 #endif
+    if (mode == "full")          { return full(); }
     if (mode == "refused")       { return refused(); }
     wrong("what is to be tested?");
 }

@@ -74,7 +74,7 @@ def _built(compiler: str, tiles: str) -> Path:
     if not program.exists():
         # The libraries are those of the build that is tested: LD_LIBRARY_PATH names them when the program runs.
         made = Path(tempfile.mkdtemp(dir=folder)) / "program"
-        command = [compiler, *flags, *folders, *map(str, SOURCES), "-o", str(made), str(cpu), str(base)]
+        command = [compiler, *flags, *folders, *map(str, SOURCES), "-o", str(made), str(cpu), str(base), "-ldl"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode and "unrecognized command-line option" in result.stderr:
             pytest.skip(f"{compiler} knows no AVX-512 VNNI or AMX: {result.stderr.splitlines()[0]}")
@@ -119,6 +119,11 @@ def test_tiles_used_by_another_library(run: Callable[..., str]) -> None:
 @pytest.mark.parametrize("run", ["emulated"], indirect=True)
 def test_threads_without_tiles_compute_the_same(run: Callable[..., str]) -> None:
     assert run("denied") == "threads without tiles compute the same\n"
+
+
+def test_weights_are_loaded_where_no_more_threads_start(run: Callable[..., str]) -> None:
+    """The process ended."""
+    assert run("full") == "weights are packed without further threads\n"
 
 
 def test_what_it_cannot_compute_is_refused(run: Callable[..., str]) -> None:
