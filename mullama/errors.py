@@ -246,6 +246,13 @@ class StoreError(MullamaError):
     for_clients = "the model's files could not be had; the server's log says why"
 
 
+class DiskFull(StoreError):
+    """The disk, or what this user may have of it, is full; nothing that was there is lost."""
+
+    status = 507
+    code = "disk_full"
+
+
 class PrivateAddress(StoreError):
     """A source at an address that is not public, or over plain HTTP, and no leave to use such."""
 

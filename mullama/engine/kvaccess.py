@@ -20,6 +20,7 @@ from mullama.types import ModelInfo
 if TYPE_CHECKING:
     from mullama._core import Core
     from mullama.engine.kvcache import KvCache
+    from mullama.engine.kvdisk import DiskTier
     from mullama.engine.sequences import Sequences
 
 T = TypeVar("T")
@@ -89,16 +90,23 @@ class KvMethods:
         return found
 
     async def kv_save(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
-        self._need_disk()
-        return await self._at_boundary(lambda: kvview.save(self._kv, namespace_of(namespace), tokens))
+        """Answers when it is on disk. Raises StoreError when the disk does not take it; the KV stays where it was."""
+        disk, name = self._need_disk(), namespace_of(namespace)
+        n_failed = disk.n_failed
+        is_all = False
+        while not is_all:
+            is_all = await self._at_boundary(lambda: disk.hand_over(lambda: kvview.save(self._kv, disk, name, tokens)))
+            await asyncio.wrap_future(disk.written())
+        return await self._at_boundary(lambda: kvview.saved(self._kv, disk, name, tokens, n_failed))
 
     async def kv_load(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
         self._need_disk()
         return await self._at_boundary(lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
 
-    def _need_disk(self) -> None:
+    def _need_disk(self) -> DiskTier:
         if self._kv.disk is None:
             raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
+        return self._kv.disk
 
     async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
         # A user's code runs there, and never on the event loop.

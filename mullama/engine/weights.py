@@ -29,7 +29,7 @@ from mullama.engine.adapters import Twins, close_twins
 from mullama.engine.background import in_background
 from mullama.engine.comparing import Compared, in_report, not_comparable, texts_of, try_to_compare
 from mullama.engine.gap import Gap, decide, needs_of, same_shape, stand_in
-from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine
+from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine, StoreError
 from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
@@ -447,7 +447,8 @@ class Weights:
         old.close()
         try:
             store = loading.open_disk_store(self.core.model, self.core, self.kv, self.config)
-        except ModelLoadError:
+        except (ModelLoadError, StoreError) as error:
+            log.warning("KV is not kept on disk any more: %s", error.message)
             store = None
 
         def join() -> None:

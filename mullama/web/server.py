@@ -13,8 +13,10 @@ import contextlib
 import importlib.util
 import logging
 import math
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -74,6 +76,18 @@ def run_server(
         services.close()
 
 
+def _announce(line: str) -> None:
+    """Print a line. A full disk behind stdout, or nobody at the other end of it, is no reason not to serve."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("%s (stdout: %s)", line, error.strerror)
+        # What is left in the buffer would fail once more at the end, and make the exit status 120.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Server(uvicorn.Server):
     """uvicorn's server, with our signals, our ready line, and the engines' drain at the end."""
 
@@ -110,7 +124,7 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         self._services.models.start()
         log.info("listening on %s", self._url)
-        print(f"mullama ready on {self._url}", flush=True)
+        _announce(f"mullama ready on {self._url}")
 
     async def _serve_during(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Go on with what uvicorn does ten times a second until ``work`` is done. None: nobody wants to wait for it."""

@@ -51,7 +51,7 @@ def flush(engine: Engine) -> None:
     """Everything that is to be written is, and the engine knows."""
     disk = engine._kv.disk
     assert disk is not None
-    disk.flush()
+    disk.written().result()
     engine.call(lambda: None).result()
 
 
@@ -328,7 +328,7 @@ config = ServeConfig(ctx_size=512, parallel=2, threads=1, batch_size=64, page_di
 engine = Engine.load({model!r}, config=config)
 for seed in range(3):
     print(one(engine, tokens(seed, 150)).text.encode().hex(), flush=True)
-engine._kv.disk.flush()
+engine._kv.disk.written().result()
 print("written", flush=True)
 for seed in range(3, 1 << 20):
     one(engine, tokens(seed, 150))
