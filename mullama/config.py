@@ -207,6 +207,12 @@ class ServeConfig:
         minimum=0.0,
         maximum=3600.0,
     )
+    request_timeout: float = option(
+        30.0,
+        "seconds in which a client has to send its request; a large body may take longer, as long as it comes",
+        minimum=0.1,
+        maximum=86400.0,
+    )
     profile_log: str = option("", "append every request's profile to this JSONL file", metavar="FILE")
     kv_events_endpoint: str = option(
         "",

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from mullama.errors import InvalidRequest
+from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web import sampling
@@ -235,6 +236,11 @@ def options_of(body: GenerationBody, info: ModelInfo) -> Options:
         cache_salt=salt_text("cache_salt", body.cache_salt, MAX_SALT),
         context_policy=policy_of(body.context_policy, can_shift=info.can_shift),
     )
+
+
+def keep_alive_of(body: GenerationBody) -> float | None:
+    """Seconds for which the request wants its model to stay loaded; None: it does not say. Raises InvalidRequest."""
+    return None if body.keep_alive is None else parse_duration(body.keep_alive)
 
 
 def _preempt(value: str | None) -> Preempt:
