@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mullama.engine import kvrows, kvview
-from mullama.errors import InvalidRequest
+from mullama.errors import InvalidRequest, ModelBusy
 from mullama.kv import registry
 from mullama.kv.events import KvEventLog, KvTier
 from mullama.kv.guarded import GuardedPolicy
@@ -19,9 +19,11 @@ from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
     from mullama._core import Core
+    from mullama.config import ServeConfig
     from mullama.engine.kvcache import KvCache
     from mullama.engine.kvdisk import DiskTier
     from mullama.engine.sequences import Sequences
+    from mullama.engine.weights import Weights
 
 T = TypeVar("T")
 
@@ -30,9 +32,11 @@ class KvMethods:
     """Mixed into Engine. Everything is done on the engine thread, between two steps."""
 
     info: ModelInfo
+    config: ServeConfig
     _core: Core
     _kv: KvCache
     _seqs: Sequences
+    _weights: Weights
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         raise NotImplementedError
@@ -106,19 +110,33 @@ class KvMethods:
         n_failed = disk.n_failed
         is_all = False
         while not is_all:
-            is_all = await self._at_boundary(lambda: disk.hand_over(lambda: kvview.save(self._kv, disk, name, tokens)))
+            is_all = await self._on_disk(
+                disk, lambda: disk.hand_over(lambda: kvview.save(self._kv, disk, name, tokens))
+            )
             await asyncio.wrap_future(disk.written())
-        return await self._at_boundary(lambda: kvview.saved(self._kv, disk, name, tokens, n_failed))
+        return await self._on_disk(disk, lambda: kvview.saved(self._kv, disk, name, tokens, n_failed))
 
     async def kv_load(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
         """Bring what is on disk of a prefix into host memory. Raises InvalidRequest without a disk tier."""
-        self._need_disk()
-        return await self._at_boundary(lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
+        disk = self._need_disk()
+        return await self._on_disk(disk, lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
+
+    async def _on_disk(self, disk: DiskTier, function: Callable[[], T]) -> T:
+        """``_at_boundary`` for what needs the disk tier, if it is still that one: it goes and comes with weights."""
+
+        def work() -> T:
+            if self._kv.disk is not disk:
+                raise _handed_over()
+            return function()
+
+        return await self._at_boundary(work)
 
     def _need_disk(self) -> DiskTier:
-        if self._kv.disk is None:
-            raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
-        return self._kv.disk
+        if self._kv.disk is not None:
+            return self._kv.disk
+        if self.config.kv_disk_dir and self._weights.is_changing:
+            raise _handed_over()
+        raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
 
     async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
         """Put another eviction policy in charge; nothing moves. Raises InvalidRequest: then the one before stays."""
@@ -139,6 +157,10 @@ class KvMethods:
         freed = self._kv.drop(self._seqs.running())
         self._core.refresh_page(self._n_waiting())
         return freed
+
+
+def _handed_over() -> ModelBusy:
+    return ModelBusy("the disk tier is handed to other weights in this moment; try again", retry_after=1)
 
 
 class KvAccess:

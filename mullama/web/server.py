@@ -26,7 +26,9 @@ import uvicorn
 from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
 from mullama.serving.swap import Swaps
+from mullama.web import connections
 from mullama.web.app import create_app
+from mullama.web.connections import Limits
 from mullama.web.listening import BACKLOG, Listener, bind, is_loopback, url_of
 from mullama.web.protocol import Protocol
 from mullama.web.reload import Reload
@@ -58,6 +60,7 @@ def run_server(
     cannot be had. The caller closes ``models``.
     """
     sock = sock or bind(config)
+    connections.raise_limit()
     if not is_loopback(config.host) and not config.allowed_host:
         log.warning(
             "clients must name this server by an IP address or as localhost; other names, such as a container's or a "
@@ -118,6 +121,8 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._services = services
         self._url = url_of(config, sock)
+        self._limits = Limits(config.request_timeout, connections.room())
+        self.server_state.limits = self._limits  # type: ignore[attr-defined]  # where each connection finds them
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -142,6 +147,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Once it is about to end, every answer asks its client to connect anew, to whoever is there then."""
         is_over = await super().on_tick(counter)
+        if counter % 5 == 0:  # twice a second
+            self._limits.look(self.server_state.connections, asyncio.get_running_loop().time())
         if self._services.models.is_leaving and CLOSE not in self.server_state.default_headers:
             self.server_state.default_headers.append(CLOSE)
         return is_over
@@ -162,6 +169,7 @@ class Server(uvicorn.Server):
         self._services.models.leave()
         if self._drain_delay:
             await self._serve_during(asyncio.sleep(self._drain_delay))
+        self._services.end_work()
         if await self._serve_during(self._services.models.drain(self._drain_timeout)) is False:
             log.warning("requests were cut after %g s of draining", self._drain_timeout)
 
