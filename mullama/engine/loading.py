@@ -198,7 +198,10 @@ def _weights_digest(path: Path) -> str:
 
 def _page_path(name: str, folder: str) -> str | None:
     """Where the page goes; None (a private page) when no such folder can be made."""
-    base = Path(folder) if folder else abi.runtime_dir()
+    try:
+        base = Path(folder).expanduser() if folder else abi.runtime_dir()
+    except OSError:  # there is not even a folder for temporary files
+        return None
     try:
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
         _sweep(base)
