@@ -88,8 +88,9 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
     from datetime import UTC, datetime
 
     from mullama.cli.version import llama_commit, mullama_version
-    from mullama.compare.provenance import commit, machine
+    from mullama.compare.provenance import commit
     from mullama.machine.cores import usable_threads
+    from mullama.machine.report import provenance
 
     return {
         "model": {
@@ -101,7 +102,7 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
             "n_ctx": info.n_ctx,
             "kv_host_tokens": kv_host_tokens,
         },
-        "machine": machine(),
+        "machine": provenance(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": config.threads or usable_threads(),
         "batch_size": config.batch_size,

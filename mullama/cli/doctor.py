@@ -124,20 +124,18 @@ def _device(one: dict[str, Any]) -> str:
     return f"{one['name']} ({one['type']}): {one['description']}, {memory}"
 
 
-def _ways(ways: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of whatever is known of the ways of computing."""
-    if not ways:
-        return []
-    heads = list(dict.fromkeys(name for way in ways for name in way))
-    rows = [heads, *([_cell(way.get(name)) for name in heads] for way in ways)]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(heads))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _ways(types: Sequence[dict[str, Any]]) -> list[str]:
+    """Each type of weights with the way that is taken, then what came of each way there is."""
+    lines = []
+    for of in types:
+        first, *others = of["chosen"].items()
+        words = ", ".join([first[1], *(f"from {m} columns on {way}" for m, way in others)])
+        lines.append(f"{of['type']}: {words}")
+        for way in of["ways"]:
+            times = ", ".join(f"{us:g} µs x {m}" for m, us in way["times_us"].items())
+            verdict = way["verdict"] + (", exact" if way["exact"] else "")
+            lines.append(f"  {way['way']}: {verdict}" + (f"; {times}" if times else ""))
+    return lines
 
 
 def _wrapped(words: Sequence[str], width: int = 90) -> list[str]:

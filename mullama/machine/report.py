@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from mullama import __version__, instructions, libraries
+from mullama.errors import MachineUnfit
 from mullama.machine import cgroups, memory
 from mullama.machine.cores import cores
 from mullama.machine.folders import Folder
@@ -45,7 +46,7 @@ def machine_report(n_threads: int, folders: dict[str, Folder]) -> dict[str, Any]
             for one in libraries.libraries()
         ],
         "devices": _devices(),
-        "ways": ways_report(),
+        "ways": _ways(),
     }
 
 
@@ -88,6 +89,13 @@ def _build() -> dict[str, Any]:
         "instructions": used,
         "missing_instructions": None if carried is None else instructions.missing(used, carried),
     }
+
+
+def _ways() -> list[dict[str, Any]]:
+    try:
+        return ways_report()
+    except MachineUnfit:  # the libraries do not load, which is told elsewhere
+        return []
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -39,15 +39,14 @@ ANSWERS = """
 import json, sys
 from mullama import Engine
 from mullama.config import ServeConfig
-config = ServeConfig(ctx_size=256, parallel=4, threads=int(sys.argv[2]), threads_fixed=True,
-                     deterministic=sys.argv[3] == "reference")
-with Engine.load(sys.argv[1], config=config) as engine:
-    prompts = ["The capital of France is", "1 2 3 4 5", "and " * 40]
-    print(json.dumps([engine.generate(prompt, max_tokens=24, temperature=0, ignore_eos=True) for prompt in prompts]))
+model, threads, mode = sys.argv[1:]
+config = ServeConfig(ctx_size=256, parallel=4, threads=int(threads), threads_fixed=True,
+                     deterministic=mode == "reference")
+with Engine.load(model, config=config) as engine:
+    prompts = ["The capital of France is", "1 2 3 4 5", "Once upon a time there was"]
+    print(json.dumps([engine.generate(prompt, max_tokens=12, temperature=0, ignore_eos=True) for prompt in prompts]))
 """
 MAIN = "import sys; from mullama.cli.main import main; sys.exit(main())"
-
-Run = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
 
 
 def python(processor: str | None, code: str, *args: str, install: Path | None = None) -> list[str]:
@@ -71,21 +70,21 @@ def ours(text: str) -> str:
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
-def test_the_installed_build(processor: str, tiny_model: Callable[..., Path]) -> None:
+def test_the_installed_build(processor: str, smollm2: Path) -> None:
     carried = frozenset(json.loads(run(python(processor, CARRIED)).stdout))
     assert "avx512f" not in carried  # the processor is emulated, not the one below
     missing = instructions.missing(instructions.build_record()["instructions"], carried)
     if not missing:
-        check_answers(processor, str(tiny_model()), None)
+        check_answers(processor, str(smollm2), None)
         return
-    for args in (["serve", "--model", str(tiny_model())], ["doctor", "--model", str(tiny_model())]):
+    for args in (["serve", "--model", str(smollm2)], ["doctor", "--model", str(smollm2)]):
         done = run(python(processor, MAIN, *args))
         assert done.returncode == 1
         (line,) = ours(done.stderr).splitlines()
         assert line == f"error: {instructions.unfit(missing)}"
 
 
-def test_a_python_program_gets_an_error_that_it_can_catch(tiny_model: Callable[..., Path]) -> None:
+def test_a_python_program_gets_an_error_that_it_can_catch() -> None:
     code = "import sys\ntry:\n    from mullama import Engine\nexcept Exception as e:\n    print(type(e).__name__)"
     carried = frozenset(json.loads(run(python("Nehalem", CARRIED)).stdout))
     missing = instructions.missing(instructions.build_record()["instructions"], carried)
@@ -94,12 +93,15 @@ def test_a_python_program_gets_an_error_that_it_can_catch(tiny_model: Callable[.
 
 def check_answers(processor: str, model: str, install: Path | None) -> None:
     """Greedy texts under the emulator are those of the reference computations."""
-    expected = run(python(None, ANSWERS, model, "1", "reference", install=install), install)
-    assert expected.returncode == 0, expected.stderr
-    found = run(python(processor, ANSWERS, model, "2", "usual", install=install), install)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout) == json.loads(expected.stdout)
-    assert all(len(text) > 10 for text in json.loads(found.stdout))
+    assert answers(processor, model, "usual", install) == answers(None, model, "reference", install)
+
+
+def answers(processor: str | None, model: str, mode: str, install: Path | None) -> list[str]:
+    done = run(python(processor, ANSWERS, model, "2", mode, install=install), install)
+    assert done.returncode == 0, done.stderr
+    found: list[str] = json.loads(done.stdout)
+    assert all(len(text) >= 10 for text in found)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +133,15 @@ def compile_for(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("name", list(BUILDS))
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_portable_builds(
-    name: str, processor: str, built: Callable[[str], Path], tiny_model: Callable[..., Path]
+    name: str, processor: str, built: Callable[[str], Path], tiny_model: Callable[..., Path], smollm2: Path
 ) -> None:
     install = built(name)
     if processor in BUILDS[name][1]:
-        for arch in ("llama", "gemma3", "lfm2", "mamba"):
-            check_answers(processor, str(tiny_model(arch)), install)
+        check_answers(processor, str(smollm2), install)
+        for arch in ("llama", "gemma3", "lfm2", "mamba"):  # random weights: nearly equal logits are common
+            for mode in ("usual", "reference"):
+                model = str(tiny_model(arch))
+                assert answers(processor, model, mode, install) == answers(None, model, mode, install), (arch, mode)
         return
     done = run(python(processor, MAIN, "serve", install=install), install)
     assert done.returncode == 1

@@ -13,6 +13,7 @@ from models_support import make_gguf
 from shaped import Shape
 
 from mullama.errors import ConfigError, ModelLoadError
+from mullama.machine.processor import parse_cpuinfo
 from mullama.models import estimate as module
 from mullama.models import gguf
 from mullama.models.estimate import estimate, fit, token_bytes
@@ -177,8 +178,8 @@ def test_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_processors_repack(monkeypatch: pytest.MonkeyPatch) -> None:
     def types(machine: str, *flags: str) -> set[str]:
-        monkeypatch.setattr(module.platform, "machine", lambda: machine)
-        monkeypatch.setattr(module, "_cpu_flags", lambda: frozenset(flags))
+        found = parse_cpuinfo(f"flags : {' '.join(flags)}\n", machine)
+        monkeypatch.setattr(module, "processor", lambda: found)
         return set(module._repacked_types.__wrapped__())
 
     assert types("x86_64", "sse2") == set()
