@@ -165,6 +165,9 @@ class ServeConfig:
     )
     flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))
     mmap: bool = option(True, "map the model file instead of reading it")
+    parse_special_content: bool = option(
+        False, "parse control tokens that the messages of a chat spell out, which lets them forge turns"
+    )
     chat_template: str = option(
         "",
         "chat template instead of the model's own: Jinja, @FILE, or one of llama.cpp's by name (llama3, chatml, …)",
@@ -206,6 +209,12 @@ class ServeConfig:
         "seconds before that in which /ready says 503 and requests are still taken, for balancers",
         minimum=0.0,
         maximum=3600.0,
+    )
+    request_timeout: float = option(
+        30.0,
+        "seconds in which a client has to send its request; a large body may take longer, as long as it comes",
+        minimum=0.1,
+        maximum=86400.0,
     )
     profile_log: str = option("", "append every request's profile to this JSONL file", metavar="FILE")
     kv_events_endpoint: str = option(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mullama.errors import StoreError
+from mullama.errors import DiskFull, StoreError
 
 
 def sync_folder(folder: Path) -> None:
@@ -36,7 +36,7 @@ def disk_errors(action: str) -> Iterator[None]:
 def store_error(action: str, error: OSError) -> StoreError:
     """The StoreError that says why something could not be done."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(f"cannot {action}: the disk is full")
+        return DiskFull(f"cannot {action}: the disk is full")
     where = f" ({error.filename})" if error.filename else ""
     return StoreError(f"cannot {action}: {error.strerror or error}{where}")
 

@@ -187,6 +187,7 @@ cdef extern from "llama.h" nogil:
     int LLAMA_TOKEN_ATTR_LSTRIP
     int LLAMA_TOKEN_ATTR_RSTRIP
     int LLAMA_TOKEN_ATTR_CONTROL
+    int LLAMA_TOKEN_ATTR_UNKNOWN
     int LLAMA_TOKEN_ATTR_USER_DEFINED
     cbool llama_vocab_is_eog(const llama_vocab * vocab, llama_token token)
     int32_t llama_tokenize(const llama_vocab * vocab, const char * text, int32_t n, llama_token * tokens,

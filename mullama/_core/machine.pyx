@@ -36,9 +36,10 @@ cdef class Machine:
         memset(&self.counters, 0, sizeof(mullama_counters))
 
     def __init__(self, Model model not None, *, int n_threads=1, bint threads_fixed=False, page_path=None,
-                 Arbiter turns=None, bint quick=False, **sizes):
+                 bint page_needed=True, Arbiter turns=None, bint quick=False, **sizes):
         """Make a Context (``sizes`` are its arguments) and all that it takes to compute with it.
 
+        ``page_needed``: without it, a page that cannot be a file is private memory (``page_path`` is empty then).
         ``quick``: somebody waits, so that only the decodes are run that the governor cannot do without.
         ``turns`` is the arbiter that the engines of a process share. Raises ModelLoadError when it does not fit.
         """
@@ -66,7 +67,7 @@ cdef class Machine:
         self.seat = self.turns.table.get().join()
         self.take_on(context)
         try:
-            self.set_up(page_path, quick)
+            self.set_up(page_path, page_needed, quick)
         except BaseException:
             self.close()
             raise
@@ -91,7 +92,7 @@ cdef class Machine:
         llama_set_abort_callback(ctx, Deadline.expired, &self.deadline)
         llama_set_n_threads(ctx, self.threads_set, self.threads_set)
 
-    cdef int set_up(self, page_path, bint quick) except -1:
+    cdef int set_up(self, page_path, bint page_needed, bint quick) except -1:
         """The rest of __init__, once the context exists."""
         self.batch = llama_batch_init(self.n_batch, 0, 1)
         self.slots.resize(self.n_slots)
@@ -101,7 +102,9 @@ cdef class Machine:
         try:
             self.page = Page(self.n_slots, page_path)
         except OSError as error:
-            raise ModelLoadError(f"the instrumentation page {page_path} cannot be made: {error.strerror}") from None
+            if page_needed:
+                raise ModelLoadError(f"the instrumentation page {page_path} cannot be made: {error.strerror}") from None
+            self.page = Page(self.n_slots)
         self.warm_up(self.ctx, self.governor, quick)
         self.publish()
         return 0

@@ -35,13 +35,18 @@ def weights_of(model: ResolvedModel) -> str:
 
 
 def load_engine(model: ResolvedModel, config: ServeConfig) -> Engine:
-    """Load a model. Ctrl-C gives the load up and raises KeyboardInterrupt."""
+    """Load a model. A signal gives the load up and raises KeyboardInterrupt, or SystemExit (see ``on_interrupt``)."""
     from mullama.engine.engine import Engine
 
-    with LoadProgress(model.name) as progress, on_interrupt(progress.cancel):
+    with LoadProgress(model.name) as progress, on_interrupt(progress.cancel) as interrupt:
         try:
-            return Engine.load(model.path, name=model.name, config=config, progress=progress, weights=weights_of(model))
+            engine = Engine.load(
+                model.path, name=model.name, config=config, progress=progress, weights=weights_of(model)
+            )
         except LoadCancelled:
-            if progress.is_cancelled:
-                raise KeyboardInterrupt from None
+            interrupt.check()
             raise
+        if interrupt.number is not None:  # it came too late to stop the load
+            engine.close()
+            interrupt.check()
+        return engine

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mullama.cli.chat import ChatSession, explain
 from mullama.cli.interrupt import on_interrupt
 from mullama.cli.settings import SETTINGS
 from mullama.cli.table import printable
-from mullama.errors import EngineDead, InvalidRequest, MullamaError
+from mullama.errors import ConfigError, EngineDead, InvalidRequest, MullamaError
+from mullama.home import expand
 
 if TYPE_CHECKING:
     from mullama.types import Profile
@@ -142,9 +142,11 @@ class Repl:
             return
         try:
             text = json.dumps(self._session.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            Path(rest).expanduser().write_text(text, encoding="utf-8")
+            expand(rest).write_text(text, encoding="utf-8")
         except OSError as error:
             self._line(f"error: cannot write {rest}: {error.strerror}")
+        except ConfigError as error:
+            self._line(f"error: {error.message}")
         else:
             self._line(f"saved to {rest}")
 

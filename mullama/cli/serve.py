@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mullama import logs
+from mullama.cli.interrupt import ends_by_signal
 from mullama.cli.options import config_from, config_options
 from mullama.config import DEFAULT_MODEL, unknown_variables
 
@@ -29,6 +31,12 @@ def command(**params: Any) -> None:
     Every option can also be an environment variable or a line of a TOML file; a flag wins over the environment, and
     that over the file.
     """
+    with ends_by_signal() as ending:
+        _serve(params, ending.over if ending is not None else lambda: None)
+
+
+def _serve(params: dict[str, Any], on_ready: Callable[[], None]) -> None:
+    """``on_ready`` is called before the server runs, which looks after signals itself."""
     from mullama.serving.readiness import require
 
     config = config_from(params)
@@ -49,7 +57,9 @@ def command(**params: Any) -> None:
         share_cores(config.arbiter)
         _load_first(models, config)
         _summary(models, config)
-        run_server(config, models, sock, make_swaps(config, models), lambda: config_from(params))
+        swaps = make_swaps(config, models)
+        on_ready()
+        run_server(config, models, sock, swaps, lambda: config_from(params))
     finally:
         sock.close()
         models.close()

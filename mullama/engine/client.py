@@ -73,7 +73,8 @@ class EngineClient(Protocol):
         """The prompt of a chat, by the model's template (ChatML when it has none).
 
         ``messages_json`` is the JSON array of OpenAI messages. The GIL is released while it works.
-        Tokenise the result with ``add_special=True``: a BOS that the vocabulary adds by itself is left out here.
+        Tokenise the result itself with ``add_special=True`` (it knows which control tokens are only spelled by the
+        messages, and stay text): a BOS that the vocabulary adds by itself is left out here.
         Raises InvalidRequest when the template refuses the messages.
         """
 

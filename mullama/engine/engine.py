@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import logging
 import sys
@@ -27,6 +28,7 @@ from mullama.config import ServeConfig
 from mullama.engine import fits, loading, memory, sizing
 from mullama.engine.adapters import Adapters
 from mullama.engine.background import NICE_URGENT, in_background
+from mullama.engine.chat_text import ChatText, ControlTokens
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
 from mullama.engine.kvcache import KvCache
@@ -76,6 +78,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self.model = model
         me = weakref.ref(self)  # a cycle would keep what close() lets go of
         self._tokenizer = Tokenizer(lambda: cast(Engine, me()).model)
+        self._control_tokens: tuple[Model, ControlTokens] | None = None  # of which model; found for the first chat
         self.config = config
         self._core = core
         scheduler_args = parse_args(config.scheduler_arg)
@@ -185,6 +188,8 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text. The GIL is released while it works. Raises InvalidRequest for lone surrogates."""
+        if isinstance(text, ChatText):
+            return self._tokenizer.tokenize(text, add_special=add_special, parse_special=parse_special)
         return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def prompt_tokens(
@@ -214,7 +219,14 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         """The prompt of a chat; tokenise it with ``add_special=True``. Raises InvalidRequest."""
-        return self.model.render_chat(messages_json, add_generation_prompt=add_generation_prompt)
+        model = self.model
+        render = functools.partial(model.render_chat, add_generation_prompt=add_generation_prompt)
+        if self.config.parse_special_content:
+            return render(messages_json)
+        known = self._control_tokens
+        if known is None or known[0] is not model:
+            known = self._control_tokens = (model, ControlTokens(model.control_tokens()))
+        return known[1].render(render, messages_json)
 
     def submit(self, request: Request) -> AsyncGeneration:
         """Queue a request; call on the event loop that will read it (errors: see EngineClient.submit)."""

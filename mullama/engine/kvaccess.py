@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mullama.engine import kvview
-from mullama.errors import InvalidRequest
+from mullama.errors import InvalidRequest, ModelBusy
 from mullama.kv import registry
 from mullama.kv.events import KvEventLog, KvTier
 from mullama.kv.guarded import GuardedPolicy
@@ -19,8 +19,11 @@ from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
     from mullama._core import Core
+    from mullama.config import ServeConfig
     from mullama.engine.kvcache import KvCache
+    from mullama.engine.kvdisk import DiskTier
     from mullama.engine.sequences import Sequences
+    from mullama.engine.weights import Weights
 
 T = TypeVar("T")
 
@@ -29,9 +32,11 @@ class KvMethods:
     """Mixed into Engine. Everything is done on the engine thread, between two steps."""
 
     info: ModelInfo
+    config: ServeConfig
     _core: Core
     _kv: KvCache
     _seqs: Sequences
+    _weights: Weights
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         raise NotImplementedError
@@ -89,16 +94,37 @@ class KvMethods:
         return found
 
     async def kv_save(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
-        self._need_disk()
-        return await self._at_boundary(lambda: kvview.save(self._kv, namespace_of(namespace), tokens))
+        """Answers when it is on disk. Raises StoreError when the disk does not take it; the KV stays where it was."""
+        disk, name = self._need_disk(), namespace_of(namespace)
+        n_failed = disk.n_failed
+        is_all = False
+        while not is_all:
+            is_all = await self._on_disk(
+                disk, lambda: disk.hand_over(lambda: kvview.save(self._kv, disk, name, tokens))
+            )
+            await asyncio.wrap_future(disk.written())
+        return await self._on_disk(disk, lambda: kvview.saved(self._kv, disk, name, tokens, n_failed))
 
     async def kv_load(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
-        self._need_disk()
-        return await self._at_boundary(lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
+        disk = self._need_disk()
+        return await self._on_disk(disk, lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
 
-    def _need_disk(self) -> None:
-        if self._kv.disk is None:
-            raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
+    async def _on_disk(self, disk: DiskTier, function: Callable[[], T]) -> T:
+        """``_at_boundary`` for what needs the disk tier, if it is still that one: it goes and comes with weights."""
+
+        def work() -> T:
+            if self._kv.disk is not disk:
+                raise _handed_over()
+            return function()
+
+        return await self._at_boundary(work)
+
+    def _need_disk(self) -> DiskTier:
+        if self._kv.disk is not None:
+            return self._kv.disk
+        if self.config.kv_disk_dir and self._weights.is_changing:
+            raise _handed_over()
+        raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
 
     async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
         # A user's code runs there, and never on the event loop.
@@ -118,6 +144,10 @@ class KvMethods:
         freed = self._kv.drop(self._seqs.running())
         self._core.refresh_page(self._n_waiting())
         return freed
+
+
+def _handed_over() -> ModelBusy:
+    return ModelBusy("the disk tier is handed to other weights in this moment; try again", retry_after=1)
 
 
 class KvAccess:

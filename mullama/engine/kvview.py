@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mullama import abi
-from mullama.engine.kvdisk import DiskRows
+from mullama.engine.kvdisk import DiskRows, DiskTier
 from mullama.kv.choice import KvSource
 from mullama.kv.events import KvTier
 from mullama.kv.namespaces import short_namespace
@@ -95,7 +95,8 @@ def tiers(kv: KvCache) -> dict[str, Any]:
             "bytes_used": kv.disk.store.bytes_used,
             "bytes_budget": kv.disk.store.budget_bytes,
             "tokens": disk_tokens,
-            "not_written": kv.disk.n_skipped,
+            "not_written": kv.disk.n_not_written,
+            "error": kv.disk.last_error.message if kv.disk.is_failing and kv.disk.last_error is not None else None,
             "refused": dict(kv.disk.store.skipped),
         },
     }
@@ -212,21 +213,32 @@ def _below(node: Node) -> list[Node]:
     return found
 
 
-def save(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, int]:
-    """Hand what is cached of a prefix to the disk's writer. What it has already counts as well."""
-    assert kv.disk is not None
+def save(kv: KvCache, disk: DiskTier, namespace: bytes, tokens: Sequence[int]) -> None:
+    """Hand what is cached of a prefix to the disk's writer."""
     match = kv.tree.match(namespace, pack(tokens))
     for slot, shared in match.slots.items():
         if shared == match.n_tokens:
             kv.store(slot, upto=None if kv.cells.needs_checkpoint else shared)
             break
-    n_tokens = n_bytes = 0
     for node in kv.tree.match(namespace, pack(tokens)).nodes:
-        kv.disk.keep(node)
-        if kv.disk.lacks(node, False):
+        disk.keep(node)
+
+
+def saved(kv: KvCache, disk: DiskTier, namespace: bytes, tokens: Sequence[int], n_failed: int) -> dict[str, int]:
+    """What the disk holds of a prefix after ``save``.
+
+    ``n_failed``: the tier's count before. Raises StoreError when the disk did not take what is cached of the prefix.
+    """
+    n_tokens = n_bytes = 0
+    match = kv.tree.match(namespace, pack(tokens))
+    for node in match.nodes:
+        if disk.lacks(node, False):
             break
-        n_tokens, n_bytes = node.end, n_bytes + node.n_tokens * kv.cells.token_bytes
-    return {"tokens": min(n_tokens, len(tokens)), "bytes": n_bytes}
+        n_tokens, n_bytes = min(node.end, len(tokens)), n_bytes + node.n_tokens * kv.cells.token_bytes
+    error = disk.error_since(n_failed)
+    if n_tokens < match.n_tokens and error is not None:
+        raise type(error)(f"{n_tokens} of {match.n_tokens} cached tokens are on disk: {error.message}")
+    return {"tokens": n_tokens, "bytes": n_bytes}
 
 
 def load(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, int]:

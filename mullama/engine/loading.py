@@ -20,6 +20,7 @@ from mullama.engine import sizing
 from mullama.engine.kvcache import KvCache
 from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, InvalidRequest, ModelLoadError
+from mullama.home import expand
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
 from mullama.machine import kernels, memory, ways
@@ -159,8 +160,13 @@ def make_core(
         reference=config.deterministic,
         unified_cells=0 if config.kv_layout == "streams" else config.kv_tokens or sizes.n_ctx * sizes.n_parallel,
         page_path=_page_path(name, config.page_dir),
+        page_needed=bool(config.page_dir),
         quick=quick,
     )
+    if not core.page.path:
+        log.warning(
+            "%s: the instrumentation page is this process's own, for no folder takes it; name one with --page-dir", name
+        )
     faults.crash_point("load:after-context")
     return core
 
@@ -202,7 +208,7 @@ def open_disk_store(model: Model, core: Core, kv: KvCache, config: ServeConfig) 
         + (f":slots={core.n_slots}:unified={core.unified}" if kv.cells.needs_checkpoint else ""),
         state_version=llama_cpp_version(),
     )
-    return DiskStore(Path(config.kv_disk_dir).expanduser(), config.kv_disk_bytes, identity)
+    return DiskStore(expand(config.kv_disk_dir), config.kv_disk_bytes, identity)
 
 
 def _weights_digest(path: Path) -> str:
@@ -215,13 +221,15 @@ def _weights_digest(path: Path) -> str:
 
 
 def _page_path(name: str, folder: str) -> str | None:
-    """Where the page goes; None (a private page) when no such folder can be made."""
+    """Where the page goes; None (a private page) when there is no such folder that is this user's own."""
+    base = Path(folder).expanduser()
     try:
-        base = Path(folder).expanduser() if folder else abi.runtime_dir()
-    except OSError:  # there is not even a folder for temporary files
-        return None
-    try:
+        if not folder:
+            base = abi.runtime_dir()
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # SAFETY: anybody could have made a folder of this name in the temporary one.
+        if not folder and hasattr(os, "geteuid") and base.lstat().st_uid != os.geteuid():
+            return None
         _sweep(base)
     except OSError as error:
         if folder:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mullama import child
-from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError, StoreError
+from mullama.errors import DiskFull, InvalidRequest, LoadCancelled, ModelLoadError, StoreError
 from mullama.models import gguf
 from mullama.models.digests import digest_of
 from mullama.models.entry import Entry
@@ -251,7 +251,7 @@ def run_child(
     if told and told.get("ok") and status == 0:
         return
     if shutil.disk_usage(target.parent).free < 1 << 20:
-        raise StoreError("cannot quantise: the disk is full")
+        raise DiskFull("cannot quantise: the disk is full")
     if told and "reason" in told:
         reason = " ".join(str(told["reason"]).split())
     elif status < 0:

@@ -33,7 +33,7 @@ from urllib.parse import quote
 
 from mullama.errors import ReferenceNotFound, StoreError
 from mullama.files import disk_errors, store_error, sync_folder
-from mullama.home import HOME_VARIABLE, default_root
+from mullama.home import HOME_VARIABLE, default_root, need_home
 from mullama.models.digests import Digests, hash_file
 from mullama.models.entry import MADE, Entry, Part
 from mullama.models.reference import Reference, aliases, check_name
@@ -289,6 +289,8 @@ class Store:
         return entry
 
     def make_folders(self) -> None:
+        """Raises OSError, ConfigError (no home)."""
+        need_home(self.root)
         for folder in (self.blobs, self.refs, self.tmp, self.locks):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -304,7 +306,7 @@ class Store:
     def _read_ref(self, path: Path) -> Entry | None:
         try:
             return Entry.from_json(json.loads(path.read_bytes()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             log.warning("%s is damaged and ignored", path)

@@ -16,7 +16,7 @@ import zmq
 from docs_support import ROOT, names
 
 from mullama.config import ServeConfig, load_config
-from mullama.errors import ConfigError
+from mullama.errors import ConfigError, DiskFull
 from mullama.observe.kv_blocks import AllBlocksCleared, BlockRemoved, BlockStored
 from mullama.serving.manager import ModelManager
 from mullama.web import kv_schemas
@@ -145,6 +145,16 @@ def test_answers_and_errors_of_the_engine_come_through(client: Client) -> None:
     assert client.post(f"{KV}/save", {"prompt": "Hi"}).json == {"model": "fake", "tokens": 3, "bytes": 30}
     result = client.post(f"{KV}/load", {"prompt": "Hi"})
     assert (result.status, result.error["message"]) == (400, "this engine has no disk tier")
+
+
+def test_a_full_disk_is_told_as_one(client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(tokens: Any, *, namespace: str = "") -> Any:
+        raise DiskFull("0 of 3 cached tokens are on disk: cannot keep KV in kv: the disk is full")
+
+    monkeypatch.setattr(engine, "kv_save", fail)
+    result = client.post(f"{KV}/save", {"prompt": "Hi"})
+    assert (result.status, result.error["code"]) == (507, "disk_full")
+    assert "the disk is full" in result.error["message"]
 
 
 def test_long_prefixes(client: Client, engine: FakeEngine) -> None:
