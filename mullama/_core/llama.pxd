@@ -43,6 +43,7 @@ cdef extern from "pool.h" namespace "mullama" nogil:
     void pool_free(ggml_threadpool_t pool)
     void pool_pause(ggml_threadpool_t pool)
     void pool_resume(ggml_threadpool_t pool)
+    int process_id()
 
 cdef extern from "llama.h" nogil:
     ctypedef struct llama_model:
@@ -167,6 +168,7 @@ cdef extern from "llama.h" nogil:
     int32_t llama_model_n_layer(const llama_model * model)
     int32_t llama_model_n_head_kv(const llama_model * model)
     int32_t llama_model_n_swa(const llama_model * model)
+    int llama_model_rope_type(const llama_model * model)
     int32_t llama_model_desc(const llama_model * model, char * buf, size_t size)
     uint64_t llama_model_size(const llama_model * model)
     uint64_t llama_model_n_params(const llama_model * model)

@@ -26,6 +26,9 @@ cdef extern from "log_sink.h" namespace "mullama" nogil:
         void install()
 
 
+#: By llama.cpp's number: which rotation a model gives its keys.
+ROPE_TYPES = {-1: "none", 0: "norm", 2: "neox", 8: "mrope", 24: "vision", 40: "imrope"}
+
 _backend_lock = threading.Lock()
 _backend_ready = False
 
@@ -255,6 +258,7 @@ cdef class Model:
             "n_layer": llama_model_n_layer(self.ptr),
             "n_embd": llama_model_n_embd(self.ptr),
             "n_swa": llama_model_n_swa(self.ptr),
+            "rope": ROPE_TYPES.get(llama_model_rope_type(self.ptr), "other"),
             "has_chat_template": self.chat.get().is_explicit(),
             "has_encoder": llama_model_has_encoder(self.ptr),
             "has_decoder": llama_model_has_decoder(self.ptr),

@@ -11,7 +11,7 @@ import click
 
 from mullama import logs
 from mullama.cli.interrupt import ends_by_signal
-from mullama.cli.options import config_from, config_options
+from mullama.cli.options import Grouped, config_from, config_options
 from mullama.config import DEFAULT_MODEL, unknown_variables
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@click.command(short_help="Serve models over HTTP.")
+@click.command(cls=Grouped, short_help="Serve models over HTTP.")
 @config_options()
 def command(**params: Any) -> None:
     """Serve models over an OpenAI-compatible HTTP API, in this process. SIGTERM drains running requests, SIGHUP reads
@@ -108,7 +108,7 @@ def _find_models(config: ServeConfig) -> list[ResolvedModel]:
 
     found: dict[str, ResolvedModel] = {}
     for text in config.model or [DEFAULT_MODEL]:
-        model = find_model(text, config=config)
+        model = find_model(text, config=config, must_be_quant=False)
         if model.name in found:
             raise ConfigError(f"two models are served as '{model.name}'; give one another name with NAME=REFERENCE")
         found[model.name] = model
