@@ -115,8 +115,9 @@ def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from mullama.cli.version import llama_commit, mullama_version
-    from mullama.compare.provenance import commit, machine
+    from mullama.compare.provenance import commit
     from mullama.machine.cores import usable_threads
+    from mullama.machine.report import provenance
 
     info = engine.info
     return {
@@ -129,7 +130,7 @@ def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
             "n_ctx": info.n_ctx,
             "kv_host_tokens": engine.kv_host_tokens,
         },
-        "machine": machine(),
+        "machine": provenance(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": config.threads or usable_threads(),
         "batch_size": config.batch_size,
