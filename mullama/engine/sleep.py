@@ -66,9 +66,9 @@ class Sleep:
             raise InvalidRequest("the model is asleep already", param="level")
         began = time.monotonic()
         on_disk = level is SleepLevel.DISK
-        if on_disk and weights.kv.disk is None:
-            raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR", param="level")
-        with weights.held():
+        with weights.held():  # first: while the weights change, the disk tier is away for a moment
+            if on_disk and weights.kv.disk is None:
+                raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR", param="level")
             substitute = stand_in(weights.core.model, weights.config)
             try:
                 error = self._write_out(on_disk, host)

@@ -232,6 +232,11 @@ class Weights:
         finally:
             self._one.release()
 
+    @property
+    def is_changing(self) -> bool:
+        """Whether a change goes on, during which the disk tier leaves for a moment. Any thread."""
+        return self._one.locked()
+
     def in_charge(self, carrier: Carrier) -> bool:
         """Whether a change has got so far that its weights take the steps."""
         return self.core.context is carrier.target

@@ -169,6 +169,7 @@ class Server(uvicorn.Server):
         self._services.models.leave()
         if self._drain_delay:
             await self._serve_during(asyncio.sleep(self._drain_delay))
+        self._services.end_work()
         if await self._serve_during(self._services.models.drain(self._drain_timeout)) is False:
             log.warning("requests were cut after %g s of draining", self._drain_timeout)
 
