@@ -1,7 +1,7 @@
 """Types of weights: mullama's engine beside llama.cpp with each of its own switches, on a random model of a 1.5B's
 width.
 
-    python bench/types.py --rounds 3 --type Q4_K_M --type Q6_K
+    python bench/weight_types.py --rounds 3 --type Q4_K_M --type Q6_K
 
 The model is 2,048 wide with 5,632 hidden values and a vocabulary of 32,000; ``--layers`` of them (a step is the same
 work in each). It is made once as random Q8_0 and requantised by llama-quantize into ``build/types``. In each round
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         progress("stopped; what was measured is kept")
     print(_report(results))
-    print(f"record: {common.write_record(common.record('types', vars(args), results), args.json)}", file=sys.stderr)
+    print(f"record: {common.write_record(common.record('weight_types', vars(args), results), args.json)}", file=sys.stderr)
     return 0
 
 
