@@ -63,8 +63,8 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class OfType:
-    """What is known of one type of weights. ``busy_at``: when the machine was too busy for timing, in s since the
-    epoch.
+    """What is known of one type of weights. ``busy_at``: when the machine was too busy, or too short of memory, to find
+    out more, in s since the epoch.
     """
 
     name: str
@@ -79,8 +79,11 @@ class OfType:
         """Whether there is nothing left to try for weights of this shape ("": nothing to time)."""
         if set(self.ways) != set(WAYS):
             return False
-        is_busy = 0 <= time.time() - self.busy_at < BUSY_S
-        return not shape or is_busy or any(shape in each.times for each in self.ways.values())
+        if 0 <= time.time() - self.busy_at < BUSY_S:
+            return True
+        usable = [each for each in self.ways.values() if each.may_be_used]
+        is_timed = not shape or not usable or any(shape in each.times for each in usable)
+        return is_timed and all(each.is_lasting for each in self.ways.values())
 
 
 def timed_shape(weights: Sequence[Weights]) -> str:
@@ -146,7 +149,8 @@ class Remembered:
                 log.warning("the machine is too busy to time the ways of computing %s: ggml's own order for now", name)
             before = known[kind].ways if kind in known else {}
             ways = {each.way: _merged(before.get(each.way), each) for each in found if each.type == kind}
-            known[kind] = OfType(name, ways, time.time() if kind in busy else 0.0)
+            is_unsure = kind in busy or not all(each.is_lasting for each in ways.values())
+            known[kind] = OfType(name, ways, time.time() if is_unsure else 0.0)
         for each in found:
             if each.fault:
                 log.warning("%s is not used for %s here: in a trial it %s", each.way, names[each.type], each.fault)
@@ -219,7 +223,6 @@ def _merged(before: Found | None, found: Found) -> Found:
     )
 
 
-@functools.cache
 def _key() -> str:
     """What an entry holds for: the processor with what its system gives, the build, faults put in by tests."""
     cpu = processor()
@@ -230,6 +233,7 @@ def _key() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
+@functools.cache
 def _build() -> str:
     """What tells this build's computing from another's: the digest of the libraries that compute."""
     spec = find_spec("mullama._core")
