@@ -30,7 +30,7 @@ cdef extern from "products.h" namespace "mullama" nogil:
         cbool is_finite
         cbool is_exact
         double error
-    Difference compare(const vector[float] & found, const vector[float] & wanted)
+    Difference compare(const vector[float] & found, const vector[float] & wanted) except +
     cppclass CProducts "mullama::Products":
         CProducts(int type, int64_t k, int64_t n, const string & layout, int copies) except +
         cbool can(int64_t m, Columns columns) except +

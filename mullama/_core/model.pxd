@@ -16,6 +16,7 @@ cdef extern from "chat_shim.h" namespace "mullama" nogil:
 
 
 cdef class Model:
+    cdef object __weakref__
     cdef llama_model * ptr
     cdef const llama_vocab * vocab
     cdef unique_ptr[ChatTemplate] chat

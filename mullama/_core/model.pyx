@@ -210,6 +210,11 @@ cdef class Model:
             raise ModelLoadError("this model was closed")
         return 0
 
+    @property
+    def is_closed(self):
+        """Whether ``close`` was called."""
+        return self.closing or self.ptr is NULL
+
     def close(self):
         """Free the weights, as soon as no thread is inside a method. Contexts on it must be closed before."""
         if self.n_users:

@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import re
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +37,9 @@ except ImportError:  # Windows, where a page goes with its process
 
 log = logging.getLogger("mullama.engine")
 
-NICE_TRIALS = 10
+#: Models that are loaded, with the types of their matrices: what computes these must not change.
+_loaded: weakref.WeakKeyDictionary[Model, frozenset[int]] = weakref.WeakKeyDictionary()
+_loaded_lock = threading.Lock()
 
 
 def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float], bool | None] | None) -> Model:
@@ -55,8 +59,7 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
     except ValueError:
         raise ConfigError(f"tensor_split must be numbers such as 3,1; got '{config.tensor_split}'") from None
     template = chat_template(config.chat_template)
-    if not config.deterministic:
-        choose_kernels(path, config)
+    kinds = frozenset[int]() if config.deterministic else choose_kernels(path, config)
     faults.crash_point("load:before-weights")
     model = Model(
         path,
@@ -70,6 +73,8 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         progress=progress,
     )
     faults.crash_point("load:after-weights")
+    with _loaded_lock:
+        _loaded[model] = kinds
     try:
         _check_template(model, str(path), is_own=not template)
     except BaseException:
@@ -78,14 +83,20 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
     return model
 
 
-def choose_kernels(path: str | Path, config: ServeConfig) -> None:
+def choose_kernels(path: str | Path, config: ServeConfig) -> frozenset[int]:
     """Have the ways of computing these weights in charge that are right and fast here. Raises ModelLoadError.
 
-    Seconds where this machine has not computed such weights with this build before, else nothing to speak of.
+    Returns the types of weights that it is about. Seconds where this machine has not computed such weights with this
+    build before, else nothing to speak of.
     """
-    # Beside engines that may be decoding, trials have a low priority.
-    is_alone = not kernels.in_charge()
-    kernels.prepare(matrices(gguf.read_header(path)), named=config.kernels, niceness=0 if is_alone else NICE_TRIALS)
+    weights = matrices(gguf.check(path))
+    kernels.prepare(weights, named=config.kernels, in_use=_types_in_use)
+    return frozenset(each.type for each in weights)
+
+
+def _types_in_use() -> set[int]:
+    with _loaded_lock:
+        return {kind for model, kinds in _loaded.items() if not model.is_closed for kind in kinds}
 
 
 def chat_template(value: str) -> str:

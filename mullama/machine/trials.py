@@ -68,9 +68,9 @@ class Task:
 class Found:
     """What came of a way. ``fault`` is why it must not be used, in words; empty where it may.
 
-    ``is_lasting``: False where the fault may be the machine's of that moment (short of memory), so that it is tried
-    again some time later. ``is_exact``: equal to the bit to the reference computations. ``is_steady``: equal to itself, whatever the number of
-    columns and threads. ``times``: seconds of one product by shape ("KxN") and number of columns.
+    ``is_exact``: equal to the bit to the reference computations. ``is_steady``: equal to itself, whatever the number of
+    columns and threads. ``times``: seconds of one product by shape ("KxN") and number of columns. ``is_lasting``: False
+    where the fault may be the machine's of that moment (memory was short), so that it is tried again some time later.
     """
 
     type: int
