@@ -162,12 +162,12 @@ class Remembered:
             return {
                 int(kind): OfType(
                     str(fields["name"]),
-                    {str(way): Found.from_json(each) for way, each in fields["ways"].items()},
+                    {each["way"]: Found.from_json(each) for each in fields["ways"].values()},
                     float(fields["busy_at"]),
                 )
                 for kind, fields in types.items()
             }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             return {}
 
     def _write(self, known: dict[int, OfType]) -> None:

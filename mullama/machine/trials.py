@@ -92,7 +92,7 @@ class Found:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Found:
-        """Raises TypeError, ValueError, KeyError or AttributeError for what is none."""
+        """Raises TypeError, ValueError, KeyError, AttributeError or OverflowError for what is none."""
         times = {shape: {int(m): float(s) for m, s in by.items()} for shape, by in fields["times"].items()}
         if fields["way"] not in WAYS or not all(is_time(m, s) for by in times.values() for m, s in by.items()):
             raise ValueError("no trial finds this")
