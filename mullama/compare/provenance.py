@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
 import platform
 import subprocess
@@ -35,6 +37,20 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def source_of(policy: object) -> dict[str, str] | None:
+    """The file that a policy comes from and its sha256; None for mullama's own, and where there is no file."""
+    kind = type(policy)
+    if kind.__module__.split(".")[0] == "mullama":
+        return None
+    try:
+        file = inspect.getsourcefile(kind)
+        if file is None:
+            return None
+        return {"file": file, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    except (OSError, TypeError):
+        return None
 
 
 def _cpu() -> str | None:

@@ -19,6 +19,7 @@ from mullama.engine import sizing
 from mullama.engine.sizing import Sizes
 from mullama.errors import ModelLoadError
 from mullama.files import identity_of
+from mullama.home import expand
 from mullama.machine import memory
 from mullama.models import adapters, gguf
 from mullama.models.estimate import Estimate, check_fits, estimate, is_enough, largest, token_bytes
@@ -133,7 +134,7 @@ def _adapter_bytes(config: ServeConfig, header: Header) -> int:
     """Bytes of the adapters that will be loaded with a model: those that are of it."""
     found = 0
     for spec in config.lora:
-        path = Path(spec.partition("=")[2]).expanduser()
+        path = expand(spec.partition("=")[2])
         try:
             own = header_of(path)
             adapters.compare(own, header, str(path))

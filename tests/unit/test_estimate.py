@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,23 @@ def test_what_processors_repack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Q8_0" in types("x86_64", "avx2", "avx512f", "avx512_vnni", "amx_int8")
     assert "Q8_0" in types("aarch64", "asimddp") and types("aarch64", "fp") == set()
     assert types("riscv64") == set()
+
+
+def test_what_amx_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of Q8_0 take 38 bytes there and not 34, and experts stay as they are."""
+    model = shaped.build(tmp_path / "model.gguf", Shape(kind="Q8_0", embd_kind="F32"))
+    own = gguf.check(model)
+    matrices = sum(t.size or 0 for t in own.tensors if t.type == "Q8_0")
+    flags = frozenset({"avx2", "avx512f", "avx512_vnni", "amx_int8"})
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(module, "_cpu_flags", lambda: flags)
+    monkeypatch.setattr(module, "_repacked_types", module._repacked_types.__wrapped__)
+    assert estimate(model, n_ctx=256).weights_copied == pytest.approx(matrices * 38 / 34, abs=64 * 32)
+    tensor = next(t for t in own.tensors if t.type == "Q8_0")
+    expert = replace(tensor, name="blk.0.ffn_up_exps.weight")
+    kinds = module._repacked_types()
+    assert module._is_repacked(tensor, kinds) and not module._is_repacked(expert, kinds)
+    assert kinds["F16"] == 32 and module._amx_adds(expert) == 0
 
 
 def test_fit_finds_the_edge() -> None:
