@@ -9,6 +9,7 @@ from typing import Any
 import adapters
 import pytest
 from core_support import greedy
+from homes import home
 from weights_support import PROMPTS, Streams, begins_alike, run
 
 from mullama.engine.adapters import Adapters
@@ -26,7 +27,7 @@ def make(
     make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Engine]:
     """An engine with the adapters ``a`` and ``b``."""
-    monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MULLAMA_HOME", home(tmp_path / "home"))
     files = [adapters.build(tmp_path / f"{name}.gguf", tiny_model(), seed=ord(name)) for name in "ab"]
 
     def get(path: Path | None = None, **options: Any) -> Engine:
