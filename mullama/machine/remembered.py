@@ -146,7 +146,7 @@ class Remembered:
         found, busy = trials.run(tasks, threads, niceness=niceness, progress=progress)
         for kind, name in names.items():
             if kind in busy:
-                log.warning("the machine is too busy to time the ways of computing %s: ggml's own order for now", name)
+                log.info("the machine is too busy to time the ways of computing %s: ggml's own order for now", name)
             before = known[kind].ways if kind in known else {}
             ways = {each.way: _merged(before.get(each.way), each) for each in found if each.type == kind}
             is_unsure = kind in busy or not all(each.is_lasting for each in ways.values())
