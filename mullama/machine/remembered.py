@@ -39,6 +39,10 @@ BUSY_S = 600.0
 LOCK_S = 120.0
 
 
+#: By file, what this process found out and could not write.
+_unkept: dict[Path, dict[int, OfType]] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Matrices of one shape in a model: ``count`` of ``n`` rows of ``k`` values."""
@@ -157,6 +161,8 @@ class Remembered:
 
     def read(self) -> dict[int, OfType]:
         """By type, what the file holds; nothing where there is none, or none that can be read."""
+        if self.path in _unkept:
+            return dict(_unkept[self.path])
         try:
             types = json.loads(self.path.read_text())["types"]
             return {
@@ -171,7 +177,7 @@ class Remembered:
             return {}
 
     def _write(self, known: dict[int, OfType]) -> None:
-        """Where it cannot be written, it is found out again at the next start."""
+        """Where it cannot be written, this process remembers it alone, and the next one finds it out again."""
         content = {
             "version": VERSION,
             "processor": processor().name,
@@ -188,8 +194,11 @@ class Remembered:
         try:
             scratch.write_text(json.dumps(content))
             scratch.replace(self.path)
+            _unkept.pop(self.path, None)
         except OSError as error:
-            log.warning("what was found out about ways of computing is not kept: %s", error)
+            if self.path not in _unkept:
+                log.warning("what was found out about ways of computing is not kept: %s", error)
+            _unkept[self.path] = dict(known)
             with contextlib.suppress(OSError):
                 scratch.unlink()
 

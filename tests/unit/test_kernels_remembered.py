@@ -215,14 +215,18 @@ def test_whatever_the_file_says_there_is_a_choice(tmp_path: Path, data: st.DataO
         assert set(chosen.by_columns) <= {each.way for each in of.found if each.may_be_used} | {"plain"}
 
 
-def test_a_folder_that_cannot_be_written_costs_a_trial_each_time(
+def test_a_folder_that_cannot_be_written_costs_a_trial_at_each_start(
     tmp_path: Path, tried: Trials, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "file"
     file.write_text("not a folder")
-    for n in (1, 2):
-        assert find(file)[Q8_0].ways["plain"].may_be_used and len(tried.tasks) == n
-    assert "is not kept" in caplog.text
+    for _ in range(2):  # the probe of a new model, and its load
+        assert find(file)[Q8_0].ways["plain"].may_be_used and kinds(tried) == [Q8_0]
+    find(file, weights(Q4_K), weights())
+    assert kinds(tried) == [Q8_0, Q4_K] and caplog.text.count("is not kept") == 1
+    remembered._unkept.clear()  # the next start
+    find(file)
+    assert kinds(tried) == [Q8_0, Q4_K, Q8_0]
 
 
 def test_a_full_disk_leaves_nothing_half_written(
@@ -236,8 +240,10 @@ def test_a_full_disk_leaves_nothing_half_written(
         patch.setattr(Path, "write_text", full)
         assert find(tmp_path)[Q8_0].ways["plain"].may_be_used
     assert [path.suffix for path in Remembered(tmp_path).folder.iterdir()] in ([], [".lock"])
-    find(tmp_path)
-    assert len(tried.tasks) == 2
+    find(tmp_path, weights(), weights(Q4_K))
+    assert kinds(tried) == [Q8_0, Q4_K]
+    remembered._unkept.clear()
+    assert Remembered(tmp_path).read().keys() == {Q8_0, Q4_K}, "as soon as there is room, all of it is written"
 
 
 # -- what is asked again
