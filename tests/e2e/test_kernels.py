@@ -12,11 +12,11 @@ from .support import ServerProcess, run_mullama
 PROMPT = list(range(40, 60))
 
 
-def told(running: ServerProcess) -> tuple[set[str], dict[str, str], list[int]]:
-    """The ways that the server says are taken, and that a profile says were; the answer's log-probabilities' tokens."""
-    answer = running.complete(PROMPT, max_tokens=12, ignore_eos=True, logprobs=1)
+def told(running: ServerProcess) -> tuple[set[str], dict[str, str], str]:
+    """The ways that the server says are taken, those that a profile says were, and an answer."""
+    answer = running.complete(PROMPT, max_tokens=32, ignore_eos=True)
     ways = {way for of in running.scheduler()["kernels"].values() for way in of["columns"].values()}
-    return ways, answer["profile"]["kernels"], answer["choices"][0]["logprobs"]["token_logprobs"]
+    return ways, answer["profile"]["kernels"], answer["choices"][0]["text"]
 
 
 def test_a_server_starts_without_the_ways_that_fail(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
