@@ -206,8 +206,9 @@ def _provenance(engine: Engine, config: ServeConfig) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from mullama.cli.version import llama_commit, mullama_version
-    from mullama.compare.provenance import commit, machine
+    from mullama.compare.provenance import commit
     from mullama.config import default_of, options
+    from mullama.machine.report import provenance
 
     changed = {
         option.name: getattr(config, option.name)
@@ -220,7 +221,7 @@ def _provenance(engine: Engine, config: ServeConfig) -> dict[str, Any]:
         "llama_cpp": llama_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["mullama", *sys.argv[1:]]),
-        "machine": machine(),
+        "machine": provenance(),
         "model": asdict(engine.info),
         "computing": engine.computing(),
         "options": changed,

@@ -35,7 +35,7 @@ COMMANDS = (
         "verify",
         "rm",
     ),
-    *("schedulers", "compare", "simulate", "calibrate", "version"),
+    *("schedulers", "compare", "simulate", "calibrate", "doctor", "version"),
 )
 
 

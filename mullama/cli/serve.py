@@ -37,14 +37,17 @@ def command(**params: Any) -> None:
 
 def _serve(params: dict[str, Any], on_ready: Callable[[], None]) -> None:
     """``on_ready`` is called before the server runs, which looks after signals itself."""
+    from mullama.serving.readiness import require
+
+    config = config_from(params)
+    logs.set_up(config.log_level, config.log_format)
+    for problem in (*unknown_variables(), *require(config).notes):
+        log.warning("%s", problem)
+
     from mullama.cli.serving import make_manager, make_swaps
     from mullama.engine.background import share_cores
     from mullama.web.server import bind, run_server
 
-    config = config_from(params)
-    logs.set_up(config.log_level, config.log_format)
-    for problem in unknown_variables():
-        log.warning("%s", problem)
     # First of all: a port in use is known before minutes of download and loading.
     sock = bind(config)
     models = make_manager(config)

@@ -235,7 +235,7 @@ def _weights_digest(path: Path) -> str:
 
 def _page_path(name: str, folder: str) -> str | None:
     """Where the page goes; None (a private page) when there is no such folder that is this user's own."""
-    base = Path(folder)
+    base = Path(folder).expanduser()
     try:
         if not folder:
             base = abi.runtime_dir()

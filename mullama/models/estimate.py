@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from mullama.errors import ConfigError, MemoryTooSmall
 from mullama.files import human_size
+from mullama.machine.processor import processor
 from mullama.models import gguf
 from mullama.models.gguf import Header, Tensor
 from mullama.models.shape import Shape, shape_of
@@ -264,7 +264,7 @@ def _amx_adds(tensor: Tensor) -> int:
 
 
 def _has_amx() -> bool:
-    return {"amx_int8", "avx512_vnni"} <= _cpu_flags()
+    return {"amx_int8", "avx512_vnni"} <= processor().flags
 
 
 @functools.cache
@@ -273,8 +273,7 @@ def _repacked_types() -> dict[str, int]:
 
     ``ggml_repack_get_optimal_repack_type`` and ``amx.cpp``; the build is taken to use what the processor has.
     """
-    flags = _cpu_flags()
-    machine = platform.machine().lower()
+    flags, machine = processor().flags, processor().architecture
     found: dict[str, int] = {}
     if machine in ("x86_64", "amd64"):
         if "avx2" in flags or not flags:
@@ -288,18 +287,6 @@ def _repacked_types() -> dict[str, int]:
         if flags and "asimddp" not in flags:
             found = {}
     return found
-
-
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
-    """What the processor can do, by Linux's names; empty where the system does not say."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
-    except OSError:
-        pass
-    return frozenset()
 
 
 # -- context
