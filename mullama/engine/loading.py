@@ -29,6 +29,7 @@ from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
 from mullama.machine import kernels, memory, ways
 from mullama.machine.cores import usable_threads
+from mullama.machine.trials import ATTENTION
 from mullama.models import gguf
 from mullama.models.matrices import matrices
 from mullama.types import ModelInfo
@@ -94,7 +95,7 @@ def choose_kernels(path: str | Path, config: ServeConfig) -> frozenset[int]:
     """
     weights = matrices(gguf.check(path))
     kernels.prepare(weights, named=config.kernels, in_use=_types_in_use)
-    return frozenset(each.type for each in weights)
+    return frozenset((ATTENTION, *(each.type for each in weights)))
 
 
 def _types_in_use() -> set[int]:

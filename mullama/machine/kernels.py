@@ -73,20 +73,22 @@ def prepare(
     by_type = _by_type(weights)
     with _deciding:
         known = Remembered(root).find(by_type, _threads(), niceness=_niceness(niceness), progress=progress)
-        serving = in_use()
-        _refuse_second(by_type, named, serving)
         for of in known.values():
             _refuse_broken(of, named)
-        chosen = dict(_in_charge)
+        serving = in_use()
+        new: dict[int, InCharge] = {}
         for kind, of in known.items():
             shape = timed_shape(by_type[kind])
-            before = chosen.get(kind)
-            if before is not None and before.named == named and (kind in serving or (before.shape and not shape)):
-                continue
-            chosen[kind] = InCharge(of.name, of, shape, choices.choose(of.found, shape, named), named)
-            _put_in_charge(chosen[kind].choice)
-        _in_charge, _named = chosen, named
-        lacking = [of.name for of in known.values() if named != "auto" and not _can(of, named)]
+            wanted = InCharge(of.name, of, shape, choices.choose(of.found, shape, named), named)
+            before = _in_charge.get(kind)
+            if before is not None and kind in serving:
+                _refuse_second(before, wanted)
+            elif before is None or before.named != named or shape or not before.shape:
+                new[kind] = wanted
+        for each in new.values():
+            _put_in_charge(each.choice)
+        _in_charge, _named = {**_in_charge, **new}, named
+    lacking = [of.name for kind, of in known.items() if kind != ATTENTION and named != "auto" and not _can(of, named)]
     if lacking:
         log.warning(
             "kernels %s: there is no such way for %s weights on this machine; they go the plain way",
@@ -114,15 +116,14 @@ def _by_type(weights: Iterable[Weights]) -> dict[int, list[Weights]]:
     return by_type
 
 
-def _refuse_second(by_type: dict[int, list[Weights]], named: str, in_use: Container[int]) -> None:
-    for kind, weights in by_type.items():
-        before = _in_charge.get(kind)
-        if before is not None and kind in in_use and before.named != named:
-            raise ModelLoadError(
-                f"kernels {named} cannot be had beside a model that is loaded with kernels {before.named}: a process "
-                f"computes all {weights[0].name} weights in one way; close that model first, or use another process",
-                param="kernels",
-            )
+def _refuse_second(before: InCharge, wanted: InCharge) -> None:
+    if wanted.named != before.named and wanted.choice != before.choice:
+        what = before.name if before.choice.type == ATTENTION else f"{before.name} weights"
+        raise ModelLoadError(
+            f"kernels {wanted.named} cannot be had beside a model that is loaded with kernels {before.named}: a "
+            f"process computes all {what} in one way; close that model first, or use another process",
+            param="kernels",
+        )
 
 
 def _refuse_broken(of: OfType, named: str) -> None:

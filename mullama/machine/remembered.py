@@ -174,7 +174,7 @@ class Remembered:
             return {
                 int(kind): OfType(
                     str(fields["name"]),
-                    {each["way"]: Found.from_json(each) for each in fields["ways"].values()},
+                    {each["way"]: Found.from_json({**each, "type": int(kind)}) for each in fields["ways"].values()},
                     float(fields["busy_at"]),
                 )
                 for kind, fields in types.items()

@@ -102,7 +102,8 @@ class Found:
     def from_json(cls, fields: dict[str, Any]) -> Found:
         """Raises TypeError, ValueError, KeyError, AttributeError or OverflowError for what is none."""
         times = {shape: {int(m): float(s) for m, s in by.items()} for shape, by in fields["times"].items()}
-        if fields["way"] not in WAYS or not all(is_time(m, s) for by in times.values() for m, s in by.items()):
+        ways = ATTENTION_WAYS if fields["type"] == ATTENTION else WAYS
+        if fields["way"] not in ways or not all(is_time(m, s) for by in times.values() for m, s in by.items()):
             raise ValueError("no trial finds this")
         return cls(**{**fields, "times": times})
 

@@ -57,6 +57,7 @@ def free() -> Iterator[None]:
             kernels.set_kernel(kind, log2, "auto")
         for layout in kernels.layouts():
             kernels.allow_layout(kind, layout, True)
+    kernels.set_attention(True)
 
 
 def has(found: dict[tuple[int, str], Found], kind: int, *names: str) -> list[str]:
@@ -335,6 +336,20 @@ def test_a_way_that_fails_is_not_used_and_the_rest_answers_as_before(
         whole = make_engine(wide(kind))
         assert way in {each["way"] for of in ways.ways_report() for each in of["ways"]}
         assert answer(whole) == text
+
+
+@pytest.mark.parametrize("fault", ["crash", "differ"])
+def test_attention_that_fails_is_not_used(
+    make_engine: Callable[..., Engine], unknown: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    before = answer(make_engine(deterministic=True))
+    monkeypatch.setenv(faults.TRIAL_VARIABLE, f"attention={fault}")
+    assert len(answer(make_engine())) == len(before)
+    assert not kernels.has_attention()
+    (of,) = [of for of in ways.ways_report() if of["type"] == "attention"]
+    assert of["chosen"] == {"1": "plain"}
+    verdicts = {each["way"]: each["verdict"] for each in of["ways"]}
+    assert verdicts["plain"] == "right" and verdicts["attention"] != "right"
 
 
 @pytest.mark.parametrize("named", WAYS)

@@ -15,7 +15,7 @@ from mullama.errors import ModelLoadError
 from mullama.machine import kernels, remembered, trials, ways
 from mullama.machine.choice import Choice
 from mullama.machine.remembered import Weights
-from mullama.machine.trials import TIMED, WAYS, Found, Task
+from mullama.machine.trials import ATTENTION, TIMED, WAYS, Found, Task
 
 assert tried is not None  # a fixture
 
@@ -24,7 +24,7 @@ assert tried is not None  # a fixture
 def placed(monkeypatch: pytest.MonkeyPatch, tried: Trials) -> list[Choice]:
     """What was put into llama.cpp's tables, of a process that computes nothing yet."""
     seen: list[Choice] = []
-    monkeypatch.setattr(kernels, "_put_in_charge", seen.append)
+    monkeypatch.setattr(kernels, "_put_in_charge", lambda choice: choice.type == ATTENTION or seen.append(choice))
     monkeypatch.setattr(kernels, "_in_charge", {})
     monkeypatch.setattr(kernels, "_named", "auto")
     return seen
@@ -54,7 +54,7 @@ def test_the_fastest_is_put_in_charge(tmp_path: Path, placed: list[Choice], trie
 
 def test_a_model_of_no_matrices_changes_nothing(tmp_path: Path, placed: list[Choice], tried: Trials) -> None:
     kernels.prepare([], root=tmp_path)
-    assert placed == [] and kernels.in_charge() == {} and tried.tasks == []
+    assert placed == [] and kernels.in_charge().keys() == {ATTENTION} and tried.tasks == []
 
 
 def test_what_computes_a_loaded_model_stays(tmp_path: Path, placed: list[Choice], tried: Trials) -> None:
@@ -165,7 +165,7 @@ def test_readers_do_not_wait_for_trials(tmp_path: Path, tried: Trials, monkeypat
     finally:
         go_on.set()
         loader.join(60)
-    assert seen[0].keys() == {Q8_0} and kernels.in_charge().keys() == {Q8_0, Q4_K}
+    assert seen[0].keys() == {ATTENTION, Q8_0} and kernels.in_charge().keys() == {ATTENTION, Q8_0, Q4_K}
 
 
 def test_trials_beside_a_model_give_way_to_it(tmp_path: Path, tried: Trials) -> None:
@@ -207,7 +207,8 @@ def test_the_report(tmp_path: Path, tried: Trials) -> None:
     )
     remembered.Remembered(tmp_path).find({Q4_K: [weights(Q4_K)]}, 2)
     prepare(tmp_path)
-    first, second = ways.ways_report(tmp_path)
+    attention, first, second = ways.ways_report(tmp_path)
+    assert attention["type"] == "attention" and attention["chosen"] == {"1": "attention"}
     assert (first["type"], first["in_charge"]) == ("Q8_0", True)
     assert (second["type"], second["in_charge"]) == ("Q4_K", False)
     for of in (first, second):
@@ -225,7 +226,7 @@ def test_the_report(tmp_path: Path, tried: Trials) -> None:
 def test_the_report_of_a_busy_machine(tmp_path: Path, tried: Trials) -> None:
     tried.busy = {Q8_0}
     prepare(tmp_path)
-    (of,) = ways.ways_report(tmp_path)
+    of = ways.ways_report(tmp_path)[-1]
     assert of["chosen"] == {"1": "tiles"} and all(each["times_us"] == {} for each in of["ways"])
 
 
