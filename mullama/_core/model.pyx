@@ -315,8 +315,8 @@ cdef class Model:
         """What tokenising in pieces rests on, of all tokens; the GIL is released.
 
         ``longest``: bytes of the longest one; ``byte_tokens``: the token of each byte alone, or -1; ``joins``: whether
-        one holds a letter with a space behind it, or may swallow the space between two words; ``specials``: the bytes of
-        those that are looked for in a text before its words are.
+        one holds a letter with a space behind it, or may swallow the space between two words; ``specials``: the bytes
+        of those that are looked for in a text before its words are.
         """
         self.check()
         cdef vector[char] buf

@@ -342,9 +342,8 @@ def test_a_way_that_fails_is_not_used_and_the_rest_answers_as_before(
 def test_attention_that_fails_is_not_used(
     make_engine: Callable[..., Engine], unknown: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    before = answer(make_engine(deterministic=True))
     monkeypatch.setenv(faults.TRIAL_VARIABLE, f"attention={fault}")
-    assert len(answer(make_engine())) == len(before)
+    assert answer(make_engine())
     assert not kernels.has_attention()
     (of,) = [of for of in ways.ways_report() if of["type"] == "attention"]
     assert of["chosen"] == {"1": "plain"}
