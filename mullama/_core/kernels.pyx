@@ -1,7 +1,7 @@
 """Ways of computing products of weights: which there are, trying and timing one, choosing.
 
-A choice holds for the whole process, from the next graph on. ``Products`` may crash the process where a way uses what the
-processor lacks, so that it is used in a process of its own (``mullama/machine/trial_child.py``).
+A choice holds for the whole process, from the next graph on. ``Products`` may crash the process where a way uses what
+the processor lacks, so that it is used in a process of its own (``mullama/machine/trial_child.py``).
 """
 
 from libc.stdint cimport int64_t, uint64_t
