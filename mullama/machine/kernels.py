@@ -118,10 +118,9 @@ def _by_type(weights: Iterable[Weights]) -> dict[int, list[Weights]]:
 
 def _refuse_second(before: InCharge, wanted: InCharge) -> None:
     if wanted.named != before.named and wanted.choice != before.choice:
-        what = before.name if before.choice.type == ATTENTION else f"{before.name} weights"
         raise ModelLoadError(
             f"kernels {wanted.named} cannot be had beside a model that is loaded with kernels {before.named}: a "
-            f"process computes all {what} in one way; close that model first, or use another process",
+            f"process computes all {_what(before.name)} in one way; close that model first, or use another process",
             param="kernels",
         )
 
@@ -129,10 +128,14 @@ def _refuse_second(before: InCharge, wanted: InCharge) -> None:
 def _refuse_broken(of: OfType, named: str) -> None:
     if named in of.ways and (fault := of.ways[named].fault):
         raise ModelLoadError(
-            f"kernels {named} cannot be used for {of.name} weights on this machine: in a trial it {fault}; "
+            f"kernels {named} cannot be used for {_what(of.name)} on this machine: in a trial it {fault}; "
             "choose auto, or another one (mullama doctor shows them)",
             param="kernels",
         )
+
+
+def _what(name: str) -> str:
+    return name if name == ATTENTION_WEIGHTS.name else f"{name} weights"
 
 
 def _put_in_charge(chosen: Choice) -> None:
