@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 #: Devices are hidden: a child works on the CPU, and a driver wants more address space than its limit allows.
@@ -19,8 +19,10 @@ _PARENT = "MULLAMA_CHILD_OF"
 _PR_SET_PDEATHSIG = 1
 
 
-def start(module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+def start(module: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start ``python -m MODULE ARGUMENTS``; stdout and stderr are pipes, stdin is closed.
+
+    ``variables`` are added to its environment.
 
     It is in a session of its own, so that Ctrl-C at the terminal reaches it only through its parent.
     """
@@ -31,7 +33,7 @@ def start(module: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, **added},
+        env={**os.environ, **added, **(variables or {})},
         start_new_session=True,
     )
 

@@ -34,6 +34,9 @@ OTHER_VARIABLES = frozenset(
 )
 DEFAULT_MODEL = "smollm2:135m"
 _MANY = 1 << 30  # fits the C side's 32-bit integers
+#: Ways of computing (mullama/machine/trials.py); a test compares them.
+KERNELS = ("auto", "plain", "sgemm", "tiles", "tiled", "repack", "amx")
+
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
@@ -115,6 +118,11 @@ class ServeConfig:
     parallel: int = option(0, "requests that run at once; 0: automatic", minimum=0, maximum=256)
     threads: int = option(0, "most CPU threads for compute; 0: all cores this process may use", minimum=0, maximum=512)
     threads_fixed: bool = option(False, "keep that number of threads, switch the governor off")
+    kernels: str = option(
+        "auto",
+        "how weights are multiplied: auto (what is right and fastest by trials on this machine), or one way for all",
+        choices=KERNELS,
+    )
     batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384)
     kv_tokens: int = option(
         0, "tokens the KV cache holds over all requests; 0: parallel x ctx-size", minimum=0, maximum=_MANY

@@ -153,7 +153,7 @@ class ClientLeft(MullamaError):
 
 
 class EngineDead(MullamaError):
-    """The engine thread stopped; the reason is in the message."""
+    """The engine thread stopped; the log has the reason. The next request loads the model anew."""
 
     status = 503
     type = "server_error"

@@ -1,4 +1,4 @@
-"""Named points at which a test may kill this process, to show that what is on disk survives it.
+"""Named points at which a test may kill this process, to show that what is on disk survives it, and faults of trials.
 
 Nothing here costs anything in service: the variable is read when a point is passed, a few times a pull or a swap.
 """
@@ -9,6 +9,7 @@ import os
 import signal
 
 VARIABLE = "MULLAMA_CRASH_AT"
+TRIAL_VARIABLE = "MULLAMA_TRIAL_FAULT"
 
 #: Every point there is, in the order in which an action passes them.
 POINTS: tuple[str, ...] = (
@@ -36,3 +37,17 @@ def crash_point(name: str) -> None:
     assert name in POINTS, name
     if wanted == name:
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+#: What a test may have a trial of a way of computing do: ``$MULLAMA_TRIAL_FAULT`` is WAY=FAULT, several with commas.
+TRIAL_FAULTS = ("crash", "hang", "differ", "slow")
+
+
+def trial_fault(way: str) -> str:
+    """What the trial of this way is to do; "" in service. Raises AssertionError for an unlisted fault."""
+    for part in os.environ.get(TRIAL_VARIABLE, "").split(","):
+        name, _, fault = part.partition("=")
+        if name == way:
+            assert fault in TRIAL_FAULTS, fault
+            return fault
+    return ""

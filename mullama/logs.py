@@ -57,7 +57,7 @@ def said(error: BaseException, *, most: int = 300) -> str:
     """``Type: text (FILE, line N)`` of an error of foreign code, for its author: the innermost line that raised it."""
     try:
         text = str(error)
-    except Exception:
+    except BaseException:  # SystemExit as well: it is foreign code
         text = "something"
     text = text if len(text) <= most else f"{text[: most - 3]}..."
     if isinstance(error, SyntaxError):

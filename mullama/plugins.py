@@ -16,13 +16,65 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from mullama.errors import PluginError
+from mullama.logs import said
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
+
+
+SHOWN = 120  # characters of what foreign code said
+MOST_PARAMS = 64 << 10  # bytes of a plugin's parameters as JSON
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether what foreign code raised is its own fault: all, also SystemExit, but the main thread's Ctrl-C."""
+    return not isinstance(error, KeyboardInterrupt) or threading.current_thread() is not threading.main_thread()
+
+
+def shown(how: Callable[[Any], str], value: object) -> str:
+    """``repr`` or ``str`` of what foreign code made, short."""
+    try:
+        text = str(how(value))
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        text = f"something ({type(value).__name__})"
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
+
+@dataclass(slots=True, frozen=True)
+class Published:
+    """What a plugin says of itself, as plain data: views read it, and never call the plugin."""
+
+    name: str
+    params: dict[str, Any]
+
+
+def publish(plugin: Any, noun: str, spec: str) -> Published:
+    """Ask a plugin for its name and parameters. Runs its code, so neither on the event loop nor on an engine thread.
+
+    Raises PluginError for what JSON cannot carry.
+    """
+    try:
+        name = getattr(plugin, "name", type(plugin).__name__)
+        if not (isinstance(name, str) and 0 < len(name) <= SHOWN and name.isprintable()):
+            raise TypeError(f"its name is {shown(repr, name)}; a text of 1 to {SHOWN} printable characters is needed")
+        data = orjson.dumps({"name": str.__str__(name), "params": dict(plugin.params())})
+        if len(data) > MOST_PARAMS:
+            raise ValueError(f"its params() have {len(data)} bytes as JSON, {MOST_PARAMS} are allowed")
+        return Published(**orjson.loads(data))
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise PluginError(f"the {noun} '{spec}' cannot be shown: {said(error)}") from None
 
 
 class PluginGroup:
@@ -78,6 +130,7 @@ class PluginGroup:
             found: Any = importlib.import_module(module.strip())
             return operator.attrgetter(attribute.strip())(found) if attribute else found
         # A plugin is foreign code: whatever its import raises is reported as its fault.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise PluginError(f"cannot load the {self.noun} '{name}' ({value}): {reason}") from error
+        except BaseException as error:
+            if not is_fault(error):
+                raise
+            raise PluginError(f"cannot load the {self.noun} '{name}' ({value}): {said(error)}") from error

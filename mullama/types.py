@@ -129,6 +129,7 @@ class Request:
     preempt: Preempt = Preempt.AUTO  # how it may be preempted
     cache_salt: str = ""  # requests with different ones never share KV
     tenant: str | None = None  # whose key sent it, where keys tell clients apart
+    prepared: Any = None  # what ``EngineClient.prepare`` made of ``sampling``; None: ``submit`` does it
     shares_cache: bool = False  # other tenants' KV is beside its own: its profile quotes none of it and names nobody
     context_shift: bool = False  # when the context is full, drop older tokens and go on
     lora: tuple[LoraUse, ...] = ()  # adapters that compute it; none: the bare model
@@ -177,6 +178,7 @@ class Profile:
     kv_byte_seconds: float = 0.0  # its KV over the time that it was held
     weights: tuple[WeightSpan, ...] = ()  # which weights generated which tokens
     adapters: tuple[LoraUse, ...] = ()  # LoRA adapters that computed all of it, with their scales
+    kernels: dict[str, str] = field(default_factory=dict)  # in which way weights were multiplied, by their type
 
     def to_dict(self) -> dict[str, Any]:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
@@ -227,3 +229,4 @@ class ModelInfo:
     can_shift: bool = False  # requests may go on beyond the context by dropping older tokens
     weights: str = ""  # which weights are in charge, by the name that a swap gave them
     mapped_bytes: int = 0  # of the weights, pages of their file, which the system may take back
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # ways of computing, by type of weights

@@ -19,6 +19,7 @@ swap      other weights under a running loop
 vacancy   a loop without weights for a while
 divergence  how far two models are apart
 quantize  llama.cpp's quantisation, for a process of its own
+kernels   ways of computing products of weights: which there are, trying and timing one, choosing
 """
 
 # ruff: noqa: E402 - the check comes first
@@ -39,7 +40,7 @@ from mullama._core.model import Model, chat_template_names, devices, llama_cpp_v
 from mullama._core.page import Page
 from mullama._core.parking import Parked
 from mullama._core.quantize import quantize, quantize_types
-from mullama._core.sampling import check_params
+from mullama._core.sampling import Sampling, check_params
 from mullama._core.swap import Carrier
 from mullama._core.vacancy import Vacancy
 
@@ -57,6 +58,7 @@ __all__ = [
     "Model",
     "Page",
     "Parked",
+    "Sampling",
     "StopText",
     "Vacancy",
     "arbiter",

@@ -21,6 +21,7 @@ cdef class Context:
     cdef readonly int n_slots
     cdef readonly int n_ctx            # tokens one slot may hold
     cdef readonly int n_batch
+    cdef readonly bint reference       # computes by the reference computations only
     cdef readonly bint unified         # one buffer of cells for all slots
     cdef readonly bint can_shift       # the oldest tokens of a sequence can make room for new ones
     cdef readonly bint needs_checkpoint  # its KV cannot be cut anywhere

@@ -7,6 +7,7 @@ class Context:
     n_slots: int
     n_ctx: int
     n_batch: int
+    reference: bool
     unified: bool
     can_shift: bool
     needs_checkpoint: bool

@@ -47,6 +47,7 @@ cdef class Context:
                        "type_k": type_k, "type_v": type_v, "unified_cells": unified_cells, "reference": reference}
         self.model = model
         self.n_slots = n_slots
+        self.reference = reference
         self.unified = unified_cells > 0
         self.n_batch = max(n_batch, n_slots)
         self.n_swa = facts["n_swa"]

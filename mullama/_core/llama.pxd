@@ -16,6 +16,7 @@ cdef extern from "ggml.h" nogil:
     ctypedef enum ggml_type:
         GGML_TYPE_F16
         GGML_TYPE_COUNT
+    int64_t ggml_blck_size(ggml_type type)
     const char * ggml_type_name(ggml_type type)
     void ggml_time_init()
 

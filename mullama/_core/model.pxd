@@ -31,6 +31,7 @@ cdef class Model:
     cdef readonly str path
     cdef readonly int n_vocab
     cdef readonly bint vocab_only
+    cdef object breakers  # what sampling.pyx knows of this vocabulary; None: nobody has asked yet
     cdef str digest   # of the vocabulary; None: nobody has asked yet
     cdef int n_users  # contexts and adapters on it: it cannot be closed before them
     cdef int n_inside  # threads in a method without the GIL: it is not freed before they have left

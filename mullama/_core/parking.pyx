@@ -4,7 +4,7 @@ cimport cython
 from libc.stdint cimport uint64_t
 
 from mullama._core.adapters cimport LoraSetPtr, build_set
-from mullama._core.sampling cimport Chain, build_chain
+from mullama._core.sampling cimport Chain, accept_all, build_chain, prepared_for
 from mullama.errors import InvalidRequest
 
 
@@ -164,7 +164,7 @@ cdef class Parking(Slots):
         for i in range(known.size()):
             self.model.check_token(known[i])
         if tokens is not None:
-            chain = build_chain(self.model, params, self.n_ctx, bias)
+            chain = build_chain(prepared_for(self.model, params, None), params, self.n_ctx, bias)
             if parked.slot.chain is not NULL:
                 llama_sampler_free(parked.slot.chain)
             parked.slot.chain = chain.ptr
@@ -173,8 +173,8 @@ cdef class Parking(Slots):
             parked.slot.bias.swap(bias)
             parked.slot.tokens.swap(known)
             if chain.ptr is not NULL:
-                for i in range(parked.slot.tokens.size()):
-                    llama_sampler_accept(chain.ptr, parked.slot.tokens[i])
+                with nogil:
+                    accept_all(chain.ptr, parked.slot.tokens, chain.look_back)
         parked.slot.max_tokens = min(
             parked.slot.max_tokens,
             parked.slot.n_generated + max(1, self.n_ctx - <int> parked.slot.tokens.size() + 1))

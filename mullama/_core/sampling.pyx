@@ -7,6 +7,8 @@ candidates to be built.
 """
 
 from libc.stdint cimport int32_t, uint32_t
+from libcpp cimport bool as cbool
+from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 import secrets
@@ -16,6 +18,9 @@ from mullama._core.model cimport Model
 from mullama.errors import InvalidRequest
 
 cdef enum:
+    MAX_BREAKER_TOKENS = 1 << 15  # tokens that may hold a sequence breaker of one request; a sampler lists them
+    MAX_KEPT_TOKENS = 1 << 19  # and of all breakers that a model remembers
+    MAX_KEPT_BREAKERS = 1 << 10
     MAX_SCANNED_TOP_K = 512  # above, building all candidates is no slower
 
 #: Temperatures below draw the largest logit (vLLM's bound too): others differ by more than they leave a chance, and
@@ -82,19 +87,100 @@ def check_params(params):
                                  param="logit_bias")
 
 
-cdef Chain build_chain(Model model, object params, int32_t n_ctx, vector[llama_logit_bias] & bias) except *:
+cdef class Breaker:
+    """The token sequences that one DRY sequence breaker may be. Immutable once found."""
+
+
+cdef class BreakerTable:
+    """What is known of a vocabulary's breakers: the texts of its tokens, and the last breakers that were looked for."""
+
+    def __cinit__(self):
+        self.known = {}
+        self.n_kept = 0
+
+    cdef Breaker find(self, Model model, str text):
+        """The sequences of a breaker; the GIL is released. Raises InvalidRequest where there are too many."""
+        cdef Breaker breaker = self.known.pop(text, None)
+        cdef string data
+        cdef cbool is_all
+        if breaker is None:
+            breaker = Breaker.__new__(Breaker)
+            data = text.encode("utf-8")
+            model.enter()
+            try:
+                with nogil:
+                    is_all = find_breaker(model.vocab, self.pieces, data, MAX_BREAKER_TOKENS, breaker.found)
+            finally:
+                model.leave()
+            if not is_all:
+                raise _too_many_breakers()
+            breaker.n = breaker.found.size()
+        else:
+            self.n_kept -= breaker.n
+        if self.known.setdefault(text, breaker) is breaker:  # the newest last; another thread may have been quicker
+            self.n_kept += breaker.n
+        while self.known and (self.n_kept > MAX_KEPT_TOKENS or len(self.known) > MAX_KEPT_BREAKERS):
+            self.n_kept -= (<Breaker> self.known.pop(next(iter(self.known)))).n
+        return breaker
+
+
+def _too_many_breakers():
+    return InvalidRequest(
+        f"dry_sequence_breakers: more than {MAX_BREAKER_TOKENS} tokens of this model hold one; give fewer or longer",
+        param="dry_sequence_breakers")
+
+
+cdef class Sampling:
+    """What is dear about a request's sampling parameters, worked out for a model: made in any thread, used by any
+    number of chains. Raises InvalidRequest, naming the field."""
+
+    def __init__(self, Model model not None, params):
+        cdef llama_logit_bias entry
+        check_params(params)
+        self.model = model
+        for token, value in params.logit_bias:
+            entry.token = model.check_token(token, param="logit_bias")
+            entry.bias = max(value, -1e9)
+            self.bias.push_back(entry)
+        if params.dry_multiplier > 0 and params.dry_base >= 1 and params.dry_penalty_last_n != 0:
+            self.need_breakers(tuple(params.dry_sequence_breakers))
+
+    cdef int need_breakers(self, tuple texts) except -1:
+        cdef BreakerTable table
+        cdef Breaker breaker
+        if self.model.breakers is None:
+            self.model.breakers = BreakerTable()
+        table = self.model.breakers
+        for text in texts:
+            breaker = table.find(self.model, text)
+            with nogil:
+                merge_breakers(self.breakers, breaker.found)
+            if self.breakers.size() > MAX_BREAKER_TOKENS:
+                raise _too_many_breakers()
+        return 0
+
+    @property
+    def breaker_sequences(self):
+        """The token sequences that break a repetition for DRY, in order."""
+        return self.breakers
+
+
+cdef Sampling prepared_for(Model model, object params, object prepared):
+    """``prepared``, where it was made for this model's vocabulary; else it is made now."""
+    if prepared is not None and (<Sampling?> prepared).model is model:
+        return prepared
+    return Sampling(model, params)
+
+
+cdef Chain build_chain(Sampling prepared, object params, int32_t n_ctx, vector[llama_logit_bias] & bias) except *:
     """Build the chain of ``params``; the caller owns it. ``n_ctx`` stands for -1 in the look-back lengths."""
     cdef Chain chain
-    cdef llama_logit_bias entry
+    cdef Model model = prepared.model
     chain.ptr = NULL
     chain.greedy = False
     chain.top_k_first = 0
-    check_params(params)
-    bias.clear()
-    for token, value in params.logit_bias:
-        entry.token = model.check_token(token, param="logit_bias")
-        entry.bias = max(value, -1e9)
-        bias.push_back(entry)
+    chain.look_back = 0
+    bias = prepared.bias
 
     cdef int32_t last_n = n_ctx if params.repeat_last_n < 0 else params.repeat_last_n
     cdef int32_t dry_last_n = n_ctx if params.dry_penalty_last_n < 0 else params.dry_penalty_last_n
@@ -108,18 +194,20 @@ cdef Chain build_chain(Model model, object params, int32_t n_ctx, vector[llama_l
 
     # 2^32 - 1 is llama.cpp's word for "a fresh one" (LLAMA_DEFAULT_SEED), so no seed may become it.
     cdef uint32_t seed = (secrets.randbits(32) if params.seed is None else params.seed) % 0xFFFFFFFF
-    cdef vector[const char *] breakers
+    cdef float multiplier = params.dry_multiplier, base = params.dry_base
+    cdef int32_t allowed_length = params.dry_allowed_length
     cdef llama_sampler * ptr = llama_sampler_chain_init(llama_sampler_chain_default_params())
     if penalties:
         llama_sampler_chain_add(ptr, llama_sampler_init_penalties(
             model.n_vocab, last_n, params.repeat_penalty, params.frequency_penalty, params.presence_penalty))
     if dry:
-        encoded = [text.encode("utf-8") for text in params.dry_sequence_breakers if text]
-        for text in encoded:
-            breakers.push_back(<const char *> text)
-        llama_sampler_chain_add(ptr, llama_sampler_init_dry(
-            model.vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, dry_last_n,
-            breakers.data(), breakers.size()))
+        with nogil:
+            if prepared.breakers.empty():
+                llama_sampler_chain_add(ptr, llama_sampler_init_dry(
+                    model.vocab, multiplier, base, allowed_length, dry_last_n, NULL, 0))
+            else:
+                llama_sampler_chain_add(ptr, llama_sampler_init_dry_testing(
+                    multiplier, base, allowed_length, dry_last_n, prepared.breakers))
     if greedy:
         llama_sampler_chain_add(ptr, llama_sampler_init_greedy())
     elif params.mirostat == 1:
@@ -146,4 +234,5 @@ cdef Chain build_chain(Model model, object params, int32_t n_ctx, vector[llama_l
         llama_sampler_chain_add(ptr, llama_sampler_init_temp(params.temperature))
         llama_sampler_chain_add(ptr, llama_sampler_init_dist(seed))
     chain.ptr = ptr
+    chain.look_back = max(last_n if penalties else 0, dry_last_n if dry else 0)
     return chain

@@ -3,6 +3,7 @@ from typing import Any
 
 from mullama._core.adapters import Adapter
 from mullama._core.machine import Machine
+from mullama._core.sampling import Sampling
 from mullama.types import SamplingParams
 
 class Slots(Machine):
@@ -30,6 +31,7 @@ class Slots(Machine):
         priority: int = 0,
         shift_keep: int = -1,
         adapters: Iterable[tuple[Adapter, float]] = (),
+        prepared: Sampling | None = None,
     ) -> None: ...
     def drop_adapters(self) -> None: ...
     def shifted(self, slot: int) -> int: ...

@@ -15,7 +15,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from mullama._core.adapters cimport LoraSetPtr, build_set, use_set
-from mullama._core.sampling cimport Chain, build_chain
+from mullama._core.sampling cimport Chain, Sampling, accept_all, build_chain, prepared_for
 from mullama.errors import ComputeFailed, InvalidRequest
 
 
@@ -103,14 +103,14 @@ cdef class Slots(Machine):
         return best, best_n
 
     def open(self, int slot, uint64_t handle, prompt, params, *, int reuse=0, int source=MULLAMA_KV_IN_PLACE,
-             int evicted=0, uint64_t arrival_ns=0, int priority=0, int shift_keep=-1, adapters=()):
+             int evicted=0, uint64_t arrival_ns=0, int priority=0, int shift_keep=-1, adapters=(), prepared=None):
         """Start a request in a free or retained slot, keeping ``reuse`` tokens of what the slot retains.
 
         For its profile: ``source``, where they came from (abi.KV_SOURCES), and ``evicted``, the cached tokens of others
         that were given up for it. ``shift_keep`` of 0 or more: when the context is full, go on without half of
         the tokens that come after so many at the start. ``adapters``: pairs of Adapter and scale that compute it; what
-        is reused must have been computed with the same. Raises InvalidRequest for numbers out of range, and leaves the
-        slot as it was.
+        is reused must have been computed with the same. ``prepared``: the Sampling of ``params``, if there is one.
+        Raises InvalidRequest for numbers out of range, and leaves the slot as it was.
         """
         self.check_slot(slot)
         cdef Slot * s = &self.slots[slot]
@@ -136,7 +136,8 @@ cdef class Slots(Machine):
         for stop in params.stop:
             stops.push_back(stop.encode("utf-8", "surrogatepass"))
         cdef LoraSetPtr lora = build_set(self.model, adapters)
-        cdef Chain chain = build_chain(self.model, params, self.n_ctx, bias)
+        cdef Sampling sampling = prepared_for(self.model, params, prepared)
+        cdef Chain chain = build_chain(sampling, params, self.n_ctx, bias)
         reuse = self.keep_head(slot, reuse)
         s.n_past = reuse
         s.tokens.swap(tokens)
@@ -158,8 +159,8 @@ cdef class Slots(Machine):
         s.bias.swap(bias)
         s.gate.stops.swap(stops)
         if s.chain is not NULL:
-            for i in range(s.tokens.size()):
-                llama_sampler_accept(s.chain, s.tokens[i])
+            with nogil:
+                accept_all(s.chain, s.tokens, chain.look_back)
         memset(&s.row, 0, sizeof(mullama_row))
         s.row.handle = handle
         s.row.arrival_ns = arrival_ns

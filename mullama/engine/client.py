@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mullama.kv.events import KvEventLog
-from mullama.types import Delta, Finish, ModelInfo, Request
+from mullama.types import Delta, Finish, ModelInfo, Request, SamplingParams
 
 
 class Generation(Protocol):
@@ -48,6 +48,10 @@ class EngineClient(Protocol):
 
     info: ModelInfo
 
+    @property
+    def death(self) -> str | None:
+        """Why the engine thread stopped by itself: nothing is answered any more. None: it did not. Any thread."""
+
     def is_ready(self) -> bool:
         """Loaded, and the engine thread makes progress (or has nothing to do)."""
 
@@ -71,6 +75,13 @@ class EngineClient(Protocol):
         ``messages_json`` is the JSON array of OpenAI messages. The GIL is released while it works.
         Tokenise the result with ``add_special=True``: a BOS that the vocabulary adds by itself is left out here.
         Raises InvalidRequest when the template refuses the messages.
+        """
+
+    def prepare(self, sampling: SamplingParams) -> Any:
+        """What is dear about opening a request with these parameters (DRY's breakers, many biases), done ahead.
+
+        Any thread; the GIL is released while it works. ``Request.prepared`` takes it, with any seed and ``max_tokens``.
+        Raises InvalidRequest as ``submit`` does.
         """
 
     def submit(self, request: Request) -> AsyncGeneration:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mullama import abi
-from mullama._core import TEXT, Core, Model, check_params
+from mullama._core import TEXT, Core, Model, Sampling
 from mullama.config import ServeConfig
 from mullama.engine import fits, loading, memory, sizing
 from mullama.engine.adapters import Adapters
@@ -30,7 +30,7 @@ from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
 from mullama.engine.kvcache import KvCache
-from mullama.engine.policy import PolicyHost
+from mullama.engine.policy import IDLE_LIMIT_NS, PolicyHost
 from mullama.engine.policyaccess import PolicyMethods
 from mullama.engine.reader import Reader
 from mullama.engine.sequences import LiveSequence, Sequences
@@ -51,10 +51,11 @@ from mullama.kv import registry as kv_registry
 from mullama.kv.choice import ESTIMATES
 from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import pack
+from mullama.machine.ways import words_of
 from mullama.observe.memory import give_back_heap
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
 from mullama.scheduling.arguments import parse_args
-from mullama.types import ModelInfo, Request, SeqState
+from mullama.types import ModelInfo, Request, SamplingParams, SeqState
 
 log = logging.getLogger("mullama.engine")
 
@@ -77,10 +78,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._tokenizer = Tokenizer(lambda: cast(Engine, me()).model)
         self.config = config
         self._core = core
+        scheduler_args = parse_args(config.scheduler_arg)
         self._policy = PolicyHost(
-            registry.create(config.scheduler, parse_args(config.scheduler_arg)),
+            registry.create(config.scheduler, scheduler_args),
             config.scheduler,
-            own_thread=not registry.is_builtin(config.scheduler),
+            own_thread=registry.is_foreign(config.scheduler, scheduler_args),
             timeout_ms=config.plan_timeout_ms,
         )
         policy = GuardedPolicy(
@@ -90,6 +92,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._kv = KvCache(core, host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
         self._token_bytes = self._kv.cells.token_bytes or sizing.kv_bytes_per_token(model.metadata())
         self._reader = Reader(core, TEXT, self._token_bytes)
+        self._reader.kernels = words_of(info.kernels)
         self._page = abi.Reader(core.page.buffer())
         self._handles = itertools.count(1)
         self._seqs = Sequences(
@@ -231,7 +234,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         return generation
 
     def _enqueue(self, request: Request, generation: BaseGeneration) -> None:
-        self._check(request)
+        prepared = self._check(request)
         room = self.info.n_ctx - len(request.prompt)
         view = SeqView(
             id=generation.handle,
@@ -246,7 +249,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             preempt=request.preempt,
             state_ns=time.monotonic_ns(),
         )
-        seq = LiveSequence(view, request, key=pack(request.prompt))
+        seq = LiveSequence(view, request, key=pack(request.prompt), prepared=prepared)
         with self._wait:
             self._check_alive()
             if self._takes_none:
@@ -271,7 +274,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             return asked or self.info.n_ctx
         return min(asked or room, room)
 
-    def _check(self, request: Request) -> None:
+    def prepare(self, sampling: SamplingParams) -> Sampling:
+        """What is dear about opening a request, done ahead in any thread (see EngineClient.prepare)."""
+        return Sampling(self.model, sampling)
+
+    def _check(self, request: Request) -> Sampling:
         n = len(request.prompt)
         if n == 0:
             raise InvalidRequest("the prompt is empty: it must have at least one token", param="prompt")
@@ -281,7 +288,9 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             raise InvalidRequest(f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt")
         if request.context_shift and not self.info.can_shift:
             raise InvalidRequest(f"'{self.info.name}' cannot shift its context", param="context_policy")
-        check_params(request.sampling)
+        if isinstance(request.prepared, Sampling) and request.prepared.model is self.model:
+            return request.prepared
+        return self.prepare(request.sampling)
 
     def _check_alive(self) -> None:
         if self._failure is not None:
@@ -315,8 +324,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
                 return  # whoever asked has gone
             try:
                 future.set_result(function())
-            except BaseException as error:
+            except Exception as error:
                 future.set_exception(error)
+            except BaseException as error:
+                # A SystemExit from here would end the event loop that waits for it.
+                future.set_exception(RuntimeError(f"the engine was told to end by {type(error).__name__}"))
 
         with self._wait:
             if self._failure is not None or self._closed:
@@ -325,6 +337,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             future.add_done_callback(self._calls.discard)
             self._post(command)
         return future
+
+    @property
+    def death(self) -> str | None:
+        """Why the engine thread stopped by itself; None: it did not."""
+        return self._failure
 
     def is_ready(self) -> bool:
         """Loaded, and the engine makes progress or has nothing to do."""
@@ -386,7 +403,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._reader.close()
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
         self._policy.close()
-        self._kv.close()
+        self._kv.close(keep=self._failure is None)
         self._weights.close()
         self._core.close()
         self._adapters.close(list(self._seqs.live.values()))
@@ -497,7 +514,8 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             self._core.run(decode, prefill, 1 if is_short else steps, plan.until_ns)
             self._seqs.collect()
         elif self._seqs:
-            self._sleep(plan.until_ns or time.monotonic_ns() + 1_000_000)
+            now = time.monotonic_ns()  # not for ever: whoever leaves all idle is asked again, and found out
+            self._sleep(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
 
     def _state(self) -> EngineState:
         self._estimate()

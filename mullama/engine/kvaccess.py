@@ -101,7 +101,8 @@ class KvMethods:
             raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
 
     async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
-        policy = GuardedPolicy(await asyncio.to_thread(registry.create, spec, params or {}), spec)
+        # A user's code runs there, and never on the event loop.
+        policy = await asyncio.to_thread(lambda: GuardedPolicy(registry.create(spec, params or {}), spec))
         await self._at_boundary(lambda: self._kv.tier.set_policy(policy, time.monotonic_ns()))
         return {"policy": policy.name, "params": dict(policy.params())}
 

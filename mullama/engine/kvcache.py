@@ -57,11 +57,14 @@ class KvCache(KvFinder):
         self._needed_by = b""  # and its namespace
         self._lost = 0  # tokens that no tier holds any more, since ``_request`` began
 
-    def close(self) -> None:
-        """Let go of the engine, so that nothing waits for the garbage collector. The engine thread has ended."""
+    def close(self, *, keep: bool = True) -> None:
+        """Let go of the engine, so that nothing waits for the garbage collector. The engine thread has ended.
+
+        ``keep``: what slots hold goes to disk; not that of an engine that failed, whose cells nobody vouches for.
+        """
         self._exchange = None
         if self.disk is not None:
-            for slot in range(0 if self._core.is_vacant else self._core.n_slots):
+            for slot in range(self._core.n_slots if keep and not self._core.is_vacant else 0):
                 if self._core.retained(slot)[0]:
                     self.store(slot)
             self.disk.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
+from mullama._core.kernels import weights_by_layout
 from mullama.config import ServeConfig
 from mullama.engine import sharing, sizing
 from mullama.engine.kvcache import KvCache
@@ -21,8 +22,10 @@ from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
-from mullama.machine import memory
+from mullama.machine import kernels, memory, ways
 from mullama.machine.cores import usable_threads
+from mullama.models import gguf
+from mullama.models.matrices import matrices
 from mullama.types import ModelInfo
 
 try:
@@ -31,6 +34,8 @@ except ImportError:  # Windows, where a page goes with its process
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("mullama.engine")
+
+NICE_TRIALS = 10
 
 
 def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float], bool | None] | None) -> Model:
@@ -70,9 +75,12 @@ def _load(
         split = [float(part) for part in config.tensor_split.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"tensor_split must be numbers such as 3,1; got '{config.tensor_split}'") from None
+    if not config.deterministic:
+        choose_kernels(path, config)
     faults.crash_point("load:before-weights")
     model = Model(
         path,
+        repack=not config.deterministic,  # the reference computations are for weights as they lie in the file
         gpu_layers=gpu_layers,
         devices=config.device,
         split_mode=config.split_mode,
@@ -83,6 +91,16 @@ def _load(
     )
     faults.crash_point("load:after-weights")
     return model
+
+
+def choose_kernels(path: str | Path, config: ServeConfig) -> None:
+    """Have the ways of computing these weights in charge that are right and fast here. Raises ModelLoadError.
+
+    Seconds where this machine has not computed such weights with this build before, else nothing to speak of.
+    """
+    # Beside engines that may be decoding, trials have a low priority.
+    is_alone = not kernels.in_charge()
+    kernels.prepare(matrices(gguf.read_header(path)), named=config.kernels, niceness=0 if is_alone else NICE_TRIALS)
 
 
 def chat_template(value: str) -> str:
@@ -263,5 +281,6 @@ def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo
         created=int(time.time()),
         can_shift=core.can_shift and not core.unified,
         weights=weights or Path(model.path).stem,
+        kernels=ways.ways_of(weights_by_layout(model), reference=core.context.reference),
         mapped_bytes=sum(size for kind, size in core.memory()["weights"].items() if kind.endswith("_Mapped")),
     )

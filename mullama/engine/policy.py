@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mullama.engine.planner import Planner
 from mullama.errors import PluginError
 from mullama.logs import said
+from mullama.plugins import Published, publish
 from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
 from mullama.types import SeqState
 
@@ -44,7 +45,10 @@ class PlanStats:
 class PolicyHost:
     """Engine thread only, except ``snapshot``."""
 
-    def __init__(self, policy: Scheduler, spec: str, *, own_thread: bool, timeout_ms: float) -> None:
+    def __init__(
+        self, policy: Scheduler, spec: str, *, own_thread: bool, timeout_ms: float, facts: Published | None = None
+    ) -> None:
+        """Raises PluginError for a policy that cannot be shown."""
         self.views: Mapping[int, SeqView] = {}  # the engine's sequences; it sets them once
         self.shadow: Shadow | None = None  # a policy that is asked as well and decides nothing
         self.stats = PlanStats()
@@ -54,10 +58,11 @@ class PolicyHost:
         self._recent: deque[tuple[int, int]] = deque(maxlen=WINDOW)  # (when, ns)
         self._idle_since = 0
         self._planner: Planner | None = None
-        self._install(policy, spec, own_thread)
+        self._install(policy, spec, own_thread, facts or publish(policy, "scheduler", spec))
 
-    def _install(self, policy: Scheduler, spec: str, own_thread: bool) -> None:
+    def _install(self, policy: Scheduler, spec: str, own_thread: bool, facts: Published) -> None:
         self.policy = policy
+        self._facts = facts
         self.spec = spec
         self._asked: tuple[EngineState, int] | None = None
         self._version = 0  # of what the policy was told
@@ -66,7 +71,8 @@ class PolicyHost:
 
     @property
     def name(self) -> str:
-        return str(getattr(self.policy, "name", type(self.policy).__name__))
+        """What the policy called itself when it was installed. Any thread."""
+        return self._facts.name
 
     def close(self) -> None:
         """End the threads of the policy and of the shadow."""
@@ -88,10 +94,14 @@ class PolicyHost:
         old, self.shadow = self.shadow, shadow
         return old
 
-    def swap(self, policy: Scheduler, spec: str, *, own_thread: bool) -> int:
-        """Put another policy in charge from the next plan on. Returns the number of sequences handed over."""
+    def swap(self, policy: Scheduler, spec: str, *, own_thread: bool, facts: Published | None = None) -> int:
+        """Put another policy in charge from the next plan on. Returns the number of sequences handed over.
+
+        ``facts`` is what it says of itself: a user's is asked elsewhere. Raises PluginError; then the one before stays.
+        """
+        facts = facts or publish(policy, "scheduler", spec)
         self._leave()
-        self._install(policy, spec, own_thread)
+        self._install(policy, spec, own_thread, facts)
         self.fallback = None
         self.stats.swaps += 1
         return self._hand_over()
@@ -117,7 +127,7 @@ class PolicyHost:
         self._version += 1
         try:
             getattr(self._planner or self.policy, what)(value)
-        except Exception as error:
+        except BaseException as error:
             self._fall_back(f"{what}() raised {said(error)}", error)
 
     # -- plans --------------------------------------------------------------------------------------------
@@ -144,8 +154,8 @@ class PolicyHost:
                 check_plan(plan, self.views, state)
                 self._check_progress(plan, state)
                 return plan
-            except Exception as error:
-                if self.name == Fcfs.name and self._planner is None:
+            except BaseException as error:
+                if type(self.policy) is Fcfs and self._planner is None:
                     raise  # the last resort itself: a bug of the engine
                 if isinstance(error, PluginError):
                     self._fall_back(error.message, error.__cause__)
@@ -169,7 +179,7 @@ class PolicyHost:
         log.error("scheduler '%s' is replaced by fcfs: %s", self.spec, reason, exc_info=error)
         broken = self.spec
         self._leave()
-        self._install(Fcfs(), Fcfs.name, False)
+        self._install(Fcfs(), Fcfs.name, False, Published(Fcfs.name, {}))
         self.fallback = {"from": broken, "reason": reason, "unix_time": round(time.time(), 3)}
         self._hand_over()
 
@@ -194,10 +204,8 @@ class PolicyHost:
                     self.stats.repeated += 1
                     return again
                 continue
-            if isinstance(answer, BaseException):
-                raise PluginError(f"plan() raised {said(answer)}") from answer
-            if not isinstance(answer, Plan):
-                raise PluginError(f"plan() returned {type(answer).__name__}, not a Plan")
+            if isinstance(answer, str):
+                raise PluginError(answer)
             assert self._asked is not None
             asked, version = self._asked
             if asked is state and version == self._version:
@@ -214,10 +222,14 @@ class PolicyHost:
     # -- seen from outside -----------------------------------------------------------------------------------
 
     def params(self) -> dict[str, Any]:
-        try:
-            return dict(self.policy.params())
-        except Exception:
-            return {}
+        """The policy's parameters as it published them. Any thread; runs none of its code."""
+        planner = self._planner
+        newer = planner.published if planner is not None else None
+        return dict((newer or self._facts).params)
+
+    def republish(self) -> None:
+        """A built-in policy's parameters have changed."""
+        self._facts = publish(self.policy, "scheduler", self.spec)
 
     def plan_times(self) -> dict[str, float | None]:
         """Percentiles of the last plans in ms, and plans a second over them."""

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mullama import abi
 from mullama.engine import snapshot
-from mullama.scheduling import registry
+from mullama.errors import ModelBusy
+from mullama.plugins import Published, publish
+from mullama.scheduling import Scheduler, registry
 from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
     from mullama.engine.shadow import Shadow
 
 T = TypeVar("T")
+
+
+def _make(spec: str, params: Mapping[str, Any] | None) -> tuple[Scheduler, Published]:
+    """A policy and what it says of itself: its code runs here, and not where others wait."""
+    policy = registry.create(spec, params)
+    return policy, publish(policy, "scheduler", spec)
 
 
 class PolicyMethods:
@@ -52,16 +60,20 @@ class PolicyMethods:
         ``spec`` is a name or ``FILE.py:CLASS``. Returns policy, params and the number of sequences handed over.
         Raises InvalidRequest, naming the valid ones, for an unknown policy or parameter: the running one stays.
         """
-        policy = await asyncio.to_thread(registry.create, spec, params)
-        return await asyncio.wrap_future(self.call(lambda: self._set_scheduler(policy, spec)))
+        policy, facts = await asyncio.to_thread(_make, spec, params)
+        return await asyncio.wrap_future(self.call(lambda: self._set_scheduler(policy, spec, facts)))
 
     def set_scheduler_sync(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """``set_scheduler`` for a thread without an event loop."""
-        policy = registry.create(spec, params)
-        return self.call(lambda: self._set_scheduler(policy, spec)).result()
+        policy, facts = _make(spec, params)
+        return self.call(lambda: self._set_scheduler(policy, spec, facts)).result()
 
     async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
+        spec = self._policy.spec
+        wanted = {**self._policy.params(), **params}
+        if registry.is_foreign(spec, self._policy.params()) or registry.is_foreign(spec, wanted):
+            return await self.set_scheduler(spec, wanted)  # a user's may be thinking: one made anew takes over
         return await asyncio.wrap_future(self.call(lambda: self._configure_scheduler(params)))
 
     async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
@@ -94,18 +106,17 @@ class PolicyMethods:
         )
         return Shadow(spec, params, config)
 
-    def _set_scheduler(self, policy: Any, spec: str) -> dict[str, Any]:
-        own_thread = not registry.is_builtin(spec)
-        n = self._policy.swap(policy, spec, own_thread=own_thread)
+    def _set_scheduler(self, policy: Any, spec: str, facts: Published) -> dict[str, Any]:
+        own_thread = registry.is_foreign(spec, facts.params)
+        n = self._policy.swap(policy, spec, own_thread=own_thread, facts=facts)
         return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": n}
 
     def _configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
         configure = getattr(self._policy.policy, "configure", None)
-        if configure is None or not registry.is_builtin(self._policy.spec):
-            # A user's policy may be thinking: one made anew takes over instead.
-            policy = registry.create(self._policy.spec, {**self._policy.params(), **params})
-            return self._set_scheduler(policy, self._policy.spec)
+        if configure is None or registry.is_foreign(self._policy.spec, self._policy.params()):
+            raise ModelBusy("another policy has been put in charge meanwhile", param="params", retry_after=1)
         configure(**params)
+        self._policy.republish()
         return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": len(self._seqs.live)}
 
     def arbiter_share(self) -> tuple[str, dict[str, Any]]:

@@ -99,6 +99,7 @@ class Reader:
         self._weights: dict[int, tuple[WeightSpan, ...]] = {}
         self._adapters: dict[int, tuple[LoraUse, ...]] = {}
         self._token_bytes = token_bytes  # KV of one token
+        self.kernels: dict[str, str] = {}  # ways of computing, for the profiles
         self._lock = threading.Lock()  # one reader of the ring at a time
         self._attaching = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -236,6 +237,7 @@ class Reader:
             if generation is not None:
                 finish = self._finish(record, stops, why, weights)
                 finish.profile.adapters = adapters
+                finish.profile.kernels = self.kernels
                 generation.end(finish)
         return len(records)
 

@@ -22,7 +22,7 @@ from mullama.scheduling import SeqView
 from mullama.types import Finish, FinishReason, Preempt, Profile, Request, SeqState
 
 if TYPE_CHECKING:
-    from mullama._core import Core, Parked
+    from mullama._core import Core, Parked, Sampling
     from mullama.engine.adapters import Chosen
 
 log = logging.getLogger("mullama.engine")
@@ -43,6 +43,7 @@ class LiveSequence:
     key: bytes = b""  # the prompt as the prefix tree takes it
     namespace: bytes = b""  # prompts of another one share nothing with it
     adapters: Chosen = ()  # LoRA adapters that compute it, with their scales
+    prepared: Sampling | None = None  # its sampling parameters, worked out
     borders: list[int] = field(default_factory=list)  # where a prompt chunk has to end, for a checkpoint
     peak: int = 0  # most tokens in the KV cache at the end of a step
     mixed: bool = False  # other weights than those in charge have computed of its KV
@@ -145,6 +146,7 @@ class Sequences:
                 priority=request.priority,
                 shift_keep=SINKS if request.context_shift else -1,
                 adapters=[(one.native, scale) for one, scale in seq.adapters],
+                prepared=seq.prepared,
             )
         except Exception:
             kv.closed(slot, seq.namespace, request.id)  # the slot was made ready: it retains the prefix

@@ -109,5 +109,5 @@ class Shadow:
         while (message := self._messages.get()) is not None:
             try:
                 message()
-            except Exception:
+            except BaseException:
                 log.exception("the shadow scheduler '%s' failed", self.spec)

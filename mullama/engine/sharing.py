@@ -28,7 +28,8 @@ def key_of(path: str | Path, config: ServeConfig) -> Key | None:
         except OSError:
             return None
         files.append((found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
-    return (*files, config.gpu_layers, tuple(config.device), config.split_mode, config.tensor_split, config.mmap)
+    place = (config.gpu_layers, tuple(config.device), config.split_mode, config.tensor_split, config.mmap)
+    return (*files, *place, config.deterministic, config.kernels)  # the last two: in which layout they are
 
 
 def note(key: Key | None, model: Model) -> None:

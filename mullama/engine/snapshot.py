@@ -49,6 +49,7 @@ def scheduler(
         "plan_times": policy.plan_times(),
         "shadow": policy.shadow.snapshot() if policy.shadow is not None else None,
         "threads": core.governor.snapshot(),
+        "kernels": info.kernels,
         "counters": abi.as_dict(counters),
     }
 

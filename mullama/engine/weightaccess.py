@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mullama.engine import comparing, handover, loading
 from mullama.engine.weights import Host, SwapReport
 from mullama.errors import EngineDead, InvalidRequest, ModelBusy, ModelLoadError, NeedsAnotherEngine, ShuttingDown
+from mullama.machine.ways import words_of
 from mullama.types import Finish, FinishReason, GapMode, KvMode, ModelInfo, Profile, Room, SleepLevel
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ class WeightMethods:
         self.info = dataclasses.replace(
             new, n_ctx=self.info.n_ctx, n_parallel=self.info.n_parallel, can_shift=self.info.can_shift
         )
+        self._reader.kernels = words_of(new.kernels)
 
     def adapters(self) -> list[dict[str, Any]]:
         """The LoRA adapters that requests may name (see EngineClient)."""

@@ -12,12 +12,20 @@ from typing import Any
 from mullama.kv.eviction import Entry, EvictionPolicy
 from mullama.kv.policies.lru import Lru
 from mullama.logs import said
+from mullama.plugins import Published, publish, shown
 
 log = logging.getLogger("mullama.kv")
+
+SLOW_S = 0.05  # a call that takes longer holds everybody up
+MOST_SLOW = 3  # such calls in a row, and it goes
+MOST_S = 1.0  # or one such call
 
 
 class GuardedPolicy:
     """``policy`` until it raises or scores what is no finite number; ``lru`` from then on.
+
+    It runs on the engine thread, where others wait for it: one that takes too long is replaced as well. Raises
+    PluginError for a policy that cannot be shown.
 
     ``on_fallback`` is called once, from inside the call that failed: the scores given before mean nothing to lru, so
     whoever keeps them asks again (:class:`HostTier` does).
@@ -26,36 +34,55 @@ class GuardedPolicy:
     def __init__(self, policy: EvictionPolicy, spec: str) -> None:
         self.policy = policy  # the one in charge
         self.spec = spec
-        self.name = str(getattr(policy, "name", type(policy).__name__))
+        self._facts = publish(policy, "KV policy", spec)
+        self._slow = 0  # calls in a row that took longer than SLOW_S
         self.fallback: dict[str, Any] | None = None  # "from", "reason", "unix_time"
         self.on_fallback: Callable[[], None] | None = None
 
     def score(self, entry: Entry, now_ns: int) -> float:
         policy = self.policy
         raised: BaseException | None = None
+        began = time.monotonic()
         try:
             score = policy.score(entry, now_ns)
             if isinstance(score, Real) and math.isfinite(score):
-                return float(score)
-            reason = f"score() returned {_text(repr, score)}, not a finite number"
+                found = float(score)
+                if self._was_quick("score", began):
+                    return found
+                return self.policy.score(entry, now_ns)
+            reason = f"score() returned {shown(repr, score)}, not a finite number"
         # Foreign code: whatever it raises (or calls sys.exit with) is its fault.
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             reason, raised = f"score() raised {said(error, most=120)}", error
         self._fall_back(reason, raised)
         return self.policy.score(entry, now_ns)
 
+    def _was_quick(self, what: str, began: float) -> bool:
+        """False: it held everybody up, and lru is in charge now. A busy machine may stop any call for a while."""
+        spent = time.monotonic() - began
+        self._slow = self._slow + 1 if spent > SLOW_S else 0
+        if spent <= MOST_S and self._slow < MOST_SLOW:
+            return True
+        self._fall_back(f"{what}() took {spent:.3f} s, and everybody waits for it")
+        return False
+
     def evicted(self, entry: Entry, score: float) -> None:
+        began = time.monotonic()
         try:
             self.policy.evicted(entry, score)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             self._fall_back(f"evicted() raised {said(error, most=120)}", error)
+        else:
+            self._was_quick("evicted", began)
+
+    @property
+    def name(self) -> str:
+        """Of the policy in charge, as it called itself when it was installed."""
+        return self._facts.name
 
     def params(self) -> Mapping[str, Any]:
-        """Of the policy in charge; empty if it cannot say."""
-        try:
-            return dict(self.policy.params())
-        except (Exception, SystemExit):
-            return {}
+        """Of the policy in charge, as it published them when it was installed."""
+        return dict(self._facts.params)
 
     def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
         if self.fallback is not None:
@@ -63,15 +90,8 @@ class GuardedPolicy:
         log.error("KV policy '%s' is replaced by lru: %s", self.spec, reason, exc_info=error)
         self.fallback = {"from": self.spec, "reason": reason, "unix_time": round(time.time(), 3)}
         self.policy = Lru()
-        self.spec = self.name = Lru.name
+        self.spec = Lru.name
+        self._facts = Published(Lru.name, {})
+        self._slow = 0
         if self.on_fallback is not None:
             self.on_fallback()
-
-
-def _text(how: Callable[[Any], str], value: object) -> str:
-    """``repr`` or ``str`` of what foreign code made, short."""
-    try:
-        text = how(value)
-    except Exception:
-        text = f"something ({type(value).__name__})"
-    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -25,7 +25,9 @@ from typing import Any
 from mullama import __version__, child
 from mullama.errors import ModelLoadError, StoreError
 from mullama.home import default_root
+from mullama.machine import kernels
 from mullama.models import gguf
+from mullama.models.matrices import matrices
 from mullama.models.shape import check_sense
 
 log = logging.getLogger(__name__)
@@ -128,6 +130,7 @@ def probe(
             *(str(Path(path).absolute()), str(memory), str(cpu_s), str(TEMPLATE_SECONDS)),
             *([] if adapter is None else [str(adapter.absolute())]),
         ],
+        _kernels(path),
     )
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -143,6 +146,14 @@ def probe(
     return _verdict(
         stage, last, process.returncode, err, round((time.monotonic() - started) * 1000), timeout_s if is_late else 0
     )
+
+
+def _kernels(path: str | Path) -> dict[str, str]:
+    """What the child is to compute with: a kernel that crashes on this machine says nothing of the file."""
+    try:
+        return kernels.for_child(matrices(gguf.read_header(path)))
+    except ModelLoadError:  # what is wrong with the file is found in the child
+        return {}
 
 
 def _told(out: bytes) -> tuple[str, dict[str, Any]]:

@@ -58,6 +58,9 @@ def main(path: str, memory: int, cpu_s: int, template_s: float, adapter: str = "
 def _probe(path: str, template_s: float) -> dict[str, Any]:
     tell(stage=LOAD)
     from mullama._core import Core, Model
+    from mullama.machine import kernels
+
+    kernels.adopt()
 
     started = time.monotonic()
     # ChatML instead of the file's own template, which has a stage of its own.

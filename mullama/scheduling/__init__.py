@@ -1,6 +1,6 @@
 """Scheduling policies: small classes that decide, by name. ``_core`` carries out."""
 
-from mullama.scheduling.base import Costs, EngineState, Plan, Scheduler, SeqView, check_plan
+from mullama.scheduling.base import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
 from mullama.scheduling.batching import Batching
 from mullama.scheduling.fcfs import Fcfs
 from mullama.scheduling.params import Param, Policy
@@ -23,4 +23,5 @@ __all__ = [
     "describe_all",
     "is_builtin",
     "names_code",
+    "own_plan",
 ]

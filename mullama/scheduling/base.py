@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from mullama.errors import PluginError
+from mullama.plugins import shown
 from mullama.types import Preempt, SeqState
 
 RUNNING = (SeqState.PREFILL, SeqState.DECODE)
@@ -123,8 +124,44 @@ class Scheduler(Protocol):
         """The policy's parameters and their values."""
 
 
+MOST_REPEAT = (1 << 31) - 1
+MOST_NS = (1 << 63) - 1
+
+
+def own_plan(plan: object) -> Plan:
+    """The plan of foreign code as plain numbers that it cannot change any more; this runs its code for the last time.
+
+    Raises PluginError for what is no plan, and whatever its mappings raise.
+    """
+    if not isinstance(plan, Plan):
+        raise PluginError(f"plan() returned {type(plan).__name__}, not a Plan")
+    tokens = {_whole(seq_id, "a sequence"): n for seq_id, n in dict(plan.tokens).items()}
+    for seq_id, n in tokens.items():
+        if type(n) is not int:
+            raise PluginError(f"sequence {seq_id} cannot be given {shown(repr, n)} tokens: a whole number is needed")
+    preempt = {_whole(seq_id, "a sequence"): _preempt(seq_id, how) for seq_id, how in dict(plan.preempt).items()}
+    return Plan(tokens, _whole(plan.repeat, "repeat"), preempt, _whole(plan.until_ns, "until_ns"))
+
+
+def _whole(value: object, what: str) -> int:
+    if type(value) is not int:
+        raise PluginError(f"the plan says {shown(repr, value)} for {what}: a whole number is needed")
+    return value
+
+
+def _preempt(seq_id: object, how: object) -> Preempt:
+    if type(how) is Preempt:
+        return how
+    if type(how) is str and how in tuple(Preempt):
+        return Preempt(how)
+    raise PluginError(f"sequence {seq_id} can be preempted by {', '.join(Preempt)}, the plan says {shown(repr, how)}")
+
+
 def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> None:
-    """Raise PluginError, saying what is wrong, unless the engine can carry out ``plan``."""
+    """Raise PluginError, saying what is wrong, unless the engine can carry out ``plan``, of a user an ``own_plan``."""
+    for name, value, most in (("repeat", plan.repeat, MOST_REPEAT), ("until_ns", plan.until_ns, MOST_NS)):
+        if type(value) is not int or not 0 <= value <= most:
+            raise PluginError(f"the plan's {name} is {shown(repr, value)}; it must be a whole number from 0 to {most}")
     admitted = 0
     prefill = 0
     for seq_id, how in plan.preempt.items():

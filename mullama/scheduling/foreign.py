@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mullama.errors import InvalidRequest, MullamaError, PluginError
+from mullama.logs import said
+from mullama.plugins import is_fault, shown
 from mullama.scheduling.params import convert, unknown_param
 
 PLAIN = (bool, int, float, str)
@@ -106,9 +108,12 @@ def make(found: type, spec: str, values: Mapping[str, Any], seam: Seam) -> Any:
     except MullamaError:
         raise
     except ValueError as error:
-        raise InvalidRequest(f"the {seam.noun} '{spec}' refuses its parameters: {error}", param="params") from error
-    except Exception as error:
-        raise PluginError(f"cannot make the {seam.noun} '{spec}': {type(error).__name__}: {error}") from error
+        message = f"the {seam.noun} '{spec}' refuses its parameters: {shown(str, error)}"
+        raise InvalidRequest(message, param="params") from error
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        raise PluginError(f"cannot make the {seam.noun} '{spec}': {said(error)}") from error
 
 
 def _converted(param: SignatureParam | None, value: Any, owner: str) -> Any:

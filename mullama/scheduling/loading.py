@@ -12,6 +12,7 @@ from typing import Any
 
 from mullama.errors import InvalidRequest, PluginError
 from mullama.logs import said
+from mullama.plugins import is_fault
 
 _numbers = itertools.count(1)
 
@@ -56,8 +57,10 @@ def _run_file(path: Path, noun: str) -> ModuleType:
     try:
         exec(compile(source, str(path), "exec"), vars(module))
     # Foreign code: whatever it raises is reported as its fault.
-    except Exception as error:
+    except BaseException as error:
         del sys.modules[module.__name__]
+        if not is_fault(error):
+            raise
         raise PluginError(f"cannot load the {noun} file {path}: {said(error)}") from error
     return module
 
@@ -69,5 +72,7 @@ def _import(name: str, noun: str) -> ModuleType:
         if error.name and (name == error.name or name.startswith(f"{error.name}.")):
             raise InvalidRequest(f"there is no module '{name}' to load a {noun} from") from None
         raise PluginError(f"cannot load the {noun} module {name}: {said(error)}") from error
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         raise PluginError(f"cannot load the {noun} module {name}: {said(error)}") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 from mullama.errors import InvalidRequest, PluginError
+from mullama.logs import said
+from mullama.plugins import is_fault
 from mullama.scheduling.base import SeqView
 from mullama.scheduling.loading import is_path, load_object
 
@@ -70,5 +72,7 @@ def create_predictor(spec: str) -> Predictor:
         raise PluginError(f"the predictor '{spec}' has no method predict")
     try:
         return cast(Predictor, found())
-    except Exception as error:  # foreign code
-        raise PluginError(f"cannot make the predictor '{spec}': {type(error).__name__}: {error}") from error
+    except BaseException as error:  # foreign code
+        if not is_fault(error):
+            raise
+        raise PluginError(f"cannot make the predictor '{spec}': {said(error)}") from error

@@ -10,7 +10,7 @@ from mullama.scheduling.base import Scheduler
 from mullama.scheduling.foreign import Seam
 from mullama.scheduling.policy_group import PolicyGroup, names_code
 
-__all__ = ["BUILTINS", "SCHEDULERS", "create", "describe", "describe_all", "is_builtin", "names_code"]
+__all__ = ["BUILTINS", "SCHEDULERS", "create", "describe", "describe_all", "is_builtin", "is_foreign", "names_code"]
 
 BUILTINS = {
     "fcfs": "mullama.scheduling.fcfs:Fcfs",
@@ -28,8 +28,13 @@ _GROUP = PolicyGroup(SCHEDULERS, BUILTINS, Seam("scheduler", ("add", "remove", "
 
 
 def is_builtin(spec: str) -> bool:
-    """Whether the policy is one of mullama's own (which run on the engine thread)."""
+    """Whether the policy is one of mullama's own."""
     return _GROUP.is_builtin(spec)
+
+
+def is_foreign(spec: str, params: Mapping[str, Any] | None = None) -> bool:
+    """Whether it runs somebody's code, be it that of a parameter: such a policy has a thread of its own."""
+    return not is_builtin(spec) or names_code(spec, params)
 
 
 def create(spec: str, params: Mapping[str, Any] | None = None) -> Scheduler:

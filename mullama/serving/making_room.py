@@ -7,17 +7,37 @@ import logging
 from collections.abc import Callable
 
 from mullama.errors import ModelBusy
+from mullama.logs import said
 from mullama.serving.budget import Budget
-from mullama.serving.eviction import POLICIES, ModelPolicy, ModelView
+from mullama.serving.eviction import Largest, Lru, ModelPolicy, ModelView
 from mullama.serving.states import ModelState, Served
 
 log = logging.getLogger(__name__)
+
+VICTIM_S = 5.0  # how long a user's policy may think about who is unloaded
 
 
 def _own_bytes(one: Served) -> int:
     """What is free when it is unloaded. Its mapped file is not part of that: pages of files count as free."""
     engine = one.engine
     return max(one.held_bytes - engine.info.mapped_bytes, 0) if engine is not None else 0
+
+
+async def _named(policy: ModelPolicy, candidates: list[ModelView]) -> tuple[str, str]:
+    """Whom the policy names, or else why it names nobody. A user's is asked in a thread: it is not ours to trust."""
+    if isinstance(policy, Lru | Largest):
+        return policy.victim(candidates), ""
+
+    def ask() -> tuple[str, str]:
+        try:
+            return str(policy.victim(candidates)), ""
+        except BaseException as error:
+            return "", f"raised {said(error)}"
+
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(ask), VICTIM_S)
+    except TimeoutError:
+        return "", f"gave no answer within {VICTIM_S:g} s"
 
 
 class RoomMethods:
@@ -67,7 +87,9 @@ class RoomMethods:
                     log.info("%s: what it held asleep makes room for %s", sleeper.name, served.name)
                     await self._discard(sleeper)
                     continue
-                victim = self._victim(served)
+                victim = await self._victim(served)
+                if victim is None:
+                    continue
                 if not self._n_leases(victim):
                     await self._unload(victim, wait=False)
                     continue
@@ -81,8 +103,11 @@ class RoomMethods:
         while len(self.budget.closing) > 1 or (self.budget.closing and not self.budget.fits_beside(served, self.all())):
             await asyncio.wait(list(self.budget.closing), return_when=asyncio.FIRST_COMPLETED)
 
-    def _victim(self, served: Served) -> Served:
-        """Whom the policy names to make room for ``served``: an idle one where there is one. Raises ModelBusy."""
+    async def _victim(self, served: Served) -> Served | None:
+        """Whom the policy names to make room for ``served``: an idle one where there is one. Raises ModelBusy.
+
+        None: whom it named has gone while it thought.
+        """
         now = self._clock()
         candidates = [
             self._view(one, now)
@@ -92,15 +117,15 @@ class RoomMethods:
         if not candidates:
             raise ModelBusy(f"there is no room for '{served.name}': every loaded model is pinned")
         candidates = [view for view in candidates if not view.in_use] or candidates
-        try:
-            name = self._policy.victim(candidates)
-        except Exception:  # foreign code
-            log.exception("the model policy failed; lru is asked instead")
-            name = POLICIES.load("lru")().victim(candidates)
-        if name not in [view.name for view in candidates]:
-            log.error("the model policy named '%s', which cannot be unloaded; lru is asked instead", name)
-            name = POLICIES.load("lru")().victim(candidates)
-        return self._served[name]
+        names = [view.name for view in candidates]
+        name, reason = await _named(self._policy, candidates)
+        if name not in names:
+            log.error(
+                "the model policy %s; lru is asked instead", reason or f"named '{name}', which cannot be unloaded"
+            )
+            name = Lru().victim(candidates)
+        victim = self._served[name]
+        return victim if victim.resident is not None and not victim.pinned else None
 
     def _ask(self, victim: Served) -> Served:
         """Let a busy model take no new requests for now."""
@@ -140,7 +165,9 @@ class RoomMethods:
             log.info("%s: what it held asleep makes room for %s", sleeper.name, served.name)
             await self._discard(sleeper)
         elif idle:
-            victim = self._victim(served)
+            victim = await self._victim(served)
+            if victim is None or self._n_leases(victim):
+                return True  # things have changed while the policy thought: the load is tried again
             log.info("%s: unloaded, to make room for %s", victim.name, served.name)
             await self._unload(victim)
         else:

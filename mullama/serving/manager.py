@@ -25,6 +25,7 @@ from mullama.engine.client import EngineClient
 from mullama.errors import (
     AdapterLost,
     ConfigError,
+    EngineDead,
     LoadCancelled,
     MemoryTooSmall,
     ModelBusy,
@@ -172,6 +173,7 @@ class ModelManager(IdleMethods, RoomMethods):
         is never reached by a closed engine. What needs the model to stay takes a lease.
         """
         served = self.get(name)
+        self._bury(served)
         if served.resident is None:
             raise ModelNotLoaded(f"'{served.name}' is not loaded now (it is {served.state})", param="model")
         return served.name, served.resident.engine
@@ -181,8 +183,11 @@ class ModelManager(IdleMethods, RoomMethods):
         return self._clock()
 
     def all(self) -> list[Served]:
-        """Every name that was added or asked for."""
-        return list(self._served.values())
+        """Every name that was added or asked for, as it is now: engines that have stopped are given up."""
+        found = list(self._served.values())
+        for one in found:
+            self._bury(one)
+        return found
 
     def others(self) -> list[tuple[str, str]]:
         """(name, reference) of what could be loaded as well, and nobody has asked for yet."""
@@ -205,7 +210,7 @@ class ModelManager(IdleMethods, RoomMethods):
         that the server is about to end."""
         if self.is_leaving:
             return False
-        named = [one for one in self._served.values() if not one.from_store]
+        named = [one for one in self.all() if not one.from_store]
         return bool(named) and all(
             one.state is not ModelState.FAILED and (one.resident is None or one.resident.engine.is_ready())
             for one in named
@@ -216,6 +221,7 @@ class ModelManager(IdleMethods, RoomMethods):
     def try_lease(self, name: str | None) -> Lease | None:
         """A lease at once, where the model is loaded and may take requests; else None. Raises ModelNotFound."""
         served = self.get(name)
+        self._bury(served)
         if served.state is not ModelState.READY or served.resident is None or self._is_ending:
             return None
         return self._grant(served, served.resident)
@@ -228,6 +234,7 @@ class ModelManager(IdleMethods, RoomMethods):
     def hold(self, name: str | None) -> Lease | None:
         """As ``try_lease``, for what is no request: it is not counted as one, and does not make the model look used."""
         served = self.get(name)
+        self._bury(served)
         if served.state is not ModelState.READY or served.resident is None or self._is_ending:
             return None
         return served.resident.lease(served.name, is_hold=True)
@@ -508,11 +515,23 @@ class ModelManager(IdleMethods, RoomMethods):
             return
         served.resident = None
         served.state, served.error = ModelState.FAILED, error.message
+        served.note_death(error, self._clock())
         self.budget.left[resident] = served.n_bytes
         self._tell(served, None)
         task = asyncio.get_running_loop().create_task(self.retire(resident))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _bury(self, served: Served) -> None:
+        """Give up an engine that has stopped by itself. On the event loop, by whoever looks at the model."""
+        resident = served.resident
+        why = resident.engine.death if resident is not None else None
+        if served.state is not ModelState.READY or why is None:
+            return
+        log.error("the engine of '%s' stopped: %s; the next request loads it anew", served.name, why)
+        told = f"the engine of '{served.name}' stopped; the server's log says why, and the next request loads it anew"
+        self.give_up(served.name, EngineDead(told))
+        served.error = f"the engine stopped: {why}"
 
     async def retire(self, resident: Resident) -> None:
         """Close an engine that was replaced and that nobody uses any more."""

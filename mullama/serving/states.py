@@ -15,6 +15,7 @@ from mullama.types import SleepLevel
 
 FIRST_PAUSE_S = 0.5  # after the second failed load in a row; it doubles with each
 MOST_PAUSE_S = 30.0
+STEADY_S = 60.0  # an engine that stops after such a time did not stop because it was loaded
 
 
 class ModelState(enum.StrEnum):
@@ -108,6 +109,7 @@ class Served:
     is_unwanted: bool = False  # it was unloaded while it is being loaded
     load_over: asyncio.Event | None = None  # of the load that goes on
     n_failures: int = 0  # loads that failed, one after the other
+    n_deaths: int = 0  # engines that stopped soon after they were loaded, one after the other
     retry_at: float = 0.0  # of the manager's clock: before that no load is tried
     failure: Exception | None = None  # of the last one
     cannot_sleep: bool = False  # it was tried, and will not be tried again by itself before the next load
@@ -126,6 +128,14 @@ class Served:
         self.n_failures, self.failure = self.n_failures + 1, error
         pause = min(FIRST_PAUSE_S * 2.0 ** (min(self.n_failures, 20) - 2), MOST_PAUSE_S)
         self.retry_at = now + (pause if self.n_failures > 1 else 0.0)
+
+    def note_death(self, error: Exception, now: float) -> None:
+        """Its engine stopped by itself. One that had been at work for a while is loaded anew at once; those that
+        stop soon, one after the other, wait like loads that fail."""
+        self.n_deaths = 0 if now - self.loaded_at > STEADY_S else self.n_deaths
+        self.n_failures = self.n_deaths
+        self.n_deaths += 1
+        self.note_failure(error, now)
 
     def check_pause(self, now: float) -> None:
         """Raise the last load's error again while it is too early for another try."""

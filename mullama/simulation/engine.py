@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from mullama.errors import ConfigError, PluginError
 from mullama.logs import said
-from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan
+from mullama.plugins import is_fault
+from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
 from mullama.scheduling.budget import fit_or_go_on
 from mullama.simulation.costs import BUCKET, CostModel
 from mullama.simulation.feed import SECOND, Feed
@@ -136,7 +137,9 @@ class Simulator:
     def _tell(self, what: str, value: SeqView | int) -> None:
         try:
             getattr(self._policy, what)(value)
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             raise self._broken(f"{what}() raised {said(error)}") from error
 
     def _broken(self, reason: str) -> PluginError:
@@ -192,12 +195,14 @@ class Simulator:
     def _plan(self) -> Plan:
         state = self._state()
         try:
-            plan = self._policy.plan(state)
-        except Exception as error:
+            plan = own_plan(self._policy.plan(state))
+        except PluginError as error:
+            raise self._broken(error.message) from None
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             raise self._broken(f"plan() raised {said(error)}") from error
         try:
-            if not isinstance(plan, Plan):
-                raise PluginError(f"plan() returned {type(plan).__name__}, not a Plan")
             check_plan(plan, self._seqs.views, state)
             self._check_progress(plan)
         except PluginError as error:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mullama.errors import MullamaError
+from mullama.errors import MullamaError, PluginError
 from mullama.logs import said
-from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan
+from mullama.plugins import is_fault, publish
+from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
 from mullama.simulation.costs import CostModel
 from mullama.simulation.differences import differences
 from mullama.simulation.engine import simulate
@@ -56,6 +57,7 @@ class ShadowPolicy:
         self.name = name
         self.off: str | None = None  # why it was switched off
         self._policy = policy
+        self._params = publish(policy, "scheduler", name).params
         self._views: dict[int, SeqView] = {}
         self._observed = 0
         self._differed = 0
@@ -92,15 +94,13 @@ class ShadowPolicy:
         self.update(views)
         if self.off is not None:
             return
-        plan = self._try("plan", lambda: self._policy.plan(state))
+        plan = self._try("plan", lambda: own_plan(self._policy.plan(state)))
         if self.off is not None:
             return
         try:
-            if not isinstance(plan, Plan):
-                raise TypeError(f"plan() returned {type(plan).__name__}, not a Plan")
             check_plan(plan, self._views, state)
-        except Exception as error:
-            self.off = error.message if isinstance(error, MullamaError) else str(error)
+        except PluginError as error:
+            self.off = error.message
             return
         self._observed += 1
         found = differences(acted, plan, self._views)
@@ -112,9 +112,13 @@ class ShadowPolicy:
     def _try(self, what: str, call: Callable[[], Any]) -> Any:
         try:
             return call()
-        except Exception as error:
+        except PluginError as error:
+            self.off = error.message
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             self.off = f"{what}() raised {said(error)}"
-            return None
+        return None
 
     # -- what would have come of it -------------------------------------------------------------------------------
 
@@ -143,20 +147,18 @@ class ShadowPolicy:
             try:
                 outcomes = simulate(workload, make(), model, config, overrides).outcomes
                 found[name] = _ttft([ttft * 1e3 for one in outcomes if (ttft := ttft_s(one)) is not None])
-            except Exception as error:
-                found[name] = {"error": error.message if isinstance(error, MullamaError) else repr(error)}
+            except BaseException as error:
+                if not is_fault(error):
+                    raise
+                found[name] = {"error": error.message if isinstance(error, MullamaError) else said(error)}
         self._predicted = found
         return found
 
     def snapshot(self) -> dict[str, Any]:
-        """For ``GET /internal/scheduler``: counts, the last differences, the last prediction."""
-        try:
-            params = dict(self._policy.params())
-        except Exception:
-            params = {}
+        """For ``GET /internal/scheduler``: counts, the last differences, the last prediction. Calls no policy."""
         return {
             "policy": self.name,
-            "params": params,
+            "params": dict(self._params),
             "off": self.off,
             "observed": self._observed,
             "differed": self._differed,

@@ -20,7 +20,7 @@ from mullama.web.request import Request
 from mullama.web.responding import new_id, respond
 from mullama.web.schemas import ChatCall, Message, Options, options_of, parse_chat
 from mullama.web.security import Access
-from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.services import FEW_BIASES, LARGE_TEXT, Services
 
 
 class ChatCompletions:
@@ -45,7 +45,9 @@ class ChatCompletions:
         """The prompt, and its generations. The group takes over the lease."""
         services, engine = self._services, lease.engine
         named = check_named(call.model, call.named, engine)
-        options = options_of(call.body, engine.info)
+        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
+        options = await services.offload(has_many, partial(options_of, call.body, engine.info))
+        prepared = await services.prepared(engine, options.sampling)
         services.keep_alive(call.model, call.body.keep_alive)
         info = engine.info
         policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
@@ -67,11 +69,13 @@ class ChatCompletions:
             endpoint="chat.completions",
             prompts=[prompt],
             options=options.of_tenant(req.tenant),
+            prepared=prepared,
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
             lora=uses_of(named, call.body.lora),
             translate=partial(_translated, messages_json=call.messages_json) if dropped is None else None,
         )
+        await group.submit()
         return group, options, dropped
 
 

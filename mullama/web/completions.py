@@ -23,7 +23,7 @@ from mullama.web.schemas import (
     parse_completion,
 )
 from mullama.web.security import Access
-from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.services import FEW_BIASES, LARGE_TEXT, Services
 
 
 class Completions:
@@ -59,7 +59,9 @@ class Completions:
         """The prompts, and their generations. The group takes over the lease."""
         services, engine = self._services, lease.engine
         named = check_named(call.model, call.named, engine)
-        options = options_of(call.body, engine.info)
+        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
+        options = await services.offload(has_many, partial(options_of, call.body, engine.info))
+        prepared = await services.prepared(engine, options.sampling)
         asked = completion_prompts(call.body, options, engine.info)
         services.keep_alive(call.model, call.body.keep_alive)
         info = engine.info
@@ -83,10 +85,12 @@ class Completions:
             endpoint="completions",
             prompts=prompts,
             options=options.of_tenant(req.tenant),
+            prepared=prepared,
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
             lora=uses_of(named, call.body.lora),
         )
+        await group.submit()
         return group, options, echoes, dropped
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from mullama.web.security import salt_of
 from mullama.web.services import Services
 
 log = logging.getLogger(__name__)
+
+TURN_S = 0.002  # that a request has of the event loop at a time
 
 #: A choice and its next text, or None when that choice has ended.
 Event = tuple[int, Delta | None]
@@ -38,7 +41,7 @@ class Reply:
 class Group:
     """One generation a choice; choice ``prompt * n + i`` is the i-th of its prompt.
 
-    Construct on the event loop. Call ``close`` in a ``finally``, whatever happened.
+    Construct on the event loop, then ``submit``. Call ``close`` in a ``finally``, whatever happened.
     """
 
     def __init__(
@@ -55,8 +58,9 @@ class Group:
         context_shift: bool = False,
         lora: tuple[LoraUse, ...] = (),
         translate: Callable[[Any], list[int]] | None = None,
+        prepared: Any = None,
     ) -> None:
-        """Submit every choice, or none: raises what ``EngineClient.submit`` raises. Takes over the lease either way."""
+        """Takes over the lease. Nothing is computed before ``submit``."""
         self.id = request_id
         self.model = model
         self.n = options.n
@@ -76,29 +80,42 @@ class Group:
         self._closed = False
         self._lease = lease
         services.n_open += 1
-        engine = lease.engine
         is_shared = services.config.cache_shared_by_keys
         salt = salt_of(None if is_shared else options.tenant, options.cache_salt)
         num_choices = len(prompts) * options.n
+        self._requests = (
+            Request(
+                id=request_id if num_choices == 1 else f"{request_id}-{index}",
+                prompt=prompts[index // options.n],
+                sampling=options.of_choice(index % options.n),
+                arrival_ns=arrival_ns,
+                priority=options.priority,
+                user=options.user,
+                slo_ms=options.slo_ms,
+                preempt=options.preempt,
+                cache_salt=salt,
+                tenant=options.tenant,
+                shares_cache=is_shared and options.tenant is not None,
+                context_shift=context_shift,
+                lora=lora,
+                translate=translate,
+                prepared=prepared,
+            )
+            for index in range(num_choices)
+        )
+
+    async def submit(self) -> None:
+        """Submit every choice, or none: raises what ``EngineClient.submit`` raises, and is closed then.
+
+        A thousand choices take a while, and others go on meanwhile.
+        """
+        engine, began = self._lease.engine, time.monotonic()
         try:
-            for index in range(num_choices):
-                request = Request(
-                    id=request_id if num_choices == 1 else f"{request_id}-{index}",
-                    prompt=prompts[index // options.n],
-                    sampling=options.of_choice(index % options.n),
-                    arrival_ns=arrival_ns,
-                    priority=options.priority,
-                    user=options.user,
-                    slo_ms=options.slo_ms,
-                    preempt=options.preempt,
-                    cache_salt=salt,
-                    tenant=options.tenant,
-                    shares_cache=is_shared and options.tenant is not None,
-                    context_shift=context_shift,
-                    lora=lora,
-                    translate=translate,
-                )
+            for request in self._requests:
                 self.generations.append(engine.submit(request))
+                if time.monotonic() - began > TURN_S:
+                    await asyncio.sleep(0)
+                    began = time.monotonic()
         except BaseException:
             self.close()
             raise

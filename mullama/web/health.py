@@ -6,6 +6,7 @@ import falcon.asgi
 import orjson
 
 from mullama.serving.manager import ModelManager
+from mullama.serving.states import ModelState
 from mullama.web.request import Request
 from mullama.web.security import Access
 
@@ -33,6 +34,7 @@ class Ready:
             resp.set_header("Retry-After", "1")
         status = "ready" if ready else "shutting down" if self._models.is_leaving else "not ready"
         states = {name: engine.is_ready() for name, engine in self._models.items()}
+        states |= {one.name: False for one in self._models.all() if one.state is ModelState.FAILED}
         resp.data = orjson.dumps({"status": status, "models": states})
 
     on_head = on_get

@@ -12,6 +12,7 @@ import orjson
 from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest, PermissionDenied
+from mullama.kv.registry import names_code
 from mullama.serving.manager import ModelManager
 from mullama.web.request import Request, read_body
 from mullama.web.schemas import SchedulerChange, parse_scheduler_change
@@ -51,9 +52,13 @@ class Policies(Internal):
         if not change.policy:
             raise InvalidRequest(f"policy: the name of {self.kind} is missing", param="policy")
         # SAFETY: a file's class is code of whoever names it, so that takes the admin key and not just loopback.
-        if ":" in change.policy and not self._may_load_files:
-            raise PermissionDenied("a policy from a file or a module can only be named when --admin-key is set")
+        self._check_code(change)
         return change.policy
+
+    def _check_code(self, change: SchedulerChange) -> None:
+        """Raises PermissionDenied for a policy, or a parameter of one, that names code. No --admin-key, no code."""
+        if not self._may_load_files and names_code(change.policy or "", change.params):
+            raise PermissionDenied("code from a file or a module can only be named when --admin-key is set")
 
 
 class SchedulerView(Policies):
@@ -75,6 +80,7 @@ class SchedulerView(Policies):
             change = await self._change(req)
             if change.policy is not None:
                 raise InvalidRequest("policy: PATCH changes parameters; use PUT to change the policy", param="policy")
+            self._check_code(change)
             resp.data = dump(name, await engine.configure_scheduler(change.params))
 
 

@@ -8,16 +8,19 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from mullama.config import ServeConfig
+from mullama.engine.client import EngineClient
 from mullama.errors import ClientLeft, InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
 from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
 from mullama.serving.swap import Swaps
+from mullama.types import SamplingParams
 from mullama.web.listening import is_loopback
 from mullama.web.profile_log import ProfileLog
 from mullama.web.request import Request, read_body, until_disconnect
@@ -32,6 +35,8 @@ LARGE_BODY = 256 << 10
 #: Texts above this many characters are rendered and tokenised in the pool: below, it takes less than a millisecond.
 LARGE_TEXT = 2000
 POOL_THREADS = 2
+#: More entries of a logit_bias than this are checked in the pool.
+FEW_BIASES = 300
 #: What tokenising a long text may take of a core while others are answered.
 SHARE_BESIDE_STREAMS = 0.1
 
@@ -102,7 +107,13 @@ class Services:
         """Run ``work`` here, or in the pool when it is large enough to hold up the event loop."""
         if not is_large:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, _without_exits, work)
+
+    async def prepared(self, engine: EngineClient, sampling: SamplingParams) -> Any:
+        """What opening a request costs, in the pool where that is more than nothing (see EngineClient.prepare)."""
+        if sampling.dry_multiplier <= 0 and len(sampling.logit_bias) <= FEW_BIASES:
+            return None
+        return await self.offload(True, partial(engine.prepare, sampling))
 
     def pace(self) -> Pace:
         """For one piece of work in the pool that is done in pieces."""
@@ -175,6 +186,16 @@ class Services:
             self.kv_publisher.close()
         if self.profile_log is not None:
             self.profile_log.close()
+
+
+def _without_exits(work: Callable[[], T]) -> T:
+    """A SystemExit (of a plugin, say) would end the event loop that waits for the work."""
+    try:
+        return work()
+    except Exception:
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"the work was told to end by {type(error).__name__}") from error
 
 
 def _no_target(to: str, *_: Any) -> Any:

@@ -63,5 +63,6 @@ def total(profiles: Sequence[Profile]) -> Profile:
         kv_bytes=sum(p.kv_bytes for p in profiles),
         kv_byte_seconds=sum(p.kv_byte_seconds for p in profiles),
         weights=profiles[0].weights,
+        kernels=profiles[0].kernels,
         adapters=profiles[0].adapters,
     )

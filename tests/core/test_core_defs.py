@@ -28,8 +28,10 @@ from mullama._core import (
     Model,
     Page,
     Parked,
+    Sampling,
     StopText,
     Vacancy,
+    kernels,
 )
 from mullama.errors import ModelLoadError
 from mullama.types import SamplingParams
@@ -131,6 +133,10 @@ def handed(core: Core) -> Core:
 
 
 # Each gets a fresh object of its class (functions get nothing) and returns whether the result is what it should be.
+def products() -> kernels.Products:
+    return kernels.Products(8, 64, 5, copies=2)
+
+
 CALLS: dict[str, Callable[..., bool]] = {
     "adapters.Adapter": lambda a, c: isinstance(a, Adapter),
     "adapters.Adapter.model": lambda a, c: a.model is c.model,
@@ -166,6 +172,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "context.Context": lambda c: isinstance(c.context, Context),
     "context.Context.model": lambda c: c.context.model is c.model,
     "context.Context.n_slots": lambda c: c.context.n_slots == 2,
+    "context.Context.reference": lambda c: c.context.reference is False,
     "context.Context.n_ctx": lambda c: c.context.n_ctx == 256,
     "context.Context.n_batch": lambda c: c.context.n_batch == 64,
     "context.Context.unified": lambda c: c.context.unified is False,
@@ -195,6 +202,18 @@ CALLS: dict[str, Callable[..., bool]] = {
     "vacancy.Vacancy.n_bytes": lambda c: Vacancy(running(c)).n_bytes > 0,
     "vacancy.Vacancy.leave": lambda c: vacated(c).core.is_vacant,
     "vacancy.Vacancy.fill": lambda c: refilled(running(c)).core.states() == [abi.DECODE, abi.FREE],
+    "kernels.layouts": lambda: isinstance(kernels.layouts(), list),
+    "kernels.type_names": lambda: kernels.type_names()[8] == "Q8_0",
+    "kernels.set_kernel": lambda: kernels.set_kernel(8, 0, "auto") is None,
+    "kernels.allow_layout": lambda: kernels.allow_layout(8, "no such layout", True) is False,
+    "kernels.set_attention": lambda: kernels.set_attention(True) is None,
+    "kernels.counts": lambda: set(kernels.counts()) == set(kernels.COUNTED),
+    "kernels.weights_by_layout": lambda model: any(size for size in kernels.weights_by_layout(model).values()),
+    "kernels.Products": lambda: isinstance(products(), kernels.Products),
+    "kernels.Products.can": lambda: products().can(3) is True,
+    "kernels.Products.check": lambda: products().check(products(), 3) == (True, True, 0.0),
+    "kernels.Products.is_steady": lambda: products().is_steady(3, 2) == (True, True),
+    "kernels.Products.time": lambda: products().time(1, 1, 2, 1) > 0,
     "quantize.quantize_types": lambda: "Q4_0" in mullama._core.quantize_types(),
     "quantize.quantize": lambda: refuses(mullama._core.quantize, "/no/file", "/no/where", "Q4_0"),
     "page.Page": lambda: Page(1) is not None,
@@ -231,8 +250,14 @@ CALLS: dict[str, Callable[..., bool]] = {
     "model.Model.is_open": lambda m: m.is_open is True,
     "model.Model.chat_template": lambda m: "messages" in m.chat_template(),
     "sampling.check_params": lambda: mullama._core.check_params(SamplingParams()) is None,
+    "sampling.Breaker": lambda: mullama._core.sampling.Breaker() is not None,
+    "sampling.BreakerTable": lambda: mullama._core.sampling.BreakerTable() is not None,
+    "sampling.Sampling": lambda m: Sampling(m, SamplingParams()) is not None,
+    "sampling.Sampling.model": lambda m: Sampling(m, SamplingParams()).model is m,
+    "sampling.Sampling.breaker_sequences": lambda m: Sampling(m, SamplingParams()).breaker_sequences == [],
     "gate.scan": lambda: mullama._core.gate.scan([1.0, 3.0, 2.0]) == 1,
     "gate.StopText": lambda: StopText(["x"]) is not None,
+    "gate.StopText.ended_by": lambda t: t.ended_by == -1,
     "gate.StopText.push": lambda t: t.push(b"abc") == (b"abc", -1),
     "gate.StopText.flush": lambda t: t.flush() == b"",
     "parking.Parked": lambda c: isinstance(parked(c), Parked),
@@ -333,6 +358,7 @@ def test_there_are_compiled_modules() -> None:
         "divergence",
         "gate",
         "governor",
+        "kernels",
         "loop",
         "machine",
         "model",
@@ -357,9 +383,10 @@ def subject(
     kind = request.param.split(".")[1]
     layers = ("Machine", "Slots", "Parking", "Core")  # one is built on the other
     on_core = (*layers, "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy", "Adapter", "Divergence")
-    model = Model(tiny_model()) if kind in ("Model", *on_core) else None
+    model = Model(tiny_model()) if kind in ("Model", "Sampling", "weights_by_layout", *on_core) else None
     core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
-    arguments: dict[str, tuple[Any, ...]] = {"Model": (model,), "Parked": (core,)}
+    arguments: dict[str, tuple[Any, ...]] = dict.fromkeys(("Model", "Sampling", "weights_by_layout"), (model,))
+    arguments["Parked"] = (core,)
     arguments |= dict.fromkeys(layers, (core,))
     if core is not None:
         arguments["Cells"] = (Cells(core),)

@@ -199,8 +199,8 @@ def test_a_killed_child_is_not_held_against_the_file(
 ) -> None:
     real = child.start
 
-    def start(module: str, arguments: list[str]) -> object:
-        process = real(module, arguments)
+    def start(module: str, arguments: list[str], variables: dict[str, str]) -> object:
+        process = real(module, arguments, variables)
         process.kill()
         return process
 

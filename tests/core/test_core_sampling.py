@@ -11,7 +11,7 @@ import pytest
 import tiny
 from core_support import Driver, Output, greedy, sampled
 
-from mullama._core import Model, check_params
+from mullama._core import Model, Sampling, check_params
 from mullama.errors import InvalidRequest
 from mullama.types import SamplingParams
 
@@ -344,3 +344,65 @@ def test_the_records_of_one_request(core: Driver) -> None:
     output: Output = core.generate(PROMPT, sampled(30))
     assert [n for _, n in output.deltas] == [1] * 30
     assert output.text == core.core.model.detokenize(output.tokens)
+
+
+# -- DRY's sequence breakers ------------------------------------------------------------------------------------------
+
+
+def llama_cpp_breakers(model: Model, text: str) -> set[tuple[int, ...]]:
+    """``get_overlapping_token_sequences`` of llama.cpp, to the letter: what ``dry.h`` must find."""
+    breaker = text.encode()[:40]
+    found = set()
+    for token in range(model.n_vocab):
+        word = model.detokenize_bytes([token], special=True)
+        if breaker in word:
+            found.add((token,))
+            continue
+        for at in range(len(word)):
+            end = word[at:]
+            if end == breaker[: len(end)]:
+                rest = breaker[len(end) :]
+                try:
+                    tail = model.tokenize(rest.decode(), add_special=False, parse_special=False)
+                except UnicodeDecodeError:
+                    tail = None  # it is cut inside of a character: only llama.cpp itself can tokenise it
+                found.add((token, *tail[:20]) if tail is not None else (token, -1))
+    return found
+
+
+@pytest.mark.parametrize("text", ["\n", ":", "ab", "the", "\n\n", " ##", "é", "日本", "🙂", "x" * 50, "</s>", "'s a"])
+def test_breakers_are_those_of_llama_cpp(real_model: Model, text: str) -> None:
+    prepared = Sampling(real_model, SamplingParams(dry_multiplier=1, dry_sequence_breakers=(text,)))
+    found = {tuple(sequence) for sequence in prepared.breaker_sequences}
+    expected = llama_cpp_breakers(real_model, text)
+    cut = {sequence[0] for sequence in expected if sequence[-1] == -1}
+    assert {one for one in found if one[0] not in cut} == {one for one in expected if one[0] not in cut}
+    assert cut <= {one[0] for one in found}
+
+
+def test_breakers_of_several_are_listed_once(model: Model) -> None:
+    def of(*texts: str) -> list[list[int]]:
+        return Sampling(model, SamplingParams(dry_multiplier=1, dry_sequence_breakers=texts)).breaker_sequences
+
+    a, b = (sorted(map(list, llama_cpp_breakers(model, text))) for text in "ab")
+    assert [97] in a and of("a") == a
+    assert of("a", "b", "a") == sorted([*a, *(one for one in b if one not in a)])
+    assert [97, 98] in of("ab") and of("ab", "a").count([97, 98]) == 1
+    assert of() == []
+    for params in ({"dry_multiplier": 0}, {"dry_base": 0.5}, {"dry_penalty_last_n": 0}):
+        assert Sampling(model, SamplingParams(**{"dry_multiplier": 1, **params})).breaker_sequences == []
+
+
+def test_breakers_that_most_tokens_hold_are_refused(real_model: Model) -> None:
+    letters = tuple("abcdefghijklmnopqrstuvwxyz")
+    with pytest.raises(InvalidRequest, match="more than 32768 tokens of this model hold one") as caught:
+        Sampling(real_model, SamplingParams(dry_multiplier=1, dry_sequence_breakers=letters))
+    assert caught.value.param == "dry_sequence_breakers"
+    assert Sampling(real_model, SamplingParams(dry_multiplier=1)).breaker_sequences, "and the usual ones are taken"
+
+
+def test_what_was_prepared_samples_the_same(core: Driver, model: Model) -> None:
+    for fields in (DRY, {**DRY, "dry_sequence_breakers": ("AB", "C")}, REPETITIVE, {"repeat_penalty": 2.0}):
+        params = sampled(**fields)
+        texts = [core.generate(PROMPT, params, prepared=prepared).text for prepared in (None, Sampling(model, params))]
+        assert texts[0] == texts[1]

@@ -19,6 +19,7 @@ from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
 from mullama.errors import EngineDead, ShuttingDown
 from mullama.scheduling import EngineState, Plan, SeqView
+from mullama.serving.manager import ModelManager
 from mullama.types import FinishReason
 
 LONG = greedy(3500)  # seconds of work: it does not end by itself while a test looks
@@ -200,7 +201,8 @@ def test_a_dead_engine_tells_everybody(make_engine: Callable[..., Engine]) -> No
         list(generation)
         finish = finish_of(generation)
         assert finish.reason is FinishReason.ERROR and isinstance(finish.error, EngineDead)
-        assert "on purpose" in str(finish.error)
+        assert "on purpose" not in str(finish.error), "it may quote anybody's request: it is for the log"
+    assert engine.death == "ZeroDivisionError: on purpose"
     assert not engine.is_ready()
     with pytest.raises(EngineDead):
         engine.submit_sync(request("HELLO"))
@@ -282,3 +284,52 @@ def test_nothing_is_left_after_close(tiny_model: Callable[..., Path], tmp_path: 
         round_trip()
     assert len(list(folder.iterdir())) == before
     assert list((tmp_path / "pages").iterdir()) == []
+
+
+def test_whatever_stops_an_engine_is_reported_and_the_next_request_loads_it_anew(
+    make_engine: Callable[..., Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def go() -> None:
+        engines: list[Engine] = []
+
+        def load(name: str, reference: str, progress: Callable[[float], bool]) -> Engine:
+            engines.append(make_engine())
+            return engines[-1]
+
+        models = ModelManager(load=load)
+        models.add("m", "m")
+        lease = await models.lease("m")
+        generations = [lease.engine.submit(request("HELLO", LONG)) for _ in range(6)]  # some run, some wait
+        await anext(aiter(generations[0]))
+
+        def ends() -> None:
+            raise SystemExit("on purpose")
+
+        engines[0]._post_quietly(ends)
+        for generation in generations:
+            async for _ in generation:
+                pass
+            error = finish_of(generation).error
+            assert isinstance(error, EngineDead) and "on purpose" not in error.message, "that is for the log"
+        assert engines[0].death == "SystemExit: on purpose"
+        assert not models.ready and models.get("m").error == "the engine stopped: SystemExit: on purpose"
+        lease.release()
+        again = await models.lease("m")
+        assert len(engines) == 2 and models.ready
+        generation = again.engine.submit(request("HELLO"))
+        assert sum([delta.n_tokens async for delta in generation]) == 16
+        again.release()
+
+    asyncio.run(go())
+    assert "SystemExit: on purpose; the next request loads it anew" in caplog.text
+
+
+def test_a_command_that_tells_the_engine_to_end_ends_nothing(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+
+    def exits() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(RuntimeError, match="told to end by SystemExit"):
+        engine.call(exits).result(10)
+    assert engine.death is None and len(complete(engine, "HELLO")) > 0

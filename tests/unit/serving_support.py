@@ -21,6 +21,7 @@ class Engine:
     """Counts how often it is closed; ``close`` waits for ``may_close``."""
 
     def __init__(self, name: str, size: int = 10, weights: str = "old") -> None:
+        self.death: str | None = None
         self.info = replace(model_info(name), size_bytes=size, weights=weights)
         self.n_closed = 0
         self.loras: list[dict[str, Any]] = []

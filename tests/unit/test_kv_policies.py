@@ -490,7 +490,6 @@ class Faulty:
         self.how()
 
     def params(self) -> Mapping[str, Any]:
-        self.how()
         return {"x": 1}
 
 
@@ -563,10 +562,57 @@ def test_evicted_that_raises() -> None:
     assert isinstance(guarded.policy, Lru)
 
 
-def test_params_that_raise_are_empty() -> None:
-    guarded = GuardedPolicy(Faulty(fails, good=9), "mine")
-    assert guarded.params() == {}
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_what_is_no_exception_costs_it_its_job_as_well(error: type[BaseException]) -> None:
+    def how() -> object:
+        raise error("now")
+
+    for what in ("score", "evicted"):
+        guarded = GuardedPolicy(Faulty(how), "mine")
+        if what == "score":
+            assert guarded.score(Stretch(used_ns=8), 9) == 8.0
+        else:
+            guarded.evicted(Stretch(), 1.0)
+        assert guarded.fallback is not None
+        assert guarded.fallback["reason"].startswith(f"{what}() raised {error.__name__}: now")
+
+
+def test_one_that_holds_everybody_up_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    takes = 0.04
+
+    def how() -> object:
+        nonlocal now
+        now += takes
+        return 5.0
+
+    guarded = GuardedPolicy(Faulty(how), "mine")
+    for seconds in (0.04, 0.06, 0.06, 0.04, 0.06, 0.06):  # never three slow ones in a row
+        takes = seconds
+        assert guarded.score(Stretch(used_ns=8), 9) == 5.0
     assert guarded.fallback is None
+    assert guarded.score(Stretch(used_ns=8), 9) == 8.0
+    assert guarded.fallback is not None
+    assert guarded.fallback["reason"] == "score() took 0.060 s, and everybody waits for it"
+    guarded, takes = GuardedPolicy(Faulty(how), "mine"), 1.5
+    guarded.evicted(Stretch(), 1.0)
+    assert guarded.fallback is not None
+    assert guarded.fallback["reason"] == "evicted() took 1.500 s, and everybody waits for it"
+
+
+def test_what_it_says_of_itself_is_asked_once() -> None:
+    asked = 0
+
+    class Counts(Faulty):
+        def params(self) -> Mapping[str, Any]:
+            nonlocal asked
+            asked += 1
+            return {"x": asked}
+
+    guarded = GuardedPolicy(Counts(lambda: 5.0), "mine")
+    assert [guarded.params() for _ in range(3)] == [{"x": 1}] * 3
+    assert (asked, guarded.name) == (1, "faulty")
 
 
 @pytest.mark.parametrize("score", [True, 7, 7.5, Fraction(1, 2)])

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from serving_support import World, play, settle, until
 
-from mullama.errors import LoadCancelled, MemoryTooSmall, ModelLoadError
+from mullama.errors import EngineDead, LoadCancelled, MemoryTooSmall, ModelLoadError, ModelNotLoaded
 from mullama.serving.states import ModelState
 
 
@@ -187,5 +187,86 @@ def test_who_gives_a_model_up_while_memory_is_freed_for_it_is_heard() -> None:
         world.engines[0].may_close.set()
         served = await unloading
         assert (served.state, served.error) == (ModelState.UNLOADED, None)
+
+    play(test())
+
+
+# -- engines that stop by themselves ----------------------------------------------------------------------------------
+
+
+def test_an_engine_that_stopped_is_told_of_and_loaded_anew_by_the_next_request() -> None:
+    async def test() -> None:
+        world = World("ab")
+        told: list[tuple[str, bool]] = []
+        world.models.watchers.append(lambda name, engine: told.append((name, engine is not None)))
+        running = await world.models.lease("a")
+        (await world.models.lease("b")).release()
+        assert world.models.ready
+        world.engines[0].death = "RuntimeError: on purpose"
+        assert not world.models.ready
+        (row, _) = world.models.all()
+        assert (row.state, row.resident, row.error) == (
+            ModelState.FAILED,
+            None,
+            "the engine stopped: RuntimeError: on purpose",
+        )
+        with pytest.raises(ModelNotLoaded):
+            world.models.resolve("a")
+        assert told == [("a", True), ("b", True), ("a", False)]
+        assert world.engines[0].n_closed == 0, "a request still reads its error"
+        again = await world.models.lease("a")
+        assert world.loads == ["a", "b", "a"] and world.models.ready
+        assert again.engine is world.engines[2] and row.error is None
+        running.release()
+        await until(lambda: world.engines[0].n_closed == 1)
+        again.release()
+
+    play(test())
+
+
+@pytest.mark.parametrize("look", ["lease", "load", "hold", "resolve", "ready", "all"])
+def test_whoever_looks_finds_out(look: str) -> None:
+    async def test() -> None:
+        world = World("a")
+        (await world.models.lease("a")).release()
+        world.engines[0].death = "SystemExit: 3"
+        models = world.models
+        if look == "lease":
+            (await models.lease("a")).release()
+        elif look == "load":
+            assert (await models.load("a")).state is ModelState.READY
+        elif look == "hold":
+            assert models.hold("a") is None
+        elif look == "resolve":
+            with pytest.raises(ModelNotLoaded, match="it is failed"):
+                models.resolve("a")
+        else:
+            assert (look != "ready" or not models.ready) and models.all()
+        assert world.loads == (["a", "a"] if look in ("lease", "load") else ["a"])
+        await until(lambda: world.engines[0].n_closed == 1)
+
+    play(test())
+
+
+def test_engines_that_stop_again_and_again_are_loaded_ever_more_rarely() -> None:
+    async def test() -> None:
+        world = World("a")
+        pauses = []
+        for _ in range(5):
+            (await world.models.lease("a")).release()
+            world.engines[-1].death = "RuntimeError: on purpose"
+            begin = world.clock.now
+            while True:
+                try:
+                    (await world.models.lease("a")).release()
+                    break
+                except EngineDead as error:
+                    assert error.retry_after and "on purpose" not in error.message
+                    world.clock.now += 0.25
+            pauses.append(world.clock.now - begin)
+        assert pauses == [0.0, 0.5, 1.0, 2.0, 4.0]
+        world.clock.now += 61  # it has been at work for a while: that was no load that went wrong
+        world.engines[-1].death = "RuntimeError: on purpose"
+        (await world.models.lease("a")).release()
 
     play(test())

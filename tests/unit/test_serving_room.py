@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving_support import Engine, World, play, settle, until
+from serving_support import TIMEOUT, Engine, World, play, settle, until
 
 from mullama.errors import ModelBusy, ModelNotLoaded, ShuttingDown
+from mullama.serving.eviction import ModelView
 from mullama.serving.states import ModelState
 
 
@@ -337,3 +340,39 @@ def test_what_is_looked_at_is_closed_afterwards() -> None:
             models.borrow("a")
 
     play(test())
+
+
+@pytest.mark.parametrize("does", ["exits", "sleeps", "names nobody", "raises"])
+def test_a_user_s_policy_runs_beside_the_event_loop(
+    does: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mullama.serving.making_room.VICTIM_S", 0.05)
+    threads: list[threading.Thread] = []
+    over = threading.Event()
+
+    class Mine:
+        def victim(self, candidates: Sequence[ModelView]) -> Any:
+            threads.append(threading.current_thread())
+            if does == "exits":
+                raise SystemExit(3)
+            if does == "sleeps":
+                over.wait(TIMEOUT)
+            return {"names nobody": None, "sleeps": "a"}[does]
+
+    async def test() -> None:
+        world = World("ab", max_models=1)
+        world.models._policy = Mine()
+        for name in "ab":
+            (await world.models.lease(name)).release()
+        assert world.loaded() == ["b"]
+        over.set()
+
+    play(test())
+    assert threads[0] is not threading.main_thread()
+    words = {
+        "exits": "raised SystemExit: 3",
+        "raises": "raised KeyError: 'raises'",
+        "sleeps": "gave no answer within 0.05 s",
+        "names nobody": "named 'None', which cannot be unloaded",
+    }
+    assert f"the model policy {words[does]}" in caplog.text and "; lru is asked instead" in caplog.text

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from policy_support import Job, TinyEngine
 from simulation_support import MS, plain
 
+from mullama.errors import PluginError
 from mullama.scheduling import Costs, EngineState, Fcfs, Plan, SeqView, registry
 from mullama.simulation import SimConfig
 from mullama.simulation.differences import differences
@@ -242,8 +243,9 @@ def test_a_shadow_that_returns_nonsense_is_switched_off(answer: Any, reason: str
     assert shadow.off == reason
 
 
-def test_params_that_raise_do_no_harm() -> None:
-    assert ShadowPolicy(Bad("params"), "bad").snapshot()["params"] == {}
+def test_params_that_raise_are_refused_before_it_runs() -> None:
+    with pytest.raises(PluginError, match="cannot be shown: ZeroDivisionError: oops"):
+        ShadowPolicy(Bad("params"), "bad")
 
 
 # -- predicting -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from mullama.engine.generation import AsyncGeneration
 from mullama.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, ShuttingDown
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.tree import pack
-from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request
+from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
 
 BOS = 1
 N_VOCAB = 1000
@@ -105,6 +106,7 @@ class FakeEngine:
     """Set the attributes to say what it does; ``requests`` and ``generations`` say what was asked of it."""
 
     def __init__(self, name: str = "fake", *, reply: Sequence[str] = ("Hel", "lo", " wörld", "!")) -> None:
+        self.death: str | None = None
         self.info = model_info(name)
         self.reply = list(reply)
         self.delay = 0.0
@@ -119,6 +121,7 @@ class FakeEngine:
         self.is_up = True
         self.draining = False
         self.requests: list[Request] = []
+        self.prepared: list[tuple[str, SamplingParams]] = []  # by which thread
         self.generations: list[FakeGeneration] = []
         self.running: set[FakeGeneration] = set()
         self.rendered: list[dict[str, Any]] = []
@@ -154,6 +157,10 @@ class FakeEngine:
             raise InvalidRequest("the chat template refuses these messages", param="messages")
         text = "".join(f"<{m['role']}>{m.get('content') or ''}" for m in self.rendered)
         return text + ("<assistant>" if add_generation_prompt else "")
+
+    def prepare(self, sampling: SamplingParams) -> Any:
+        self.prepared.append((threading.current_thread().name, sampling))
+        return len(self.prepared)
 
     def submit(self, request: Request) -> FakeGeneration:
         error = self.submit_errors.pop(0) if self.submit_errors else None

@@ -308,7 +308,7 @@ def test_the_direct_path_has_the_bytes_of_the_ordinary_one(
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_direct_path_opens_behind_the_first_chunk(services: Services, engine: FakeEngine, n: int) -> None:
     async def go() -> None:
-        group, door = group_of(services, engine, n), Door()
+        group, door = await group_of(services, engine, n), Door()
         chunks = ChunkFormat(group, created=0, is_chat=True, include_usage=False, only_first={"context": {"a": 1}})
         stream = EventStream(group, chunks, include_usage=False, with_profile=False, ping_seconds=9.0, body=door)
         waiting = asyncio.ensure_future(anext(stream))

@@ -209,13 +209,13 @@ class Door(DirectBody):
         return send
 
 
-def group_of(services: Services, engine: FakeEngine, n: int) -> Group:
+async def group_of(services: Services, engine: FakeEngine, n: int) -> Group:
     engine.hang = True
     call = parse_chat(json.dumps(STREAM | {"n": n}).encode(), models=services.models)
     lease = services.models.try_lease("fake")
     assert lease is not None
     assert lease.engine is engine
-    return Group(
+    group = Group(
         services,
         lease,
         request_id="r",
@@ -225,6 +225,8 @@ def group_of(services: Services, engine: FakeEngine, n: int) -> Group:
         options=options_of(call.body, engine.info),
         arrival_ns=0,
     )
+    await group.submit()
+    return group
 
 
 @pytest.mark.parametrize("ticks", range(6))
@@ -233,7 +235,7 @@ def test_nothing_overtakes_a_declined_text(services: Services, engine: FakeEngin
     """However far a declined text has come on its way, the next one queues behind it."""
 
     async def go() -> bytes:
-        group, door = group_of(services, engine, n), Door()
+        group, door = await group_of(services, engine, n), Door()
         chunks = ChunkFormat(group, created=0, is_chat=True, include_usage=False)
         stream = EventStream(group, chunks, include_usage=False, with_profile=False, ping_seconds=9.0, body=door)
         out = door.sent
@@ -268,7 +270,7 @@ def test_nothing_overtakes_a_declined_text(services: Services, engine: FakeEngin
 
 def test_a_closed_stream_takes_no_more(services: Services, engine: FakeEngine) -> None:
     async def go() -> None:
-        group, door = group_of(services, engine, 2), Door()
+        group, door = await group_of(services, engine, 2), Door()
         chunks = ChunkFormat(group, created=0, is_chat=True, include_usage=False)
         stream = EventStream(group, chunks, include_usage=False, with_profile=False, ping_seconds=9.0, body=door)
         waiting = asyncio.ensure_future(anext(stream))

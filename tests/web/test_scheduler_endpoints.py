@@ -78,6 +78,18 @@ def test_files_need_the_admin_key(keyed: Callable[..., Client], engine: FakeEngi
     assert engine.scheduler_calls[0][1] == "./mine.py:Mine"
 
 
+@pytest.mark.parametrize(("method", "policy"), [("PUT", "srpt"), ("PATCH", None)])
+def test_code_that_a_parameter_names_needs_it_as_well(
+    keyed: Callable[..., Client], engine: FakeEngine, method: str, policy: str | None
+) -> None:
+    body = {"policy": policy, "params": {"predictor": "/tmp/mine.py:Mine"}}
+    result = send(keyed(), method, body)
+    assert (result.status, engine.scheduler_calls) == (403, [])
+    assert "--admin-key" in result.error["message"]
+    send(keyed(admin_key="a"), method, body, Authorization="Bearer a")
+    assert len(engine.scheduler_calls) == 1
+
+
 def test_a_request_says_how_it_wants_to_be_scheduled(client: Client, engine: FakeEngine) -> None:
     body = {"prompt": "x", "priority": -3, "slo_ms": 250, "preempt": "recompute", "user": "me"}
     assert client.post("/v1/completions", body).status == 200

@@ -1,0 +1,35 @@
+"""The matrices of a model by type and shape: what ways of computing are chosen for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from mullama.machine.remembered import Weights
+from mullama.models.gguf import TENSOR_TYPES, Header
+
+#: Longest row that is tried; a header may name any number.
+LONGEST_ROW = 1 << 17
+
+
+def matrices(header: Header) -> list[Weights]:
+    """What is multiplied with columns: the experts of a layer are one matrix each, an embedding that is only looked up
+    is none.
+    """
+    names = {tensor.name for tensor in header.tensors}
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    for tensor in header.tensors:
+        if tensor.type_id not in TENSOR_TYPES or len(tensor.shape) < 2 or not 0 < tensor.shape[0] <= LONGEST_ROW:
+            continue
+        if tensor.name == "token_embd.weight" and "output.weight" in names:
+            continue
+        k, n, *more = tensor.shape
+        count = 1
+        for dim in more:
+            count *= dim
+        shapes[tensor.type_id, k, n] += count
+    found = []
+    for (kind, k, n), count in shapes.items():
+        name, block, block_bytes = TENSOR_TYPES[kind]
+        if n > 0 and k % block == 0:
+            found.append(Weights(kind, name, block, block_bytes, k, n, count))
+    return found
