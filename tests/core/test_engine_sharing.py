@@ -81,7 +81,9 @@ def test_a_file_is_loaded_once_by_whatever_path(file: Path, tmp_path: Path) -> N
     assert not sharing.is_loaded(file, ServeConfig())
 
 
-@pytest.mark.parametrize("options", [{"mmap": False}, {"split_mode": "none"}, {"gpu_layers": "0"}, {"deterministic": True}])
+@pytest.mark.parametrize(
+    "options", [{"mmap": False}, {"split_mode": "none"}, {"gpu_layers": "0"}, {"deterministic": True}]
+)
 def test_what_is_to_lie_elsewhere_is_loaded_anew(file: Path, options: dict[str, Any]) -> None:
     first, second = load(file), load(file, **options)
     assert (first.n_twins, second.n_twins) == (1, 1)
