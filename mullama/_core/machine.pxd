@@ -126,6 +126,7 @@ cdef class Machine:
     cdef llama_context * ctx
     cdef llama_memory_t mem
     cdef ggml_threadpool_t pool
+    cdef int pid                       # of the process that made it
     cdef llama_batch batch
     cdef vector[Slot] slots
     cdef unique_ptr[Ring] ring
@@ -162,7 +163,7 @@ cdef class Machine:
 
     cdef void take_on(self, Context context) noexcept
     cdef void attach(self, llama_context * ctx) noexcept nogil
-    cdef int set_up(self, page_path, bint quick) except -1
+    cdef int set_up(self, page_path, bint page_needed, bint quick) except -1
     cdef void release(self) noexcept
     cdef int warm_up(self, llama_context * ctx, Governor governor, bint quick) except -1
     cdef bint take_turn(self) noexcept

@@ -29,6 +29,7 @@ class Machine:
         n_threads: int = 1,
         threads_fixed: bool = False,
         page_path: str | PathLike[str] | None = None,
+        page_needed: bool = True,
         turns: Arbiter | None = None,
         quick: bool = False,
         n_slots: int,

@@ -36,15 +36,17 @@ cdef class Machine:
         memset(&self.counters, 0, sizeof(mullama_counters))
 
     def __init__(self, Model model not None, *, int n_threads=1, bint threads_fixed=False, page_path=None,
-                 Arbiter turns=None, bint quick=False, **sizes):
+                 bint page_needed=True, Arbiter turns=None, bint quick=False, **sizes):
         """Make a Context (``sizes`` are its arguments) and all that it takes to compute with it.
 
+        ``page_needed``: without it, a page that cannot be a file is private memory (``page_path`` is empty then).
         ``quick``: somebody waits, so that only the decodes are run that the governor cannot do without.
         ``turns`` is the arbiter that the engines of a process share. Raises ModelLoadError when it does not fit.
         """
         if not 1 <= n_threads <= 512:
             raise ModelLoadError("n_batch must be 32 to 16384, n_ctx 16 to 16777216, n_threads 1 to 512")
         self.turns = turns or default_arbiter
+        self.pid = process_id()
         self.deadline.at_ns = 0
         cdef Context context = Context(model, **sizes)
         self.n_slots = context.n_slots
@@ -66,7 +68,7 @@ cdef class Machine:
         self.seat = self.turns.table.get().join()
         self.take_on(context)
         try:
-            self.set_up(page_path, quick)
+            self.set_up(page_path, page_needed, quick)
         except BaseException:
             self.close()
             raise
@@ -91,7 +93,7 @@ cdef class Machine:
         llama_set_abort_callback(ctx, Deadline.expired, &self.deadline)
         llama_set_n_threads(ctx, self.threads_set, self.threads_set)
 
-    cdef int set_up(self, page_path, bint quick) except -1:
+    cdef int set_up(self, page_path, bint page_needed, bint quick) except -1:
         """The rest of __init__, once the context exists."""
         self.batch = llama_batch_init(self.n_batch, 0, 1)
         self.slots.resize(self.n_slots)
@@ -101,7 +103,9 @@ cdef class Machine:
         try:
             self.page = Page(self.n_slots, page_path)
         except OSError as error:
-            raise ModelLoadError(f"the instrumentation page {page_path} cannot be made: {error.strerror}") from None
+            if page_needed:
+                raise ModelLoadError(f"the instrumentation page {page_path} cannot be made: {error.strerror}") from None
+            self.page = Page(self.n_slots)
         self.warm_up(self.ctx, self.governor, quick)
         self.publish()
         return 0
@@ -119,6 +123,8 @@ cdef class Machine:
 
     cdef void release(self) noexcept:
         cdef size_t i
+        if self.pid != process_id():
+            return  # a child of the process whose threads these are
         for i in range(self.slots.size()):
             self.slots[i].end_request()
         self.ctx = NULL

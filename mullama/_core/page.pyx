@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
+import errno
 import mmap
 import os
 import time
@@ -51,6 +52,20 @@ def site_table():
     return {table[i].name.decode(): (table[i].number, table[i].doc.decode()) for i in range(n)}
 
 
+def _allocate(fd, size):
+    """Have the file system keep room for a whole file. Raises OSError when it has none.
+
+    SAFETY: a write into a mapping of a file for which the disk has no block left is a SIGBUS, which ends the process.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot
+            raise
+
+
 cdef class Page:
     """A shared mapping (a file when ``path`` is given, else private memory) of counters, rows and events."""
 
@@ -68,8 +83,15 @@ cdef class Page:
         else:
             self.file = _locked(os.fspath(path))
             self.path = os.fspath(path)
-            os.ftruncate(self.file, size)
-            self.mapping = mmap.mmap(self.file, size)
+            try:
+                os.ftruncate(self.file, size)
+                _allocate(self.file, size)
+                self.mapping = mmap.mmap(self.file, size)
+            except BaseException:
+                os.unlink(self.path)
+                os.close(self.file)
+                self.file, self.path = None, ""
+                raise
         self.view = memoryview(self.mapping)
         cdef unsigned char[::1] raw = self.view
         cdef unsigned char * base = &raw[0]
@@ -143,9 +165,12 @@ cdef size_t _aligned(size_t n) noexcept:
 
 
 def _locked(str path):
-    """A descriptor of a new file that only the owner may read, locked as long as it is open (see abi.is_alive)."""
+    """A descriptor of a new file that only the owner may read, locked as long as it is open (see abi.is_alive).
+
+    A file or a link that is there already is not ours.
+    """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
         if fcntl is None:
             return fd
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -11,6 +10,7 @@ import click
 
 from mullama.cli.remote import Server, server_options
 from mullama.cli.table import human_size, print_table, printable
+from mullama.home import expand
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -52,7 +52,7 @@ def list_(name: str, url: str, key: str, as_json: bool) -> None:
 @_as_json
 def load(name: str, file: str, adapter: str | None, scale: float, url: str, key: str, as_json: bool) -> None:
     """Load an adapter onto NAME, from a file that the server can read or from a reference."""
-    here = Path(file).expanduser()
+    here = expand(file)
     body: dict[str, Any] = {"path": str(here.resolve())} if here.is_file() else {"reference": file}
     body |= {"scale": scale} | ({"id": adapter} if adapter is not None else {})
     found = Server(url, key).post(_path(name), body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -72,7 +73,8 @@ class _Display:
         if step != self._step:
             self._step_began = (now, done)
         self._step, self._logged_at = step, now
-        print(f"{self._title}: {step}{share}", file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads: no reason to stop
+            print(f"{self._title}: {step}{share}", file=self._stream, flush=True)
 
     def _pace(self, done: float, total: float, now: float) -> str:
         """What a line of a log says beside the share."""

@@ -30,6 +30,7 @@ from mullama.errors import (
     ModelLoadError,
     no_adapter,
 )
+from mullama.home import expand
 from mullama.kv.namespaces import adapters_key
 from mullama.kv.tree import namespace_of
 from mullama.models.adapters import AdapterFacts, check_adapter
@@ -229,7 +230,7 @@ class Adapters:
             if not separator or not path or not ID.fullmatch(name):
                 raise ConfigError(f"lora: '{spec}' is not NAME=PATH; NAME is {ID_RULE}")
             try:
-                self.load(Path(path).expanduser(), name, 1.0)
+                self.load(expand(path), name, 1.0)
             except AdapterMismatch as error:
                 log.warning("the adapter '%s' is not loaded onto %s: %s", name, self._core.model.path, error.message)
 

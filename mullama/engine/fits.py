@@ -20,6 +20,7 @@ from mullama.engine import sharing, sizing
 from mullama.engine.sizing import Sizes
 from mullama.errors import ModelLoadError
 from mullama.files import identity_of
+from mullama.home import expand
 from mullama.machine import memory
 from mullama.models import adapters, gguf
 from mullama.models.estimate import Estimate, check_fits, estimate, is_enough, largest, token_bytes
@@ -59,11 +60,11 @@ def check(path: str | Path, config: ServeConfig, name: str, n_ctx: int, n_parall
         check_fits(_less_shared(needs, path, config), free, name)
 
 
-def sizes_for(path: str | Path, config: ServeConfig, name: str) -> Sizes | None:
+def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = True) -> Sizes | None:
     """The context and the parallelism with which a file fits; None where that is known only when it is loaded.
 
-    Automatic sizes shrink as far as they must. Raises MemoryTooSmall where it does not fit even so. What else is wrong
-    with the file, loading it tells.
+    Automatic sizes shrink as far as they must (``tell``: log it). Raises MemoryTooSmall where it does not fit even so.
+    What else is wrong with the file, loading it tells.
     """
     free = free_memory(config)
     if free is None or _has_gpu():
@@ -81,7 +82,7 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str) -> Sizes | None:
         sizes = _shrunk(header, config, sizes, free - needs.adapters)
         needs = _needs(header, config, sizes.n_ctx, sizes.n_parallel, needs.adapters)
     check_fits(needs, free, name)
-    if sizes != _sizes(header, config, None):
+    if tell and sizes != _sizes(header, config, None):
         log.warning("%s: %d x %d tokens, because little memory is free", name, sizes.n_parallel, sizes.n_ctx)
     return sizes
 
@@ -142,7 +143,7 @@ def _adapter_bytes(config: ServeConfig, header: Header) -> int:
     """Bytes of the adapters that will be loaded with a model: those that are of it."""
     found = 0
     for spec in config.lora:
-        path = Path(spec.partition("=")[2]).expanduser()
+        path = expand(spec.partition("=")[2])
         try:
             own = header_of(path)
             adapters.compare(own, header, str(path))

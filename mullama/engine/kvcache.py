@@ -241,6 +241,9 @@ class KvCache(KvFinder):
     def vacate(self, slot: int) -> int:
         """Free a retained slot, saving what it holds to host memory where that is possible. Returns the cells freed."""
         self.store(slot)
+        return self._free(slot)
+
+    def _free(self, slot: int) -> int:
         self._note_lost(slot, 0)
         freed = self._core.evict(slot, 0)
         self.tree.release(slot)
@@ -315,14 +318,32 @@ class KvCache(KvFinder):
     def evict_retained(self, n_tokens: int, running: Sequence[bool], request: str | None = None) -> int:
         """Free retained slots, in the policy's order, until ``n_tokens`` cells are free. Returns those freed."""
         self._begin(request)
-        views = self._views(running)
-        kept = sorted((view.last_used, slot) for slot, view in enumerate(views) if not view.running and view.tokens)
         freed = 0
-        for _, slot in kept:
+        for slot in self._retained(running):
             if freed >= n_tokens:
                 break
             freed += self.vacate(slot)
         return freed
+
+    def store_retained(self, running: Sequence[bool]) -> None:
+        """Copy what the retained slots hold to the tiers, in the policy's order: who is last stays longest."""
+        self._begin(None)
+        for slot in self._retained(running):
+            self.store(slot)
+
+    def free_retained(self, running: Sequence[bool], *, only_stored: bool) -> None:
+        """Free the retained slots and copy nothing. ``only_stored``: those whose KV is in the tiers to the end."""
+        self._begin(None)
+        for slot in self._retained(running):
+            end = self.tree.end_of(slot)
+            if not only_stored or (end is not None and all(node.is_stored for node in end.path())):
+                self._free(slot)
+
+    def _retained(self, running: Sequence[bool]) -> list[int]:
+        """The slots that hold a prefix and nothing else, in the order in which they make room."""
+        views = self._views(running)
+        kept = sorted((view.last_used, slot) for slot, view in enumerate(views) if not view.running and view.tokens)
+        return [slot for _, slot in kept]
 
     def _views(self, running: Sequence[bool]) -> list[SlotView]:
         """The slots for ``place``: the one with the lowest ``last_used`` makes room."""

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from mullama.errors import StoreError
@@ -32,6 +33,18 @@ class _Shared:
 
     record: DiskRecord
     n_nodes: int = 0
+
+
+@dataclass(slots=True, frozen=True)
+class _Job:
+    """A node's KV on its way to the disk."""
+
+    node: Node
+    namespace: bytes
+    tokens: bytes
+    start: int
+    chunks: list[bytes]
+    checkpoint: bytes | None
 
 
 class DiskRows:
@@ -72,7 +85,11 @@ class DiskTier:
         on_evict: Callable[[Node], None],
     ) -> None:
         self.store = store
-        self.n_skipped = 0  # stretches that were not written because the disk was too slow
+        self.n_behind = 0  # stretches that were not written because the disk was too slow
+        self.n_too_large = 0  # and because its budget has no room for them
+        self.n_failed = 0  # stretches that the disk did not take
+        self.last_error: StoreError | None = None  # why the latest of them was not written
+        self.is_failing = False  # whether what was tried last failed
         self._tree = tree
         self._policy = policy
         self._token_bytes = token_bytes
@@ -80,9 +97,8 @@ class DiskTier:
         self._on_evict = on_evict  # told of a node before it goes to make room
         self._pending: set[int] = set()  # ids of nodes on their way
         self._pending_bytes = 0
-        self._jobs: queue.SimpleQueue[tuple[Node, bytes, bytes, int, list[bytes], bytes | None] | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[_Job | Callable[[], None] | None] = queue.SimpleQueue()
+        self._told = (0.0, "")  # when the log was told of a failure, and of which
         self._ranked: list[tuple[Node, int]] = []  # who goes next, the last one first, and when it was last used
         self._ranked_by: EvictionPolicy | None = None
         for record in store.scan():
@@ -97,6 +113,11 @@ class DiskTier:
         has = isinstance(held, DiskRows) and (held.has_checkpoint or not with_checkpoint)
         return not has and node.id not in self._pending
 
+    @property
+    def n_not_written(self) -> int:
+        """Stretches that are not on disk though they should be."""
+        return self.n_behind + self.n_too_large + self.n_failed
+
     def keep(self, node: Node, rows: Payload | None = None, at_end: Payload | None = None) -> None:
         """Write a node's KV, unless the disk has it or it is on its way: what is given, or what host memory holds."""
         rows = node.host if rows is None else rows
@@ -105,12 +126,26 @@ class DiskTier:
             return
         checkpoint = at_end.data if isinstance(at_end, Checkpoint) else None
         size = self.store.size_of(node.namespace, node.start, node.end, None if checkpoint is None else len(checkpoint))
-        if self._pending_bytes + size > MOST_PENDING or not self._make_room(size, node):
-            self.n_skipped += 1
+        if self._pending and self._pending_bytes + size > MOST_PENDING:
+            self.n_behind += 1
+            return
+        if not self._make_room(size, node):
+            self.n_too_large += 1
             return
         self._pending.add(node.id)
         self._pending_bytes += size
-        self._jobs.put((node, node.namespace, node.tokens(), node.start, list(rows.chunks), checkpoint))
+        self._jobs.put(_Job(node, node.namespace, node.tokens(), node.start, list(rows.chunks), checkpoint))
+
+    def error_since(self, n_failed: int) -> StoreError | None:
+        """Why something was not written since ``n_failed`` was read."""
+        return self.last_error if self.n_failed > n_failed else None
+
+    def hand_over(self, work: Callable[[], object]) -> bool:
+        """Run what calls ``keep``. False: the writer has too much to do; run it again when all is ``written``."""
+        before = self.n_behind
+        work()
+        is_all, self.n_behind = self.n_behind == before, before
+        return is_all
 
     def read(self, node: Node) -> tuple[Rows, Checkpoint | None] | None:
         """A node's KV, verified. None: it could not be read, and no node counts on that record any more."""
@@ -157,52 +192,85 @@ class DiskTier:
                 node.disk = None
                 self._tree.prune(node)
 
-    def flush(self, timeout_s: float = 30.0) -> None:
-        """Wait until what was given to the writer is on disk (and known here only once ``post`` ran)."""
-        done = threading.Event()
-        self._flushed = done
-        self._jobs.put(None)
-        done.wait(timeout_s)
+    def written(self) -> Future[None]:
+        """Done when all that was handed over so far is on disk, or was not taken. Any thread.
+
+        What became of it is known here only then, once what the writer has posted by then has run.
+        """
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()  # who waits may leave; the writer need not know
+        self._jobs.put(lambda: future.set_result(None))
+        if self._is_over:
+            self._answer_waiting()
+        return future
 
     def close(self) -> None:
         """Write what waits, then let go of the folder."""
-        self._closing = True
         self._jobs.put(None)
         self._thread.join()
+        self._is_over = True
+        self._answer_waiting()
         if not self._detached:
             self._make_room(0)
         self.store.close()
 
     # -- the writer thread --------------------------------------------------------------------------------------
 
-    _closing = False
     _detached = False
-    _flushed: threading.Event | None = None
+    _is_over = False  # the writer has ended: what comes is answered by who brings it
 
     def _run(self) -> None:
         while True:
             job = self._jobs.get()
             if job is None:
-                if self._flushed is not None:
-                    self._flushed.set()
-                if self._closing:
-                    return
+                return
+            if not isinstance(job, _Job):
+                job()
                 continue
-            node, namespace, tokens, start, chunks, checkpoint = job
-            record: DiskRecord | None = None
+            result: DiskRecord | StoreError
             try:
-                record = self.store.put(namespace, tokens, start, chunks, checkpoint, sync=False)
-            except (StoreError, ValueError) as error:
-                log.warning("KV was not written to disk: %s", error)
-            size = sum(map(len, chunks)) + (len(checkpoint) if checkpoint else 0)
-            self._post(self._done(node, record, size))
+                # NOTE: not synced. A full disk is told by write(2) or close(2); a crash of the machine may cost it.
+                result = self.store.put(job.namespace, job.tokens, job.start, job.chunks, job.checkpoint, sync=False)
+            except StoreError as error:
+                result = error
+            except Exception as error:  # of this thread nobody else would hear
+                log.exception("the writer of KV failed")
+                result = StoreError(f"cannot keep KV on disk: {error}")
+            if isinstance(result, StoreError):
+                self._tell(result)
+            self._post(self._done(job, result))
 
-    def _done(self, node: Node, record: DiskRecord | None, size: int) -> Callable[[], None]:
+    def _tell(self, error: StoreError) -> None:
+        """Log a failure: a disk that stays full fails with every request, and is told of once a minute."""
+        when, what = self._told
+        now = time.monotonic()
+        if error.message != what or now - when >= 60:
+            self._told = (now, error.message)
+            log.warning("KV was not written to disk: %s", error.message)
+
+    def _answer_waiting(self) -> None:
+        """Who waits for the writer, which has ended, waits no longer."""
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None and not isinstance(job, _Job):
+                job()
+
+    def _done(self, job: _Job, result: DiskRecord | StoreError) -> Callable[[], None]:
+        node, size = job.node, sum(map(len, job.chunks)) + len(job.checkpoint or b"")
+
         def on_engine_thread() -> None:
             is_wanted = node.id in self._pending  # nobody has dropped it meanwhile
             self._pending.discard(node.id)
             self._pending_bytes = max(self._pending_bytes - size, 0) if self._pending else 0
-            if record is None or self._detached:
+            if isinstance(result, StoreError):
+                self.n_failed += 1
+                self.last_error, self.is_failing = result, True
+                return
+            record, self.is_failing = result, False
+            if self._detached:
                 return
             if is_wanted:
                 self._attach(record)

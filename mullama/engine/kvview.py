@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mullama import abi
-from mullama.engine.kvdisk import DiskRows
+from mullama.engine.kvdisk import DiskRows, DiskTier
 from mullama.kv.choice import KvSource
 from mullama.kv.events import KvTier
 from mullama.kv.namespaces import short_namespace
-from mullama.kv.tree import Node, pack
+from mullama.kv.tree import Node, pack, unpack
 from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
     from mullama._core import Core
     from mullama.engine.kvcache import KvCache
     from mullama.engine.sequences import Sequences
+
+
+EXCERPT = 32  # tokens at either end of a node whose text is shown
 
 
 def snapshot(info: ModelInfo, core: Core, seqs: Sequences, kv: KvCache) -> dict[str, Any]:
@@ -95,7 +98,8 @@ def tiers(kv: KvCache) -> dict[str, Any]:
             "bytes_used": kv.disk.store.bytes_used,
             "bytes_budget": kv.disk.store.budget_bytes,
             "tokens": disk_tokens,
-            "not_written": kv.disk.n_skipped,
+            "not_written": kv.disk.n_not_written,
+            "error": kv.disk.last_error.message if kv.disk.is_failing and kv.disk.last_error is not None else None,
             "refused": dict(kv.disk.store.skipped),
         },
     }
@@ -126,8 +130,10 @@ def cell_runs(core: Core) -> dict[str, Any]:
     return {"caches": caches, "recurrent": truth["recurrent"]}
 
 
-def tree(kv: KvCache, seqs: Sequences, limit: int) -> dict[str, Any]:
-    """The prefix tree, parents first."""
+def tree(
+    kv: KvCache, seqs: Sequences, limit: int, text: Callable[[Sequence[int]], str] | None = None
+) -> dict[str, Any]:
+    """The prefix tree, parents first; with ``text``, which makes texts of token ids, also what nodes hold."""
     owner = {slot: seqs.live[handle].request.id for slot, handle in enumerate(seqs.slots) if handle}
     now = time.monotonic_ns()
     nodes: list[dict[str, Any]] = []
@@ -161,9 +167,17 @@ def tree(kv: KvCache, seqs: Sequences, limit: int) -> dict[str, Any]:
                 "cost_ms": round(node.cost_ns / 1e6, 3),
                 "pinned_s": max(round((node.pinned_until_ns - now) / 1e9, 3), 0.0),
                 "namespace": short_namespace(node.namespace),
+                **({"text": _excerpt(unpack(node.key), text)} if text is not None else {}),
             }
         )
     return {"nodes": nodes, "n_nodes": kv.tree.n_nodes, "truncated": len(nodes) < kv.tree.n_nodes}
+
+
+def _excerpt(tokens: list[int], text: Callable[[Sequence[int]], str]) -> str:
+    """The text of a node, the middle of a long one left out."""
+    if len(tokens) <= 2 * EXCERPT:
+        return text(tokens)
+    return f"{text(tokens[:EXCERPT])} … {text(tokens[-EXCERPT:])}"
 
 
 def _ago(then_ns: int) -> float:
@@ -212,21 +226,32 @@ def _below(node: Node) -> list[Node]:
     return found
 
 
-def save(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, int]:
-    """Hand what is cached of a prefix to the disk's writer. What it has already counts as well."""
-    assert kv.disk is not None
+def save(kv: KvCache, disk: DiskTier, namespace: bytes, tokens: Sequence[int]) -> None:
+    """Hand what is cached of a prefix to the disk's writer."""
     match = kv.tree.match(namespace, pack(tokens))
     for slot, shared in match.slots.items():
         if shared == match.n_tokens:
             kv.store(slot, upto=None if kv.cells.needs_checkpoint else shared)
             break
-    n_tokens = n_bytes = 0
     for node in kv.tree.match(namespace, pack(tokens)).nodes:
-        kv.disk.keep(node)
-        if kv.disk.lacks(node, False):
+        disk.keep(node)
+
+
+def saved(kv: KvCache, disk: DiskTier, namespace: bytes, tokens: Sequence[int], n_failed: int) -> dict[str, int]:
+    """What the disk holds of a prefix after ``save``.
+
+    ``n_failed``: the tier's count before. Raises StoreError when the disk did not take what is cached of the prefix.
+    """
+    n_tokens = n_bytes = 0
+    match = kv.tree.match(namespace, pack(tokens))
+    for node in match.nodes:
+        if disk.lacks(node, False):
             break
-        n_tokens, n_bytes = node.end, n_bytes + node.n_tokens * kv.cells.token_bytes
-    return {"tokens": min(n_tokens, len(tokens)), "bytes": n_bytes}
+        n_tokens, n_bytes = min(node.end, len(tokens)), n_bytes + node.n_tokens * kv.cells.token_bytes
+    error = disk.error_since(n_failed)
+    if n_tokens < match.n_tokens and error is not None:
+        raise type(error)(f"{n_tokens} of {match.n_tokens} cached tokens are on disk: {error.message}")
+    return {"tokens": n_tokens, "bytes": n_bytes}
 
 
 def load(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, int]:
@@ -244,26 +269,3 @@ def load(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, int]
             break
         n_tokens = node.end
     return {"tokens": min(n_tokens, len(tokens)), "bytes": n_bytes}
-
-
-def export(kv: KvCache, slot: int) -> dict[str, Any]:
-    """Keys and values of a slot, by layer: (tokens, width) arrays, float16, float32 or raw bytes of quantised rows."""
-    import numpy as np
-
-    n_past, _ = kv.cells.core.slot_fill(slot)
-    layers = kv.cells.layers()
-    if n_past == 0 or not kv.cells.has_rows:
-        return {"tokens": [], "layers": []}
-    data = b"".join(kv.cells.save(slot, 0, n_past))
-    rows = np.frombuffer(data, dtype=np.uint8).reshape(n_past, kv.cells.token_bytes)
-    found = []
-    for layer in layers:
-        entry: dict[str, Any] = {"layer": layer["layer"]}
-        for name in ("k", "v"):
-            at, size = layer[name]
-            part = np.ascontiguousarray(rows[:, at : at + size])
-            kind = {"f16": np.float16, "f32": np.float32}.get(layer[f"type_{name}"])
-            entry[name] = part.view(kind) if kind is not None else part
-            entry[f"type_{name}"] = layer[f"type_{name}"]
-        found.append(entry)
-    return {"tokens": kv.cells.core.slot_info(slot)[3][:n_past], "layers": found}

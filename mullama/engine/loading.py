@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
@@ -20,6 +21,8 @@ from mullama.engine import sharing, sizing
 from mullama.engine.kvcache import KvCache
 from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError
+from mullama.files import count_of
+from mullama.home import expand
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
 from mullama.machine import kernels, memory, ways
@@ -174,8 +177,13 @@ def make_core(
         reference=config.deterministic,
         unified_cells=0 if config.kv_layout == "streams" else config.kv_tokens or sizes.n_ctx * sizes.n_parallel,
         page_path=_page_path(name, config.page_dir),
+        page_needed=bool(config.page_dir),
         quick=quick,
     )
+    if not core.page.path:
+        log.warning(
+            "%s: the instrumentation page is this process's own, for no folder takes it; name one with --page-dir", name
+        )
     faults.crash_point("load:after-context")
     return core
 
@@ -217,7 +225,7 @@ def open_disk_store(model: Model, core: Core, kv: KvCache, config: ServeConfig) 
         + (f":slots={core.n_slots}:unified={core.unified}" if kv.cells.needs_checkpoint else ""),
         state_version=llama_cpp_version(),
     )
-    return DiskStore(Path(config.kv_disk_dir).expanduser(), config.kv_disk_bytes, identity)
+    return DiskStore(expand(config.kv_disk_dir), config.kv_disk_bytes, identity)
 
 
 def _weights_digest(path: Path) -> str:
@@ -230,10 +238,15 @@ def _weights_digest(path: Path) -> str:
 
 
 def _page_path(name: str, folder: str) -> str | None:
-    """Where the page goes; None (a private page) when no such folder can be made."""
-    base = Path(folder) if folder else abi.runtime_dir()
+    """Where the page goes; None (a private page) when there is no such folder that is this user's own."""
+    base = Path(folder).expanduser()
     try:
+        if not folder:
+            base = abi.runtime_dir()
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # SAFETY: anybody could have made a folder of this name in the temporary one.
+        if not folder and hasattr(os, "geteuid") and base.lstat().st_uid != os.geteuid():
+            return None
         _sweep(base)
     except OSError as error:
         if folder:
@@ -258,13 +271,23 @@ def _sweep(base: Path) -> None:
             file.unlink()  # under the lock: an engine that has just made it looks again once it has the lock
 
 
+def _description(facts: dict[str, Any]) -> str:
+    """Such as "llama 135M Q4_1": llama.cpp's own, with the parameters that there are.
+
+    Its second word is the size of the first model that had so many layers, "256M" for one of 135 million.
+    """
+    name, _, rest = str(facts["description"]).partition(" ")
+    _, _, kind = rest.partition(" ")
+    return " ".join(filter(None, (name, count_of(facts["n_params"]), kind)))
+
+
 def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo:
     """``weights``: what tells these weights from others of the same name; the file's stem when it is not given."""
     facts = model.facts()
     return ModelInfo(
         name=name,
         path=model.path,
-        description=facts["description"],
+        description=_description(facts),
         architecture=facts["architecture"],
         n_params=facts["n_params"],
         size_bytes=facts["size_bytes"],

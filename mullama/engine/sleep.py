@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mullama._core import Model, Vacancy
 from mullama.engine import fits, vacant
 from mullama.engine.gap import stand_in
-from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError
+from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, StoreError
 from mullama.files import identity_of
 from mullama.observe.memory import give_back_heap
 from mullama.types import SleepLevel
@@ -57,22 +58,21 @@ class Sleep:
     def fall(self, level: SleepLevel, host: Host) -> SleepReport:
         """Free context and weights.
 
-        Raises ModelBusy while anything runs or the weights change, InvalidRequest without a disk tier.
+        Raises ModelBusy while anything runs or the weights change, InvalidRequest without a disk tier, StoreError when
+        the disk does not take the KV that is to wait there. Nothing is lost then.
         """
         weights = self._weights
         if self._vacancy is not None:
             raise InvalidRequest("the model is asleep already", param="level")
         began = time.monotonic()
         on_disk = level is SleepLevel.DISK
-        if on_disk and weights.kv.disk is None:
-            raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR", param="level")
-        with weights.held():
+        with weights.held():  # first: while the weights change, the disk tier is away for a moment
+            if on_disk and weights.kv.disk is None:
+                raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR", param="level")
             substitute = stand_in(weights.core.model, weights.config)
             try:
-                host.call(lambda: self._store(on_disk)).result()
-                if on_disk and weights.kv.disk is not None:
-                    weights.kv.disk.flush()
-                report = host.call(lambda: self._leave(level, substitute, host.on_model, began)).result()
+                error = self._write_out(on_disk, host)
+                report = host.call(lambda: self._leave(level, error, substitute, host.on_model, began)).result()
             finally:
                 if self._vacancy is None:
                     substitute.close()
@@ -82,28 +82,71 @@ class Sleep:
         if self._weights.seqs or self._weights.active is not None:
             raise ModelBusy("the model computes now, or changes its weights; only an idle one can sleep")
 
-    def _store(self, on_disk: bool) -> None:
-        """Move the KV of the slots to the tiers. Engine thread."""
-        self._check_idle()
-        kv = self._weights.kv
-        if kv.has_tiers:
-            kv.evict_retained(1 << 62, self._weights.seqs.running())  # in the policy's order: who is last stays longest
-        if on_disk and kv.disk is not None:
-            for node in kv.tree.nodes():
-                if node.host is not None:
-                    kv.disk.keep(node)
+    def _write_out(self, on_disk: bool, host: Host) -> StoreError | None:
+        """Have the tiers hold what the slots do, and the disk all of it if ``on_disk``; nothing is given up yet.
 
-    def _leave(
-        self, level: SleepLevel, substitute: Model, on_model: Callable[[Model], None], began: float
-    ) -> SleepReport:
+        Returns why the disk did not take all that it should. Raises ModelBusy.
+        """
+        kv = self._weights.kv
+        disk, works = kv.disk, [self._store_slots]
+        if disk is None:
+            host.call(self._store_slots).result()
+            return None
+        if on_disk:  # host memory first: for what the slots bring there, something else may have to go
+            works.insert(0, self._keep_host)
+        n_failed = disk.n_failed
+        for work in works:
+            while not host.call(partial(disk.hand_over, work)).result():
+                disk.written().result()
+            if not on_disk and host.call(self._is_in_memory).result():
+                return None  # nobody depends on what the disk does
+            disk.written().result()
+            error = host.call(lambda: disk.error_since(n_failed)).result()
+            if error is not None:
+                return error
+        return None
+
+    def _store_slots(self) -> None:
         """Engine thread."""
         self._check_idle()
+        if self._weights.kv.has_tiers:
+            self._weights.kv.store_retained(self._weights.seqs.running())
+
+    def _is_in_memory(self) -> bool:
+        """Whether host memory has what the slots hold. Engine thread."""
+        return all(node.host is not None for node in self._weights.kv.tree.nodes() if node.slots)
+
+    def _keep_host(self) -> None:
+        """Engine thread."""
+        kv = self._weights.kv
+        for node in list(kv.tree.nodes()):
+            if node.host is not None and kv.disk is not None:
+                kv.disk.keep(node)
+
+    def _leave(
+        self,
+        level: SleepLevel,
+        error: StoreError | None,
+        substitute: Model,
+        on_model: Callable[[Model], None],
+        began: float,
+    ) -> SleepReport:
+        """Give up what the tiers hold now, context and weights. Engine thread.
+
+        Raises ``error`` where KV would be lost, ModelBusy.
+        """
+        self._check_idle()
         kv, core = self._weights.kv, self._weights.core
+        running = self._weights.seqs.running()
         if level is SleepLevel.DISK:
+            if error is not None:
+                raise type(error)(f"the model stays awake, for its cached KV cannot wait on disk: {error.message}")
             kv.drop_host()
             for slot in range(core.n_slots):
                 if core.retained(slot)[0]:
                     kv.forget(slot)
+        elif kv.has_tiers:
+            kv.free_retained(running, only_stored=error is not None)  # the others wait outside the tiers
         path = Path(core.model.path)
         self._path, self._identity = str(path), identity_of(path)
         model = core.model

@@ -29,7 +29,7 @@ from mullama.engine.adapters import Twins, close_twins
 from mullama.engine.background import in_background
 from mullama.engine.comparing import Compared, in_report, not_comparable, texts_of, try_to_compare
 from mullama.engine.gap import Gap, decide, needs_of, same_shape, stand_in
-from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine
+from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine, StoreError
 from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
@@ -231,6 +231,11 @@ class Weights:
             yield
         finally:
             self._one.release()
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether a change goes on, during which the disk tier leaves for a moment. Any thread."""
+        return self._one.locked()
 
     def in_charge(self, carrier: Carrier) -> bool:
         """Whether a change has got so far that its weights take the steps."""
@@ -447,7 +452,8 @@ class Weights:
         old.close()
         try:
             store = loading.open_disk_store(self.core.model, self.core, self.kv, self.config)
-        except ModelLoadError:
+        except (ModelLoadError, StoreError) as error:
+            log.warning("KV is not kept on disk any more: %s", error.message)
             store = None
 
         def join() -> None:

@@ -19,8 +19,9 @@ WEIGHTS = {1: 3.0, 2: 1.0, 4: 1.5, 8: 2.0, 16: 1.5, 32: 1.0, 128: 4.0}
 #: computed beside it must be faster by this than one whose results do not.
 LAYOUT_GAIN, STEADY_GAIN = 1.03, 1.02
 
-#: What ggml does by itself, where nothing is known of speed: from so many columns on in tiled products.
-TILED_FROM = 8
+#: Where nothing is known of speed: from so many columns on in tiled products, as ggml does; with exact tiles, from
+#: there on where they were slower on every processor that was tried.
+TILED_FROM, TILED_FROM_TILES = 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ def _score(times: dict[int, float]) -> float:
 def _untimed(kind: int, usable: dict[str, Found]) -> Choice:
     layouts = tuple(way for way in LAYOUTS if way in usable)
     order = [way for way in WAYS if way not in LAYOUTS and way in usable] or ["plain"]
-    by_columns = tuple(next((w for w in order if w != "tiled" or m >= TILED_FROM), "plain") for m in CLASSES)
+    tiled_from = TILED_FROM_TILES if "tiles" in usable else TILED_FROM
+    by_columns = tuple(next((w for w in order if w != "tiled" or m >= tiled_from), "plain") for m in CLASSES)
     return Choice(kind, layouts[0] if layouts else "", by_columns, layouts)
 
 

@@ -24,7 +24,7 @@ STREAMED, FEWEST, MOST = 64 << 20, 2, 64
 #: Columns up to which reading the weights is what a product costs; from there on, fewer matrices take as long.
 FEW = 4
 #: Rounds over the ways, of which the best counts: as few as show the same twice, to within so much of it.
-LEAST_ROUNDS, MOST_ROUNDS, AGREEMENT = 3, 10, 1.05
+LEAST_ROUNDS, MOST_ROUNDS, AGREEMENT = 3, 12, 1.08
 #: Rows of a matrix of a model that are proved; the end that fills no tile stays as it is.
 PROVED_ROWS = 512
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mullama.errors import ReferenceNotFound
+from mullama.home import expand
 from mullama.models.reference import Reference
 from mullama.models.selection import Candidate, choose
 from mullama.models.sources import Progress, Sink
@@ -14,7 +15,7 @@ class LocalSource:
     """A path to a file, or to a folder with a model in it. The file is never copied, moved or removed."""
 
     def normalise(self, location: str) -> str:
-        return str(Path(location).expanduser().absolute())
+        return str(expand(location).absolute())
 
     def locate(self, reference: Reference) -> Path:
         """The file; of a folder its only model, or the one that ``reference.quant`` names. Raises ReferenceNotFound."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from mullama.errors import MullamaError, ReferenceNotFound, StoreError
+from mullama.errors import DiskFull, MullamaError, ReferenceNotFound, StoreError
 from mullama.models.reference import Reference
 from mullama.models.sources import Progress, Sink
 
@@ -213,7 +213,7 @@ def _download_error(location: Location, said: Iterable[str], code: int) -> Mulla
     reason = errors[-1] if errors else (text.strip().splitlines() or [f"exit status {code}"])[-1]
     what = location.requirement
     if "No space left on device" in text or "Disk quota exceeded" in text:
-        return StoreError(f"cannot download {what}: the disk is full")
+        return DiskFull(f"cannot download {what}: the disk is full")
     if any(sign in text for sign in _NETWORK_SIGNS):
         return StoreError(f"cannot download {what}: the package index cannot be reached (pip says: {reason})")
     if "No matching distribution found" in text:

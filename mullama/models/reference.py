@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mullama.errors import ConfigError, ReferenceNotFound
+from mullama.home import expand
 
 LOCAL = "file"
 HUB = "hf"
@@ -206,7 +207,7 @@ def with_quant(reference: Reference, quant: str) -> Reference:
 
 def local_reference(path: Path) -> Reference:
     """A file or folder that is used where it lies. Whether it exists is checked when it is resolved."""
-    absolute = str(path.expanduser().absolute())
+    absolute = str(expand(path).absolute())
     return Reference(key=absolute, source=LOCAL, locations=(absolute,))
 
 

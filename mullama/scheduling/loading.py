@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from mullama.errors import InvalidRequest, PluginError
+from mullama.home import expand
 from mullama.logs import said
 from mullama.plugins import is_fault
 
@@ -31,7 +32,7 @@ def load_object(spec: str, noun: str) -> Any:
     where, _, attribute = spec.rpartition(":")
     if not where or not attribute:
         raise InvalidRequest(f"a {noun} is named FILE.py:CLASS or package.module:CLASS, not '{spec}'")
-    module = _run_file(Path(where).expanduser(), noun) if where.endswith(".py") else _import(where, noun)
+    module = _run_file(expand(where), noun) if where.endswith(".py") else _import(where, noun)
     try:
         return operator.attrgetter(attribute)(module)
     except AttributeError:

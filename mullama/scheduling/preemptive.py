@@ -7,9 +7,7 @@ from typing import ClassVar
 from mullama.scheduling.base import EngineState, Plan, SeqView
 from mullama.scheduling.batching import METHOD
 from mullama.scheduling.params import Param
-from mullama.scheduling.priority import Priority
-
-FOREVER_NS = 1 << 62
+from mullama.scheduling.priority import EVER_NS, Priority
 
 
 class Preemptive(Priority):
@@ -43,9 +41,11 @@ class Preemptive(Priority):
         return [entry[-1] for entry in sorted(found)]
 
     def yields(self, victim: SeqView, seq: SeqView) -> bool:
-        more_urgent = victim.priority - seq.priority
+        if victim.priority <= seq.priority:
+            return False
         # PERF: the comparison of their ranks, written out.
-        return more_urgent > 0 and seq.arrival_ns - victim.arrival_ns < more_urgent * (self._ageing_ns or FOREVER_NS)
+        lead = self.lag_ns(victim.priority) - self.lag_ns(seq.priority) if self._ageing_ns else EVER_NS
+        return seq.arrival_ns - victim.arrival_ns < lead
 
     def blocked(self, plan: Plan, seq: SeqView, running: list[SeqView], state: EngineState) -> None:
         """Come back when the next running sequence may be taken."""

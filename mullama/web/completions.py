@@ -9,6 +9,7 @@ from typing import Any
 import falcon.asgi
 
 from mullama.engine.client import EngineClient
+from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.context import ContextPolicy, Dropped, Room, drop_tokens, policy_for, without
 from mullama.web.generations import Group, Reply
@@ -19,6 +20,7 @@ from mullama.web.schemas import (
     CompletionCall,
     Options,
     completion_prompts,
+    keep_alive_of,
     options_of,
     parse_completion,
 )
@@ -58,25 +60,26 @@ class Completions:
     ) -> tuple[Group, Options, list[str] | None, list[Dropped | None]]:
         """The prompts, and their generations. The group takes over the lease."""
         services, engine = self._services, lease.engine
+        errand = services.errand(req)
         named = check_named(call.model, call.named, engine)
         has_many = len(call.body.logit_bias or ()) > FEW_BIASES
-        options = await services.offload(has_many, partial(options_of, call.body, engine.info))
-        prepared = await services.prepared(engine, options.sampling)
+        options = await errand.run(has_many, partial(options_of, call.body, engine.info))
+        keep_alive_s = keep_alive_of(call.body)
+        prepared = await services.prepared(errand, engine, options.sampling)
         asked = completion_prompts(call.body, options, engine.info)
-        services.keep_alive(call.model, call.body.keep_alive)
         info = engine.info
         policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
         room = Room(info.n_ctx, options.sampling.max_tokens)
         size = sum(len(prompt) for prompt in asked)
-        pace = services.pace() if size > LARGE_TEXT else None
+        pace = errand.checkpoint if size > LARGE_TEXT else None
         most = None if policy.truncates else room.limit
-        prompts = await services.offload(size > LARGE_TEXT, partial(_tokens, engine, asked, most, pace))
+        prompts = await errand.run(size > LARGE_TEXT, partial(_tokens, engine, asked, most, pace))
         echoes = None
         if call.body.echo:
-            echoes = await services.offload(size > LARGE_TEXT, partial(_echoes, engine, asked, options.n))
+            echoes = await errand.run(size > LARGE_TEXT, partial(_echoes, engine, asked, options.n))
         dropped: list[Dropped | None] = []
         if policy.truncates and any(len(prompt) > room.wanted for prompt in prompts):
-            prompts, dropped = await services.offload(True, partial(_cut, engine, prompts, policy, room))
+            prompts, dropped = await errand.run(True, partial(_cut, engine, prompts, policy, room))
         group = Group(
             services,
             lease,
@@ -91,16 +94,20 @@ class Completions:
             lora=uses_of(named, call.body.lora),
         )
         await group.submit()
+        services.keep_alive(call.model, keep_alive_s)  # of a request that was not refused
         return group, options, echoes, dropped
 
 
 def _tokens(
     engine: EngineClient, prompts: Sequence[str | list[int]], most: int | None, pace: Callable[[], None] | None
 ) -> list[list[int]]:
-    return [
-        engine.prompt_tokens(prompt, most=most, between=pace) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+    found = []
+    for i, prompt in enumerate(prompts):
+        try:
+            found.append(engine.prompt_tokens(prompt, most=most, between=pace) if isinstance(prompt, str) else prompt)
+        except ContextLengthExceeded as error:
+            raise (error if len(prompts) == 1 else error.about(f"prompt[{i}]", "it")) from None
+    return found
 
 
 def _cut(

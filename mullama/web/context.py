@@ -153,8 +153,9 @@ def drop_turns(
     """The messages that ``policy`` takes out of a chat of ``n_whole`` tokens so that it fits; an empty span: none.
 
     ``count`` says how many tokens a chat has, ``fits`` whether a chat has at most those wanted, which can be cheaper.
-    ``count`` is asked about the largest cut, ``fits`` then by bisection, so if fewer messages never have more tokens,
-    the span is the shortest that fits. Where even the largest cut leaves the
+    ``count`` is asked about the largest cut, ``fits`` then about smaller ones, in strides that double until one is too
+    small, then by bisection: what is looked at is never much longer than what fits, however long the chat is. If fewer
+    messages never have more tokens, the span is the shortest that fits. Where even the largest cut leaves the
     completion less than it wants, that cut is taken if the rest fits at all: no policy refuses what ``error`` takes.
     Raises ContextLengthExceeded with the sizes.
     """
@@ -177,6 +178,12 @@ def drop_turns(
             )
         return spans[-1] if n_least < n_whole else NOTHING
     low, high = -1, len(spans) - 1  # spans[high] fits; spans[low] does not, and below them all is the whole chat
+    stride = 1
+    while (smaller := high - stride) >= 0:
+        if not fits(without(messages, spans[smaller])):
+            low = smaller
+            break
+        high, stride = smaller, 2 * stride
     while high - low > 1:
         middle = (low + high) // 2
         if fits(without(messages, spans[middle])):

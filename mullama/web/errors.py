@@ -9,7 +9,7 @@ import falcon
 import falcon.asgi
 import orjson
 
-from mullama.errors import MullamaError, ShuttingDown
+from mullama.errors import MullamaError, QueueFull, ShuttingDown
 from mullama.types import Finish, FinishReason
 from mullama.web.request import Request
 
@@ -52,7 +52,9 @@ def finish_error(finish: Finish) -> MullamaError | None:
 async def _expected(req: Request, resp: falcon.asgi.Response, error: MullamaError, params: Any) -> None:
     told = error.for_clients if not req.is_operator else None
     if error.status >= 500 or told is not None:
-        log.warning("%s %s: %s", req.method, req.path, error.message)
+        # That a busy server says so, and one that ends, is what they should do.
+        level = logging.INFO if isinstance(error, QueueFull | ShuttingDown) else logging.WARNING
+        log.log(level, "%s %s: %s", req.method, req.path, error.message)
     body = error.to_openai()
     if told is not None:
         body["error"]["message"] = told

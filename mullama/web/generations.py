@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mullama.engine.client import AsyncGeneration
+from mullama.errors import ClientLeft
 from mullama.serving.states import Lease
-from mullama.types import Delta, Finish, LoraUse, Request
+from mullama.types import Delta, Finish, FinishReason, LoraUse, Request
 from mullama.web import request as web_request
 from mullama.web.errors import finish_error, internal_error
 from mullama.web.schemas import Options
@@ -128,6 +129,7 @@ class Group:
         await web_request.until_disconnect(receive)
         # NOTE: uvicorn reports the end of the response the same way; cancelling what has ended does no harm.
         self.disconnected = True
+        self._services.n_left += any(generation.finish is None for generation in self.generations)
         self.cancel()
 
     def cancel(self) -> None:
@@ -151,6 +153,8 @@ class Group:
             log.error("generation %s stopped without a finish", generation.id)
             raise internal_error()
         error = finish_error(finish)
+        if error is not None and self.disconnected and finish.reason is FinishReason.CANCELLED:
+            raise ClientLeft("the client left before it was answered")
         if error is not None:
             raise error
         return finish

@@ -7,7 +7,7 @@ from functools import partial
 import falcon.asgi
 
 from mullama.engine.client import EngineClient
-from mullama.errors import InvalidRequest
+from mullama.errors import InvalidRequest, PermissionDenied
 from mullama.web.internal import Internal, Policies, dump
 from mullama.web.kv_events import KvEventStream
 from mullama.web.kv_schemas import Prefix, parse_drop, parse_pin, parse_prefix
@@ -33,10 +33,18 @@ class KvTree(Internal):
     access = Access.OPERATOR
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
-        """The prefix tree, at most ``?limit=`` nodes of it. Raises InvalidRequest, ModelNotFound."""
+        """The prefix tree, at most ``?limit=`` nodes of it, with ``?text=1`` what they hold.
+
+        Raises InvalidRequest, ModelNotFound, PermissionDenied.
+        """
+        with_text = (req.get_param("text") or "").lower() in ("1", "true")
+        # SAFETY: texts are prompts, as in the events.
+        if with_text and not req.is_operator:
+            raise PermissionDenied("texts are only shown to those who may write under /internal (--admin-key)")
         with self._lease(req) as (name, engine):
             limit = _number(req.get_param("limit"), "limit", 1, MAX_NODES)
-            resp.data = dump(name, await engine.kv_tree(limit=DEFAULT_NODES if limit is None else limit))
+            limit = DEFAULT_NODES if limit is None else limit
+            resp.data = dump(name, await engine.kv_tree(limit=limit, text=with_text))
 
 
 class KvMap(Internal):
@@ -106,15 +114,15 @@ class _PrefixAction(Internal):
         super().__init__(services.models)
         self._services = services
 
-    async def _tokens(self, engine: EngineClient, prefix: Prefix) -> list[int] | None:
+    async def _tokens(self, req: Request, engine: EngineClient, prefix: Prefix) -> list[int] | None:
         """The prefix's token ids; None: none was named."""
-        tokens = await self._services.offload(prefix.size > LARGE_TEXT, partial(prefix.tokens, engine))
+        tokens = await self._services.offload(prefix.size > LARGE_TEXT, partial(prefix.tokens, engine), req)
         if tokens is not None and not tokens:
             raise InvalidRequest("prompt: it holds no token", param="prompt")
         return tokens
 
-    async def _named(self, engine: EngineClient, prefix: Prefix) -> list[int]:
-        tokens = await self._tokens(engine, prefix)
+    async def _named(self, req: Request, engine: EngineClient, prefix: Prefix) -> list[int]:
+        tokens = await self._tokens(req, engine, prefix)
         assert tokens is not None, "the body was accepted without a prefix"
         return tokens
 
@@ -128,7 +136,7 @@ class KvPin(_PrefixAction):
         """Keep a prefix from eviction for a while. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
             pin = await self._services.parse(req, parse_pin)
-            tokens = await self._named(engine, pin.prefix)
+            tokens = await self._named(req, engine, pin.prefix)
             namespace = self._namespace(pin.prefix)
             resp.data = dump(name, await engine.kv_pin(tokens, ttl_s=pin.ttl_s, namespace=namespace))
 
@@ -138,7 +146,7 @@ class KvUnpin(_PrefixAction):
         """Let a prefix be evicted again. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
-            tokens = await self._named(engine, prefix)
+            tokens = await self._named(req, engine, prefix)
             resp.data = dump(name, await engine.kv_unpin(tokens, namespace=self._namespace(prefix)))
 
 
@@ -148,7 +156,7 @@ class KvDrop(_PrefixAction):
         with self._lease(req) as (name, engine):
             drop = await self._services.parse(req, parse_drop)
             prefix = drop.prefix
-            tokens = await self._tokens(engine, prefix)
+            tokens = await self._tokens(req, engine, prefix)
             is_all = tokens is None and prefix.cache_salt is None and prefix.namespace is None
             namespace = "" if is_all else self._namespace(prefix)
             resp.data = dump(name, await engine.kv_drop(tokens, namespace=namespace, tiers=drop.tiers))
@@ -159,7 +167,7 @@ class KvSave(_PrefixAction):
         """Write a prefix to disk. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
-            tokens = await self._named(engine, prefix)
+            tokens = await self._named(req, engine, prefix)
             resp.data = dump(name, await engine.kv_save(tokens, namespace=self._namespace(prefix)))
 
 
@@ -168,7 +176,7 @@ class KvLoad(_PrefixAction):
         """Read a prefix from disk into host memory. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
-            tokens = await self._named(engine, prefix)
+            tokens = await self._named(req, engine, prefix)
             resp.data = dump(name, await engine.kv_load(tokens, namespace=self._namespace(prefix)))
 
 

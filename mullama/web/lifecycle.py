@@ -69,7 +69,12 @@ class ModelTable:
         models = self._services.models
         rows = [_row_for(req, one, models.now()) for one in models.all()]
         resp.data = orjson.dumps(
-            {"models": rows, "max_models": models.budget.max_models, "memory_budget": models.budget.n_bytes}
+            {
+                "models": rows,
+                "max_models": models.budget.max_models,
+                "memory_budget": models.budget.n_bytes,
+                "clients_left": self._services.n_left,
+            }
         )
 
 

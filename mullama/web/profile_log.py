@@ -7,12 +7,13 @@ import logging
 import queue
 import threading
 import time
-from pathlib import Path
-from typing import Any, BinaryIO
+from io import FileIO
+from typing import Any
 
 import orjson
 
 from mullama.errors import ConfigError
+from mullama.home import expand
 from mullama.types import Finish
 
 log = logging.getLogger(__name__)
@@ -26,21 +27,23 @@ class _Order(enum.Enum):
 
 
 class ProfileLog:
-    """Appends to a JSONL file. ``write`` only queues; a thread formats, writes and flushes.
+    """Appends to a JSONL file. ``write`` only queues; a thread formats and writes.
 
-    A disk that fails costs log lines, never a request: the failure is logged once.
+    A disk that fails costs lines, never a request: the failure is logged once, and how many lines it cost when the disk
+    takes some again. Lines are whole: the first one after a failure begins on a line of its own.
     """
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError when the file cannot be opened for appending."""
-        self._path = Path(path).expanduser()
+        self._path = expand(path)
         try:
-            self._file: BinaryIO = self._path.open("ab")
+            self._file = self._open()
         except OSError as error:
             raise ConfigError(f"--profile-log: cannot write {path}: {error.strerror}", param="profile_log") from None
         self._queue: queue.SimpleQueue[_Entry | _Order] = queue.SimpleQueue()
         self._closed = False
-        self._failed = False
+        self._lost = 0  # lines, since the disk last took some
+        self._torn = False  # whether the file ends within a line
         self._thread = threading.Thread(target=self._run, name="mullama-profile-log", daemon=True)
         self._thread.start()
 
@@ -51,12 +54,12 @@ class ProfileLog:
 
     def reopen(self) -> None:
         """Go on in a new file of the same name, after the old one was moved away. Where that cannot be had, in the old
-        one; a log that had stopped is tried again."""
+        one."""
         if not self._closed:
             self._queue.put(_Order.REOPEN)
 
     def close(self) -> None:
-        """Write what is queued, flush, close. Idempotent."""
+        """Write what is queued, close. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -80,24 +83,37 @@ class ProfileLog:
             if order is _Order.REOPEN:
                 self._open_anew()
 
+    def _open(self) -> FileIO:
+        # Unbuffered: what the disk has not taken is not tried again behind our back, in part and out of place.
+        return self._path.open("ab", buffering=0)
+
     def _open_anew(self) -> None:
         try:
-            file = self._path.open("ab")
+            file = self._open()
         except OSError as error:
             log.error("the profile log goes on in its old file: %s", error)
             return
         self._file.close()
-        self._file, self._failed = file, False
+        self._file, self._torn = file, False
 
     def _append(self, entries: list[_Entry]) -> None:
-        if not entries or self._failed:
+        if not entries:
             return
+        data = b"\n" * self._torn + b"".join(_line(*entry) for entry in entries)
+        done = 0
         try:
-            self._file.write(b"".join(_line(*entry) for entry in entries))
-            self._file.flush()
+            while done < len(data):
+                done += self._file.write(data[done:]) or 0
         except OSError as error:
-            self._failed = True
-            log.error("the profile log stopped: %s", error)
+            if not self._lost:
+                log.error("the profile log loses lines: %s", error)
+            self._lost += len(entries) - data.count(b"\n", self._torn, done)
+        else:
+            if self._lost:
+                log.warning("the profile log goes on; %d lines were lost", self._lost)
+            self._lost = 0
+        if done:
+            self._torn = data[done - 1 : done] != b"\n"
 
 
 def _line(when: float, labels: dict[str, Any], finish: Finish) -> bytes:

@@ -13,8 +13,10 @@ import contextlib
 import importlib.util
 import logging
 import math
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -24,7 +26,9 @@ import uvicorn
 from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
 from mullama.serving.swap import Swaps
+from mullama.web import connections
 from mullama.web.app import create_app
+from mullama.web.connections import Limits
 from mullama.web.listening import BACKLOG, Listener, bind, is_loopback, url_of
 from mullama.web.protocol import Protocol
 from mullama.web.reload import Reload
@@ -56,6 +60,7 @@ def run_server(
     cannot be had. The caller closes ``models``.
     """
     sock = sock or bind(config)
+    connections.raise_limit()
     if not is_loopback(config.host) and not config.allowed_host:
         log.warning(
             "clients must name this server by an IP address or as localhost; other names, such as a container's or a "
@@ -72,6 +77,18 @@ def run_server(
     finally:
         sock.close()
         services.close()
+
+
+def _announce(line: str) -> None:
+    """Print a line. A full disk behind stdout, or nobody at the other end of it, is no reason not to serve."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("%s (stdout: %s)", line, error.strerror)
+        # What is left in the buffer would fail once more at the end, and make the exit status 120.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 class Server(uvicorn.Server):
@@ -104,13 +121,15 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._services = services
         self._url = url_of(config, sock)
+        self._limits = Limits(config.request_timeout, connections.room())
+        self.server_state.limits = self._limits  # type: ignore[attr-defined]  # where each connection finds them
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
         self._services.models.start()
         log.info("listening on %s", self._url)
-        print(f"mullama ready on {self._url}", flush=True)
+        _announce(f"mullama ready on {self._url}")
 
     async def _serve_during(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Go on with what uvicorn does ten times a second until ``work`` is done. None: nobody wants to wait for it."""
@@ -128,6 +147,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Once it is about to end, every answer asks its client to connect anew, to whoever is there then."""
         is_over = await super().on_tick(counter)
+        if counter % 5 == 0:  # twice a second
+            self._limits.look(self.server_state.connections, asyncio.get_running_loop().time())
         if self._services.models.is_leaving and CLOSE not in self.server_state.default_headers:
             self.server_state.default_headers.append(CLOSE)
         return is_over
@@ -148,6 +169,7 @@ class Server(uvicorn.Server):
         self._services.models.leave()
         if self._drain_delay:
             await self._serve_during(asyncio.sleep(self._drain_delay))
+        self._services.end_work()
         if await self._serve_during(self._services.models.drain(self._drain_timeout)) is False:
             log.warning("requests were cut after %g s of draining", self._drain_timeout)
 

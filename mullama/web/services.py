@@ -1,13 +1,11 @@
-"""What the endpoints share: configuration, models, a small thread pool, the profile log, the publisher of KV events."""
+"""What the endpoints share: configuration, models, threads, the profile log, the publisher of KV events."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -16,7 +14,6 @@ from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
 from mullama.errors import ClientLeft, InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
-from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
 from mullama.serving.swap import Swaps
@@ -25,6 +22,7 @@ from mullama.web.listening import is_loopback
 from mullama.web.profile_log import ProfileLog
 from mullama.web.request import Request, read_body, until_disconnect
 from mullama.web.security import Security
+from mullama.web.work import Errand, Workers
 
 log = logging.getLogger(__name__)
 
@@ -34,44 +32,14 @@ T = TypeVar("T")
 LARGE_BODY = 256 << 10
 #: Texts above this many characters are rendered and tokenised in the pool: below, it takes less than a millisecond.
 LARGE_TEXT = 2000
-POOL_THREADS = 2
 #: More entries of a logit_bias than this are checked in the pool.
 FEW_BIASES = 300
-#: What tokenising a long text may take of a core while others are answered.
-SHARE_BESIDE_STREAMS = 0.1
 
 
 class Endless(Protocol):
     """A response that goes on until somebody ends it."""
 
     def end(self) -> None: ...
-
-
-class Pace:
-    """Called between short pieces of work: the thread sleeps so long that it takes a small share of a core.
-
-    PERF: not a low priority. A thread that waits for a core while it holds the GIL would hold up everything, and one
-    that is given a core for a whole slice of the system's scheduler would hold up both threads of a decode.
-    """
-
-    def __init__(
-        self,
-        is_busy: Callable[[], bool],
-        *,
-        clock_ns: Callable[[], int] = time.thread_time_ns,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        """``is_busy``: whether there is anybody to make room for. ``clock_ns``: CPU time of the thread."""
-        self._is_busy = is_busy
-        self._clock_ns = clock_ns
-        self._sleep = sleep
-        self._since_ns: int | None = None
-
-    def __call__(self) -> None:
-        if self._since_ns is not None and self._is_busy():
-            spent = (self._clock_ns() - self._since_ns) / 1e9
-            self._sleep(spent * (1 / SHARE_BESIDE_STREAMS - 1))
-        self._since_ns = self._clock_ns()
 
 
 class Services:
@@ -90,7 +58,8 @@ class Services:
         self.ping_seconds = ping_seconds
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
         self.security: Security | None = None  # of the app that serves them
-        self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="mullama-web")
+        self.workers = Workers()
+        self.n_left = 0  # requests whose client left before it was answered
         self._tasks: set[asyncio.Task[Any]] = set()
         self.n_open = 0  # requests that an engine works on
         self._endless: weakref.WeakSet[Endless] = weakref.WeakSet()
@@ -103,21 +72,24 @@ class Services:
             self.close()
             raise
 
-    async def offload(self, is_large: bool, work: Callable[[], T]) -> T:
-        """Run ``work`` here, or in the pool when it is large enough to hold up the event loop."""
-        if not is_large:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, _without_exits, work)
+    def errand(self, req: Request | None = None) -> Errand:
+        """The work on long texts of one request, in a thread where it is large; None: the server's own."""
+        if req is None:
+            return Errand(self.workers, None, None, self._is_busy)
+        return Errand(self.workers, (req.tenant, req.remote_addr), req.receive, self._is_busy)
 
-    async def prepared(self, engine: EngineClient, sampling: SamplingParams) -> Any:
+    def _is_busy(self) -> bool:
+        return self.n_open > 0
+
+    async def offload(self, is_large: bool, work: Callable[[], T], req: Request | None = None) -> T:
+        """Run ``work`` here, or in a thread when it is large enough to hold up the event loop (see Errand.run)."""
+        return await self.errand(req).run(is_large, work)
+
+    async def prepared(self, errand: Errand, engine: EngineClient, sampling: SamplingParams) -> Any:
         """What opening a request costs, in the pool where that is more than nothing (see EngineClient.prepare)."""
         if sampling.dry_multiplier <= 0 and len(sampling.logit_bias) <= FEW_BIASES:
             return None
-        return await self.offload(True, partial(engine.prepare, sampling))
-
-    def pace(self) -> Pace:
-        """For one piece of work in the pool that is done in pieces."""
-        return Pace(lambda: self.n_open > 0)
+        return await errand.run(True, partial(engine.prepare, sampling))
 
     async def parse(self, req: Request, parse: Callable[[bytes], T]) -> T:
         """Read the body and parse it. Raises PayloadTooLarge and what ``parse`` raises.
@@ -125,7 +97,7 @@ class Services:
         NOTE: the JSON decoder itself keeps the GIL; what the pool takes off the loop is the checking behind it.
         """
         data = await read_body(req, self.config.max_body_bytes)
-        return await self.offload(len(data) > LARGE_BODY, lambda: parse(data))
+        return await self.offload(len(data) > LARGE_BODY, lambda: parse(data), req)
 
     async def lease(self, req: Request, name: str) -> Lease:
         """The right to use a model, loaded if need be. Raises what ``ModelManager.lease`` raises.
@@ -146,10 +118,10 @@ class Services:
             waiting.cancel()
             leaving.cancel()
 
-    def keep_alive(self, name: str, value: float | str | None) -> None:
-        """What a request says of how long its model stays loaded. Raises InvalidRequest."""
-        if value is not None:
-            self.models.set_keep_alive(name, parse_duration(value))
+    def keep_alive(self, name: str, seconds: float | None) -> None:
+        """Carry out what a request says of how long its model stays loaded; for one that was not refused."""
+        if seconds is not None:
+            self.models.set_keep_alive(name, seconds)
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Hold a short background task until it is done (the event loop itself holds only weak references)."""
@@ -161,6 +133,10 @@ class Services:
         self._endless.add(response)
         if self._is_ending:
             response.end()
+
+    def end_work(self) -> None:
+        """The server ends, and no engine takes requests any more: nobody needs the prompts being worked out."""
+        self.workers.end()
 
     def end_responses(self) -> None:
         """End those responses, and those that still come. On the event loop."""
@@ -181,21 +157,11 @@ class Services:
 
     def close(self) -> None:
         """Stop the pool and the publisher, and flush the profile log. Idempotent."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.workers.close()
         if self.kv_publisher is not None:
             self.kv_publisher.close()
         if self.profile_log is not None:
             self.profile_log.close()
-
-
-def _without_exits(work: Callable[[], T]) -> T:
-    """A SystemExit (of a plugin, say) would end the event loop that waits for the work."""
-    try:
-        return work()
-    except Exception:
-        raise
-    except BaseException as error:
-        raise RuntimeError(f"the work was told to end by {type(error).__name__}") from error
 
 
 def _no_target(to: str, *_: Any) -> Any:

@@ -168,6 +168,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "arbiter.Arbiter.contended": lambda a, c: a.contended is False,
     "arbiter.Arbiter.busy_beside": lambda a, c: a.busy_beside(1, 1.0) is False,
     "arbiter.Arbiter.set_share": lambda a, c: a.seats() == {} and c.turns.set_share(c.seat) is None,
+    "arbiter.Arbiter.renew": lambda a, c: a.renew() is None and a.seats() == {},
     "arbiter.Arbiter.seats": lambda a, c: a.seats() == {} and c.turns.seats()[c.seat]["turns"] > 0,
     "context.Context": lambda c: isinstance(c.context, Context),
     "context.Context.model": lambda c: c.context.model is c.model,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import pytest
 from kv_engine_support import EXACT, KINDS, ask, events, history, one, request, tokens
 
 from mullama.engine.engine import Engine
-from mullama.errors import StoreError
+from mullama.errors import InvalidRequest, ModelBusy, MullamaError, StoreError
 from mullama.kv.events import KvEventKind, KvTier
 
 Make = Callable[..., Engine]
@@ -51,7 +53,7 @@ def flush(engine: Engine) -> None:
     """Everything that is to be written is, and the engine knows."""
     disk = engine._kv.disk
     assert disk is not None
-    disk.flush()
+    disk.written().result()
     engine.call(lambda: None).result()
 
 
@@ -328,7 +330,7 @@ config = ServeConfig(ctx_size=512, parallel=2, threads=1, batch_size=64, page_di
 engine = Engine.load({model!r}, config=config)
 for seed in range(3):
     print(one(engine, tokens(seed, 150)).text.encode().hex(), flush=True)
-engine._kv.disk.flush()
+engine._kv.disk.written().result()
 print("written", flush=True)
 for seed in range(3, 1 << 20):
     one(engine, tokens(seed, 150))
@@ -356,3 +358,51 @@ def test_killed_in_the_middle(open_disk: Make, tiny_model: Tiny, tmp_path: Path)
     answers = [one(engine, tokens(seed, 150)) for seed in range(3)]
     assert [answer.text for answer in answers] == texts
     assert [(answer.profile.kv_cache_source, answer.profile.kv_cache_hit) for answer in answers] == [("disk", 149)] * 3
+
+
+def test_saving_while_the_weights_change_says_when_to_come_back(
+    open_disk: Make, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    """The disk tier is away for a moment then: that is not the same as there being none."""
+    other = shutil.copy(tiny_model("llama"), tmp_path / "twin.gguf")
+    engine = open_disk()
+    prompt = tokens(1, 40)
+    one(engine, prompt)
+    stop = threading.Event()
+    answers: list[Any] = []
+
+    def asks() -> None:
+        while not stop.is_set():
+            for action in (engine.kv_save, engine.kv_load):
+                try:
+                    answers.append(asyncio.run(action(prompt)))
+                except MullamaError as error:
+                    answers.append(error)
+
+    thread = threading.Thread(target=asks)
+    thread.start()
+    try:
+        for label in ("twin", "again", "twin"):
+            engine.swap_weights(other, label=label)
+    finally:
+        stop.set()
+        thread.join()
+    refused = [answer for answer in answers if isinstance(answer, MullamaError)]
+    assert len(refused) < len(answers)
+    assert all(isinstance(error, ModelBusy) and error.retry_after == 1 for error in refused), refused
+    with engine._weights.held():
+        away, engine._kv.disk = engine._kv.disk, None
+        for action in (engine.kv_save, engine.kv_load):
+            with pytest.raises(ModelBusy, match="handed to other weights in this moment") as caught:
+                asyncio.run(action(prompt))
+            assert caught.value.retry_after == 1
+        engine._kv.disk = away
+    assert asyncio.run(engine.kv_save(prompt))["tokens"] >= 0
+
+
+def test_without_a_disk_tier_the_option_is_named(make_engine: Make) -> None:
+    engine = make_engine()
+    for _ in range(2):
+        for action in (engine.kv_save, engine.kv_load):
+            with pytest.raises(InvalidRequest, match="--kv-disk-dir"):
+                asyncio.run(action(tokens(1, 40)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mullama._core import Model
 from mullama.engine.engine import Engine
-from mullama.engine.tokenizing import Tokenizer, TooManyTokens, pieces
+from mullama.engine.tokenizing import Tokenizer, TooManyTokens, _border_of, pieces
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 
 PROSE = "the king and her horse, it is said, were in all of it; you know. 12 of 34\n\nIt's  two spaces\tand a tab "
@@ -129,6 +129,7 @@ def test_bytes_that_have_no_token_do_not_count(real_model: Model) -> None:
 
 def test_facts_of_the_vocabulary(model: Model) -> None:
     facts = model.vocab_facts()
+    assert b"<|im_start|>" in facts.pop("specials")
     assert facts == {"longest": tiny.LONG_TOKEN_BYTES, "byte_tokens": list(range(256)), "joins": False}
 
 
@@ -143,7 +144,7 @@ class WordModel:
         return {"tokenizer.ggml.model": "llama"}
 
     def vocab_facts(self) -> dict[str, Any]:
-        return {"longest": 100, "byte_tokens": list(range(256)), "joins": self.joins}
+        return {"specials": [], "longest": 100, "byte_tokens": list(range(256)), "joins": self.joins}
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         self.asked.append(text)
@@ -177,3 +178,34 @@ def test_the_engine_says_how_many_there_are(make_engine: Callable[..., Engine]) 
         engine.prompt_tokens(PROSE * 100, most=engine.info.n_ctx - 1)
     assert caught.value.n_tokens is not None and caught.value.n_tokens >= 512
     assert engine.prompt_tokens(PROSE * 3) == engine.tokenize(PROSE * 3)
+
+
+def test_borders_at_special_tokens() -> None:
+    chatml = _border_of([b"<|im_start|>", b"<|im_end|>", b"<unk>"])
+    assert chatml is not None
+    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>b c <| x<unk>"
+    assert list(pieces(text, 1, border=chatml)) == [
+        "<|im_start|>user\na", "<|im_end|>\n", "<|im_start|>b", " c <| x", "<unk>",
+    ]  # fmt: skip
+    assert _border_of([b"<a>", b"x<b>"]) is None, "one may reach over the beginning of the other"
+    assert _border_of([b"\t\t", b"  "]) is None and _border_of([]) is None
+
+
+@pytest.mark.model
+def test_many_special_tokens_take_no_time_that_grows_with_their_square(real_model: Model) -> None:
+    """Counted, not timed: no piece holds more than a few of them."""
+    longest = 0
+
+    class Counts:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real_model, name)
+
+        def tokenize(self, text: str, **options: Any) -> list[int]:
+            nonlocal longest
+            longest = max(longest, len(text))
+            return real_model.tokenize(text, **options)
+
+    text = "<|im_start|>user\na<|im_end|>\n" * 2000
+    tokens = Tokenizer(lambda: Counts()).tokenize(text)  # type: ignore[arg-type, return-value]
+    assert longest < 1100 and tokens[:1000] == real_model.tokenize(text[: len(text) // 4])[:1000]
+    assert len(tokens) == 2000 * len(real_model.tokenize("<|im_start|>user\na<|im_end|>\n"))

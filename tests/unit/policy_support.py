@@ -55,6 +55,7 @@ class TinyEngine:
     views: dict[int, SeqView] = field(default_factory=dict)
     jobs: dict[int, Job] = field(default_factory=dict)
     served: dict[int, Served] = field(default_factory=dict)
+    arrivals: dict[int, int] = field(default_factory=dict)  # when each came, ns
     log: list[tuple[int, Plan]] = field(default_factory=list)
     _plan: Plan | None = None  # goes on until something changes
     _left: int = 0  # repeats of it, 0: no limit
@@ -70,6 +71,7 @@ class TinyEngine:
         self.views[seq_id] = view
         self.jobs[seq_id] = job
         self.served[seq_id] = Served(self.step)
+        self.arrivals[seq_id] = self.now_ns
         self.policy.add(view)
         self._plan = None
         return seq_id

@@ -16,7 +16,7 @@ import zmq
 from docs_support import ROOT, names
 
 from mullama.config import ServeConfig, load_config
-from mullama.errors import ConfigError
+from mullama.errors import ConfigError, DiskFull
 from mullama.observe.kv_blocks import AllBlocksCleared, BlockRemoved, BlockStored
 from mullama.serving.manager import ModelManager
 from mullama.web import kv_schemas
@@ -63,7 +63,7 @@ def tokens_of(text: str) -> list[int]:
 
 def test_tree_and_map(client: Client) -> None:
     assert client.get(f"{KV}/tree").json == {
-        "model": "fake", "nodes": [], "n_nodes": 0, "truncated": False, "limit": 1000,
+        "model": "fake", "nodes": [], "n_nodes": 0, "truncated": False, "limit": 1000, "text": False,
     }  # fmt: skip
     assert client.get(f"{KV}/tree", query="limit=7&model=other").json["limit"] == 7
     (cache,) = client.get(f"{KV}/map").json["caches"]
@@ -145,6 +145,16 @@ def test_answers_and_errors_of_the_engine_come_through(client: Client) -> None:
     assert client.post(f"{KV}/save", {"prompt": "Hi"}).json == {"model": "fake", "tokens": 3, "bytes": 30}
     result = client.post(f"{KV}/load", {"prompt": "Hi"})
     assert (result.status, result.error["message"]) == (400, "this engine has no disk tier")
+
+
+def test_a_full_disk_is_told_as_one(client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(tokens: Any, *, namespace: str = "") -> Any:
+        raise DiskFull("0 of 3 cached tokens are on disk: cannot keep KV in kv: the disk is full")
+
+    monkeypatch.setattr(engine, "kv_save", fail)
+    result = client.post(f"{KV}/save", {"prompt": "Hi"})
+    assert (result.status, result.error["code"]) == (507, "disk_full")
+    assert "the disk is full" in result.error["message"]
 
 
 def test_long_prefixes(client: Client, engine: FakeEngine) -> None:
@@ -294,6 +304,15 @@ def test_tokens_of_events_are_for_operators(keyed: Callable[..., Client]) -> Non
             result = client.get(f"{KV}/events", query=f"tokens={value}", headers=bearer(key) if key else {})
             assert (result.status, result.error["type"]) == (403, "permission_error")
     assert keyed(api_key=["k"]).get(f"{KV}/events", query="tokens=1").status == 401
+
+
+def test_texts_of_the_tree_are_for_operators(keyed: Callable[..., Client], client: Client) -> None:
+    for options, key in (({"admin_key": "a"}, ""), ({"host": "0.0.0.0", "api_key": ["k"]}, "k")):
+        result = keyed(**options).get(f"{KV}/tree", query="text=1", headers=bearer(key) if key else {})
+        assert (result.status, result.error["type"]) == (403, "permission_error")
+    assert keyed(admin_key="a").get(f"{KV}/tree", query="text=1", headers=bearer("a")).json["text"] is True
+    assert client.get(f"{KV}/tree", query="text=1").json["text"] is True, "on loopback, without keys"
+    assert client.get(f"{KV}/tree").json["text"] is False
 
 
 @pytest.mark.parametrize(

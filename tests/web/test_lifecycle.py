@@ -103,7 +103,7 @@ def world(config: ServeConfig) -> Iterator[World]:
 
 def test_the_table(world: World) -> None:
     found = world.client.get("/internal/models").json
-    assert set(found) == {"models", "max_models", "memory_budget"}
+    assert set(found) == {"models", "max_models", "memory_budget", "clients_left"}
     loaded, other = found["models"]
     assert loaded.items() >= {"name": "fake", "state": "ready", "tokens_per_second": 50.0, "kv_tokens": 7}.items()
     assert other.items() >= {"name": NAME, "state": "unloaded", "idle_s": None, "keep_alive_s": None}.items()

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mullama.web.services import SHARE_BESIDE_STREAMS, Pace, Services
+from mullama.web.services import Services
+from mullama.web.work import SHARE_BESIDE_STREAMS, Pace
 
 from .conftest import Client
 from .fake_engine import FakeEngine

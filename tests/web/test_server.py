@@ -109,6 +109,28 @@ def rest(client: socket.socket) -> bytes:
     return received
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_stdout_is_no_reason_not_to_serve(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").touch()
+    arguments = [str(Path(__file__).parent), "1", "1", str(tmp_path / "p.jsonl"), "0", str(tmp_path / "c.toml")]
+    with Path("/dev/full").open("wb") as full:
+        server = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *arguments], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    try:
+        assert server.stderr is not None
+        line = server.stderr.readline()
+        found = re.search(r"mullama ready on http://127\.0\.0\.1:(\d+) \(stdout: No space left on device\)", line)
+        assert found, line
+        with socket.create_connection(("127.0.0.1", int(found[1])), timeout=10) as client:
+            start_stream(client)
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=30) == 0, "not the 120 of an interpreter that cannot flush"
+    finally:
+        server.kill()
+        server.communicate()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_requests_end(tmp_path: Path, number: signal.Signals) -> None:
     with process(tmp_path, num_tokens=100, drain_timeout=30) as (server, client):
