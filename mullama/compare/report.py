@@ -8,6 +8,7 @@ from typing import Any
 
 from mullama.compare.intervals import intervals_of, ratio
 from mullama.compare.runner import PolicySpec, Run
+from mullama.files import counted
 from mullama.machine.neighbours import LOUD
 from mullama.workload.base import Workload
 from mullama.workload.metrics import Slo, measure, median_of
@@ -130,7 +131,8 @@ def _notes(runs: Iterable[Run]) -> Iterable[str]:
             )
         failures = [outcome.error for outcome in run.outcomes if outcome.error is not None]
         if failures:
-            yield f"{run.policy}: {len(failures)} requests failed in round {run.round}, the first with: {failures[0]}"
+            n_failed = counted(len(failures), "request")
+            yield f"{run.policy}: {n_failed} failed in round {run.round}, the first with: {failures[0]}"
 
 
 # -- Markdown --------------------------------------------------------------------------------------------------

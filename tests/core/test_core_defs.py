@@ -208,6 +208,8 @@ CALLS: dict[str, Callable[..., bool]] = {
     "kernels.set_kernel": lambda: kernels.set_kernel(8, 0, "auto") is None,
     "kernels.allow_layout": lambda: kernels.allow_layout(8, "no such layout", True) is False,
     "kernels.set_attention": lambda: kernels.set_attention(True) is None,
+    "kernels.has_attention": lambda: kernels.has_attention() in (True, False),
+    "kernels.check_attention": lambda: kernels.check_attention(40, 1, 1)[0] is True,
     "kernels.counts": lambda: set(kernels.counts()) == set(kernels.COUNTED),
     "kernels.weights_by_layout": lambda model: any(size for size in kernels.weights_by_layout(model).values()),
     "kernels.Products": lambda: isinstance(products(), kernels.Products),
