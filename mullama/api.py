@@ -16,6 +16,7 @@ import inspect
 import json
 import operator
 import sys
+import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,6 +50,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SAMPLING = frozenset(field.name for field in fields(SamplingParams))
 _REQUEST = ("priority", "user", "slo_ms", "cache_salt", "context_shift")
 WINDOW = 3  # prompts of a batch that wait, for each slot
+PATIENCE_S = 0.5  # how long a batch of which nothing runs waits for room in a full queue
+POLL_S = 0.005
 
 
 def _with_options(function: F) -> F:
@@ -133,6 +136,7 @@ class Engine(CoreEngine):
         running: deque[tuple[int, SyncGeneration]] = deque()
         todo = deque(enumerate(requests))
         window = self._window()
+        last = time.monotonic()  # when one was submitted, or ended
         try:
             with _shown(progress, len(requests)) as done:
                 while todo or running:
@@ -140,15 +144,20 @@ class Engine(CoreEngine):
                         number, request = todo[0]
                         try:
                             running.append((number, self.submit_sync(request)))
-                        except QueueFull:  # others fill it as well
-                            if not running:
+                        except QueueFull:  # others fill it as well, or a slot is about to be free
+                            if running:
+                                break
+                            if time.monotonic() > last + PATIENCE_S:
                                 raise
-                            break
+                            time.sleep(POLL_S)
+                            continue
                         todo.popleft()
+                        last = time.monotonic()
                     number, generation = running[0]
                     texts[number] = "".join(delta.text for delta in generation)
                     _raise_failure(generation.finish)
                     running.popleft()
+                    last = time.monotonic()
                     done()
         finally:
             for _, generation in running:
@@ -192,13 +201,24 @@ class Engine(CoreEngine):
         if not _is_batch(prompt):
             return "".join([piece async for piece in self.astream(cast(Prompt, prompt), **options)])
         gate = asyncio.Semaphore(self._window())
+        n_running, last = 0, time.monotonic()
 
         async def one(request: Request) -> str:
+            nonlocal n_running, last
             async with gate:
-                generation = self.submit(request)
+                while True:
+                    try:
+                        generation = self.submit(request)
+                        break
+                    except QueueFull:  # as in generate
+                        if not n_running and time.monotonic() > last + PATIENCE_S:
+                            raise
+                    await asyncio.sleep(POLL_S)
+                n_running += 1
                 try:
                     text = "".join([delta.text async for delta in generation])
                 finally:
+                    n_running, last = n_running - 1, time.monotonic()
                     generation.cancel()
             _raise_failure(generation.finish)
             return text

@@ -87,6 +87,11 @@ def parse_size(text: str, *, binary: bool = False) -> int:
     return int(value) if power or "." in number else int(number)
 
 
+def counted(n: int, word: str) -> str:
+    """``1 thread``, ``2 threads``, ``1,024 threads``."""
+    return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
+
+
 def count_of(n: int) -> str:
     """A number of parameters as models are named by: 135M, 1.7B."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):

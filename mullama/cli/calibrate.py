@@ -12,7 +12,7 @@ import click
 
 from mullama.cli.options import config_from, config_options
 from mullama.config import DEFAULT_MODEL
-from mullama.files import STDIO
+from mullama.files import STDIO, counted
 from mullama.machine.neighbours import LOUD
 
 if TYPE_CHECKING:
@@ -142,16 +142,12 @@ def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
     }
 
 
-def _counted(n: int, word: str) -> str:
-    return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
-
-
 def _show(costs: CostModel, out: Path) -> None:
     """The main figures, as a check."""
     echo = functools.partial(click.echo, err=out == STDIO)
     rows = [int(n) for n in costs.decode.x]
     chunk = int(costs.prefill.x[-1])
-    echo(f"{out}: {costs.about['model']['name']}, {_counted(costs.about['threads'], 'thread')}; milliseconds")
+    echo(f"{out}: {costs.about['model']['name']}, {counted(costs.about['threads'], 'thread')}; milliseconds")
     echo("  decode of " + ", ".join(f"{n}: {costs.decode_ns(n, 256, 256) / 1e6:.2f}" for n in rows) + " sequences")
     echo(f"  prompt of {chunk} tokens: {costs.prefill_ns(chunk, 0) / 1e6:.1f}")
     echo(
@@ -159,9 +155,9 @@ def _show(costs: CostModel, out: Path) -> None:
         f"new graph {costs.rebuild_ns / 1e6:.3f}, waking {costs.wake_ns / 1e6:.3f}"
     )
     echo(
-        f"  measured: 1 to {_counted(rows[-1], 'sequence')} with up to {costs.decode.y[-1]:,.0f} tokens each, "
+        f"  measured: 1 to {counted(rows[-1], 'sequence')} with up to {costs.decode.y[-1]:,.0f} tokens each, "
         f"prompt chunks of up to {chunk:,} tokens behind up to {costs.prefill.y[-1]:,.0f}"
     )
     slots = (costs.about.get("model") or {}).get("n_parallel") or rows[-1]
     if slots > rows[-1]:
-        echo(f"  beyond {_counted(rows[-1], 'sequence')} of the {slots} slots costs are extrapolated; raise --seconds")
+        echo(f"  beyond {counted(rows[-1], 'sequence')} of the {slots} slots costs are extrapolated; raise --seconds")

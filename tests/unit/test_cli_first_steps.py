@@ -17,9 +17,10 @@ from mullama.cli.main import COMMANDS, cli
 from mullama.cli.options import Grouped
 from mullama.config import DEFAULT_MODEL, GROUPS, ServeConfig, load_config, options
 from mullama.errors import ConfigError
-from mullama.files import count_of, parse_size
+from mullama.files import count_of, counted, parse_size
 from mullama.machine.neighbours import Neighbours
 from mullama.models.store import Store
+from mullama.scheduling.base import wanting
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -195,3 +196,18 @@ def test_neighbours_are_counted_on_our_cores(tmp_path: Path, monkeypatch: pytest
     machine.time = 5.0
     assert seen.busy() == 0.0
     assert Neighbours(tmp_path / "none").busy() == 0.0
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_is_not_many() -> None:
+    assert [counted(n, "thread") for n in (0, 1, 2, 1024)] == ["0 threads", "1 thread", "2 threads", "1,024 threads"]
+    assert [wanting(n) for n in (1, 2)] == ["1 sequence wants to compute", "2 sequences want to compute"]
+
+
+def test_policies_are_described_in_plain_text(run: Run) -> None:
+    status, out, _ = run("schedulers")
+    assert status == 0 and "``" not in out and "lowest priority" in out
+    assert "``" not in run("schedulers", "deadline")[1]
+    assert "``" not in run("schedulers", "--json")[1]
