@@ -19,10 +19,10 @@ from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
 from mullama._core.kernels import weights_by_layout
 from mullama.config import ServeConfig
-from mullama.engine import sizing
+from mullama.engine import sharing, sizing
 from mullama.engine.kvcache import KvCache
 from mullama.engine.kvdisk import DiskTier
-from mullama.errors import ConfigError, InvalidRequest, ModelLoadError
+from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError
 from mullama.files import count_of
 from mullama.home import expand
 from mullama.kv.disk import DiskStore
@@ -47,7 +47,31 @@ _loaded_lock = threading.Lock()
 
 
 def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float], bool | None] | None) -> Model:
-    """Load the weights. Raises ModelLoadError with the reason."""
+    """Load the weights, or share those of the same file that are loaded. Raises ModelLoadError with the reason."""
+    template = chat_template(config.chat_template)
+    kinds = frozenset[int]() if config.deterministic else choose_kernels(path, config)
+    key = sharing.key_of(path, config)
+    model = sharing.find(key, chat_template=template)
+    if model is not None:
+        log.info("%s: its weights are loaded already, and are shared", path)
+    else:
+        model = _load(path, config, template, progress)
+        sharing.note(key, model)
+    with _loaded_lock:
+        _loaded[model] = kinds
+    try:
+        if progress is not None and progress(1.0) is False:
+            raise LoadCancelled(f"{path}: loading was cancelled")
+        _check_template(model, str(path), is_own=not template)
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+def _load(
+    path: str | Path, config: ServeConfig, template: str, progress: Callable[[float], bool | None] | None
+) -> Model:
     gpus = [d for d in devices() if d["type"] in ("gpu", "igpu") and (not config.device or d["name"] in config.device)]
     gpu_layers = -1
     if config.gpu_layers != "auto" or gpus:
@@ -62,8 +86,6 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         split = [float(part) for part in config.tensor_split.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"tensor_split must be numbers such as 3,1; got '{config.tensor_split}'") from None
-    template = chat_template(config.chat_template)
-    kinds = frozenset[int]() if config.deterministic else choose_kernels(path, config)
     faults.crash_point("load:before-weights")
     model = Model(
         path,
@@ -77,13 +99,6 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         progress=progress,
     )
     faults.crash_point("load:after-weights")
-    with _loaded_lock:
-        _loaded[model] = kinds
-    try:
-        _check_template(model, str(path), is_own=not template)
-    except BaseException:
-        model.close()
-        raise
     return model
 
 
@@ -100,7 +115,7 @@ def choose_kernels(path: str | Path, config: ServeConfig) -> frozenset[int]:
 
 def _types_in_use() -> set[int]:
     with _loaded_lock:
-        return {kind for model, kinds in _loaded.items() if not model.is_closed for kind in kinds}
+        return {kind for model, kinds in _loaded.items() if model.is_open for kind in kinds}
 
 
 def chat_template(value: str) -> str:
