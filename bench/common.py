@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -84,25 +82,10 @@ def ratio(ours: float, theirs: float) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, kernel, Python. Unknown values are ``None``."""
-    cpu: str | None = platform.processor() or None
-    memory: int | None = None
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                cpu = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_mib": memory,
-        "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
+    """Processor, instruction sets, cores and quota of this process, memory, system, Python. Unknown: ``None``."""
+    from mullama.machine.report import provenance
+
+    return provenance()
 
 
 def commit() -> str:

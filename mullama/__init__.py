@@ -13,10 +13,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mullama.api import Engine
-    from mullama.types import Delta, Finish, Profile, Request, SamplingParams
+    from mullama.types import Delta, Finish, GenerateOptions, Profile, Request, SamplingParams
 
 _LAZY = {
     "Engine": "mullama.api",
+    "GenerateOptions": "mullama.types",
     "Delta": "mullama.types",
     "Finish": "mullama.types",
     "Profile": "mullama.types",
@@ -24,7 +25,7 @@ _LAZY = {
     "SamplingParams": "mullama.types",
 }
 
-__all__ = ["Delta", "Engine", "Finish", "Profile", "Request", "SamplingParams", "__version__"]
+__all__ = ["Delta", "Engine", "Finish", "GenerateOptions", "Profile", "Request", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,3 +34,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -10,6 +10,7 @@ Precedence: flag, environment, file, default.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mullama.errors import ConfigError
+from mullama.files import parse_size
 from mullama.logs import FORMATS
 
 ENV_PREFIX = "MULLAMA_"
@@ -41,9 +43,24 @@ KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_n
 _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
 
+#: Titles of the groups that --help shows, each by its first option, in the order of the options.
+GROUPS = {
+    "model": "Models",
+    "host": "Address",
+    "ctx_size": "Context and threads",
+    "kv_tokens": "KV cache",
+    "scheduler": "Scheduling",
+    "deterministic": "Computing",
+    "gpu_layers": "GPUs",
+    "api_key": "Keys and clients",
+    "profile_log": "Logs, events and pages",
+}
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:  # noqa: A002 - the field's own word
     """A dataclass field with its documentation. ``metavar``, ``choices``, ``minimum``, ``maximum``, ``pattern`` (of
-    the whole text; shown by the metavar), ``secret`` (a key: never shown, never empty, may be ``@FILE``)."""
+    the whole text; shown by the metavar), ``secret`` (a key: never shown, never empty, may be ``@FILE``), ``unit``
+    ("bytes", as 8GB, or "tokens", as 4k)."""
     meta = {"help": help, **metadata}
     shown = not meta.get("secret", False)
     if isinstance(default, list):
@@ -76,6 +93,7 @@ class ServeConfig:
         "memory that loaded models may take, in bytes; auto: most of what is free at the start; 0: no limit",
         metavar="auto|BYTES",
         pattern=r"auto|\d{1,15}",
+        unit="bytes",
     )
     memory_check: str = option(
         "on",
@@ -108,7 +126,11 @@ class ServeConfig:
     port: int = option(8080, "port to listen on; 0 picks a free one", minimum=0, maximum=65535)
 
     ctx_size: int = option(
-        0, "tokens one request may use, prompt and completion; 0: automatic", minimum=0, maximum=_MANY
+        0,
+        "tokens one request may use, prompt and completion; 0: automatic",
+        minimum=0,
+        maximum=_MANY,
+        unit="tokens",
     )
     context_policy: str = option(
         "error",
@@ -123,9 +145,13 @@ class ServeConfig:
         "how weights are multiplied: auto (what is right and fastest by trials on this machine), or one way for all",
         choices=KERNELS,
     )
-    batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384)
+    batch_size: int = option(512, "most tokens one decode call computes", minimum=32, maximum=16384, unit="tokens")
     kv_tokens: int = option(
-        0, "tokens the KV cache holds over all requests; 0: parallel x ctx-size", minimum=0, maximum=_MANY
+        0,
+        "tokens the KV cache holds over all requests; 0: parallel x ctx-size",
+        minimum=0,
+        maximum=_MANY,
+        unit="tokens",
     )
     kv_layout: str = option(
         "streams",
@@ -135,10 +161,14 @@ class ServeConfig:
     kv_type_k: str = option("f16", "type of cached keys", choices=KV_TYPES)
     kv_type_v: str = option("f16", "type of cached values; quantised ones need flash attention", choices=KV_TYPES)
     kv_host_bytes: int = option(
-        -1, "host memory for cached prefixes; -1: a quarter of what is free, 0: none", minimum=-1, maximum=1 << 50
+        -1,
+        "host memory for cached prefixes; -1: a quarter of what is free, 0: none",
+        minimum=-1,
+        maximum=1 << 50,
+        unit="bytes",
     )
     kv_disk_dir: str = option("", "folder where cached prefixes survive a restart; none: no disk tier", metavar="DIR")
-    kv_disk_bytes: int = option(10 << 30, "most bytes in that folder", minimum=1 << 20, maximum=1 << 50)
+    kv_disk_bytes: int = option(10 << 30, "most bytes in that folder", minimum=1 << 20, maximum=1 << 50, unit="bytes")
     kv_policy: str = option(
         "lru",
         "who leaves the KV cache first: lru, lfu, fifo, cost, turns, or a file's class",
@@ -146,7 +176,11 @@ class ServeConfig:
     )
     kv_policy_arg: list[str] = option([], "parameter of that policy; repeatable", metavar="NAME=VALUE")
     swap_bytes: int = option(
-        0, "host memory for the KV of preempted requests; 0: a quarter of what is free", minimum=0, maximum=1 << 50
+        0,
+        "host memory for the KV of preempted requests; 0: a quarter of what is free",
+        minimum=0,
+        maximum=1 << 50,
+        unit="bytes",
     )
     scheduler: str = option(
         "fcfs", "scheduling policy: a name (mullama schedulers), or a file's class", metavar="NAME|FILE:CLASS"
@@ -165,6 +199,9 @@ class ServeConfig:
     )
     flash_attn: str = option("auto", "flash attention", choices=("auto", "on", "off"))
     mmap: bool = option(True, "map the model file instead of reading it")
+    parse_special_content: bool = option(
+        False, "parse control tokens that the messages of a chat spell out, which lets them forge turns"
+    )
     chat_template: str = option(
         "",
         "chat template instead of the model's own: Jinja, @FILE, or one of llama.cpp's by name (llama3, chatml, …)",
@@ -199,7 +236,7 @@ class ServeConfig:
     cors_origin: list[str] = option(
         [], "web origin whose pages may ask, such as https://chat.example.org; repeatable; * for all", metavar="ORIGIN"
     )
-    max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY)
+    max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY, unit="bytes")
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
     drain_delay: float = option(
         0.0,
@@ -228,7 +265,11 @@ class ServeConfig:
     log_requests: bool = option(False, "log a line for every request: its id, status, tokens and time")
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for options that contradict each other."""
+        """Raises ConfigError for a value that an option cannot have, and for options that contradict each other."""
+        for opt in options():
+            value = getattr(self, opt.name)
+            if value != default_of(opt):
+                setattr(self, opt.name, _convert(opt, value, opt.name))
         if self.deterministic and self.kv_layout == "unified":
             raise ConfigError(
                 "deterministic needs kv_layout streams; in unified the order of cells changes the last bits of sums",
@@ -277,11 +318,12 @@ def load_config(
     *,
     env: Mapping[str, str] | None = None,
     file: Path | None = None,
+    where: str = "--",
 ) -> ServeConfig:
     """Merge flags over environment over file over defaults, and check every value.
 
-    ``flags`` holds only what the user gave. Raises ConfigError naming the option, where it came from, and what
-    would be right.
+    ``flags`` holds only what the user gave; ``where`` is put before their names in errors. Raises ConfigError naming
+    the option, where it came from, and what would be right.
     """
     env = os.environ if env is None else env
     known = {opt.name: opt for opt in options()}
@@ -298,8 +340,14 @@ def load_config(
         text = env.get(f"{ENV_PREFIX}{key.upper()}")
         if text is not None:
             values[key] = _convert(opt, text, f"{ENV_PREFIX}{key.upper()}")
-    for key, value in (flags or {}).items():
-        values[key] = _convert(known[key], value, f"--{key.replace('_', '-')}")
+    for name, value in (flags or {}).items():
+        key = name.replace("-", "_") if isinstance(name, str) else name
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"{where}{name}: there is no such option{hint}", param=str(name))
+        shown = key.replace("_", "-") if where == "--" else key
+        values[key] = _convert(known[key], value, f"{where}{shown}")
     return ServeConfig(**values)
 
 
@@ -330,6 +378,18 @@ _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
 
+def _size(opt: Field[Any], text: str, source: str) -> str:
+    """``8GB`` and ``4k`` in digits; what is none is left for the checks of plain numbers."""
+    if re.fullmatch(r"\s*[+-]?\d*\s*", text):
+        return text
+    unit = opt.metadata["unit"]
+    try:
+        return str(parse_size(text, binary=unit == "tokens"))
+    except ValueError:
+        right = "8GB or 512MiB" if unit == "bytes" else "4096 or 4k"
+        raise ConfigError(f"{source}: '{text}' is not a number of {unit}, as {right}", param=opt.name) from None
+
+
 def _list_of(text: str) -> list[Any]:
     """Texts between commas, or a JSON list, for those that hold a comma themselves."""
     if text.lstrip().startswith("["):
@@ -344,6 +404,8 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
     """Check one value and bring it to the option's type."""
     wanted = option_type(opt)
     meta = opt.metadata
+    if meta.get("unit") and isinstance(value, str) and value != "auto":
+        value = _size(opt, value, source)
     if wanted is bool:
         if isinstance(value, str) and value.lower() in _TRUE | _FALSE:
             value = value.lower() in _TRUE
@@ -370,7 +432,9 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
             raise ConfigError(f"{source}: expected a list of texts", param=opt.name)
         value = list(value)
     elif not isinstance(value, str):
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         else:
             raise ConfigError(f"{source}: expected a text", param=opt.name)

@@ -72,7 +72,9 @@ def _allowed(opt: Field[Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
     if meta.get("pattern"):
         return f"`{meta['metavar']}`"
-    kind = _KINDS[option_type(opt)]
+    kind = {"bytes": "bytes, as `8GB` or `512MiB`", "tokens": "tokens, as `4096` or `4k`"}.get(
+        meta.get("unit", ""), _KINDS[option_type(opt)]
+    )
     low, high = meta.get("minimum"), meta.get("maximum")
     if low is None:
         return kind

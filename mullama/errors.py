@@ -56,6 +56,13 @@ class ContextLengthExceeded(InvalidRequest):
         super().__init__(message, param=param)
         self.n_tokens = n_tokens
 
+    def about(self, param: str, name: str) -> ContextLengthExceeded:
+        """The same in the words of a request that has no ``prompt``: the field, and what it is called."""
+        if self.param == param:
+            return self
+        words = self.message.replace("the prompt", name)
+        return ContextLengthExceeded(f"{param}: {words}", param=param, n_tokens=self.n_tokens)
+
 
 class AuthenticationError(MullamaError):
     status = 401

@@ -5,10 +5,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from mullama.errors import DiskFull, StoreError
+
+STDIO = Path("-")  # stands for stdin where a file is read, for stdout where one is written
+
+
+def read_file(path: Path) -> bytes:
+    """What a file, or stdin, holds. Raises OSError."""
+    return sys.stdin.buffer.read() if path == STDIO else path.read_bytes()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text to a file in UTF-8, or to stdout. Raises OSError."""
+    if path == STDIO:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        path.write_text(text, encoding="utf-8")
 
 
 def sync_folder(folder: Path) -> None:
@@ -48,6 +66,38 @@ def identity_of(path: Path) -> tuple[int, int, int] | None:
     except (OSError, ValueError):  # ValueError: a NUL in the path
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)(b?)|b)?", re.IGNORECASE)
+
+
+def parse_size(text: str, *, binary: bool = False) -> int:
+    """A number as people write it: ``8GB`` is 8 * 10**9, ``8GiB`` 8 * 2**30. ``binary``: ``4k`` is 4096.
+
+    Raises ValueError for anything else, and for what is no whole number.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    number, unit, i, _ = match.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    value = float(number) * (1024 if i or binary else 1000) ** power
+    if not value.is_integer():
+        raise ValueError(text)
+    return int(value) if power or "." in number else int(number)
+
+
+def counted(n: int, word: str) -> str:
+    """``1 thread``, ``2 threads``, ``1,024 threads``."""
+    return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
+
+
+def count_of(n: int) -> str:
+    """A number of parameters as models are named by: 135M, 1.7B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if n >= size:
+            return f"{n / size:.1f}".rstrip("0").rstrip(".") + unit if n < 10 * size else f"{n / size:.0f}{unit}"
+    return str(n)
 
 
 def human_size(size: int) -> str:

@@ -6,10 +6,10 @@ Times are nanoseconds of the monotonic clock unless a name ends in ``_ms``.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 
 class FinishReason(enum.StrEnum):
@@ -105,6 +105,47 @@ class SamplingParams:
     min_tokens: int = 0  # end-of-generation and stop strings do not count before
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword arguments of the Python API's generating methods: SamplingParams, whose defaults hold, and Request.
+
+    ``stop`` and ``dry_sequence_breakers`` take a text or several, ``logit_bias`` a dict from token id to what is added
+    to its logit. ``lora``: ids of loaded LoRA adapters, or ids with scales, as ``{"poems": 0.5}``.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repeat_penalty: float
+    repeat_last_n: int
+    presence_penalty: float
+    frequency_penalty: float
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: str | SequenceOf[str]
+    xtc_probability: float
+    xtc_threshold: float
+    mirostat: int
+    mirostat_tau: float
+    mirostat_eta: float
+    logit_bias: Mapping[int, float] | SequenceOf[tuple[int, float]]
+    seed: int | None
+    max_tokens: int | None
+    min_tokens: int
+    ignore_eos: bool
+    stop: str | SequenceOf[str]
+    priority: int
+    user: str | None
+    slo_ms: float | None
+    preempt: Preempt | str
+    cache_salt: str
+    context_shift: bool
+    lora: str | SequenceOf[str] | Mapping[str, float | None] | None
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,6 +1,6 @@
 """The compiled room: everything that touches llama.cpp. Importing it loads the shared libraries in mullama/lib.
 
-Raises MachineUnfit, before any of them is loaded, where they need instructions that are not here.
+Raises MachineUnfit where they need instructions that are not here (before any is loaded), are missing or do not load.
 
 model     weights, vocabulary, chat template
 sampling  SamplingParams to a sampler chain
@@ -22,10 +22,11 @@ quantize  llama.cpp's quantisation, for a process of its own
 kernels   ways of computing products of weights: which there are, trying and timing one, choosing
 """
 
-# ruff: noqa: E402 - the check comes first
-from mullama import instructions
+# ruff: noqa: E402 - the checks come first
+from mullama import instructions, libraries
 
 instructions.check()
+libraries.check()
 
 from mullama._core.adapters import Adapter
 from mullama._core.arbiter import Arbiter, arbiter

@@ -43,6 +43,11 @@ struct SeatUse {
 
 class TurnTable {
   public:
+    // Seats get numbers above ``taken``.
+    explicit TurnTable(int taken = 0) : last_id(taken) {}
+
+    int taken() const { return last_id; }
+
     int join() {
         std::lock_guard<std::mutex> hold(lock);
         seats[++last_id] = std::make_unique<TurnSeat>();
@@ -161,7 +166,7 @@ class TurnTable {
     std::mutex lock;
     std::map<int, std::unique_ptr<TurnSeat>> seats;
     int holder = 0; // 0: nobody
-    int last_id = 0;
+    int last_id;
     std::atomic<int> n_waiting{0};
     uint64_t tickets = 0;
     double floor = 0.0;

@@ -16,6 +16,9 @@ cdef extern from "arbiter.h" namespace "mullama" nogil:
         uint64_t used_ns, wait_ns, turns
         cbool is_waiting
     cppclass TurnTable:
+        TurnTable()
+        TurnTable(int taken)
+        int taken()
         int join() except +
         void leave(int id)
         cbool acquire(int id, const Flag & stop)

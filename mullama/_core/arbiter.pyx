@@ -8,6 +8,8 @@ highest priority (``priority``). A single engine pays for it with an uncontended
 from libc.stdint cimport uint64_t
 from libcpp.vector cimport vector
 
+import os
+
 from mullama.errors import InvalidRequest
 
 POLICIES = ("round_robin", "weighted", "priority")
@@ -18,6 +20,15 @@ cdef class Arbiter:
 
     def __cinit__(self):
         self.table.reset(new TurnTable())
+
+    def renew(self):
+        """Begin anew in a child process: whoever held the turn, or the lock, when the parent forked is not here.
+
+        What was is left as it is, never freed: it may be locked. No seat of the parent's gets a number again.
+        """
+        cdef TurnTable * old = self.table.release()
+        self.table.reset(new TurnTable(old.taken()))
+        self.table.get().set_policy(old.get_policy())
 
     cdef bint acquire(self, int seat, const Flag & stop) noexcept nogil:
         return self.table.get().acquire(seat, stop)
@@ -70,3 +81,5 @@ cdef class Arbiter:
 
 #: The one of this process.
 arbiter = Arbiter()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=arbiter.renew)

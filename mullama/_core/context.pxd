@@ -28,6 +28,7 @@ cdef class Context:
     cdef readonly size_t token_bytes   # KV of one token in the full-attention cache, 0: it cannot be had by the row
     cdef bint can_trim                 # the tail of a sequence can be removed
     cdef bint counted                  # among the model's users
+    cdef int pid                       # of the process that made it
     cdef int n_swa
     cdef dict wanted                   # what it was made with, for another one like it
     cdef vector[llama_token] eog

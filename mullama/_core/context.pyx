@@ -79,6 +79,7 @@ cdef class Context:
             raise ModelLoadError("deterministic computation needs the CPU backend", param="deterministic")
         model.n_users += 1
         self.counted = True
+        self.pid = process_id()
         self.mem = llama_get_memory(self.ctx)
         self.token_bytes = llama_cells_token_bytes(self.ctx, 0)
         self.can_shift = self.can_trim and self.n_swa == 0 and llama_memory_can_shift(self.mem) \
@@ -95,7 +96,7 @@ cdef class Context:
         # Out of reach first: another thread may ask for the same while the GIL is released.
         cdef llama_context * ctx = self.ctx
         self.ctx = NULL
-        if ctx is not NULL:
+        if ctx is not NULL and self.pid == process_id():
             with nogil:
                 llama_free(ctx)
             if self.counted:

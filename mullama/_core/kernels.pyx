@@ -36,9 +36,14 @@ cdef extern from "products.h" namespace "mullama" nogil:
         cbool can(int64_t m, Columns columns) except +
         vector[float] multiply(int64_t m, Columns columns, int threads, cbool reference) except +
         double time(int64_t m, int threads, int matrices, int rounds) except +
+    cppclass Attention:
+        int64_t cells
+        int64_t tokens
+        vector[float] compute(int threads, cbool reference, double * seconds) except +
     vector[string] layout_names() except +
     void c_set_kernel "mullama::set_kernel"(int type, int log2_columns, int kernel) except +
     void c_set_attention "mullama::set_attention"(cbool on) except +
+    cbool c_has_attention "mullama::has_attention"() except +
     void c_kernel_counts "mullama::kernel_counts"(uint64_t * counts) except +
 
 #: What ``set_kernel`` takes, in the order of llama.cpp's (patched) enum; ``auto`` leaves the choice to ggml.
@@ -81,6 +86,30 @@ def set_attention(bint on):
     """Whether attention of decoded tokens is computed for several heads at a time."""
     init_backend()
     c_set_attention(on)
+
+
+def has_attention():
+    """Whether attention is computed for several heads at a time here: this build has it, and it is on."""
+    init_backend()
+    return c_has_attention()
+
+
+def check_attention(int64_t cells, int64_t tokens, int threads):
+    """Attention as it is set beside the reference computations: ``(is_finite, is_exact, error, seconds)``.
+
+    The error is relative to the size of the result.
+    """
+    init_backend()
+    cdef Attention attention
+    attention.cells = cells
+    attention.tokens = tokens
+    cdef double seconds = 0
+    cdef vector[float] found, wanted
+    with nogil:
+        found = attention.compute(threads, False, &seconds)
+        wanted = attention.compute(1, True, NULL)
+    cdef Difference difference = compare(found, wanted)
+    return difference.is_finite, difference.is_exact, difference.error, seconds
 
 
 def counts():

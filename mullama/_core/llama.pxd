@@ -43,6 +43,7 @@ cdef extern from "pool.h" namespace "mullama" nogil:
     void pool_free(ggml_threadpool_t pool)
     void pool_pause(ggml_threadpool_t pool)
     void pool_resume(ggml_threadpool_t pool)
+    int process_id()
 
 cdef extern from "llama.h" nogil:
     ctypedef struct llama_model:
@@ -167,6 +168,7 @@ cdef extern from "llama.h" nogil:
     int32_t llama_model_n_layer(const llama_model * model)
     int32_t llama_model_n_head_kv(const llama_model * model)
     int32_t llama_model_n_swa(const llama_model * model)
+    int llama_model_rope_type(const llama_model * model)
     int32_t llama_model_desc(const llama_model * model, char * buf, size_t size)
     uint64_t llama_model_size(const llama_model * model)
     uint64_t llama_model_n_params(const llama_model * model)
@@ -187,6 +189,7 @@ cdef extern from "llama.h" nogil:
     int LLAMA_TOKEN_ATTR_LSTRIP
     int LLAMA_TOKEN_ATTR_RSTRIP
     int LLAMA_TOKEN_ATTR_CONTROL
+    int LLAMA_TOKEN_ATTR_UNKNOWN
     int LLAMA_TOKEN_ATTR_USER_DEFINED
     cbool llama_vocab_is_eog(const llama_vocab * vocab, llama_token token)
     int32_t llama_tokenize(const llama_vocab * vocab, const char * text, int32_t n, llama_token * tokens,

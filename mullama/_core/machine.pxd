@@ -126,6 +126,7 @@ cdef class Machine:
     cdef llama_context * ctx
     cdef llama_memory_t mem
     cdef ggml_threadpool_t pool
+    cdef int pid                       # of the process that made it
     cdef llama_batch batch
     cdef vector[Slot] slots
     cdef unique_ptr[Ring] ring

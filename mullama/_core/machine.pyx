@@ -46,6 +46,7 @@ cdef class Machine:
         if not 1 <= n_threads <= 512:
             raise ModelLoadError("n_batch must be 32 to 16384, n_ctx 16 to 16777216, n_threads 1 to 512")
         self.turns = turns or default_arbiter
+        self.pid = process_id()
         self.deadline.at_ns = 0
         cdef Context context = Context(model, **sizes)
         self.n_slots = context.n_slots
@@ -122,6 +123,8 @@ cdef class Machine:
 
     cdef void release(self) noexcept:
         cdef size_t i
+        if self.pid != process_id():
+            return  # a child of the process whose threads these are
         for i in range(self.slots.size()):
             self.slots[i].end_request()
         self.ctx = NULL

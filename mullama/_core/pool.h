@@ -4,7 +4,22 @@
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 
+#ifdef _WIN32
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
+
 namespace mullama {
+
+// Threads do not come along when a process forks: what they share is left alone in the child.
+inline int process_id() {
+#ifdef _WIN32
+    return _getpid();
+#else
+    return (int) getpid();
+#endif
+}
 
 #ifdef GGML_BACKEND_DL
 

@@ -67,6 +67,12 @@ inline void set_attention(bool on) {
     }
 }
 
+// Whether this build has exact-attention.h for this processor and it is on.
+inline bool has_attention() {
+    auto has = cpu_function<bool (*)(ggml_type, ggml_type, int, int)>("ggml_exact_attention_has");
+    return has != nullptr && has(GGML_TYPE_F16, GGML_TYPE_F16, 64, 64);
+}
+
 inline void kernel_counts(uint64_t * counts) {
     if (auto get = cpu_function<void (*)(uint64_t *)>("ggml_cpu_kernel_counts")) {
         get(counts);
@@ -96,6 +102,20 @@ inline Difference compare(const std::vector<float> & found, const std::vector<fl
     res.error    = res.is_finite ? std::sqrt(off/(all > 0.0 ? all : 1.0)) : std::numeric_limits<double>::infinity();
     return res;
 }
+
+// Numbers that look normal enough, the same on every machine.
+struct Noise {
+    uint64_t state;
+    explicit Noise(uint64_t seed) : state(seed) {}
+    float next() {
+        int sum = 0;
+        for (int i = 0; i < 4; ++i) {
+            state = state*6364136223846793005ull + 1442695040888963407ull;
+            sum += (int) (state >> 48);
+        }
+        return (float) (sum - 2*65535)/65535.0f;
+    }
+};
 
 // `copies` matrices of n rows of k values of one type, in one layout. Throws std::invalid_argument for what cannot be.
 class Products {
@@ -202,20 +222,6 @@ private:
         }
     };
 
-    // Numbers that look normal enough, the same on every machine.
-    struct Noise {
-        uint64_t state;
-        explicit Noise(uint64_t seed) : state(seed) {}
-        float next() {
-            int sum = 0;
-            for (int i = 0; i < 4; ++i) {
-                state = state*6364136223846793005ull + 1442695040888963407ull;
-                sum += (int) (state >> 48);
-            }
-            return (float) (sum - 2*65535)/65535.0f;
-        }
-    };
-
     // As the loader of models asks: with weights in an empty buffer of that kind.
     bool fits(ggml_backend_buffer_type_t buft) const {
         const ggml_init_params params = { 3*ggml_tensor_overhead(), nullptr, true };
@@ -258,6 +264,71 @@ private:
     ggml_context_ptr ctx;
     ggml_backend_buffer_ptr buffer;
     std::vector<ggml_tensor *> weights;
+};
+
+// Attention of some tokens to cells of half floats, in heads of 64 values of which four share keys and values.
+struct Attention {
+    int64_t cells;
+    int64_t tokens;
+
+    // `reference`: by the reference computations. `seconds`, where it is not null: the best of some rounds.
+    std::vector<float> compute(int threads, bool reference, double * seconds) const {
+        ggml_backend_ptr backend(ggml_backend_dev_init(cpu_device(), nullptr));
+        const ggml_init_params params = { 8*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
+        ggml_context_ptr ctx(ggml_init(params));
+        ggml_tensor * q    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, 64, tokens, 8);
+        ggml_tensor * k    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, 64, cells, 2);
+        ggml_tensor * v    = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, 64, cells, 2);
+        ggml_tensor * mask = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, cells, tokens);
+        ggml_tensor * out  = ggml_flash_attn_ext(ctx.get(), q, k, v, mask, 0.125f, 0.0f, 0.0f);
+        ggml_cgraph * graph = ggml_new_graph(ctx.get());
+        ggml_build_forward_expand(graph, out);
+        ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_dev_buffer_type(cpu_device())));
+        if (!backend || !buffer) {
+            throw std::runtime_error("no memory for the attention to try");
+        }
+        memset(ggml_backend_buffer_get_base(buffer.get()), 0xFF, ggml_backend_buffer_get_size(buffer.get()));
+        Noise noise(3);
+        fill(q, noise);
+        fill(k, noise);
+        fill(v, noise);
+        // every seventh cell is hidden
+        std::vector<ggml_fp16_t> hidden(cells*tokens);
+        for (size_t i = 0; i < hidden.size(); ++i) {
+            hidden[i] = ggml_fp32_to_fp16(i % 7 == 3 ? -INFINITY : 0.0f);
+        }
+        ggml_backend_tensor_set(mask, hidden.data(), 0, hidden.size()*sizeof(ggml_fp16_t));
+        cpu_function<ggml_backend_set_n_threads_t>("ggml_backend_set_n_threads")(backend.get(), threads);
+        cpu_function<void (*)(ggml_backend_t, bool)>("ggml_backend_cpu_set_use_ref")(backend.get(), reference);
+        for (int i = 0; i < (seconds != nullptr ? 20 : 1); ++i) {
+            const auto start = std::chrono::steady_clock::now();
+            if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS) {
+                throw std::runtime_error("the attention was not computed");
+            }
+            const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+            if (seconds != nullptr && (i == 0 || took.count() < *seconds)) {
+                *seconds = took.count();
+            }
+        }
+        std::vector<float> res(ggml_nelements(out));
+        ggml_backend_tensor_get(out, res.data(), 0, res.size()*sizeof(float));
+        return res;
+    }
+
+private:
+    static void fill(ggml_tensor * tensor, Noise & noise) {
+        std::vector<float> values(ggml_nelements(tensor));
+        for (float & value : values) {
+            value = noise.next();
+        }
+        if (tensor->type == GGML_TYPE_F32) {
+            ggml_backend_tensor_set(tensor, values.data(), 0, values.size()*sizeof(float));
+            return;
+        }
+        std::vector<ggml_fp16_t> halves(values.size());
+        ggml_fp32_to_fp16_row(values.data(), halves.data(), (int64_t) values.size());
+        ggml_backend_tensor_set(tensor, halves.data(), 0, halves.size()*sizeof(ggml_fp16_t));
+    }
 };
 
 } // namespace mullama

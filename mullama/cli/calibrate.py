@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +12,14 @@ import click
 
 from mullama.cli.options import config_from, config_options
 from mullama.config import DEFAULT_MODEL
+from mullama.files import STDIO, counted
+from mullama.machine.neighbours import LOUD
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
+    from mullama.engine.engine import Engine
     from mullama.models.resolve import ResolvedModel
     from mullama.simulation import CostModel
-    from mullama.types import ModelInfo
 
 #: Of the options of ``serve``, those that change what a decode costs.
 CONFIG_OPTIONS = (
@@ -24,10 +28,17 @@ CONFIG_OPTIONS = (
 )
 
 
+LOOK_S = 0.5  # how long the machine is looked at before anything is measured
+
+
 @click.command(short_help="Measure what steps cost on this machine, for simulate.")
 @click.option("--model", "reference", metavar="MODEL", help="model to measure  [default: the default model]")
 @click.option(
-    "--out", required=True, metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="cost file to write"
+    "--out",
+    required=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="cost file to write; -: to stdout",
 )
 @click.option(
     "--seconds",
@@ -44,21 +55,37 @@ def command(reference: str | None, out: Path, seconds: float, **params: Any) -> 
     """
     from mullama.cli.loading import find_model
     from mullama.cli.progress import StepProgress
+    from mullama.machine.neighbours import Neighbours
     from mullama.simulation import write_costs
+    from mullama.simulation.calibrate import with_about
 
     config = replace(config_from(params), threads_fixed=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.touch()  # a file that cannot be written is no surprise after a minute's work
+    if out != STDIO:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()  # a file that cannot be written is no surprise after a minute's work
     found = find_model(reference or (config.model[0] if config.model else DEFAULT_MODEL))
+    neighbours = Neighbours()
     try:
+        time.sleep(LOOK_S)
+        _warn(neighbours.busy(), "are keeping", "wait until they have ended, or")
         with StepProgress("calibrate") as progress:
             costs = _measure(found, config, seconds, progress.update)
+        costs = with_about(costs, {**costs.about, "neighbours": round(neighbours.busy(), 2)})
     except BaseException:
-        if out.stat().st_size == 0:
+        if out != STDIO and out.stat().st_size == 0:
             out.unlink()
         raise
     write_costs(out, costs)
     _show(costs, out)
+    _warn(costs.about["neighbours"])
+
+
+def _warn(busy: float, kept: str = "kept", advice: str = "the costs are too high for it;") -> None:
+    if busy > LOUD:
+        click.echo(
+            f"warning: other processes {kept} {busy:.1f} cores busy: {advice} calibrate again on a quiet machine",
+            err=True,
+        )
 
 
 def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress: Any) -> CostModel:
@@ -79,18 +106,20 @@ def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress
     engine = load_engine(found, config)
     try:
         costs = measure_engine(engine, costs, progress=progress)
-        return with_about(costs, _about(engine.info, config, engine.kv_host_tokens))
+        return with_about(costs, _about(engine, config))
     finally:
         engine.close()
 
 
-def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[str, Any]:
+def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
     from datetime import UTC, datetime
 
     from mullama.cli.version import llama_commit, mullama_version
-    from mullama.compare.provenance import commit, machine
+    from mullama.compare.provenance import commit
     from mullama.machine.cores import usable_threads
+    from mullama.machine.report import provenance
 
+    info = engine.info
     return {
         "model": {
             "name": info.name,
@@ -99,13 +128,14 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
             "n_params": info.n_params,
             "n_parallel": info.n_parallel,
             "n_ctx": info.n_ctx,
-            "kv_host_tokens": kv_host_tokens,
+            "kv_host_tokens": engine.kv_host_tokens,
         },
-        "machine": machine(),
+        "machine": provenance(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": config.threads or usable_threads(),
         "batch_size": config.batch_size,
         "flash_attn": config.flash_attn,
+        "computing": engine.computing(),
         "version": mullama_version(),
         "commit": commit(),
         "llama_cpp": llama_commit(),
@@ -114,14 +144,20 @@ def _about(info: ModelInfo, config: ServeConfig, kv_host_tokens: int) -> dict[st
 
 def _show(costs: CostModel, out: Path) -> None:
     """The main figures, as a check."""
+    echo = functools.partial(click.echo, err=out == STDIO)
     rows = [int(n) for n in costs.decode.x]
     chunk = int(costs.prefill.x[-1])
-    click.echo(f"{out}: {costs.about['model']['name']}, {costs.about['threads']} threads; milliseconds")
-    click.echo(
-        "  decode of " + ", ".join(f"{n}: {costs.decode_ns(n, 256, 256) / 1e6:.2f}" for n in rows) + " sequences"
-    )
-    click.echo(f"  prompt of {chunk} tokens: {costs.prefill_ns(chunk, 0) / 1e6:.1f}")
-    click.echo(
+    echo(f"{out}: {costs.about['model']['name']}, {counted(costs.about['threads'], 'thread')}; milliseconds")
+    echo("  decode of " + ", ".join(f"{n}: {costs.decode_ns(n, 256, 256) / 1e6:.2f}" for n in rows) + " sequences")
+    echo(f"  prompt of {chunk} tokens: {costs.prefill_ns(chunk, 0) / 1e6:.1f}")
+    echo(
         f"  step {costs.step_ns / 1e6:.3f} + {costs.token_ns / 1e6:.3f} a token, plan {costs.plan_ns / 1e6:.3f}, "
         f"new graph {costs.rebuild_ns / 1e6:.3f}, waking {costs.wake_ns / 1e6:.3f}"
     )
+    echo(
+        f"  measured: 1 to {counted(rows[-1], 'sequence')} with up to {costs.decode.y[-1]:,.0f} tokens each, "
+        f"prompt chunks of up to {chunk:,} tokens behind up to {costs.prefill.y[-1]:,.0f}"
+    )
+    slots = (costs.about.get("model") or {}).get("n_parallel") or rows[-1]
+    if slots > rows[-1]:
+        echo(f"  beyond {counted(rows[-1], 'sequence')} of the {slots} slots costs are extrapolated; raise --seconds")

@@ -84,6 +84,13 @@ class ChatSession:
         """Whether the newest reply was stopped by :meth:`cancel`."""
         return self._is_cancelled
 
+    @property
+    def context(self) -> tuple[int, int]:
+        """Tokens of the context that the conversation takes so far, and those that there are."""
+        profile = self.last.profile if self.last is not None else None
+        used = profile.prompt_tokens + profile.completion_tokens if profile is not None else 0
+        return min(used, self.engine.info.n_ctx), self.engine.info.n_ctx
+
     def clear(self) -> None:
         """Forget the turns; the system message and the settings stay."""
         self.turns.clear()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mullama.cli.options import echo_json, json_option
+from mullama.cli.options import Size, echo_json, json_option
 
 if TYPE_CHECKING:
     from mullama.models.estimate import Estimate
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Say whether a model fits this machine, and with which sizes.")
 @click.argument("model")
-@click.option(
-    "--ctx", "n_ctx", type=click.IntRange(1, 1 << 24), metavar="N", help="Tokens of context a request may use."
-)
+@click.option("--ctx", "n_ctx", type=Size(1, 1 << 24), metavar="N", help="Tokens of context a request may use.")
 @click.option("--parallel", "n_parallel", type=click.IntRange(1, 256), metavar="N", help="Requests that run at once.")
 @click.option("--quant", metavar="QUANT", help="The variant in this quantisation.")
 @json_option

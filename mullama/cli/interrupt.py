@@ -110,6 +110,9 @@ def ends_by_signal() -> Iterator[Ending | None]:
         yield ending
     except (KeyboardInterrupt, SystemExit):
         raise  # the thread waits on: cleaning up has to end as well
+    except BaseException:
+        ending.over()
+        raise
     else:
         ending.over()
     finally:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from mullama.models.store import Store
 
 
-def find_model(text: str, store: Store | None = None, *, config: ServeConfig | None = None) -> ResolvedModel:
+def find_model(
+    text: str, store: Store | None = None, *, config: ServeConfig | None = None, must_be_quant: bool = True
+) -> ResolvedModel:
     """Resolve a reference, pulling it when it is not here, and check the file's header.
 
-    ``config`` says which quantisation is wanted and which sources are allowed.
+    ``config`` says which quantisation is wanted and which sources are allowed; ``must_be_quant``: see resolve_model.
     """
     from mullama.models.policy import allow_private
     from mullama.models.resolve import resolve_model
@@ -26,7 +28,8 @@ def find_model(text: str, store: Store | None = None, *, config: ServeConfig | N
     with PullProgress(text) as progress:
         if config is not None:
             allow_private(config.allow_private_sources)
-        return resolve_model(text, store=store, progress=progress, quant=config.quant if config is not None else None)
+        quant = config.quant if config is not None else None
+        return resolve_model(text, store=store, progress=progress, quant=quant, must_be_quant=must_be_quant)
 
 
 def weights_of(model: ResolvedModel) -> str:

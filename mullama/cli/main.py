@@ -35,7 +35,7 @@ COMMANDS = (
         "verify",
         "rm",
     ),
-    *("schedulers", "compare", "simulate", "calibrate", "version"),
+    *("schedulers", "compare", "simulate", "calibrate", "doctor", "version"),
 )
 
 
@@ -51,7 +51,18 @@ class Commands(click.Group):
         return cast(click.Command, importlib.import_module(f"mullama.cli.{name}").command)
 
 
+def _print_version(context: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from mullama.cli.version import llama_commit, mullama_version
+
+        click.echo(f"mullama {mullama_version() or 'unknown'} (llama.cpp {(llama_commit() or 'unknown')[:9]})")
+        context.exit()
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print the version."
+)
 def cli() -> None:
     """Serve GGUF models with llama.cpp, with every decision of the server visible and replaceable."""
     from mullama import logs

@@ -9,9 +9,51 @@ from typing import Any, TypeVar
 
 import click
 
-from mullama.config import ENV_PREFIX, ServeConfig, default_of, load_config, option_type, options
+from mullama.config import ENV_PREFIX, GROUPS, ServeConfig, default_of, load_config, option_type, options
+from mullama.files import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+SEEDS_HELP = "play that many workloads, of --seed and the seeds after it; the report has their intervals"
+SWEEP_HELP = "an entry for each value, of the policies that have the parameter; repeatable"
+CSV_HELP = "write every run's numbers as CSV to FILE; -: to stdout, and the table to stderr"
+JSON_HELP = "write the report as JSON to FILE; -: to stdout, and the table to stderr"
+
+
+class Grouped(click.Command):
+    """A command whose help shows the options of ``ServeConfig`` in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        titles: dict[str, str] = {}
+        title = ""
+        for opt in options():
+            title = titles[opt.name] = GROUPS.get(opt.name, title)
+        rows: dict[str, list[tuple[str, str]]] = {title: [] for title in (*titles.values(), "Other options")}
+        for param in self.get_params(ctx):
+            if (record := param.get_help_record(ctx)) is not None:
+                rows[titles.get(param.name or "", "Other options")].append(record)
+        for title, records in rows.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+class Size(click.ParamType[int]):
+    """A whole number, which may be written as a size: ``4k`` tokens are 4096, ``8GB`` 8 * 10**9 bytes."""
+
+    name = "size"
+
+    def __init__(self, low: int, high: int, *, unit: str = "tokens") -> None:
+        self._low, self._high, self._unit = low, high, unit
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = value if isinstance(value, int) else parse_size(str(value), binary=self._unit == "tokens")
+        except ValueError:
+            self.fail(f"'{value}' is not a number of {self._unit}", param, ctx)
+        if not self._low <= number <= self._high:
+            self.fail(f"{value} is not in the range {self._low} to {self._high}", param, ctx)
+        return number
 
 
 def flag_name(opt: Field[Any]) -> str:

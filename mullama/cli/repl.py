@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FENCE = '"""'
 PROMPT, MORE = ">>> ", "... "
+GAUGE = 20  # characters of the context's bar
 
 #: Command -> (arguments, help).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -32,12 +33,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 class Repl:
-    """``read`` shows a prompt and returns a line, or raises EOFError (Ctrl-D) or KeyboardInterrupt (Ctrl-C)."""
+    """``read`` shows a prompt and returns a line, or raises EOFError (Ctrl-D) or KeyboardInterrupt (Ctrl-C).
 
-    def __init__(self, session: ChatSession, read: Callable[[str], str], write: Callable[[str], None]) -> None:
+    ``style(kind, text)`` colours what is no reply: kinds are ``note`` and ``error``.
+    """
+
+    def __init__(
+        self,
+        session: ChatSession,
+        read: Callable[[str], str],
+        write: Callable[[str], None],
+        style: Callable[[str, str], str] = lambda kind, text: text,
+    ) -> None:
         self._session = session
         self._read = read
         self._write = write
+        self._style = style
+        self._was_interrupted = False  # by a Ctrl-C at the prompt, and nothing was read since
 
     def run(self) -> None:
         """Until /exit or Ctrl-D. Raises EngineDead when no further reply is possible."""
@@ -47,7 +59,10 @@ class Repl:
             try:
                 text = self._read_message()
             except KeyboardInterrupt:
-                self._line("(Ctrl-D or /exit leaves)")
+                if self._was_interrupted:
+                    return
+                self._was_interrupted = True
+                self._line("(Ctrl-C again, Ctrl-D or /exit leaves)")
                 continue
             except EOFError:
                 return
@@ -64,6 +79,7 @@ class Repl:
     def _read_message(self) -> str:
         """A line, or with its fences everything between \"\"\" and \"\"\"."""
         text = self._read(PROMPT).strip()
+        self._was_interrupted = False
         if text.startswith(FENCE):
             while len(text) < 2 * len(FENCE) or not text.endswith(FENCE):
                 text += "\n" + self._read(MORE).rstrip()
@@ -77,10 +93,15 @@ class Repl:
                     self._write(printable(piece))
         except EngineDead:
             raise
+        except KeyboardInterrupt:  # the second Ctrl-C
+            self._write("\n")
+            raise
         except MullamaError as error:
-            self._line(f"error: {explain(error)}")
+            self._line(f"error: {explain(error)}", "error")
             return
-        self._line(" (stopped)" if session.was_cancelled else "")
+        if session.was_cancelled:
+            self._write(self._style("note", " (stopped)"))
+        self._write("\n")
 
     def _command(self, text: str) -> bool:
         """Carry out a /command; False: leave."""
@@ -120,7 +141,7 @@ class Repl:
                 raise InvalidRequest(f"/set needs NAME and VALUE; NAME is one of {', '.join(SETTINGS)}")
             self._session.set(name, value.strip())
         except MullamaError as error:
-            self._line(f"error: {error.message}")
+            self._line(f"error: {error.message}", "error")
         else:
             self._line(f"{name} is {value.strip()}")
 
@@ -129,7 +150,7 @@ class Repl:
         info = session.engine.info
         sampling = session.sampling()
         self._line(f"  model     {info.name}: {info.description}, {info.path}")
-        self._line(f"  context   {info.n_ctx} tokens")
+        self._line(f"  context   {gauge(*session.context)}")
         self._line(f"  settings  {', '.join(f'{name} {getattr(sampling, name)}' for name in SETTINGS)}")
         self._line(f"  system    {printable(session.system) if session.system else '-'}")
         self._line(f"  turns     {len(session.turns) // 2}")
@@ -138,20 +159,27 @@ class Repl:
 
     def _save(self, rest: str) -> None:
         if not rest:
-            self._line("error: /save needs a FILE")
+            self._line("error: /save needs a FILE", "error")
             return
         try:
             text = json.dumps(self._session.to_dict(), indent=2, ensure_ascii=False) + "\n"
             expand(rest).write_text(text, encoding="utf-8")
         except OSError as error:
-            self._line(f"error: cannot write {rest}: {error.strerror}")
+            self._line(f"error: cannot write {rest}: {error.strerror}", "error")
         except ConfigError as error:
-            self._line(f"error: {error.message}")
+            self._line(f"error: {error.message}", "error")
         else:
             self._line(f"saved to {rest}")
 
-    def _line(self, text: str) -> None:
-        self._write(text + "\n")
+    def _line(self, text: str, kind: str = "note") -> None:
+        self._write(self._style(kind, text) + "\n")
+
+
+def gauge(used: int, size: int) -> str:
+    """How full a context is, as a bar and in numbers."""
+    share = used / size
+    full = round(share * GAUGE)
+    return f"{'█' * full}{'░' * (GAUGE - full)} {used:,} of {size:,} tokens ({share:.0%})"
 
 
 def describe(profile: Profile) -> str:

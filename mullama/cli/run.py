@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,11 @@ import click
 from mullama.cli.options import config_from, config_options, echo_json, json_option
 from mullama.cli.settings import SETTINGS, parse_setting
 from mullama.config import DEFAULT_MODEL
+from mullama.errors import ConfigError
 
 if TYPE_CHECKING:
     from mullama.cli.chat import ChatSession
+    from mullama.models.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +46,8 @@ def sampling_options(function: F) -> F:
 def command(model: str | None, prompt: str | None, system: str | None, as_json: bool, **params: Any) -> None:
     """Ask MODEL (default: the default model) once and stream the answer, or chat when there is no PROMPT.
 
-    A prompt may also come from a pipe; with both, what comes from the pipe follows PROMPT.
+    One argument of several words that names no model is a PROMPT for the default model. A prompt may also come from a
+    pipe; with both, what comes from the pipe follows PROMPT.
     """
     from mullama.cli.chat import ChatSession, valid_text
     from mullama.cli.loading import find_model, load_engine
@@ -51,6 +55,9 @@ def command(model: str | None, prompt: str | None, system: str | None, as_json: 
     from mullama.models.store import Store
 
     config = replace(config_from(params), parallel=1)
+    store = Store()
+    if prompt is None and model is not None and _is_prompt(model, store):
+        model, prompt = None, model
     try:
         settings = dict(parse_setting(name, params[name]) for name in SETTINGS if params[name] is not None)
         text = _prompt(prompt)
@@ -60,7 +67,6 @@ def command(model: str | None, prompt: str | None, system: str | None, as_json: 
         raise click.UsageError(error.message) from None
     if text is None and as_json:
         raise click.UsageError("--json needs a PROMPT")
-    store = Store()
     found = find_model(model or (config.model[0] if config.model else DEFAULT_MODEL), store, config=config)
     engine = load_engine(found, config)
     try:
@@ -71,6 +77,20 @@ def command(model: str | None, prompt: str | None, system: str | None, as_json: 
             _ask(session, text, as_json)
     finally:
         engine.close()
+
+
+def _is_prompt(text: str, store: Store) -> bool:
+    """Whether a lone argument is meant as a prompt: it has several words and names no model."""
+    from mullama.errors import ReferenceNotFound
+    from mullama.models.reference import parse_spec
+
+    if len(text.split()) < 2 or text.lower().endswith(".gguf"):
+        return False
+    try:
+        parse_spec(text, store.lookup)
+    except (ReferenceNotFound, ConfigError):  # ConfigError: what is before a "=" is no name
+        return True
+    return False
 
 
 def _prompt(prompt: str | None) -> str | None:
@@ -124,9 +144,10 @@ def _ask(session: ChatSession, text: str, as_json: bool) -> None:
 def _chat(session: ChatSession, history: Path) -> None:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.formatted_text import ANSI
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-    from mullama.cli.repl import COMMANDS, Repl
+    from mullama.cli.repl import COMMANDS, Repl, gauge
 
     kept: History
     try:
@@ -139,4 +160,15 @@ def _chat(session: ChatSession, history: Path) -> None:
         kept = InMemoryHistory()
     completer = WordCompleter(sorted(COMMANDS), sentence=True)
     terminal: PromptSession[str] = PromptSession(history=kept, completer=completer, complete_while_typing=False)
-    Repl(session, terminal.prompt, lambda text: click.echo(text, nl=False)).run()
+    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def read(prompt: str) -> str:
+        shown = ANSI(click.style(prompt, fg="green", bold=True)) if is_coloured else prompt
+        return terminal.prompt(shown, bottom_toolbar=lambda: f" {session.engine.info.name}  {gauge(*session.context)}")
+
+    def style(kind: str, text: str) -> str:
+        if not is_coloured:
+            return text
+        return click.style(text, fg="red") if kind == "error" else click.style(text, dim=True)
+
+    Repl(session, read, lambda text: click.echo(text, nl=False), style).run()

@@ -14,7 +14,7 @@ from mullama.cli.options import echo_json, json_option
 @click.argument("name", required=False)
 @json_option
 def command(name: str | None, as_json: bool) -> None:
-    """List the scheduling policies that ``serve --scheduler`` knows, or show one with its parameters.
+    """List the scheduling policies that serve --scheduler knows, or show one with its parameters.
 
     NAME may also be FILE.py:CLASS or package.module:CLASS.
     """

@@ -11,7 +11,7 @@ import click
 
 from mullama import logs
 from mullama.cli.interrupt import ends_by_signal
-from mullama.cli.options import config_from, config_options
+from mullama.cli.options import Grouped, config_from, config_options
 from mullama.config import DEFAULT_MODEL, unknown_variables
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@click.command(short_help="Serve models over HTTP.")
+@click.command(cls=Grouped, short_help="Serve models over HTTP.")
 @config_options()
 def command(**params: Any) -> None:
     """Serve models over an OpenAI-compatible HTTP API, in this process. SIGTERM drains running requests, SIGHUP reads
@@ -37,14 +37,17 @@ def command(**params: Any) -> None:
 
 def _serve(params: dict[str, Any], on_ready: Callable[[], None]) -> None:
     """``on_ready`` is called before the server runs, which looks after signals itself."""
+    from mullama.serving.readiness import require
+
+    config = config_from(params)
+    logs.set_up(config.log_level, config.log_format)
+    for problem in (*unknown_variables(), *require(config).notes):
+        log.warning("%s", problem)
+
     from mullama.cli.serving import make_manager, make_swaps
     from mullama.engine.background import share_cores
     from mullama.web.server import bind, run_server
 
-    config = config_from(params)
-    logs.set_up(config.log_level, config.log_format)
-    for problem in unknown_variables():
-        log.warning("%s", problem)
     # First of all: a port in use is known before minutes of download and loading.
     sock = bind(config)
     models = make_manager(config)
@@ -105,7 +108,7 @@ def _find_models(config: ServeConfig) -> list[ResolvedModel]:
 
     found: dict[str, ResolvedModel] = {}
     for text in config.model or [DEFAULT_MODEL]:
-        model = find_model(text, config=config)
+        model = find_model(text, config=config, must_be_quant=False)
         if model.name in found:
             raise ConfigError(f"two models are served as '{model.name}'; give one another name with NAME=REFERENCE")
         found[model.name] = model

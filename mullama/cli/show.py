@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mullama.cli.options import echo_json, json_option
+from mullama.cli.options import Size, echo_json, json_option
 
 if TYPE_CHECKING:
     from mullama.models.gguf import Header
@@ -21,7 +21,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 @click.argument("reference")
 @click.option("--template", "only_template", is_flag=True, help="Print only the chat template.")
 @click.option("--quant", metavar="QUANT", help="The variant in this quantisation.")
-@click.option("--ctx", "n_ctx", type=click.IntRange(1, 1 << 24), metavar="N", help="Estimate memory at this context.")
+@click.option("--ctx", "n_ctx", type=Size(1, 1 << 24), metavar="N", help="Estimate memory at this context.")
 @json_option
 def command(reference: str, only_template: bool, quant: str | None, n_ctx: int | None, as_json: bool) -> None:
     """Show sizes, metadata, variants and chat template of a model in the store or of a local file."""

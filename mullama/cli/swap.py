@@ -8,7 +8,9 @@ from urllib.parse import quote
 
 import click
 
+from mullama.cli.progress import StepProgress
 from mullama.cli.remote import Server, server_options
+from mullama.cli.table import printable
 
 
 @click.command(short_help="Change the weights of a served model.")
@@ -38,11 +40,26 @@ def command(name: str, to: str, kv: str, gap: str, kl: bool, url: str, key: str,
     """
     server = Server(url, key)
     path = f"/internal/models/{quote(name, safe='/:')}/swap"
-    found = server.post(path, {"to": to, "kv": kv, "gap": gap, "kl": kl}, timeout_s=None)
+    with _Steps(f"{name} to {to}") as steps:
+        found = server.watch(path, {"to": to, "kv": kv, "gap": gap, "kl": kl}, steps.show)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
     click.echo(_line(found))
+
+
+class _Steps(StepProgress):
+    """The phases of a swap on stderr, and once what is made for it."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title)
+        self._is_told = False
+
+    def show(self, record: dict[str, Any]) -> None:
+        if record.get("note") and not self._is_told:
+            self._is_told = True
+            click.echo(f"note: {printable(record['note'])}", err=True)
+        self.update(printable(record["phase"]), record.get("done") or 0, record.get("total"))
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import hashlib
+import inspect
 import subprocess
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, system, Python. Unknown values are None."""
-    memory = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_mib": memory,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
 
 
 def commit() -> str | None:
@@ -37,10 +22,15 @@ def commit() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _cpu() -> str | None:
+def source_of(policy: object) -> dict[str, str] | None:
+    """The file that a policy comes from and its sha256; None for mullama's own, and where there is no file."""
+    kind = type(policy)
+    if kind.__module__.split(".")[0] == "mullama":
+        return None
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or None
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
-    return names[0] if names else platform.processor() or None
+        file = inspect.getsourcefile(kind)
+        if file is None:
+            return None
+        return {"file": file, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    except (OSError, TypeError):
+        return None

@@ -44,6 +44,8 @@ class Run:
     fallback: str | None  # why fcfs took over
     late_ms: float
     exhausted: int
+    neighbours: float = 0.0  # cores that other processes kept busy meanwhile
+    seed: int = 0  # of its workload
 
 
 def parse_policies(schedulers: str, args: Sequence[str] = ()) -> list[PolicySpec]:
@@ -118,22 +120,43 @@ async def compare(
     rounds: int = 1,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str, float, float], None] = lambda step, done, total: None,
+    busy: Callable[[], float] = lambda: 0.0,
 ) -> list[Run]:
-    """Play ``workload`` ``rounds`` times with each policy. Cancelled, it returns the runs that were complete.
+    """``compare_seeds`` of one workload."""
+    played = [(workload, prompts)]
+    return await compare_seeds(engine, policies, played, rounds=rounds, clock=clock, progress=progress, busy=busy)
+
+
+async def compare_seeds(
+    engine: EngineClient,
+    policies: Sequence[PolicySpec],
+    workloads: Sequence[tuple[Workload, Prompts]],
+    *,
+    rounds: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[str, float, float], None] = lambda step, done, total: None,
+    busy: Callable[[], float] = lambda: 0.0,
+) -> list[Run]:
+    """Play each workload ``rounds`` times with each policy. Cancelled, it returns the runs that were complete.
+
+    ``busy``: cores that other processes kept busy since it was asked last.
 
     Raises InvalidRequest for an unknown policy or parameter before anything is played, ConfigError when a request does
     not fit the engine, and EngineDead.
     """
-    check_fit(workload, engine.info)
+    for workload, _ in workloads:
+        check_fit(workload, engine.info)
     runs: list[Run] = []
     try:
         for policy in policies:
             await engine.set_scheduler(policy.spec, policy.params)
-        for number in range(rounds):
-            first = number % len(policies)
+        turns = [(number, one) for number in range(rounds) for one in workloads]
+        for turn, (number, (workload, prompts)) in enumerate(turns):
+            first = turn % len(policies)
             for policy in (*policies[first:], *policies[:first]):
-                step = f"{policy.label}, round {number + 1} of {rounds}"
-                runs.append(await _run(engine, policy, number + 1, workload, prompts, clock, _stepper(progress, step)))
+                seed = f"seed {workload.seed}, " if len(workloads) > 1 else ""
+                tell = _stepper(progress, f"{policy.label}, {seed}round {number + 1} of {rounds}")
+                runs.append(await _run(engine, policy, number + 1, workload, prompts, clock, tell, busy))
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None:
@@ -153,11 +176,13 @@ async def _run(
     prompts: Prompts,
     clock: Callable[[], float],
     progress: Progress,
+    busy: Callable[[], float],
 ) -> Run:
     """One run from the state that all begin with: nothing running, nothing retained, the machine warm."""
     answer = await engine.set_scheduler(policy.spec, policy.params)
     await play(engine, _warm_up(engine.info, workload), prompts, clock=clock)
     await engine.drop_retained()
+    busy()
     played = await play(engine, workload, prompts, clock=clock, progress=progress)
     fallback = engine.scheduler_snapshot().get("fallback")
     return Run(
@@ -168,6 +193,8 @@ async def _run(
         fallback=str(fallback["reason"]) if fallback else None,
         late_ms=played.late_s * 1e3,
         exhausted=played.exhausted,
+        neighbours=busy(),
+        seed=workload.seed,
     )
 
 

@@ -30,6 +30,7 @@ from mullama.errors import (
     ModelLoadError,
     no_adapter,
 )
+from mullama.files import counted
 from mullama.home import expand
 from mullama.kv.namespaces import adapters_key
 from mullama.kv.tree import namespace_of
@@ -246,7 +247,11 @@ class Adapters:
             if one is None:
                 raise AdapterNotFound(no_adapter(name, self._loaded), param="id")
             if one.n_requests:
-                raise AdapterBusy(f"{one.n_requests} requests use the adapter '{name}' now", param="id", retry_after=1)
+                raise AdapterBusy(
+                    f"the adapter '{name}' is used by {counted(one.n_requests, 'request')} now",
+                    param="id",
+                    retry_after=1,
+                )
             del self._loaded[name]
         if not self._core.is_vacant:
             self._core.drop_adapters()

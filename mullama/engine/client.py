@@ -16,8 +16,11 @@ from mullama.types import Delta, Finish, ModelInfo, Request, SamplingParams
 class Generation(Protocol):
     """One submitted request. ``finish`` is set once it ended, whatever the reason."""
 
-    id: str
-    finish: Finish | None
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def finish(self) -> Finish | None: ...
 
     def cancel(self) -> None:
         """Stop it from any thread; its KV is free within one step. Harmless when it has ended."""
@@ -36,7 +39,7 @@ class AsyncGeneration(Generation, Protocol):
 
 
 class SyncGeneration(Generation, Protocol):
-    """The same for threads."""
+    """The same for threads. One that nobody refers to any more is cancelled."""
 
     def __iter__(self) -> Iterator[Delta]: ...
 
@@ -73,7 +76,8 @@ class EngineClient(Protocol):
         """The prompt of a chat, by the model's template (ChatML when it has none).
 
         ``messages_json`` is the JSON array of OpenAI messages. The GIL is released while it works.
-        Tokenise the result with ``add_special=True``: a BOS that the vocabulary adds by itself is left out here.
+        Tokenise the result itself with ``add_special=True`` (it knows which control tokens are only spelled by the
+        messages, and stay text): a BOS that the vocabulary adds by itself is left out here.
         Raises InvalidRequest when the template refuses the messages.
         """
 
@@ -122,8 +126,10 @@ class EngineClient(Protocol):
     def kv_events(self) -> KvEventLog:
         """What happened to cached KV (GET /internal/kv/events)."""
 
-    async def kv_tree(self, *, limit: int = 1000) -> dict[str, Any]:
+    async def kv_tree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
         """GET /internal/kv/tree: the prefix tree, parents before children, at most ``limit`` nodes of it.
+
+        ``text``: each node also has ``text``, what it holds in words, the middle of a long one left out.
 
         ``nodes``: each ``id``, ``parent`` (None below a root), ``start``, ``end``, ``tokens``, ``slots``, ``owners``
         (request ids), ``tiers``, ``host_bytes``, ``checkpoint_bytes``, ``hits``, ``last_used_ms_ago``,

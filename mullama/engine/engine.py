@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import logging
+import os
 import sys
 import threading
 import time
@@ -22,12 +24,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mullama import abi
-from mullama._core import TEXT, Core, Model, Sampling
+from mullama._core import TEXT, Core, Model, Sampling, system_info
 from mullama.config import ServeConfig
 from mullama.engine import fits, loading, memory, sizing
 from mullama.engine.adapters import Adapters
 from mullama.engine.background import NICE_URGENT, in_background
-from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
+from mullama.engine.chat_text import ChatText, ControlTokens
+from mullama.engine.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
 from mullama.engine.kvaccess import KvMethods
 from mullama.engine.kvcache import KvCache
 from mullama.engine.policy import IDLE_LIMIT_NS, PolicyHost
@@ -51,6 +54,7 @@ from mullama.kv import registry as kv_registry
 from mullama.kv.choice import ESTIMATES
 from mullama.kv.guarded import GuardedPolicy
 from mullama.kv.tree import pack
+from mullama.machine.cores import usable_threads
 from mullama.machine.ways import words_of
 from mullama.observe.memory import give_back_heap
 from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
@@ -76,6 +80,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self.model = model
         me = weakref.ref(self)  # a cycle would keep what close() lets go of
         self._tokenizer = Tokenizer(lambda: cast(Engine, me()).model)
+        self._control_tokens: tuple[Model, ControlTokens] | None = None  # of which model; found for the first chat
         self.config = config
         self._core = core
         scheduler_args = parse_args(config.scheduler_arg)
@@ -130,6 +135,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._stopping = False
         self._closed = False
         self._failure: str | None = None
+        self._pid = os.getpid()  # a child has neither the threads nor the right to the page's file
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         try:
             self._kv.disk = loading.open_disk_tier(model, core, self._kv, config, lambda work: self._post_quietly(work))
@@ -185,12 +191,16 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text. The GIL is released while it works. Raises InvalidRequest for lone surrogates."""
+        self._check_open()
+        if isinstance(text, ChatText):
+            return self._tokenizer.tokenize(text, add_special=add_special, parse_special=parse_special)
         return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def prompt_tokens(
         self, text: str, *, most: int | None = None, between: Callable[[], None] | None = None
     ) -> list[int]:
         """The tokens of a prompt, worked out in pieces (see EngineClient.prompt_tokens)."""
+        self._check_open()
         try:
             return self._tokenizer.tokenize(text, most=most, between=between)
         except TooManyTokens as error:
@@ -206,18 +216,29 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
 
     def bytes_alone(self, data: bytes) -> list[int]:
         """The token of each byte, as for a character that has only begun; nothing when the vocabulary lacks one."""
+        self._check_open()
         return self._tokenizer.bytes_alone(data) if data else []
 
     def detokenize(self, tokens: SequenceOf[int]) -> str:
         """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
+        self._check_open()
         return self.model.detokenize(tokens)
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         """The prompt of a chat; tokenise it with ``add_special=True``. Raises InvalidRequest."""
-        return self.model.render_chat(messages_json, add_generation_prompt=add_generation_prompt)
+        self._check_open()
+        model = self.model
+        render = functools.partial(model.render_chat, add_generation_prompt=add_generation_prompt)
+        if self.config.parse_special_content:
+            return render(messages_json)
+        known = self._control_tokens
+        if known is None or known[0] is not model:
+            known = self._control_tokens = (model, ControlTokens(model.control_tokens()))
+        return known[1].render(render, messages_json)
 
     def submit(self, request: Request) -> AsyncGeneration:
         """Queue a request; call on the event loop that will read it (errors: see EngineClient.submit)."""
+        self._check_alive()
         loop = asyncio.get_running_loop()
         self._reader.attach_loop(loop)
         handle = next(self._handles)
@@ -226,12 +247,16 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         return generation
 
     def submit_sync(self, request: Request) -> SyncGeneration:
-        """Queue a request and read it on the calling thread, which must not be the event loop's."""
+        """Queue a request and read it on the calling thread, which must not be the event loop's.
+
+        A generation that nobody refers to any more is cancelled (errors: see EngineClient.submit).
+        """
+        self._check_alive()
         self._reader.attach_thread()
         handle = next(self._handles)
-        generation = SyncGeneration(request.id, handle, self._request_cancel)
-        self._enqueue(request, generation)
-        return generation
+        inbox = Inbox(request.id, handle, self._request_cancel)
+        self._enqueue(request, inbox)
+        return SyncGeneration(inbox)
 
     def _enqueue(self, request: Request, generation: BaseGeneration) -> None:
         prepared = self._check(request)
@@ -288,11 +313,27 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             raise InvalidRequest(f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt")
         if request.context_shift and not self.info.can_shift:
             raise InvalidRequest(f"'{self.info.name}' cannot shift its context", param="context_policy")
+        _check_fields(request)
         if isinstance(request.prepared, Sampling) and request.prepared.model is self.model:
             return request.prepared
         return self.prepare(request.sampling)
 
+    def _check_open(self) -> None:
+        """Raise unless what was loaded is still there."""
+        if self._closed:
+            raise ShuttingDown(f"'{self.info.name}' was closed: load it again")
+
+    def _check_process(self) -> None:
+        """Raise in a child of the process that loaded the engine: its threads are not there."""
+        if os.getpid() != self._pid:
+            raise EngineDead(
+                f"'{self.info.name}' was loaded by process {self._pid}, and no engine comes along when a process "
+                "forks: load it after the fork"
+            )
+
     def _check_alive(self) -> None:
+        self._check_process()
+        self._check_open()
         if self._failure is not None:
             raise EngineDead(f"the engine of '{self.info.name}' stopped; the server's log says why")
         if self._stopping or self._draining:
@@ -306,11 +347,15 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
 
     def _post_quietly(self, command: Callable[[], None]) -> None:
         """Hand a command to the engine thread from another one; nothing happens when it has ended."""
+        if os.getpid() != self._pid:
+            return  # the lock may have been held when the process forked
         with self._wait:
             if not self._closed and self._failure is None:
                 self._post(command)
 
     def _request_cancel(self, handle: int) -> None:
+        if os.getpid() != self._pid:
+            return
         with self._wait:
             if not self._closed:
                 self._post(lambda: self._seqs.cancel(handle))
@@ -330,9 +375,12 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
                 # A SystemExit from here would end the event loop that waits for it.
                 future.set_exception(RuntimeError(f"the engine was told to end by {type(error).__name__}"))
 
+        self._check_process()
         with self._wait:
-            if self._failure is not None or self._closed:
-                raise EngineDead(f"the engine of '{self.info.name}' is not running")
+            if self._closed:
+                raise EngineDead(f"'{self.info.name}' was closed: load it again")
+            if self._failure is not None:
+                raise EngineDead(f"the engine of '{self.info.name}' stopped; the server's log says why")
             self._calls.add(future)
             future.add_done_callback(self._calls.discard)
             self._post(command)
@@ -345,7 +393,9 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
 
     def is_ready(self) -> bool:
         """Loaded, and the engine makes progress or has nothing to do."""
-        if self._failure is not None or self._stopping or self._draining or not self._thread.is_alive():
+        if os.getpid() != self._pid or self._failure is not None:
+            return False
+        if self._stopping or self._draining or not self._thread.is_alive():
             return False
         if self._idle or self._weights.in_gap:
             return True
@@ -358,6 +408,26 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
     def page_path(self) -> str:
         """File of the instrumentation page, for abi.Reader.attach; empty when it is private."""
         return str(self._core.page.path)
+
+    def computing(self) -> dict[str, Any]:
+        """How it computes: what changes times or last bits of numbers, for whoever publishes them."""
+        config = self.config
+        names = (
+            "threads_fixed",
+            "kernels",
+            "flash_attn",
+            "deterministic",
+            "kv_layout",
+            "kv_type_k",
+            "kv_type_v",
+            "gpu_layers",
+        )
+        return {
+            "threads": config.threads or usable_threads(),
+            **{name: getattr(config, name) for name in names},
+            "system": system_info(),
+            "ways": self.info.kernels,
+        }
 
     def memory(self) -> dict[str, Any]:
         """Bytes allocated, by part and kind of buffer (see Context.memory), as they are at a step boundary."""
@@ -389,7 +459,13 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         return not left
 
     def close(self) -> None:
-        """Stop the engine thread, end what still runs, and free context and model. Idempotent."""
+        """Stop the engine thread, end what still runs, and free context and model. Idempotent.
+
+        In a child of the process that loaded the engine nothing happens: it is the parent's.
+        """
+        if os.getpid() != self._pid:
+            self._closed = True
+            return
         with self._wait:
             if self._closed:
                 return
@@ -607,3 +683,16 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             self._n_posted -= 1
             self._seqs.add(seq)
         self._policy.arrived(seq.view)
+
+
+def _check_fields(request: Request) -> None:
+    """What a policy and the page are told of a request. Raises InvalidRequest."""
+    priority, user, slo_ms = request.priority, request.user, request.slo_ms
+    if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
+        raise InvalidRequest(
+            f"priority must be a whole number from {-(1 << 31)} to {(1 << 31) - 1}, got {priority!r}", param="priority"
+        )
+    if user is not None and not isinstance(user, str):
+        raise InvalidRequest(f"user must be a text, got {user!r}", param="user")
+    if slo_ms is not None and (isinstance(slo_ms, bool) or not isinstance(slo_ms, int | float) or not slo_ms > 0):
+        raise InvalidRequest(f"slo_ms must be a number of milliseconds above 0, got {slo_ms!r}", param="slo_ms")

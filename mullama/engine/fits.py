@@ -59,11 +59,11 @@ def check(path: str | Path, config: ServeConfig, name: str, n_ctx: int, n_parall
         check_fits(needs, free, name)
 
 
-def sizes_for(path: str | Path, config: ServeConfig, name: str) -> Sizes | None:
+def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = True) -> Sizes | None:
     """The context and the parallelism with which a file fits; None where that is known only when it is loaded.
 
-    Automatic sizes shrink as far as they must. Raises MemoryTooSmall where it does not fit even so. What else is wrong
-    with the file, loading it tells.
+    Automatic sizes shrink as far as they must (``tell``: log it). Raises MemoryTooSmall where it does not fit even so.
+    What else is wrong with the file, loading it tells.
     """
     free = free_memory(config)
     if free is None or _has_gpu():
@@ -78,7 +78,7 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str) -> Sizes | None:
         sizes = _shrunk(header, config, sizes, free - needs.adapters)
         needs = _needs(header, config, sizes.n_ctx, sizes.n_parallel, needs.adapters)
     check_fits(needs, free, name)
-    if sizes != _sizes(header, config, None):
+    if tell and sizes != _sizes(header, config, None):
         log.warning("%s: %d x %d tokens, because little memory is free", name, sizes.n_parallel, sizes.n_ctx)
     return sizes
 

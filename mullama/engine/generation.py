@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING
 
+from mullama.errors import EngineDead
 from mullama.types import Delta, Finish
 
 if TYPE_CHECKING:
@@ -131,30 +133,68 @@ class AsyncGeneration(BaseGeneration):
         return delta
 
 
-class SyncGeneration(BaseGeneration):
-    """Read by one thread."""
+class Inbox(BaseGeneration):
+    """The reader's end of a SyncGeneration: what was delivered and is not read yet."""
 
     def __init__(self, request_id: str, handle: int, cancel: Callable[[int], None]) -> None:
         super().__init__(request_id, handle, cancel)
-        self._queue: queue.SimpleQueue[Delta | Finish] = queue.SimpleQueue()
+        self.items: queue.SimpleQueue[Delta | Finish] = queue.SimpleQueue()
 
     def deliver(self, text: str, n_tokens: int) -> None:
-        self._queue.put(Delta(text, n_tokens))
+        self.items.put(Delta(text, n_tokens))
 
     def end(self, finish: Finish) -> None:
-        self._queue.put(finish)
+        self.items.put(finish)
 
     def attach_to(self, reader: Reader) -> None:
         reader.attach_thread()
+
+
+class SyncGeneration:
+    """Read by one thread. One that nobody refers to any more is cancelled: its slot is free for others.
+
+    Iterating gives ``Delta``; ``finish`` is set when the iteration has ended. Raises EngineDead in another process than
+    the one that submitted it.
+    """
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox  # the reader knows this alone, so that it does not keep the generation alive
+        self._pid = os.getpid()
+
+    @property
+    def id(self) -> str:
+        """The request's."""
+        return self._inbox.id
+
+    @property
+    def handle(self) -> int:
+        """The engine's number of it."""
+        return self._inbox.handle
+
+    @property
+    def finish(self) -> Finish | None:
+        """How it ended; None while it has not been read to its end."""
+        return self._inbox.finish
+
+    def cancel(self) -> None:
+        """Stop it from any thread. Harmless when it has ended."""
+        self._inbox.cancel()
 
     def __iter__(self) -> Iterator[Delta]:
         return self
 
     def __next__(self) -> Delta:
-        if self.finish is not None:
+        inbox = self._inbox
+        if inbox.finish is not None:
             raise StopIteration
-        item = self._queue.get()
+        if os.getpid() != self._pid:
+            raise EngineDead("a generation cannot be read in another process than the one that submitted it")
+        item = inbox.items.get()
         if isinstance(item, Delta):
             return item
-        self.finish = item
+        inbox.finish = item
         raise StopIteration
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # also while the interpreter ends
+            self._inbox.cancel()

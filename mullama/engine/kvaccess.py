@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mullama.engine import kvview
+from mullama.engine import kvrows, kvview
 from mullama.errors import InvalidRequest, ModelBusy
 from mullama.kv import registry
 from mullama.kv.events import KvEventLog, KvTier
@@ -65,25 +65,36 @@ class KvMethods:
         """The KV cache for Python: the same as /internal/kv, and ``export``."""
         return KvAccess(self)
 
-    async def kv_tree(self, *, limit: int = 1000) -> dict[str, Any]:
-        return await self._at_boundary(lambda: kvview.tree(self._kv, self._seqs, limit))
+    async def kv_tree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
+        """The prefix tree, parents first, at most ``limit`` nodes; ``text``: with what they hold, long ones cut."""
+        return await self._at_boundary(lambda: self._kv_tree(limit, text))
+
+    def _kv_tree(self, limit: int, text: bool) -> dict[str, Any]:
+        return kvview.tree(self._kv, self._seqs, limit, self._core.model.detokenize if text else None)
 
     async def kv_map(self) -> dict[str, Any]:
+        """Which cells of llama.cpp belong to which sequence, as runs of equal cells."""
         return await self._at_boundary(lambda: kvview.cell_runs(self._core))
 
     async def kv_pin(self, tokens: SequenceOf[int], *, ttl_s: float, namespace: str = "") -> dict[str, Any]:
+        """Nothing that is cached of this prefix is evicted for ``ttl_s`` seconds. Says how many tokens that are."""
         until = time.monotonic_ns() + int(ttl_s * 1e9)
         name, n = namespace_of(namespace), len(tokens)
         pinned = await self._at_boundary(lambda: kvview.pin(self._kv, name, tokens[:n], until))
         return {"pinned_tokens": pinned}
 
     async def kv_unpin(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
+        """Take the pin of a prefix back. Says of how many tokens."""
         found = await self._at_boundary(lambda: kvview.pin(self._kv, namespace_of(namespace), tokens, 0))
         return {"unpinned_tokens": found}
 
     async def kv_drop(
         self, tokens: SequenceOf[int] | None = None, *, namespace: str = "", tiers: SequenceOf[str] = ()
     ) -> dict[str, Any]:
+        """Forget what is cached of prompts that begin with ``tokens`` (None: of all), in some ``tiers`` or in all.
+
+        What runs keeps its own. Says what that freed.
+        """
         name = namespace_of(namespace) if tokens is not None or namespace else None
         which = {KvTier(tier) for tier in tiers} or set(KvTier)
         return await self._at_boundary(lambda: self._kv_drop(name, tokens, which))
@@ -106,6 +117,7 @@ class KvMethods:
         return await self._on_disk(disk, lambda: kvview.saved(self._kv, disk, name, tokens, n_failed))
 
     async def kv_load(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
+        """Bring what is on disk of a prefix into host memory. Raises InvalidRequest without a disk tier."""
         disk = self._need_disk()
         return await self._on_disk(disk, lambda: kvview.load(self._kv, namespace_of(namespace), tokens))
 
@@ -127,6 +139,7 @@ class KvMethods:
         raise InvalidRequest("there is no disk tier: start the server with --kv-disk-dir DIR")
 
     async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Put another eviction policy in charge; nothing moves. Raises InvalidRequest: then the one before stays."""
         # A user's code runs there, and never on the event loop.
         policy = await asyncio.to_thread(lambda: GuardedPolicy(registry.create(spec, params or {}), spec))
         await self._at_boundary(lambda: self._kv.tier.set_policy(policy, time.monotonic_ns()))
@@ -160,10 +173,9 @@ class KvAccess:
         """Layout, bytes, cells, tiers, policy, totals."""
         return self._engine.kv_snapshot_sync()
 
-    def tree(self, *, limit: int = 1000) -> dict[str, Any]:
-        """The prefix tree, parents first."""
-        engine = self._engine
-        return engine.call(lambda: kvview.tree(engine._kv, engine._seqs, limit)).result()
+    def tree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
+        """The prefix tree, parents first; ``text``: with what each node holds, the middle of a long one left out."""
+        return self._engine.call(lambda: self._engine._kv_tree(limit, text)).result()
 
     def map(self) -> dict[str, Any]:
         """Which cells belong to which sequence."""
@@ -181,8 +193,38 @@ class KvAccess:
     def export(self, slot: int) -> dict[str, Any]:
         """A slot's ``tokens`` and ``layers``: each ``layer``, ``k`` and ``v`` as NumPy arrays (tokens, width).
 
-        float16 and float32 cells come as such, others as raw bytes in ggml's format (``type_k``, ``type_v``).
-        Raises ValueError for a slot that is none.
+        Heads follow one another in a row: ``k.reshape(n, heads, -1)[:, h]`` is head ``h`` of ``heads`` (None for
+        quantised cells). Keys are stored after the rotation for their position (``k_has_rope``; None: in some layers,
+        which ones is not known), values never are; ``rope`` says which rotation (type, dims of a head, freq_base,
+        scaling), None for models without. float16 and float32 cells come as such, others as raw bytes in ggml's format
+        (``type_k``, ``type_v``), where keys and values may be multiplied by a Hadamard matrix as well. Raises
+        ValueError for a slot that is none.
         """
         engine = self._engine
-        return engine.call(lambda: kvview.export(engine._kv, slot)).result()
+        return engine.call(lambda: kvrows.export(engine._kv, slot)).result()
+
+    def read(self, tokens: SequenceOf[int], *, cache_salt: str = "") -> dict[str, Any]:
+        """The same of a prefix: of as many of its tokens as a slot or host memory holds."""
+        engine, ids = self._engine, list(tokens)
+        return engine.call(lambda: kvrows.read(engine._kv, namespace_of(cache_salt), ids)).result()
+
+    def write(
+        self, tokens: SequenceOf[int], layers: SequenceOf[Mapping[str, Any]], *, cache_salt: str = ""
+    ) -> dict[str, int]:
+        """Put KV of a prefix into the cache: later prompts that begin with it are computed on top of it.
+
+        ``layers`` as ``read`` gives them; a layer, ``k`` or ``v`` that is left out stays as it is cached (under this
+        salt or none). Arrays are (tokens, width), or (tokens, heads, width of a head); numbers are rounded to the
+        cells' type. What else is cached under this salt and begins with the same token is forgotten, since it was
+        computed otherwise: use a ``cache_salt`` of its own, and give it to the requests that are to use it. At least
+        one token of a prompt must come behind the prefix. It is never written to disk. Returns ``slot`` and ``tokens``.
+
+        Raises InvalidRequest (shapes, types, layers that are missing, models without full attention), ModelBusy (a
+        running request begins so, no slot is free).
+        """
+        engine, ids, given = self._engine, list(tokens), list(layers)
+
+        def put() -> int:
+            return kvrows.write(engine._kv, engine._seqs.running(), namespace_of(cache_salt), ids, given)
+
+        return {"slot": engine.call(put).result(), "tokens": len(ids)}

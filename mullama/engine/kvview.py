@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mullama import abi
@@ -11,13 +11,16 @@ from mullama.engine.kvdisk import DiskRows, DiskTier
 from mullama.kv.choice import KvSource
 from mullama.kv.events import KvTier
 from mullama.kv.namespaces import short_namespace
-from mullama.kv.tree import Node, pack
+from mullama.kv.tree import Node, pack, unpack
 from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
     from mullama._core import Core
     from mullama.engine.kvcache import KvCache
     from mullama.engine.sequences import Sequences
+
+
+EXCERPT = 32  # tokens at either end of a node whose text is shown
 
 
 def snapshot(info: ModelInfo, core: Core, seqs: Sequences, kv: KvCache) -> dict[str, Any]:
@@ -127,8 +130,10 @@ def cell_runs(core: Core) -> dict[str, Any]:
     return {"caches": caches, "recurrent": truth["recurrent"]}
 
 
-def tree(kv: KvCache, seqs: Sequences, limit: int) -> dict[str, Any]:
-    """The prefix tree, parents first."""
+def tree(
+    kv: KvCache, seqs: Sequences, limit: int, text: Callable[[Sequence[int]], str] | None = None
+) -> dict[str, Any]:
+    """The prefix tree, parents first; with ``text``, which makes texts of token ids, also what nodes hold."""
     owner = {slot: seqs.live[handle].request.id for slot, handle in enumerate(seqs.slots) if handle}
     now = time.monotonic_ns()
     nodes: list[dict[str, Any]] = []
@@ -162,9 +167,17 @@ def tree(kv: KvCache, seqs: Sequences, limit: int) -> dict[str, Any]:
                 "cost_ms": round(node.cost_ns / 1e6, 3),
                 "pinned_s": max(round((node.pinned_until_ns - now) / 1e9, 3), 0.0),
                 "namespace": short_namespace(node.namespace),
+                **({"text": _excerpt(unpack(node.key), text)} if text is not None else {}),
             }
         )
     return {"nodes": nodes, "n_nodes": kv.tree.n_nodes, "truncated": len(nodes) < kv.tree.n_nodes}
+
+
+def _excerpt(tokens: list[int], text: Callable[[Sequence[int]], str]) -> str:
+    """The text of a node, the middle of a long one left out."""
+    if len(tokens) <= 2 * EXCERPT:
+        return text(tokens)
+    return f"{text(tokens[:EXCERPT])} … {text(tokens[-EXCERPT:])}"
 
 
 def _ago(then_ns: int) -> float:
@@ -256,26 +269,3 @@ def load(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, int]
             break
         n_tokens = node.end
     return {"tokens": min(n_tokens, len(tokens)), "bytes": n_bytes}
-
-
-def export(kv: KvCache, slot: int) -> dict[str, Any]:
-    """Keys and values of a slot, by layer: (tokens, width) arrays, float16, float32 or raw bytes of quantised rows."""
-    import numpy as np
-
-    n_past, _ = kv.cells.core.slot_fill(slot)
-    layers = kv.cells.layers()
-    if n_past == 0 or not kv.cells.has_rows:
-        return {"tokens": [], "layers": []}
-    data = b"".join(kv.cells.save(slot, 0, n_past))
-    rows = np.frombuffer(data, dtype=np.uint8).reshape(n_past, kv.cells.token_bytes)
-    found = []
-    for layer in layers:
-        entry: dict[str, Any] = {"layer": layer["layer"]}
-        for name in ("k", "v"):
-            at, size = layer[name]
-            part = np.ascontiguousarray(rows[:, at : at + size])
-            kind = {"f16": np.float16, "f32": np.float32}.get(layer[f"type_{name}"])
-            entry[name] = part.view(kind) if kind is not None else part
-            entry[f"type_{name}"] = layer[f"type_{name}"]
-        found.append(entry)
-    return {"tokens": kv.cells.core.slot_info(slot)[3][:n_past], "layers": found}

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
@@ -20,6 +21,7 @@ from mullama.engine import sizing
 from mullama.engine.kvcache import KvCache
 from mullama.engine.kvdisk import DiskTier
 from mullama.errors import ConfigError, InvalidRequest, ModelLoadError
+from mullama.files import count_of
 from mullama.home import expand
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
@@ -222,7 +224,7 @@ def _weights_digest(path: Path) -> str:
 
 def _page_path(name: str, folder: str) -> str | None:
     """Where the page goes; None (a private page) when there is no such folder that is this user's own."""
-    base = Path(folder)
+    base = Path(folder).expanduser()
     try:
         if not folder:
             base = abi.runtime_dir()
@@ -254,13 +256,23 @@ def _sweep(base: Path) -> None:
             file.unlink()  # under the lock: an engine that has just made it looks again once it has the lock
 
 
+def _description(facts: dict[str, Any]) -> str:
+    """Such as "llama 135M Q4_1": llama.cpp's own, with the parameters that there are.
+
+    Its second word is the size of the first model that had so many layers, "256M" for one of 135 million.
+    """
+    name, _, rest = str(facts["description"]).partition(" ")
+    _, _, kind = rest.partition(" ")
+    return " ".join(filter(None, (name, count_of(facts["n_params"]), kind)))
+
+
 def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo:
     """``weights``: what tells these weights from others of the same name; the file's stem when it is not given."""
     facts = model.facts()
     return ModelInfo(
         name=name,
         path=model.path,
-        description=facts["description"],
+        description=_description(facts),
         architecture=facts["architecture"],
         n_params=facts["n_params"],
         size_bytes=facts["size_bytes"],

@@ -19,6 +19,7 @@ from mullama.errors import PluginError
 from mullama.logs import said
 from mullama.plugins import Published, publish
 from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
+from mullama.scheduling.base import wanting
 from mullama.types import SeqState
 
 if TYPE_CHECKING:
@@ -168,11 +169,9 @@ class PolicyHost:
             return
         self._idle_since = self._idle_since or state.now_ns
         if plan.until_ns <= state.now_ns:
-            raise PluginError(f"the plan is empty while {len(self.views)} sequences want to compute")
+            raise PluginError(f"the plan is empty while {wanting(len(self.views))}")
         if state.now_ns - self._idle_since > IDLE_LIMIT_NS:
-            raise PluginError(
-                f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {len(self.views)} sequences want to compute"
-            )
+            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {wanting(len(self.views))}")
 
     def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
         """``error``: what the policy's own code raised, whose traceback tells its author where."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mullama.engine.background import in_background
+from mullama.engine.chat_text import ChatText, Part
 from mullama.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class Tokenizer:
         Raises TooManyTokens as soon as there are surely more than ``most``, InvalidRequest for lone surrogates.
         """
 
+        if isinstance(text, ChatText):
+            if parse_special and text.parts:
+                return self._in_parts(text.parts, add_special, most, between)
+            text = str(text)  # the core takes no other kind
+
         def work_out(piece: str, add_special: bool) -> list[int]:
             def work() -> list[int]:
                 return self._model.tokenize(piece, add_special=add_special, parse_special=parse_special)
@@ -107,6 +113,22 @@ class Tokenizer:
             if most is not None and len(tokens) > most:
                 raise TooManyTokens(len(tokens))
         return _checked(tokens + tail, most)
+
+    def _in_parts(
+        self, parts: Sequence[Part], add_special: bool, most: int | None, between: Callable[[], None] | None
+    ) -> list[int]:
+        head, tail = self._affixes() if add_special else ([], [])
+        tokens = list(head)
+        for i, (part, parse_special) in enumerate(parts):
+            left = None if most is None else most - len(tokens) - len(tail)
+            try:
+                tokens += self.tokenize(
+                    part, add_special=False, parse_special=parse_special, most=left, between=between
+                )
+            except TooManyTokens as error:
+                is_all = error.is_all and i == len(parts) - 1
+                raise TooManyTokens(error.n + len(tokens) + len(tail), is_all=is_all) from None
+        return tokens + tail
 
     @property
     def _model(self) -> Model:

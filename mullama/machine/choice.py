@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mullama.machine.trials import CLASSES, LAYOUTS, TIMED, WAYS, Found
+from mullama.machine.trials import ATTENTION, CLASSES, LAYOUTS, TIMED, WAYS, Found
 
 #: How much the speed at a number of columns counts where one layout must do for all: decoding alone, decoding in
 #: company, prompts.
@@ -26,7 +26,8 @@ TILED_FROM, TILED_FROM_TILES = 8, 16
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How products of one type are computed. ``layout`` is "" for that of the file, or ``repack`` or ``amx``.
+    """How products of one type are computed. ``layout`` is "" for that of the file, or ``repack`` or ``amx``; of
+    attention, the way.
 
     ``by_columns``: for each class of columns (1, 2 to 3, 4 to 7 …) the way for weights that lie as in the file; of
     weights in another layout those matrices are computed so that do not fit it.
@@ -49,6 +50,15 @@ class Choice:
         return cls(fields["type"], fields["layout"], tuple(fields["by_columns"]), tuple(fields["layouts"]))
 
 
+def takes_attention(found: Sequence[Found]) -> bool:
+    """Whether attention is computed for several heads at a time: where that is right, and not slower."""
+    usable = {each.way: each for each in found if each.may_be_used}
+    if "attention" not in usable or "plain" not in usable:
+        return "attention" in usable
+    times = {way: min((min(by.values()) for by in each.times.values()), default=0.0) for way, each in usable.items()}
+    return times["attention"] <= STEADY_GAIN * times["plain"]
+
+
 def choose(found: Sequence[Found], shape: str = "", named: str = "auto") -> Choice:
     """The choice for one type. ``shape``: the one whose times decide; none: as ggml would choose among what is right.
 
@@ -56,6 +66,9 @@ def choose(found: Sequence[Found], shape: str = "", named: str = "auto") -> Choi
     """
     usable = {each.way: each for each in found if each.may_be_used}
     kind = found[0].type
+    if kind == ATTENTION:
+        takes = named != "plain" and takes_attention(found)
+        return Choice(kind, "attention" if takes else "plain")
     if named != "auto":
         return _named(kind, named, named in usable)
     timed = {way: each.times[shape] for way, each in usable.items() if each.times.get(shape)}

@@ -18,8 +18,8 @@ from mullama.errors import ModelLoadError
 from mullama.machine import choice as choices
 from mullama.machine.choice import Choice
 from mullama.machine.cores import usable_threads
-from mullama.machine.remembered import OfType, Remembered, Weights, timed_shape
-from mullama.machine.trials import LAYOUTS
+from mullama.machine.remembered import ATTENTION_WEIGHTS, OfType, Remembered, Weights, timed_shape
+from mullama.machine.trials import ATTENTION, LAYOUTS
 
 #: Threads that proofs take, at most: two tell whether the number of them changes anything.
 PROOF_THREADS = 4
@@ -75,7 +75,8 @@ def _threads() -> int:
 
 
 def _by_type(weights: Iterable[Weights]) -> dict[int, list[Weights]]:
-    by_type: dict[int, list[Weights]] = {}
+    """With attention, which every model has or could have."""
+    by_type = {ATTENTION: [ATTENTION_WEIGHTS]}
     for each in weights:
         by_type.setdefault(each.type, []).append(each)
     return by_type
@@ -93,6 +94,9 @@ def _refuse_broken(of: OfType, named: str) -> None:
 def _put_in_charge(chosen: Choice) -> None:
     from mullama._core import kernels
 
+    if chosen.type == ATTENTION:
+        kernels.set_attention(chosen.layout == "attention")
+        return
     for log2, way in enumerate(chosen.by_columns):
         kernels.set_kernel(chosen.type, log2, way)
     for way, layout in LAYOUTS.items():

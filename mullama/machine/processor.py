@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from mullama import instructions
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -42,8 +44,13 @@ class Processor:
 
 @functools.cache
 def processor() -> Processor:
-    """The one that this process runs on."""
-    return parse_cpuinfo(_cpuinfo(), platform.machine().lower())
+    """The one that this process runs on. Under an emulator the flags are those of the one that is emulated."""
+    found = parse_cpuinfo(_cpuinfo(), platform.machine().lower())
+    carried = instructions.carried()
+    if carried is None:
+        return found
+    asked = {one.flag for one in instructions.SETS}
+    return replace(found, flags=(found.flags - asked) | carried)
 
 
 def parse_cpuinfo(text: str, architecture: str) -> Processor:

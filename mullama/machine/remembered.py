@@ -20,7 +20,7 @@ from mullama import faults
 from mullama.home import default_root
 from mullama.machine import trials
 from mullama.machine.processor import processor
-from mullama.machine.trials import WAYS, Found, Task
+from mullama.machine.trials import ATTENTION, ATTENTION_CELLS, ATTENTION_WAYS, WAYS, Found, Task
 
 log = logging.getLogger("mullama.machine")
 
@@ -73,14 +73,18 @@ class OfType:
 
     @property
     def found(self) -> list[Found]:
-        return [self.ways[way] for way in WAYS if way in self.ways]
+        return [self.ways[way] for way in ("attention", *WAYS) if way in self.ways]
 
     def covers(self, shape: str) -> bool:
         """Whether there is nothing left to try for weights of this shape ("": nothing to time)."""
-        if set(self.ways) != set(WAYS):
+        if set(self.ways) not in (set(WAYS), set(ATTENTION_WAYS)):
             return False
         is_busy = 0 <= time.time() - self.busy_at < BUSY_S
         return not shape or is_busy or any(shape in each.times for each in self.ways.values())
+
+
+#: What stands for attention among the matrices of a model.
+ATTENTION_WEIGHTS = Weights(ATTENTION, "attention", 1, 1, 64, ATTENTION_CELLS, WORTH_TIMING)
 
 
 def timed_shape(weights: Sequence[Weights]) -> str:
@@ -96,6 +100,8 @@ def _largest(weights: Sequence[Weights]) -> list[Weights]:
 
 def _task(weights: Sequence[Weights]) -> Task:
     first = weights[0]
+    if first.type == ATTENTION:
+        return Task(ATTENTION, first.name, ATTENTION_WAYS, 1, 1, (first.cut,))
     shapes = tuple(dict.fromkeys(each.cut for each in _largest(weights))) if timed_shape(weights) else ()
     return Task(first.type, first.name, tuple(reversed(WAYS)), first.block, first.block_bytes, shapes)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from mullama import faults
 from mullama.child import become_child
-from mullama.machine.trials import LAYOUTS, PROOF_SHAPES, TASKS, TIMED, Task
+from mullama.machine.trials import ATTENTION, ATTENTION_CELLS, LAYOUTS, PROOF_SHAPES, TASKS, TIMED, Task
 
 #: Bytes of weights that timing goes over, so that they come from memory as in a model; most matrices, least and most.
 STREAMED, FEWEST, MOST = 64 << 20, 2, 64
@@ -44,12 +44,55 @@ def main(threads: int, niceness: int) -> int:
     become_child(niceness)
     for fields in json.loads(os.environ[TASKS]):
         task = Task(**fields)
-        if task.is_timing:
+        if task.type == ATTENTION:
+            _try_attention(task, threads)
+        elif task.is_timing:
             times, is_quiet = _times(task)
             tell(at="end", times=times, is_quiet=is_quiet)
         else:
             _prove(task, task.ways[0], threads)
     return 0
+
+
+def _try_attention(task: Task, threads: int) -> None:
+    """Prove one way of attention, or time several."""
+    from mullama._core import kernels
+
+    if task.is_timing:
+        times: dict[str, dict[int, float]] = {}
+        for way in task.ways:
+            tell(at="start", way=way)
+            kernels.set_attention(way == "attention")
+            seconds = kernels.check_attention(ATTENTION_CELLS, 1, 1)[3]
+            times[way] = {1: 10.0 * seconds if faults.trial_fault(way) == "slow" else seconds}
+        tell(at="end", times=times, is_quiet=True)
+        return
+    (way,) = task.ways
+    tell(at="start", way=way)
+    _misbehave(way)
+    kernels.set_attention(way == "attention")
+    if way == "attention" and not kernels.has_attention():
+        tell(at="end", there=False)
+        return
+    found = [
+        kernels.check_attention(cells, tokens, n_threads)
+        for cells, tokens in ((1, 1), (40, 1), (100, 5), (ATTENTION_CELLS, 1))
+        for n_threads in sorted({1, threads})
+    ]
+    error = max(off if is_finite else math.inf for is_finite, _, off, _ in found)
+    if faults.trial_fault(way) == "differ":
+        error = math.inf
+    is_exact = all(exact for _, exact, _, _ in found[:-2])  # many cells are cut up among the threads
+    tell(at="end", there=True, is_exact=is_exact, is_steady=is_exact, error=min(error, 1e9))
+
+
+def _misbehave(way: str) -> None:
+    """Do what a test has put into the trial of this way."""
+    fault = faults.trial_fault(way)
+    if fault == "crash":
+        os.kill(os.getpid(), signal.SIGILL)
+    if fault == "hang":
+        time.sleep(3600)
 
 
 def _take(task: Task, way: str) -> str:
@@ -66,11 +109,7 @@ def _prove(task: Task, way: str, threads: int) -> None:
     from mullama._core import kernels
 
     tell(at="start", way=way)
-    fault = faults.trial_fault(way)
-    if fault == "crash":
-        os.kill(os.getpid(), signal.SIGILL)
-    if fault == "hang":
-        time.sleep(3600)
+    _misbehave(way)
     layout = _take(task, way)
     there = is_exact = is_steady = True
     error = 0.0
@@ -100,7 +139,7 @@ def _prove(task: Task, way: str, threads: int) -> None:
                     error = max(error, off if is_finite else math.inf)
         if n_proved:
             is_steady = is_steady and all(tried.is_steady(8, threads))
-    if fault == "differ":
+    if faults.trial_fault(way) == "differ":
         error = math.inf
     tell(at="end", there=n_proved > 0, is_exact=is_exact, is_steady=is_steady, error=min(error, 1e9))
 

@@ -17,9 +17,8 @@ def ways_report(root: Path | None = None) -> list[dict[str, Any]]:
     """What is known of each way for each type of weights, for ``mullama doctor`` and ``GET /internal/machine``.
 
     A dict a type: ``type``, ``in_charge`` (in this process), ``shape`` (the matrices that were timed), ``ways`` (a dict
-    each:
-    ``way``, ``verdict``, ``exact``, ``steady``, ``error``, ``times_us`` by number of columns) and ``chosen`` (the way
-    by number of columns). Empty: nothing was tried here yet.
+    each: ``way``, ``verdict``, ``exact``, ``steady``, ``error``, ``times_us`` by number of columns) and ``chosen`` (the
+    way by number of columns). Attention is among the types. Empty: nothing was tried here yet.
     """
     running = kernels.in_charge()
     known = {**Remembered(root).read(), **{kind: each.known for kind, each in running.items()}}
@@ -53,7 +52,7 @@ def words_of(ways: Mapping[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def _of_type(of: OfType, running: kernels.InCharge | None) -> dict[str, Any]:
-    shape = running.shape if running else next((s for each in of.found for s in each.times), "")
+    shape = running.shape if running else next((shape for each in of.found for shape in each.times), "")
     chosen = running.choice if running else choices.choose(of.found, shape)
     return {
         "type": of.name,

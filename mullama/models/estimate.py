@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from mullama.errors import ConfigError, MemoryTooSmall
 from mullama.files import human_size
+from mullama.machine.processor import processor
 from mullama.models import gguf
 from mullama.models.gguf import Header, Tensor
 from mullama.models.shape import Shape, shape_of
@@ -29,6 +29,18 @@ CELL_TYPES = {
 _PLAIN_CELLS = ("f32", "f16", "bf16")
 
 _PAD = 256  # cells
+#: What AMX keeps in memory of its own (``amx.cpp``): values of a block, and bytes that packing adds to each of them.
+_AMX = {
+    "F16": (1, 0),
+    "Q4_0": (32, 0),
+    "Q4_1": (32, 0),
+    "Q8_0": (32, 4),
+    "Q4_K": (256, 4),
+    "Q5_K": (256, 4),
+    "Q6_K": (256, 0),
+    "IQ4_XS": (256, 2),
+}
+_AMX_ROWS = 32  # a multiple
 _FLOAT = 4
 
 
@@ -211,12 +223,12 @@ def _weights(header: Header, mmap: bool) -> tuple[int, int]:
     for tensor in header.tensors:
         size = tensor.size or 0
         if _is_repacked(tensor, repacked):
-            copied += _aligned(size)
+            copied += _aligned(size + _amx_adds(tensor))
             continue
         plain.append(tensor)
         # A tied output is a second copy of the embedding where its type is repacked.
         if is_tied and tensor.name == "token_embd.weight" and tensor.type in repacked and _has_rows(tensor, repacked):
-            copied += _aligned(size)
+            copied += _aligned(size + _amx_adds(tensor))
     if not mmap:
         return 0, copied + sum(_aligned(tensor.size or 0) for tensor in plain)
     if not plain:
@@ -234,7 +246,25 @@ def _is_repacked(tensor: Tensor, repacked: dict[str, int]) -> bool:
 
 
 def _has_rows(tensor: Tensor, repacked: dict[str, int]) -> bool:
+    if _is_expert(tensor) and repacked[tensor.type] == _AMX_ROWS:
+        return False  # AMX multiplies no experts
     return tensor.shape[1] % repacked[tensor.type] == 0
+
+
+def _is_expert(tensor: Tensor) -> bool:
+    return "_exps." in tensor.name
+
+
+def _amx_adds(tensor: Tensor) -> int:
+    """Bytes by which a tensor is larger in AMX's packing than in the file."""
+    if not _has_amx() or tensor.shape[1] % _AMX_ROWS or _is_expert(tensor):
+        return 0
+    block, extra = _AMX.get(tensor.type, (1, 0))
+    return math.prod(tensor.shape) // block * extra
+
+
+def _has_amx() -> bool:
+    return {"amx_int8", "avx512_vnni"} <= processor().flags
 
 
 @functools.cache
@@ -243,33 +273,20 @@ def _repacked_types() -> dict[str, int]:
 
     ``ggml_repack_get_optimal_repack_type`` and ``amx.cpp``; the build is taken to use what the processor has.
     """
-    flags = _cpu_flags()
-    machine = platform.machine().lower()
+    flags, machine = processor().flags, processor().architecture
     found: dict[str, int] = {}
     if machine in ("x86_64", "amd64"):
         if "avx2" in flags or not flags:
             found = {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8, "MXFP4": 8}
         if "avx512f" in flags:
             found["Q2_K"] = 8
-        if {"amx_int8", "avx512_vnni"} <= flags:
-            found |= dict.fromkeys(("Q4_1", "Q8_0", "Q5_K", "Q6_K", "IQ4_XS"), 32)
+        if _has_amx():
+            found = dict.fromkeys(_AMX, _AMX_ROWS) | found
     elif machine in ("arm64", "aarch64"):
         found = {"Q4_0": 4, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8, "IQ4_NL": 4, "MXFP4": 4, "Q8_0": 4}
         if flags and "asimddp" not in flags:
             found = {}
     return found
-
-
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
-    """What the processor can do, by Linux's names; empty where the system does not say."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
-    except OSError:
-        pass
-    return frozenset()
 
 
 # -- context

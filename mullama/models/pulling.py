@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mullama.errors import StoreError
 from mullama.faults import crash_point
 from mullama.files import disk_errors, sync_folder
+from mullama.machine.folders import free_bytes
 from mullama.models import gguf
 from mullama.models.digests import hash_file
 from mullama.models.entry import MADE, Entry, Part, is_digest, is_plain_name, set_digest
@@ -155,7 +156,7 @@ def _fetch(store: Store, reference: Reference, progress: Progress, force: bool) 
     keep = False
     try:
         if reference.size is not None:
-            _check_space(store, reference, reference.size)
+            check_space(store, reference, reference.size)
         if isinstance(source, ResumableSource):
             _write_resume(folder, reference)
             job = Job(
@@ -163,7 +164,7 @@ def _fetch(store: Store, reference: Reference, progress: Progress, force: bool) 
                 progress=progress,
                 allow_private=is_private_allowed(),
                 is_forced=force,
-                check_space=lambda size: _check_space(store, reference, size),
+                check_space=lambda size: check_space(store, reference, size),
                 have=lambda sha256: _have(store, sha256, is_forced=force),
             )
             try:
@@ -317,10 +318,10 @@ def _licence_of(header: gguf.Header) -> str | None:
     return "".join(filter(str.isprintable, licence[:100])) or None if isinstance(licence, str) else None
 
 
-def _check_space(store: Store, reference: Reference, size: int) -> None:
+def check_space(store: Store, reference: Reference, size: int) -> None:
     """Refuse before the download what cannot fit."""
-    free = shutil.disk_usage(store.tmp).free
-    if free < size:
+    free = free_bytes(store.tmp)
+    if free is not None and free < size:
         raise StoreError(
             f"cannot pull {reference.key}: it needs {size / 1e6:.0f} MB and the disk of {store.root} "
             f"has {free / 1e6:.0f} MB free"

@@ -43,6 +43,10 @@ _NEED_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_X
 _PLAIN = {"F32", "F16", "BF16"}  # types that lose little when they are quantised
 
 
+#: Begins the step that says what is made of what, before it is made.
+MAKING = "making "
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """The model that is quantised. ``key`` is what its variants are kept under as ``variant_of``."""
@@ -89,13 +93,16 @@ def quantize_variant(
     if imatrix is not None:
         check_matches(read_imatrix(imatrix), header, imatrix)
     _check_free(store, source, key)
-    if previous := requantised_from(header):
+    previous = requantised_from(header)
+    if previous:
         log.warning(
             "%s is %s already; quantising it again to %s loses more than from F16", source.label, previous, ftype
         )
     with _one_at_a_time(store, key, progress, cancel):
         if imatrix is None and (found := find_variant(store, source, ftype, key)):
             return found
+        loss = f" out of {previous}, which loses more than out of F16" if previous else ""
+        progress(f"{MAKING}{ftype}{loss}", 0, None)
         sweep(store, own="")  # what a process that was killed while it did this left behind
         with store.temp_folder() as folder:
             _check_space(folder, header, ftype, store)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mullama.errors import ReferenceNotFound
 from mullama.models import gguf
 from mullama.models.reference import ModelSpec, Reference, check_quant, parse_spec
+from mullama.models.selection import quant_of
 from mullama.models.sources import Progress
 from mullama.models.store import Entry, Store, no_progress
 
@@ -29,16 +31,18 @@ def resolve_model(
     pull: bool = True,
     progress: Progress = no_progress,
     quant: str | None = None,
+    must_be_quant: bool = True,
 ) -> ResolvedModel:
     """Resolve ``[NAME=]REFERENCE``, pulling it when it is not here (``pull=False``: refuse), and check its header.
 
-    ``quant`` is asked of a reference that names no file; a variant of that quantisation in the store is taken first.
-    Raises ReferenceNotFound, ConfigError (a bad NAME or quant), StoreError, ModelLoadError (not a sound GGUF).
+    ``quant``: in this quantisation; a variant in the store is taken first. ``must_be_quant=False``: a reference that
+    names a file of another one is taken as it is. Raises ReferenceNotFound, ConfigError (a bad NAME or quant),
+    StoreError, ModelLoadError (not a sound GGUF).
     """
     store = store or Store()
     spec = parse_spec(text, store.lookup)
     if quant:
-        spec = in_quant(text, spec, quant, store)
+        spec = in_quant(text, spec, quant, store, must_be_quant=must_be_quant)
     reference = spec.reference
     entry = None if reference.is_local else store.find(reference.key)
     if entry is None and not reference.is_local:
@@ -53,17 +57,35 @@ def resolve_model(
     return ResolvedModel(spec.served_name(entry.filename if entry else path.name), path, spec, entry)
 
 
-def in_quant(text: str, spec: ModelSpec, quant: str, store: Store) -> ModelSpec:
+def in_quant(text: str, spec: ModelSpec, quant: str, store: Store, *, must_be_quant: bool = True) -> ModelSpec:
     """The same model in another quantisation: one that is in the store as a variant, else the source's.
 
-    It keeps the name under which the model is served. Raises ConfigError.
+    It keeps the name under which the model is served. Raises ConfigError for what is no quantisation, and unless
+    ``must_be_quant`` is False ReferenceNotFound where the reference names a file of another one.
     """
     quant = check_quant(quant)
     here = variant_of(spec.reference, quant, store)
     if here is not None:
         name = spec.name or spec.reference.alias or (None if spec.reference.is_local else _name(spec, store))
         return ModelSpec(name, here.to_reference())
-    return parse_spec(text, store.lookup, quant=quant)
+    other = parse_spec(text, store.lookup, quant=quant)
+    if must_be_quant and other.reference == spec.reference:
+        _check_quant_of(text, spec.reference, quant, store)
+    return other
+
+
+def _check_quant_of(text: str, reference: Reference, quant: str, store: Store) -> None:
+    """Raise ReferenceNotFound, saying what is here, unless a reference that names its file is of this quantisation."""
+    entry = None if reference.is_local else store.find(reference.key)
+    own = (entry.quant if entry is not None else None) or quant_of(reference.locations[0].replace("#", "/"))
+    if own is None or own.upper() == quant or reference.quant == quant:
+        return
+    others = [] if reference.is_local else store.variants(reference.key)
+    here = [own, *(f"{one.quant} ({one.key})" for one in others)]
+    raise ReferenceNotFound(
+        f"'{text}' is not here in {quant}, and names a file, so that no other can be fetched; here are "
+        f"{', '.join(here)}; mullama quantize {text} {quant} makes one"
+    )
 
 
 def variant_of(reference: Reference, quant: str, store: Store) -> Entry | None:

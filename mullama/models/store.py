@@ -32,11 +32,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mullama.errors import ReferenceNotFound, StoreError
-from mullama.files import disk_errors, store_error, sync_folder
+from mullama.files import disk_errors, human_size, store_error, sync_folder
 from mullama.home import HOME_VARIABLE, default_root, need_home
+from mullama.models import gguf
 from mullama.models.digests import Digests, hash_file
 from mullama.models.entry import MADE, Entry, Part
 from mullama.models.reference import Reference, aliases, check_name
+from mullama.models.selection import quant_of
 from mullama.models.sources import SOURCES, Progress, load_source
 
 if TYPE_CHECKING:
@@ -191,7 +193,10 @@ class Store:
         from mullama.models.pulling import pull
 
         if reference.is_local:
-            raise ReferenceNotFound(f"{reference.key} is a local file; it is used where it lies and needs no pull")
+            raise ReferenceNotFound(
+                f"{reference.key} is a local file; it is used where it lies, and mullama pull NAME={reference.key} "
+                "keeps a copy of it under a name"
+            )
         if not force and (entry := self.find(reference.key)):
             return entry
         if reference.source == MADE:
@@ -222,6 +227,23 @@ class Store:
         with disk_errors(f"keep {key} in the store {self.root}"):
             self.make_folders()
             return place_made(self, path, key, variant_of, quant, filename or path.name, progress, made_of)
+
+    def keep_copy(self, path: Path, key: str, progress: Progress = no_progress) -> Entry:
+        """Copy a file of the user's into the store under a name; one that is there under it is replaced.
+
+        Raises what ``add_file`` raises, and StoreError for a model in parts.
+        """
+        if len(gguf.part_paths(path)) > 1:
+            raise StoreError(f"{path} is one part of several; a copy under a name is made of a single file only")
+        with self.temp_folder() as folder, disk_errors(f"copy {path} into the store {self.root}"):
+            target, size = folder / "model.gguf", path.stat().st_size
+            if shutil.disk_usage(folder).free < size:
+                raise StoreError(f"cannot copy {path}: the disk of {self.root} has no {human_size(size)} free")
+            with path.open("rb") as source, target.open("wb") as file:
+                while block := source.read(1 << 22):
+                    file.write(block)
+                    progress("copying", file.tell(), size)
+            return self.add_file(target, key=key, quant=quant_of(path.name), filename=path.name, progress=progress)
 
     @contextlib.contextmanager
     def temp_folder(self) -> Iterator[Path]:

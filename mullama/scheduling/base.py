@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from mullama.errors import PluginError
+from mullama.files import counted
 from mullama.plugins import shown
 from mullama.types import Preempt, SeqState
 
@@ -155,6 +156,11 @@ def _preempt(seq_id: object, how: object) -> Preempt:
     if type(how) is str and how in tuple(Preempt):
         return Preempt(how)
     raise PluginError(f"sequence {seq_id} can be preempted by {', '.join(Preempt)}, the plan says {shown(repr, how)}")
+
+
+def wanting(n: int) -> str:
+    """How many sequences want to compute, in words."""
+    return f"{counted(n, 'sequence')} {'wants' if n == 1 else 'want'} to compute"
 
 
 def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> None:

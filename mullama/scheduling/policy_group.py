@@ -52,7 +52,7 @@ class PolicyGroup:
         declared = found.PARAMS if issubclass(found, Policy) else signature_params(found).values()
         return {
             "name": spec,
-            "summary": (inspect.getdoc(found) or "").partition("\n")[0],
+            "summary": (inspect.getdoc(found) or "").partition("\n")[0].replace("``", ""),
             "source": str(getattr(found, "SOURCE", "")),
             "builtin": self.is_builtin(spec),
             "params": [param.describe() for param in declared],

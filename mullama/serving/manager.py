@@ -35,6 +35,7 @@ from mullama.errors import (
     QueueFull,
     ShuttingDown,
 )
+from mullama.files import counted
 from mullama.serving.budget import Budget
 from mullama.serving.eviction import POLICIES, ModelPolicy
 from mullama.serving.idle import IdleMethods
@@ -466,7 +467,9 @@ class ModelManager(IdleMethods, RoomMethods):
             return served
         if resident.n_leases and not force:
             what = (
-                f"answers {served.in_use} requests now" if served.in_use else "is looked at or changes its weights now"
+                f"answers {counted(served.in_use, 'request')} now"
+                if served.in_use
+                else "is looked at or changes its weights now"
             )
             raise ModelBusy(f"'{served.name}' {what}; unload it with force")
         # An engine that drains takes no request any more: whoever asked may leave, and it is unloaded all the same.

@@ -29,6 +29,7 @@ from mullama.errors import (
     NeedsAnotherEngine,
     adapters_loaded,
 )
+from mullama.models.quantize import MAKING
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease, Resident, Served
 from mullama.serving.targets import Target
@@ -72,6 +73,7 @@ class SwapRecord:
     state: str = "running"  # done, failed
     done: int = 0  # of the phase, in its own unit
     total: int | None = None
+    note: str = ""  # what was made for it, and what that loses
     report: dict[str, Any] | None = None
     error: MullamaError | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,6 +92,8 @@ class SwapRecord:
         }
         if self.state == "running":
             found |= {"done": self.done, "total": self.total}
+        if self.note:
+            found["note"] = self.note
         if self.report is not None:
             found |= self.report
         if self.error is not None:
@@ -162,6 +166,8 @@ class Swaps:
 
         def note(phase: str, done: int = 0, total: int | None = None) -> None:
             record.phase, record.done, record.total = phase, done, total
+            if phase.startswith(MAKING):
+                record.note = phase
             record.changed.set()
 
         def progress(phase: str, done: int = 0, total: int | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from mullama.errors import ConfigError
+from mullama.files import read_file, write_text
 from mullama.scheduling import Costs
 from mullama.simulation.grid import Grid
 
@@ -96,9 +97,9 @@ class CostModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 def read_costs(path: Path) -> CostModel:
-    """Read what ``mullama calibrate`` wrote. Raises ConfigError that says what is wrong with the file."""
+    """Read what ``mullama calibrate`` wrote (``-``: from stdin). Raises ConfigError that says what is wrong with it."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=CostModel)
+        return msgspec.json.decode(read_file(path), type=CostModel)
     except OSError as error:
         reason = f"cannot read the cost file {path}: {error.strerror}"
     except msgspec.ValidationError as error:
@@ -109,5 +110,5 @@ def read_costs(path: Path) -> CostModel:
 
 
 def write_costs(path: Path, costs: CostModel) -> None:
-    """Write a cost file, so that ``read_costs`` gives an equal model."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(costs), indent=1) + b"\n")
+    """Write a cost file (``-``: to stdout), so that ``read_costs`` gives an equal model."""
+    write_text(path, msgspec.json.format(msgspec.json.encode(costs), indent=1).decode() + "\n")

@@ -13,6 +13,7 @@ from mullama.errors import ConfigError, PluginError
 from mullama.logs import said
 from mullama.plugins import is_fault
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
+from mullama.scheduling.base import wanting
 from mullama.scheduling.budget import fit_or_go_on
 from mullama.simulation.costs import BUCKET, CostModel
 from mullama.simulation.feed import SECOND, Feed
@@ -219,7 +220,7 @@ class Simulator:
             return
         self._idle_since = self._idle_since or self.now
         if plan.until_ns <= self.now:
-            raise PluginError(f"the plan is empty while {len(self._seqs.views)} sequences want to compute")
+            raise PluginError(f"the plan is empty while {wanting(len(self._seqs.views))}")
         if self.now - self._idle_since > IDLE_LIMIT_NS:
             raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while work waits")
 

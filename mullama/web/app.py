@@ -20,6 +20,7 @@ from mullama.web.internal import SchedulerView, ShadowScheduler
 from mullama.web.kv import KvDrop, KvEvents, KvLoad, KvMap, KvPin, KvPolicy, KvSave, KvTree, KvUnpin, KvView
 from mullama.web.lifecycle import ArbiterView, ModelActions, ModelTable, SwapViews
 from mullama.web.listing import ModelDetail, ModelList
+from mullama.web.machine import MachineView
 from mullama.web.memory import MemoryView
 from mullama.web.pull import ModelPull
 from mullama.web.request import Request
@@ -57,6 +58,7 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/internal/swaps/{swap_id}", SwapViews(services), suffix="one")
     app.add_route("/internal/arbiter", ArbiterView(services))
     app.add_route("/internal/memory", MemoryView(models))
+    app.add_route("/internal/machine", MachineView(models, config))
     app.add_route("/internal/scheduler", SchedulerView(models, config))
     app.add_route("/internal/scheduler/shadow", ShadowScheduler(models, config))
     app.add_route("/internal/kv", KvView(models))

@@ -40,6 +40,9 @@ class ChatCompletions:
         lease = await services.lease(req, call.model)
         try:
             group, options, dropped = await self._begin(req, call, lease)
+        except ContextLengthExceeded as error:
+            lease.release()
+            raise error.about("messages", "the chat") from None
         except BaseException:
             lease.release()
             raise
@@ -78,7 +81,7 @@ class ChatCompletions:
             arrival_ns=req.arrival_ns,
             context_shift=policy is ContextPolicy.SHIFT,
             lora=uses_of(named, call.body.lora),
-            translate=partial(_translated, messages_json=call.messages_json) if dropped is None else None,
+            translate=partial(_translated, messages_json=_messages_json(call, dropped)),
         )
         await group.submit()
         services.keep_alive(call.model, keep_alive_s)  # of a request that was not refused
@@ -88,6 +91,11 @@ class ChatCompletions:
 def _prompt(engine: EngineClient, messages_json: bytes, most: int | None, pace: Callable[[], None] | None) -> list[int]:
     # render_chat leaves out a BOS that the vocabulary adds by itself.
     return engine.prompt_tokens(engine.render_chat(messages_json), most=most, between=pace)
+
+
+def _messages_json(call: ChatCall, dropped: Dropped | None) -> bytes:
+    """The messages that became the prompt."""
+    return call.messages_json if dropped is None else msgspec.json.encode(without(call.messages, dropped.span))
 
 
 def _whole(

@@ -9,6 +9,7 @@ from typing import Any
 import falcon.asgi
 
 from mullama.engine.client import EngineClient
+from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.context import ContextPolicy, Dropped, Room, drop_tokens, policy_for, without
 from mullama.web.generations import Group, Reply
@@ -100,10 +101,13 @@ class Completions:
 def _tokens(
     engine: EngineClient, prompts: Sequence[str | list[int]], most: int | None, pace: Callable[[], None] | None
 ) -> list[list[int]]:
-    return [
-        engine.prompt_tokens(prompt, most=most, between=pace) if isinstance(prompt, str) else prompt
-        for prompt in prompts
-    ]
+    found = []
+    for i, prompt in enumerate(prompts):
+        try:
+            found.append(engine.prompt_tokens(prompt, most=most, between=pace) if isinstance(prompt, str) else prompt)
+        except ContextLengthExceeded as error:
+            raise (error if len(prompts) == 1 else error.about(f"prompt[{i}]", "it")) from None
+    return found
 
 
 def _cut(

@@ -7,7 +7,7 @@ from functools import partial
 import falcon.asgi
 
 from mullama.engine.client import EngineClient
-from mullama.errors import InvalidRequest
+from mullama.errors import InvalidRequest, PermissionDenied
 from mullama.web.internal import Internal, Policies, dump
 from mullama.web.kv_events import KvEventStream
 from mullama.web.kv_schemas import Prefix, parse_drop, parse_pin, parse_prefix
@@ -33,10 +33,18 @@ class KvTree(Internal):
     access = Access.OPERATOR
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
-        """The prefix tree, at most ``?limit=`` nodes of it. Raises InvalidRequest, ModelNotFound."""
+        """The prefix tree, at most ``?limit=`` nodes of it, with ``?text=1`` what they hold.
+
+        Raises InvalidRequest, ModelNotFound, PermissionDenied.
+        """
+        with_text = (req.get_param("text") or "").lower() in ("1", "true")
+        # SAFETY: texts are prompts, as in the events.
+        if with_text and not req.is_operator:
+            raise PermissionDenied("texts are only shown to those who may write under /internal (--admin-key)")
         with self._lease(req) as (name, engine):
             limit = _number(req.get_param("limit"), "limit", 1, MAX_NODES)
-            resp.data = dump(name, await engine.kv_tree(limit=DEFAULT_NODES if limit is None else limit))
+            limit = DEFAULT_NODES if limit is None else limit
+            resp.data = dump(name, await engine.kv_tree(limit=limit, text=with_text))
 
 
 class KvMap(Internal):

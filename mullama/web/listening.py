@@ -25,7 +25,8 @@ def unix_path(host: str) -> str | None:
     if not host.startswith(UNIX):
         return None
     path = host.removeprefix(UNIX)
-    return path[2:] if path.startswith("//") else path
+    path = path[2:] if path.startswith("//") else path
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def plain_host(host: str) -> str:

@@ -29,6 +29,8 @@ class ModelList:
         data += [_unloaded(name, "unloaded") for name, _ in others]
         resp.data = orjson.dumps({"object": "list", "data": data})
 
+    on_head = on_get  # probes use it
+
 
 class ModelDetail:
     access = Access.CLIENT

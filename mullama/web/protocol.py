@@ -1,15 +1,17 @@
 """uvicorn's HTTP protocol, and what clients meet that it leaves out.
 
 A limit on the size of a request's head (httptools itself keeps any amount of it) and on the time it may take, clients
-that are too many (``connections.py``), clients that shut their sending half, HTTP/1.0, errors as OpenAI's objects, and
-a direct way to the response's body (``direct.py``).
+that are too many (``connections.py``), clients that shut their sending half, HTTP/1.0, offers of other
+protocols, errors as OpenAI's objects, and a direct way to the response's body (``direct.py``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
+import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -17,6 +19,7 @@ from mullama.web.connections import SLOWEST, Limits
 from mullama.web.direct import EXTENSION, DirectBody
 from mullama.web.half_closed import HalfClosed
 
+_OFFERS = (b"upgrade", b"http2-settings")  # headers that offer another protocol, and what Connection calls them
 MAX_HEAD = 64 << 10  # bytes of an unfinished head; what arrives in one piece with its end may be a little more
 
 
@@ -109,7 +112,17 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        left = data
+        try:
+            while left:
+                try:
+                    self.parser.feed_data(left)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    left = self._without_offer() + left[upgrade.args[0] :]
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if not self._in_head:
             return
         self._head_bytes += len(data)
@@ -117,6 +130,24 @@ class Protocol(HttpToolsProtocol):
             if self.cycle is None or self.cycle.response_complete:
                 self.transport.write(_TOO_LARGE)
             self.transport.close()
+
+    def _without_offer(self) -> bytes:
+        """The head of a request that offers another protocol, as Java's client does with HTTP/2, without the offer.
+
+        A server may go on with this one, but the parser gives up the body: it is told again. Raises HttpParserError.
+        """
+        if self.parser.get_method() == b"CONNECT":
+            raise httptools.HttpParserError("this server is no proxy")
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/", self.parser.get_http_version().encode(), b"\r\n"]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b", ".join(t for t in map(bytes.strip, value.split(b",")) if t.lower() not in _OFFERS)
+            if name not in _OFFERS:
+                head += [name, b": ", value, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # as uvicorn sets it, from httptools 0.6.3 on
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        return b"".join([*head, b"\r\n"])
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """True: the connection stays, for an answer is owed."""
@@ -151,11 +182,15 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._awaited_since = None
         self._has_begun = False
         super().on_message_complete()
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # it comes again
         self._in_head = False
         before = self.cycle
         super().on_headers_complete()

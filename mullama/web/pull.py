@@ -22,6 +22,7 @@ from mullama.models.background import Pulls, RunningPull
 from mullama.models.entry import Entry
 from mullama.models.policy import allow_private
 from mullama.models.reference import Reference, parse_spec
+from mullama.models.resolve import in_quant
 from mullama.models.store import Store, named
 from mullama.web.errors import as_mullama_error
 from mullama.web.request import Receive, Request, until_disconnect
@@ -72,7 +73,10 @@ class ModelPull:
 
     def _reference(self, body: PullBody) -> Reference:
         store = self._pulls.store
-        spec = parse_spec(body.model, store.lookup, quant=body.quant or self._config.quant or None)
+        if body.quant:
+            spec = in_quant(body.model, parse_spec(body.model, store.lookup), body.quant, store)
+        else:
+            spec = parse_spec(body.model, store.lookup, quant=self._config.quant or None)
         # SAFETY: what lies on this machine is for those who have a shell on it.
         if spec.reference.is_local:
             raise InvalidRequest(

@@ -1,6 +1,7 @@
 """The bodies of ``/v1/chat/completions`` and ``/v1/completions``: their fields, and what is wrong with them.
 
-msgspec checks the types while it decodes; the ranges are in ``sampling.py``. Unknown fields are ignored. Every
+msgspec checks the types while it decodes; the ranges are in ``sampling.py``, and what is refused or ignored is in
+``fields.py``. Fields that nobody knows are ignored. Every
 ``parse_*`` may run in a thread and raises InvalidRequest or ModelNotFound with ``param`` naming the field.
 """
 
@@ -20,6 +21,7 @@ from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web import sampling
 from mullama.web.context import ContextPolicy, policy_of
+from mullama.web.fields import CHAT, TEXT, refuse_unbuilt
 from mullama.web.lora import LoraBody, split_name
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -31,6 +33,7 @@ S = TypeVar("S")
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's; refused
 
 
 class ResponseFormat(msgspec.Struct):
@@ -178,11 +181,9 @@ def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
     body = decode_body(_chat_decoder, data)
     model, named = split_name(body.model, models)
     _refuse_unsupported(body)
-    _refuse(bool(body.tools or body.functions), "tools" if body.tools else "functions", "tool calls")
+    refuse_unbuilt(data, CHAT)
     _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
     _refuse(any(kind != "text" for kind in body.modalities or ()), "modalities", "anything but text")
-    _refuse(bool(body.logprobs), "logprobs", "log-probabilities")
-    _refuse(bool(body.top_logprobs), "top_logprobs", "log-probabilities")
     messages = normalise(body.messages)
     return ChatCall(model, body, messages, msgspec.json.encode(messages), named)
 
@@ -196,8 +197,7 @@ def parse_completion(data: bytes, models: ModelManager) -> CompletionCall:
     body = decode_body(_completion_decoder, data)
     model, named = split_name(body.model, models)
     _refuse_unsupported(body)
-    _refuse(body.logprobs is not None and body.logprobs is not False, "logprobs", "log-probabilities")
-    _refuse(bool(body.suffix), "suffix", "filling in the middle")
+    refuse_unbuilt(data, TEXT)
     _refuse(body.best_of is not None and body.best_of != (body.n or 1), "best_of", "best_of other than n")
     return CompletionCall(model, body, named)
 
@@ -264,6 +264,8 @@ def _refuse(asked: bool, field: str, what: str) -> None:
 
 def _refuse_unsupported(body: GenerationBody) -> None:
     """What would change the answer is refused rather than ignored."""
+    continuous = body.stream_options is not None and body.stream_options.continuous_usage_stats
+    _refuse(bool(continuous), "stream_options.continuous_usage_stats", "the usage in every chunk")
     kind = body.response_format.type if body.response_format else "text"
     _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
 

@@ -7,6 +7,7 @@ The hot path is ``EventStream._sink`` where the server offers a direct way to th
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -27,18 +28,15 @@ DONE = b"data: [DONE]\n\n"
 
 #: Ends of lines for Python's ``str.splitlines``, and so for clients that split a stream with it (such as httpx's
 #: ``iter_lines``), but not for JSON or server-sent events. The controls among them are escaped in any JSON.
-_LINE_ENDS = ((b"\xc2\x85", rb"\u0085"), (b"\xe2\x80\xa8", rb"\u2028"), (b"\xe2\x80\xa9", rb"\u2029"))
+_LINE_ENDS = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
 
 
 def event_json(value: object) -> bytes:
     """The JSON of ``value`` for an event: no client's idea of a line ends within it."""
     data = orjson.dumps(value)
-    if data.isascii():
+    if data.isascii() or _LINE_ENDS.search(data) is None:
         return data
-    for end, escaped in _LINE_ENDS:
-        if end in data:
-            data = data.replace(end, escaped)
-    return data
+    return _LINE_ENDS.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), data)
 
 
 class ChunkFormat:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from mullama.errors import ConfigError
+from mullama.files import read_file, write_text
 from mullama.workload.base import Client, Outcome, TraceRequest, Workload
 from mullama.workload.grammar import MAX_SECONDS, MAX_TOKENS
 
@@ -38,13 +39,13 @@ class _Head(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def write_trace(path: Path, workload: Workload) -> None:
-    """Write a workload so that ``read_trace`` gives an equal one."""
+    """Write a workload to a file (``-``: stdout), so that ``read_trace`` gives an equal one."""
     head = _Head(FORMAT, VERSION, workload.spec, workload.seed, workload.stop_s, [c.think_s for c in workload.clients])
     lines = [json.dumps(msgspec.to_builtins(head), ensure_ascii=False)]
     lines += [_dump(request) for request in workload.requests]
     for number, client in enumerate(workload.clients):
         lines += [_dump(request, client=number) for request in client.requests]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
@@ -104,7 +105,7 @@ def _dump(request: TraceRequest, **more: int) -> str:
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Every line as an object, and how to name it."""
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read the trace file {path}: {reason}", param="file") from None

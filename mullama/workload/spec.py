@@ -48,6 +48,16 @@ def parse_workload(spec: str, seed: int = 0) -> Workload:
     return replace(workload, spec=spec.strip(), seed=seed)
 
 
+def parse_seeds(spec: str, seed: int, n: int) -> list[Workload]:
+    """The workloads of ``n`` seeds from ``seed`` on. Raises ConfigError, also where the seed changes nothing."""
+    found = [parse_workload(spec, seed + i) for i in range(n)]
+    if n > 1 and found[0].requests == found[1].requests and found[0].clients == found[1].clients:
+        raise ConfigError(
+            f"'{spec}' is the same for every seed, so that several seeds say nothing; several rounds do", param="seeds"
+        )
+    return found
+
+
 def parse_trace(spec: str, seed: int = 0) -> list[TraceRequest]:
     """The requests of an open-loop workload by arrival. Raises ConfigError, also for one with closed-loop clients."""
     workload = parse_workload(spec, seed)

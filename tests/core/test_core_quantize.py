@@ -114,13 +114,21 @@ def test_what_came_beside_the_weights_comes_along(store: Store, plain: Path) -> 
 def test_requantising_is_said_once(
     store: Store, tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    quantize_variant(store, tiny_model(), "Q4_0")
+    steps: list[str] = []
+    quantize_variant(store, tiny_model(), "Q4_0", lambda what, done, total: steps.append(what))
     assert [record.getMessage().count("Q8_0 already") for record in caplog.records] == [1]
+    said = "making Q4_0 out of Q8_0, which loses more than out of F16"
+    assert steps.count(said) == 1 and steps.index(said) < steps.index("quantising"), "before it is made"
 
 
 def test_from_plain_nothing_is_said(store: Store, plain: Path, caplog: pytest.LogCaptureFixture) -> None:
-    quantize_variant(store, plain, "Q8_0")
+    steps: list[str] = []
+    quantize_variant(store, plain, "Q8_0", lambda what, done, total: steps.append(what))
     assert caplog.records == []
+    assert "making Q8_0" in steps
+    again: list[str] = []
+    quantize_variant(store, plain, "Q8_0", lambda what, done, total: again.append(what))
+    assert "making Q8_0" not in again, "it is there"
 
 
 def test_an_unknown_type(store: Store, plain: Path) -> None:

@@ -178,7 +178,7 @@ def test_unloading_waits_for_nobody_and_breaks_nobody(
     text = "".join(delta.text for delta in generation)
     thread.join()
     assert text == alone
-    assert len(refused) == 1 and "1 requests use the adapter 'a'" in str(refused[0])
+    assert len(refused) == 1 and "the adapter 'a' is used by 1 request now" in str(refused[0])
     engine.call(lambda: None).result()
     assert engine.adapters()[0]["requests"] == 0
     engine.unload_adapter("a")

@@ -88,6 +88,9 @@ class TimedEngine:
         self._free = parallel
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def computing(self) -> dict[str, Any]:
+        return {"threads": 2, "system": "fake"}
+
     @classmethod
     def load(cls, path: Any, *, name: str, config: Any, progress: Any, weights: str = "") -> TimedEngine:
         engine = cls(parallel=config.parallel or 2, ctx=config.ctx_size, prefill_s=1e-6, step_s=1e-4)

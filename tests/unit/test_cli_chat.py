@@ -12,7 +12,7 @@ from cli_support import FakeEngine
 
 from mullama.cli.chat import ChatSession
 from mullama.cli.interrupt import on_interrupt
-from mullama.cli.repl import COMMANDS, Repl
+from mullama.cli.repl import COMMANDS, Repl, gauge
 from mullama.cli.settings import SETTINGS, parse_setting
 from mullama.errors import ComputeFailed, ContextLengthExceeded, EngineDead, InvalidRequest
 from mullama.types import FinishReason, SamplingParams
@@ -149,6 +149,39 @@ def test_several_lines_between_fences() -> None:
     chat = session()
     play(chat, '"""one', "  two", 'three"""', '"""/help"""', '"""', "/exit", '"""', '""""""')
     assert [turn["content"] for turn in chat.turns if turn["role"] == "user"] == ["one\n  two\nthree", "/help", "/exit"]
+
+
+def test_ctrl_c_twice_at_the_prompt_leaves() -> None:
+    chat = session()
+    out = play(chat, KeyboardInterrupt, KeyboardInterrupt, "never asked")
+    assert out.count("Ctrl-C again, Ctrl-D or /exit leaves") == 1
+    assert chat.turns == []
+    play(chat, KeyboardInterrupt, "", KeyboardInterrupt, "asked")
+    assert [turn["content"] for turn in chat.turns] == ["asked", "Hello, wörld"], "not twice in a row"
+
+
+def test_the_context_fills() -> None:
+    chat = session()
+    assert chat.context == (0, chat.engine.info.n_ctx)
+    list(chat.ask("hi"))
+    assert chat.last is not None
+    profile = chat.last.profile
+    profile.prompt_tokens, profile.completion_tokens = 1000, 24
+    used, size = chat.context
+    assert used == min(1024, size)
+    chat.clear()
+    assert chat.context[0] == 0
+    assert gauge(512, 4096) == "██" + "░" * 18 + " 512 of 4,096 tokens (12%)"
+    assert gauge(4096, 4096).startswith("█" * 20 + " 4,096")
+
+
+def test_what_is_no_reply_has_its_colour() -> None:
+    out: list[str] = []
+    Repl(session(), Lines("/nosuch", "/set x 1", "hi"), out.append, lambda kind, text: f"<{kind}>{text}</>").run()
+    text = "".join(out)
+    assert "<note>there is no command /nosuch; /help lists them</>\n" in text
+    assert "<error>error: " in text
+    assert "Hello, wörld\n" in text, "a reply is plain"
 
 
 def test_ctrl_c_at_the_prompt_and_within_fences_asks_again() -> None:

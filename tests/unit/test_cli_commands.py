@@ -591,3 +591,21 @@ def test_every_option_is_a_flag_of_serve(run: Run) -> None:
         assert flag_name(opt) in out
     assert "8080" in out
     assert "MULLAMA_CTX_SIZE" in "".join(out.split())
+
+
+@pytest.mark.parametrize("command", ["show", "fit", "pull"])
+def test_another_quantisation_is_not_shown_instead(run: Run, command: str) -> None:
+    """A reference that names a file, of which there is no Q8_0: it says what there is and how to make one."""
+    status, out, err = run(command, "smollm2:135m", "--quant", "Q8_0")
+    assert (status, out) == (1, "")
+    assert "'smollm2:135m' is not here in Q8_0" in one_line(err)
+    assert "here are Q4_1; mullama quantize smollm2:135m Q8_0 makes one" in one_line(err)
+
+
+@pytest.mark.parametrize("command", ["show", "fit"])
+def test_a_file_of_another_quantisation(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "m-Q4_1.gguf").write_bytes(make_gguf())
+    status, out, err = run(command, "./m-Q4_1.gguf", "--quant", "Q5_0")
+    assert (status, out) == (1, "")
+    assert "'./m-Q4_1.gguf' is not here in Q5_0" in one_line(err)
+    assert run("show", "./m-Q4_1.gguf", "--quant", "q4_1")[0] == 0

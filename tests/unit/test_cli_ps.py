@@ -33,6 +33,7 @@ class Remote(http.server.ThreadingHTTPServer):
 
     status = 200
     body = b"{}"
+    kind = "application/json"
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -49,6 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         remote.asked.append((self.command, self.path, asked, self.headers["Authorization"]))
         self.send_response(remote.status)
         self.send_header("Content-Length", str(len(remote.body)))
+        self.send_header("Content-Type", remote.kind)
         self.end_headers()
         self.wfile.write(remote.body)
 
@@ -92,6 +94,38 @@ def test_ps_as_json_with_a_key(
     assert main(["ps"]) == 0
     assert capsys.readouterr().out == "no models\n"
     assert [asked[3] for asked in remote.asked] == ["Bearer k1", "Bearer k2"]
+
+
+def events(*sent: tuple[str, dict[str, Any]]) -> bytes:
+    return b": ping\n\n" + b"".join(f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode() for kind, data in sent)
+
+
+def test_a_swap_tells_what_it_makes_and_how_far_it_is(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "making Q8_0 out of Q4_1, which loses more than out of F16"
+    running = {"state": "running", "done": 0, "total": None}
+    remote.kind = "text/event-stream"
+    remote.body = events(
+        ("progress", {**running, "phase": note, "note": note}),
+        ("progress", {**running, "phase": "quantising", "note": note, "done": 5, "total": 10}),
+        ("progress", {**running, "phase": "loading", "note": note}),
+        ("done", REPORT),
+    )
+    assert main(["swap", "a", "Q8_0"]) == 0
+    out, err = capsys.readouterr()
+    assert "a/b: Q8_0 -> Q4_0 in 300 ms" in out
+    assert err.count(f"note: {note}\n") == 1
+    assert [line for line in err.splitlines() if line.startswith("a to Q8_0: ")][1:] == [
+        "a to Q8_0: quantising", "a to Q8_0: loading",
+    ]  # fmt: skip
+    remote.body = events(("error", {"state": "failed", "error": {"message": "the disk is full"}}))
+    assert main(["swap", "a", "Q8_0"]) == 1
+    assert "the disk is full" in capsys.readouterr().err
+    remote.body = events(("progress", {**running, "phase": "loading"}))
+    assert main(["swap", "a", "Q8_0"]) == 1
+    assert "stopped before it was done" in capsys.readouterr().err
+    remote.body = b"data: {nonsense\n\n"
+    assert main(["swap", "a", "Q8_0"]) == 1
+    assert "does not answer like a mullama server" in capsys.readouterr().err
 
 
 def test_swap(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ def test_plots_are_asked_for_before_the_model_is_loaded(
     assert "mullama[plots]" in err
     assert engines == []
     assert run("--schedulers", "fcfs", "--trace", TRACE, "--out", "o", "--no-plots")[0] == 0
-    assert sorted(file.suffix for file in (tmp_path / "o").iterdir()) == [".json", ".jsonl", ".jsonl", ".md"]
+    assert sorted(file.suffix for file in (tmp_path / "o").iterdir()) == [".csv", ".json", ".jsonl", ".jsonl", ".md"]
 
 
 def test_too_small_a_context(run: Run, engines: list[TimedEngine]) -> None:
@@ -143,3 +143,16 @@ def test_ctrl_c_keeps_what_was_measured(
     assert "priority |" not in out.split("## By")[0]
     assert json.loads((tmp_path / "o" / "report.json").read_text())["interrupted"] is True
     assert engines[0].closed == 1
+
+
+def test_a_dash_is_stdout(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("--schedulers", "fcfs", "--trace", TRACE, "--json", "-")
+    assert status == 0, err
+    assert json.loads(out)["policies"][0]["label"] == "fcfs"
+    assert "| fcfs |" in err
+    status, out, err = run("--schedulers", "fcfs", "--trace", TRACE, "--record", "-")
+    assert status == 0, err
+    assert json.loads(out.splitlines()[0])["spec"] == TRACE and len(out.splitlines()) == 7
+    assert not (tmp_path / "-").exists()
+    status, _, err = run("--schedulers", "fcfs", "--trace", TRACE, "--record", "-", "--json", "-")
+    assert status == 2 and "only one can be written to stdout" in err

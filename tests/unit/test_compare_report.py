@@ -13,7 +13,7 @@ import pytest
 from cli_support import model_info
 
 from mullama.compare import provenance
-from mullama.compare.plots import write_plots
+from mullama.compare.plots import _limits, write_plots
 from mullama.compare.recording import file_names, write_folder
 from mullama.compare.report import make_report, to_markdown
 from mullama.compare.runner import PolicySpec, Run
@@ -176,14 +176,29 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
         write_plots(tmp_path, RUNS)
 
 
-def test_the_machine_is_described() -> None:
-    machine = provenance.machine()
-    assert machine["cores"] >= 1
-    assert machine["python"].startswith("3.")
-
-
 def test_the_commit_is_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
     assert provenance.commit() is None
     (tmp_path / ".git").mkdir()  # not a repository
     assert provenance.commit() is None
+
+
+def test_neighbours_are_named() -> None:
+    loud = run("fcfs", 1, neighbours=1.25)
+    assert "other processes kept 1.2 cores busy in round 1" in str(report([loud, *RUNS[1:]])["notes"])
+    quiet = report([run("fcfs", 1, neighbours=0.2), *RUNS[1:]])
+    assert "other processes" not in str(quiet["notes"])
+    assert quiet["policies"][0]["neighbours"][0] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("samples", "limits"),
+    [
+        ([[200.0, 400.0], [800.0]], (200 / 1.15, 800 * 1.15)),  # nothing below the first sample
+        ([[]], (1.0, 10.0)),
+        ([[5.0]], (5 / 1.15, 7.5)),
+        ([[0.0] + [30.0] * 199], (30 / 1.15, 45.0)),  # one gap of 0 does not stretch the axis
+    ],
+)
+def test_curves_fill_their_axis(samples: list[list[float]], limits: tuple[float, float]) -> None:
+    assert _limits(samples) == pytest.approx(limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -221,3 +222,41 @@ def test_no_text_of_ours_shows_a_key(tmp_path: Path) -> None:
             load_config(flags, env={})
         shown += caught.value.message
     assert secret not in shown
+
+
+# -- made in Python ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"ctx_size": -5}, "ctx_size: -5 is out of range; it must be between 0 and"),
+        ({"threads": 2.5}, "threads: '2.5' is not a whole number"),
+        ({"mmap": "perhaps"}, "mmap: 'perhaps' is not true or false"),
+        ({"kv_type_k": "q4"}, "kv_type_k: 'q4' is not one of f32, f16"),
+        ({"device": 5}, "device: expected a list of texts"),
+        ({"tensor_split": "3;1"}, "tensor_split: '3;1' does not fit"),
+        ({"page_dir": 5.5}, "page_dir: expected a text"),
+    ],
+)
+def test_a_config_made_in_python_is_checked(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServeConfig(**values)
+    assert caught.value.message.startswith(reason)
+    assert caught.value.param == next(iter(values))
+
+
+def test_a_config_made_in_python_is_brought_to_its_types(tmp_path: Path) -> None:
+    config = ServeConfig(page_dir=tmp_path, device=("CUDA0",), plan_timeout_ms=50)  # type: ignore[arg-type]
+    assert (config.page_dir, config.device, config.plan_timeout_ms) == (str(tmp_path), ["CUDA0"], 50.0)
+    assert dataclasses.replace(config, ctx_size=64).ctx_size == 64
+    with pytest.raises(ConfigError, match="parallel"):
+        dataclasses.replace(config, parallel=-1)
+
+
+def test_a_dict_of_options_names_what_is_unknown() -> None:
+    assert load_config({"ctx-size": 64, "mmap": False}, env={}, where="config: ").ctx_size == 64
+    with pytest.raises(ConfigError, match=r"config: ctx_sise: there is no such option; did you mean 'ctx_size'\?"):
+        load_config({"ctx_sise": 64}, env={}, where="config: ")
+    with pytest.raises(ConfigError, match=r"config: ctx_size: -5 is out of range"):
+        load_config({"ctx_size": -5}, env={}, where="config: ")

@@ -231,6 +231,7 @@ BASE = {
     "errors",
     "faults",
     "instructions",
+    "libraries",
     "files",
     "home",
     "child",

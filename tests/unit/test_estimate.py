@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models_support import make_gguf
 from shaped import Shape
 
 from mullama.errors import ConfigError, ModelLoadError
+from mullama.machine.processor import parse_cpuinfo
 from mullama.models import estimate as module
 from mullama.models import gguf
 from mullama.models.estimate import estimate, fit, token_bytes
@@ -177,8 +179,8 @@ def test_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_processors_repack(monkeypatch: pytest.MonkeyPatch) -> None:
     def types(machine: str, *flags: str) -> set[str]:
-        monkeypatch.setattr(module.platform, "machine", lambda: machine)
-        monkeypatch.setattr(module, "_cpu_flags", lambda: frozenset(flags))
+        found = parse_cpuinfo(f"flags : {' '.join(flags)}\n", machine)
+        monkeypatch.setattr(module, "processor", lambda: found)
         return set(module._repacked_types.__wrapped__())
 
     assert types("x86_64", "sse2") == set()
@@ -187,6 +189,22 @@ def test_what_processors_repack(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Q8_0" in types("x86_64", "avx2", "avx512f", "avx512_vnni", "amx_int8")
     assert "Q8_0" in types("aarch64", "asimddp") and types("aarch64", "fp") == set()
     assert types("riscv64") == set()
+
+
+def test_what_amx_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of Q8_0 take 38 bytes there and not 34, and experts stay as they are."""
+    model = shaped.build(tmp_path / "model.gguf", Shape(kind="Q8_0", embd_kind="F32"))
+    own = gguf.check(model)
+    matrices = sum(t.size or 0 for t in own.tensors if t.type == "Q8_0")
+    found = parse_cpuinfo("flags : avx2 avx512f avx512_vnni amx_int8\n", "x86_64")
+    monkeypatch.setattr(module, "processor", lambda: found)
+    monkeypatch.setattr(module, "_repacked_types", module._repacked_types.__wrapped__)
+    assert estimate(model, n_ctx=256).weights_copied == pytest.approx(matrices * 38 / 34, abs=64 * 32)
+    tensor = next(t for t in own.tensors if t.type == "Q8_0")
+    expert = replace(tensor, name="blk.0.ffn_up_exps.weight")
+    kinds = module._repacked_types()
+    assert module._is_repacked(tensor, kinds) and not module._is_repacked(expert, kinds)
+    assert kinds["F16"] == 32 and module._amx_adds(expert) == 0
 
 
 def test_fit_finds_the_edge() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import threading
 from collections import deque
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from mullama import abi
-from mullama.engine.generation import AsyncGeneration, BaseGeneration, SyncGeneration
+from mullama.engine.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
 from mullama.engine.reader import Reader, profile_of
 from mullama.errors import ComputeFailed, EngineDead
 from mullama.types import Delta, Finish, FinishReason, Profile
@@ -73,10 +74,10 @@ def no_cancel(handle: int) -> None:
 
 
 def sync(reader: Reader, handle: int = 1, stops: tuple[str, ...] = ()) -> SyncGeneration:
-    generation = SyncGeneration(f"r{handle}", handle, no_cancel)
-    reader.add(generation, stops)
+    inbox = Inbox(f"r{handle}", handle, no_cancel)
+    reader.add(inbox, stops)
     reader.attach_thread()
-    return generation
+    return SyncGeneration(inbox)
 
 
 def on_loop(reader: Reader, handle: int = 1) -> AsyncGeneration:
@@ -91,10 +92,11 @@ def on_loop(reader: Reader, handle: int = 1) -> AsyncGeneration:
 
 
 def test_sync_yields_deltas_then_stops() -> None:
-    generation = SyncGeneration("r", 1, no_cancel)
-    generation.deliver("a", 1)
-    generation.deliver("", 1)
-    generation.end(STOP)
+    inbox = Inbox("r", 1, no_cancel)
+    generation = SyncGeneration(inbox)
+    inbox.deliver("a", 1)
+    inbox.deliver("", 1)
+    inbox.end(STOP)
     assert generation.finish is None, "a reader sees the end when it has read what came before"
     assert list(generation) == [Delta("a", 1), Delta("", 1)]
     assert generation.finish is STOP
@@ -103,12 +105,38 @@ def test_sync_yields_deltas_then_stops() -> None:
 
 def test_cancel_is_passed_on_until_the_end() -> None:
     cancelled: list[int] = []
-    generation = SyncGeneration("r", 7, cancelled.append)
+    inbox = Inbox("r", 7, cancelled.append)
+    generation = SyncGeneration(inbox)
     generation.cancel()
-    generation.end(STOP)
+    inbox.end(STOP)
     list(generation)
     generation.cancel()
     assert cancelled == [7]
+
+
+def test_what_nobody_can_read_any_more_is_cancelled() -> None:
+    """Its reader holds on to the inbox alone."""
+    cancelled: list[int] = []
+    unread, begun, ended = (Inbox("r", handle, cancelled.append) for handle in (1, 2, 3))
+    SyncGeneration(unread)
+    gc.collect()
+    assert cancelled == [1]
+    begun.deliver("a", 1)
+    for _ in SyncGeneration(begun):
+        break
+    gc.collect()
+    assert cancelled == [1, 2]
+    ended.end(STOP)
+    assert list(SyncGeneration(ended)) == []
+    gc.collect()
+    assert cancelled == [1, 2]
+
+
+def test_a_generation_is_not_read_in_a_child() -> None:
+    generation = SyncGeneration(Inbox("r", 1, lambda handle: None))
+    generation._pid -= 1  # as if it came along from another process
+    with pytest.raises(EngineDead, match="in another process"):
+        next(generation)
 
 
 def test_the_base_delivers_nothing_by_itself() -> None:

@@ -340,7 +340,7 @@ def test_unload_by_hand() -> None:
         world = World("a")
         await world.models.load("a")
         lease = await world.models.lease("a")
-        with pytest.raises(ModelBusy, match="1 requests"):
+        with pytest.raises(ModelBusy, match="answers 1 request now"):
             await world.models.unload("a")
         (engine,) = world.engines
         engine.on_drain = lease.release

@@ -85,11 +85,14 @@ class SwapWorld(World):
         self.may_find.set()
         self.asked: list[tuple[str, str, bool]] = []
         self.error: Exception | None = None
+        self.making = ""  # what is made of what, said before it is
         self.made: list[Swappable] = []
         self.swaps = Swaps(self.models, self.find, self.make_new)
 
     def find(self, to: str, reference: str, progress: Any, may_read_files: bool) -> Target:
         self.asked.append((to, reference, may_read_files))
+        if self.making:
+            progress(self.making, 0, None)
         progress("fetching", 1, 2)
         assert self.may_find.wait(TIMEOUT)
         if self.error:
@@ -118,6 +121,25 @@ def test_in_place() -> None:
         served = world.models.get("m")
         assert (served.reference, served.n_bytes, served.n_requests, served.in_use) == ("ref:Q4_0", 77, 0, 0)
         assert world.engine.n_closed == 0 and world.made == []
+
+    play(test())
+
+
+def test_what_is_made_for_a_swap_stays_in_its_record() -> None:
+    """Said before it is made, and still there when the next step has replaced the phase."""
+
+    async def test() -> None:
+        world = SwapWorld()
+        world.making = "making Q8_0 out of Q4_1, which loses more than out of F16"
+        world.may_find.clear()
+        record = world.swaps.begin("m", "Q8_0")
+        await until(lambda: record.phase == "fetching")
+        assert record.to_dict()["note"] == world.making
+        world.may_find.set()
+        await record.ended.wait()
+        assert (record.state, record.to_dict()["note"]) == ("done", world.making)
+        world.making = ""
+        assert "note" not in (await world.swap()).to_dict()
 
     play(test())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from bench import simulator_error
 from mullama.cli import calibrate
 from mullama.cli.main import main
 from mullama.errors import ModelLoadError
+from mullama.machine.neighbours import Neighbours
 from mullama.simulation import read_costs, write_costs
-from mullama.workload.recorded import read_outcomes
+from mullama.workload.recorded import read_outcomes, write_trace
+from mullama.workload.spec import parse_workload
 
 TRACE = "poisson:rate=3,n=40,prompt=uniform(20,200),out=20"
-ABOUT = {
+ABOUT: dict[str, Any] = {
     "model": {"name": "small", "description": "llama 135M", "n_parallel": 3},
     "machine": {"cpu": "A CPU", "cores": 2, "system": "Linux"},
     "date": "2026-01-02T03:04:05+00:00",
@@ -153,7 +156,33 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr("mullama.cli.loading.find_model", lambda reference: reference)
     monkeypatch.setattr(calibrate, "_measure", measure)
+    monkeypatch.setattr(calibrate, "LOOK_S", 0.0)
+    monkeypatch.setattr(Neighbours, "busy", lambda self: 0.1)
     return seen
+
+
+def test_a_calibration_says_how_far_it_measured(run: Run, measured: list[Any]) -> None:
+    status, out, err = run("calibrate", "--model", "m", "--out", "c.json")
+    assert status == 0, err
+    assert "measured: 1 to 8 sequences with up to 1,024 tokens each, prompt chunks of up to 512 tokens" in out
+    assert "extrapolated" not in out
+    assert "warning" not in err
+
+
+def test_a_calibration_among_neighbours_says_so(
+    run: Run, tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter([1.2, 0.8])
+    monkeypatch.setattr(Neighbours, "busy", lambda self: next(looks))
+    monkeypatch.setitem(ABOUT, "threads", 1)
+    monkeypatch.setitem(ABOUT["model"], "n_parallel", 16)
+    status, out, err = run("calibrate", "--model", "m", "--out", "c.json")
+    assert status == 0, err
+    assert "other processes are keeping 1.2 cores busy: wait until they have ended, or calibrate again" in err
+    assert "other processes kept 0.8 cores busy: the costs are too high for it" in err
+    assert "small, 1 thread; milliseconds" in out
+    assert "beyond 8 sequences of the 16 slots costs are extrapolated; raise --seconds" in out
+    assert read_costs(tmp_path / "c.json").about["neighbours"] == 0.8
 
 
 def test_a_calibration_is_written(run: Run, tmp_path: Path, measured: list[Any]) -> None:
@@ -161,7 +190,7 @@ def test_a_calibration_is_written(run: Run, tmp_path: Path, measured: list[Any])
         *("calibrate", "--model", "m", "--out", "new/c.json", "--parallel", "3", "--seconds", "7", "--threads", "2")
     )
     assert status == 0, err
-    assert read_costs(tmp_path / "new" / "c.json") == costs(about=ABOUT)
+    assert read_costs(tmp_path / "new" / "c.json") == costs(about={**ABOUT, "neighbours": 0.1})
     assert "new/c.json: small, 2 threads" in out
     assert "decode of 1: 7.28, 4: 16.00, 8: 28.75 sequences" in out
     assert "prompt of 512 tokens: 520.0" in out
@@ -216,3 +245,58 @@ def test_the_error_of_the_simulator(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert simulator_error.main(["--costs", "slow.json", "real"]) == 0
     assert simulator_error.main(["--costs", "slow.json", "nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+# -- stdin and stdout -------------------------------------------------------------------------------------------------
+
+
+def test_a_dash_is_stdout(run: Run, tmp_path: Path) -> None:
+    status, out, err = simulate(run, "--schedulers", "fcfs", "--json", "-")
+    assert status == 0, err
+    report = json.loads(out)
+    assert [entry["label"] for entry in report["policies"]] == ["fcfs"]
+    assert "| fcfs |" in err, "the table does not get in between"
+    assert not (tmp_path / "-").exists()
+
+
+def test_a_dash_is_stdin(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (tmp_path / "costs.json").read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
+    status, out, err = run("simulate", "--costs", "-", "--trace", TRACE, "--schedulers", "fcfs")
+    assert status == 0, err
+    assert "| fcfs |" in out
+
+
+def test_a_trace_comes_through_a_pipe(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_trace(tmp_path / "t.jsonl", parse_workload(TRACE, 5))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "t.jsonl").read_bytes())))
+    argv = ("--costs", "costs.json", "--schedulers", "fcfs", "--json", "-")
+    piped = json.loads(run("simulate", "--trace", "file:-", *argv)[1])
+    read = json.loads(run("simulate", "--trace", "file:t.jsonl", *argv)[1])
+    assert piped["policies"] == read["policies"]
+
+
+def test_a_calibration_goes_to_stdout(run: Run, tmp_path: Path, measured: list[Any]) -> None:
+    status, out, err = run("calibrate", "--model", "m", "--out", "-")
+    assert status == 0, err
+    (tmp_path / "new.json").write_text(out)
+    assert read_costs(tmp_path / "new.json").about["model"]["name"] == "small"
+    assert "milliseconds" in err
+    assert not (tmp_path / "-").exists()
+
+
+def test_figures_are_drawn(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    status, _, err = simulate(run, "--schedulers", "fcfs,srpt", "--out", "out")
+    assert status == 0, err
+    assert {"ttft-cdf.svg", "itl-cdf.png"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert simulate(run, "--schedulers", "fcfs", "--out", "plain", "--no-plots")[0] == 0
+    assert not list((tmp_path / "plain").glob("*.svg"))
+
+
+def test_sizes_may_be_written_short(run: Run) -> None:
+    argv = ("--schedulers", "fcfs", "--json", "-")
+    found = json.loads(simulate(run, *argv, "--ctx-size", "2k", "--kv-tokens", "1k", "--kv-host-tokens", "1M")[1])
+    assert [found["options"][name] for name in ("n_ctx", "kv_tokens", "host_tokens")] == [2048, 1024, 1 << 20]
+    status, _, err = simulate(run, *argv, "--ctx-size", "2q")
+    assert status == 2 and "'2q' is not a number of tokens" in err

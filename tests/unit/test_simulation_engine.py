@@ -397,7 +397,7 @@ class Broken(Fcfs):
         (ZeroDivisionError("x"), "ZeroDivisionError"),
         (None, "returned NoneType"),
         (Plan({77: 1}), "sequence 77, which does not exist"),
-        (Plan(), "the plan is empty while 1 sequences want to compute"),
+        (Plan(), "the plan is empty while 1 sequence wants to compute"),
         (Plan({1: 600}), "has 100 prompt tokens left"),
     ],
 )

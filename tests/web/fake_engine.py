@@ -236,8 +236,8 @@ class FakeEngine:
     async def drop_retained(self) -> int:
         return 7
 
-    async def kv_tree(self, *, limit: int = 1000) -> dict[str, Any]:
-        return {"nodes": [], "n_nodes": 0, "truncated": False, "limit": limit}
+    async def kv_tree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
+        return {"nodes": [], "n_nodes": 0, "truncated": False, "limit": limit, "text": text}
 
     async def kv_map(self) -> dict[str, Any]:
         return {"caches": [{"name": "full", "streams": [{"stream": 0, "cells": 8, "runs": [[0, 5, 0], [5, 3, -1]]}]}]}

@@ -165,7 +165,7 @@ def test_a_model_that_cannot_is_in_the_log(
 
 @pytest.mark.parametrize("policy", ["nonsense", ""])
 def test_a_policy_that_there_is_not_stops_the_app(policy: str) -> None:
-    with pytest.raises(ConfigError, match=f"--context-policy: '{policy}' is not one of error, ") as raised:
+    with pytest.raises(ConfigError, match=f"context_policy: '{policy}' is not one of error, ") as raised:
         create_app(ServeConfig(context_policy=policy), ModelManager([("fake", FakeEngine())]))
     assert raised.value.param == "context_policy"
 

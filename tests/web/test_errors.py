@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
 
-from mullama.errors import EngineDead, QueueFull
+from mullama.errors import ContextLengthExceeded, EngineDead, QueueFull
 from mullama.types import Finish, FinishReason, Profile
 
 from .conftest import Client
@@ -237,6 +238,31 @@ def test_a_prompt_that_does_not_fit(client: Client) -> None:
     result = client.post(TEXT, {"prompt": [5] * N_CTX})
     assert result.status == 400
     assert result.error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("policy", ["error", "truncate_left"])
+def test_a_chat_that_does_not_fit_names_its_messages(client: Client, policy: str) -> None:
+    messages = [{"role": "user", "content": "x" * (N_CTX + 10)}]
+    result = client.post("/v1/chat/completions", {"messages": messages, "context_policy": policy})
+    assert (result.status, result.error["code"]) == (400, "context_length_exceeded")
+    assert result.error["param"] == "messages"
+    assert result.error["message"].startswith("messages: the chat has ")
+    assert re.search(r"\b4\d{3} tokens", result.error["message"])
+
+
+def test_an_engine_that_refuses_a_chat_at_its_end_names_the_messages(client: Client, engine: FakeEngine) -> None:
+    engine.submit_errors = [
+        ContextLengthExceeded("the prompt has 5000 tokens; one request may use 4096", param="prompt")
+    ]
+    error = client.post("/v1/chat/completions", {"messages": MESSAGES}).error
+    assert error["param"] == "messages"
+    assert error["message"] == "messages: the chat has 5000 tokens; one request may use 4096"
+
+
+def test_one_of_several_prompts_that_does_not_fit_is_named(client: Client) -> None:
+    error = client.post(TEXT, {"prompt": ["x", "y" * (N_CTX + 5)]}).error
+    assert (error["param"], error["code"]) == ("prompt[1]", "context_length_exceeded")
+    assert error["message"].startswith("prompt[1]: it has at least")
 
 
 def test_a_full_queue_is_503_with_retry_after(client: Client, engine: FakeEngine) -> None:

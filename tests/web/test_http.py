@@ -175,6 +175,52 @@ def test_half_closed_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gone == [1]
 
 
+# -- offers of other protocols ----------------------------------------------------------------------------------
+
+#: As Java's HttpClient sends it unless it is told not to.
+OFFER = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_an_offer_of_http_2_is_passed_over(live: Start, chunked: bool, in_pieces: bool) -> None:
+    body = json.dumps({"messages": MESSAGES}).encode()
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body)}"
+    data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    with connect(live()) as raw:
+        for _ in range(2):  # the connection goes on
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{OFFER}{length}\r\n\r\n".encode()
+            if in_pieces:
+                raw.sock.sendall(head)
+                time.sleep(0.05)
+                raw.sock.sendall(data)
+            else:
+                raw.sock.sendall(head + data)
+            status, answer = raw.response()
+            assert status == 200 and answer["choices"][0]["message"]["content"] == "Hello wörld!"
+        raw.sock.sendall(f"GET /health HTTP/1.1\r\nHost: localhost\r\n{OFFER}\r\n".encode() * 500)
+        assert {raw.response()[0] for _ in range(500)} == {200}
+
+
+def test_a_websocket_is_an_ordinary_request(live: Start) -> None:
+    head = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    assert say(live().port, head[:-2], shut=True)[0] == 200
+
+
+def test_connect_is_refused(live: Start) -> None:
+    with connect(live()) as raw:
+        raw.sock.sendall(b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert raw.response()[0] == 400
+
+
+def test_probes_with_head(live: Start) -> None:
+    with connect(live()) as raw:
+        for path in ("/health", "/ready", "/v1/models"):
+            raw.sock.sendall(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            status, headers = raw.head()
+            assert status == 200 and int(headers["content-length"]) > 0
+
+
 # -- what is no request -----------------------------------------------------------------------------------------
 
 

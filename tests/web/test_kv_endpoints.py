@@ -63,7 +63,7 @@ def tokens_of(text: str) -> list[int]:
 
 def test_tree_and_map(client: Client) -> None:
     assert client.get(f"{KV}/tree").json == {
-        "model": "fake", "nodes": [], "n_nodes": 0, "truncated": False, "limit": 1000,
+        "model": "fake", "nodes": [], "n_nodes": 0, "truncated": False, "limit": 1000, "text": False,
     }  # fmt: skip
     assert client.get(f"{KV}/tree", query="limit=7&model=other").json["limit"] == 7
     (cache,) = client.get(f"{KV}/map").json["caches"]
@@ -304,6 +304,15 @@ def test_tokens_of_events_are_for_operators(keyed: Callable[..., Client]) -> Non
             result = client.get(f"{KV}/events", query=f"tokens={value}", headers=bearer(key) if key else {})
             assert (result.status, result.error["type"]) == (403, "permission_error")
     assert keyed(api_key=["k"]).get(f"{KV}/events", query="tokens=1").status == 401
+
+
+def test_texts_of_the_tree_are_for_operators(keyed: Callable[..., Client], client: Client) -> None:
+    for options, key in (({"admin_key": "a"}, ""), ({"host": "0.0.0.0", "api_key": ["k"]}, "k")):
+        result = keyed(**options).get(f"{KV}/tree", query="text=1", headers=bearer(key) if key else {})
+        assert (result.status, result.error["type"]) == (403, "permission_error")
+    assert keyed(admin_key="a").get(f"{KV}/tree", query="text=1", headers=bearer("a")).json["text"] is True
+    assert client.get(f"{KV}/tree", query="text=1").json["text"] is True, "on loopback, without keys"
+    assert client.get(f"{KV}/tree").json["text"] is False
 
 
 @pytest.mark.parametrize(

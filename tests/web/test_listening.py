@@ -176,6 +176,7 @@ def test_unix_sockets_that_cannot_be(host: str, words: str) -> None:
 def test_spellings_of_a_unix_socket() -> None:
     assert unix_path("unix:/run/m.sock") == unix_path("unix:///run/m.sock") == "/run/m.sock"
     assert unix_path("unix:m.sock") == "m.sock" and unix_path("unix.example") is None
+    assert unix_path("unix:~/m.sock") == str(Path.home() / "m.sock")
     assert is_loopback("unix:/run/m.sock")
 
 
