@@ -41,6 +41,7 @@ VALID: list[tuple[str, str, str, Any]] = [
     ("GET", "/internal/arbiter", "", None),
     ("PUT", "/internal/arbiter", "", {"policy": "round_robin"}),
     ("GET", "/internal/memory", "", None),
+    ("GET", "/internal/machine", "", None),
     ("GET", "/internal/scheduler", "model={model}", None),
     ("PUT", "/internal/scheduler", "", {"policy": "fcfs", "params": {"chunk": 0}}),
     ("PATCH", "/internal/scheduler", "", {"params": {"max_running": 0}}),

@@ -15,9 +15,12 @@ from mullama.serving.manager import ModelManager
 from mullama.serving.readiness import Findings, folder_findings, folders_of
 from mullama.web.internal import Internal
 from mullama.web.request import Request
+from mullama.web.security import Access
 
 
 class MachineView(Internal):
+    access = Access.OPERATOR  # what the machine is, and where things lie on it
+
     def __init__(self, models: ModelManager, config: ServeConfig) -> None:
         super().__init__(models)
         self._config = config
