@@ -168,9 +168,9 @@ def mutant(rng: random.Random, model: str) -> Mutant:
     elif data and how < 0.85:
         at = rng.randrange(len(data))
         data = data[:at] + bytes([rng.randrange(256)]) + data[at + rng.randrange(3) :]
-    elif how < 0.9:
+    elif 0.85 <= how < 0.9:
         path = path[: rng.randrange(1, len(path))] + rng.choice(["", "/", "%2e%2e", "//x", "/\u00e9", ";x", "%00"])
-    elif how < 0.93:
+    elif 0.9 <= how < 0.93:
         method = rng.choice(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE"])
     if rng.random() < 0.15:
         query = rng.choice(QUERIES)
