@@ -17,10 +17,10 @@ from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
 from mullama._core.kernels import weights_by_layout
 from mullama.config import ServeConfig
-from mullama.engine import sizing
+from mullama.engine import sharing, sizing
 from mullama.engine.kvcache import KvCache
 from mullama.engine.kvdisk import DiskTier
-from mullama.errors import ConfigError, InvalidRequest, ModelLoadError
+from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError
 from mullama.files import count_of
 from mullama.home import expand
 from mullama.kv.disk import DiskStore
@@ -42,7 +42,28 @@ NICE_TRIALS = 10
 
 
 def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float], bool | None] | None) -> Model:
-    """Load the weights. Raises ModelLoadError with the reason."""
+    """Load the weights, or share those of the same file that are loaded. Raises ModelLoadError with the reason."""
+    template = chat_template(config.chat_template)
+    key = sharing.key_of(path, config)
+    model = sharing.find(key, chat_template=template)
+    if model is not None:
+        log.info("%s: its weights are loaded already, and are shared", path)
+    else:
+        model = _load(path, config, template, progress)
+        sharing.note(key, model)
+    try:
+        if progress is not None and progress(1.0) is False:
+            raise LoadCancelled(f"{path}: loading was cancelled")
+        _check_template(model, str(path), is_own=not template)
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+def _load(
+    path: str | Path, config: ServeConfig, template: str, progress: Callable[[float], bool | None] | None
+) -> Model:
     gpus = [d for d in devices() if d["type"] in ("gpu", "igpu") and (not config.device or d["name"] in config.device)]
     gpu_layers = -1
     if config.gpu_layers != "auto" or gpus:
@@ -57,7 +78,6 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         split = [float(part) for part in config.tensor_split.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"tensor_split must be numbers such as 3,1; got '{config.tensor_split}'") from None
-    template = chat_template(config.chat_template)
     if not config.deterministic:
         choose_kernels(path, config)
     faults.crash_point("load:before-weights")
@@ -73,11 +93,6 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         progress=progress,
     )
     faults.crash_point("load:after-weights")
-    try:
-        _check_template(model, str(path), is_own=not template)
-    except BaseException:
-        model.close()
-        raise
     return model
 
 

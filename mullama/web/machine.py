@@ -19,7 +19,7 @@ from mullama.web.security import Access
 
 
 class MachineView(Internal):
-    access = Access.OPERATOR  # what the machine is, and where things lie on it
+    access = Access.OPERATOR  # paths, libraries, limits: nothing for a tenant
 
     def __init__(self, models: ModelManager, config: ServeConfig) -> None:
         super().__init__(models)

@@ -67,6 +67,7 @@ def test_twin_weights_change_nothing(make: Callable[..., Engine], twin: Path, kv
     (report,) = reports
     assert (report.kv, report.mode) == (kv, "beside" if room is None else "gap")
     assert [[name for name, _ in spans][-1] for spans in streams.spans] == ["new"] * 4
+    engine.call(lambda: None).result()  # what has ended is put away
     assert [(one["id"], one["requests"]) for one in engine.adapters()] == [("a", 0), ("b", 0)]
     assert texts(engine) == [text[:20] for text in plain] if kv == "carry" else texts(engine)
     assert engine.kv.audit() == []

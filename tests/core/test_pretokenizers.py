@@ -166,3 +166,52 @@ def test_a_long_word_ends_no_process(vocabulary: Callable[[str], Path]) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.endswith("done\n"), (done.stdout[-300:], done.stderr[-2000:])
+
+
+FUZZER = """
+import random, sys, time
+from mullama._core import Model
+seed, n_texts, most, patience = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+classes = ["abcxyz", "ABCXYZ", "0123456789", " ", "\\n", "\\r\\n", "\\t ", "'sS'tT'reLLvem'D",
+           "!#%&()*+,-./:;<=>?@[]^_{|}~", "\\u4e2d\\u6587",
+           "\\u3042\\u30ab", "\\ud55c", "\\u0436\\u0416", "\\u0e01\\u0e31", "\\u0915\\u0947", "\\u0301\\u0308",
+           "\\u00a0\\u3000\\u0085", "\\u0664",
+           "\\u00b2\\u2167", "\\U0001f600\\u200d", "\\u2026\\u3002", "\\x00\\x01\\x0b\\x1f\\x7f",
+           "\\ue000\\uffff\\U0010ffff", "\\u01c5\\u02b0"]
+for path in sys.argv[5:]:
+    random.seed(seed)
+    model = Model(path, vocab_only=True)
+    for i in range(n_texts):
+        size, parts, total = random.choice((1, 20, 300, most)), [], 0
+        while total < size:
+            characters, n = random.choice(classes), random.choice((1, 1, 2, 7, 60, most // 2))
+            n = min(n, size - total)
+            run = (characters * (n // len(characters) + 1))[:n]
+            parts.append(run if n > 20 else "".join(random.choices(characters, k=n)))
+            total += n
+        text = "".join(parts)
+        print(path, seed, i, flush=True)  # the last line says which one it was
+        began = time.perf_counter()
+        tokens = model.tokenize(text, add_special=False)
+        assert time.perf_counter() - began <= patience, (len(text), time.perf_counter() - began)
+        if i % 4 == 0:
+            again = model.detokenize_bytes(tokens)
+            assert again == text.encode() or len(again) < len(text.encode()), text[:80]
+    model.close()
+print("done", flush=True)
+"""
+
+
+@needs_source
+def test_random_texts_with_long_runs_of_one_kind(vocabulary: Callable[[str], Path]) -> None:
+    """A few texts of each way; with MULLAMA_LONG=1 a thousand of every name, up to 200,000 characters, none over 2 s.
+
+    What comes back is what went in, but for vocabularies that have no bytes.
+    """
+    size, n_texts, patience = (200_000, 1_100, 2.0) if LONG else (20_000, 6, 600.0)
+    files = [str(vocabulary(name)) for name in names()]
+    for n, start in enumerate(range(0, len(files), 8)):
+        settings = [str(n), str(n_texts), str(size), str(patience)]
+        command = [sys.executable, "-P", "-c", FUZZER, *settings, *files[start : start + 8]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.endswith("done\n"), (done.stdout[-200:], done.stderr[-2000:])
