@@ -1,7 +1,7 @@
 """Ways of computing products of weights: which there are, trying and timing one, choosing.
 
-A choice holds for the whole process, from the next graph on. ``Products`` may crash the process where a way uses what the
-processor lacks, so that it is used in a process of its own (``mullama/machine/trial_child.py``).
+A choice holds for the whole process, from the next graph on. ``Products`` may crash the process where a way uses what
+the processor lacks, so that it is used in a process of its own (``mullama/machine/trial_child.py``).
 """
 
 from libc.stdint cimport int64_t, uint64_t
@@ -18,7 +18,8 @@ cdef extern from "llama-kernels.h" nogil:
     cbool llama_kernels_allow(ggml_type type, const char * buft_name, cbool yes)
     void llama_kernels_each_tensor(
         const llama_model * model,
-        void (*visit)(void * data, const char * name, ggml_type type, uint64_t n_bytes, const char * buft_name) noexcept,
+        void (*visit)(void * data, const char * name, ggml_type type, uint64_t n_bytes,
+                      const char * buft_name) noexcept,
         void * data)
 
 cdef extern from "products.h" namespace "mullama" nogil:
@@ -30,7 +31,7 @@ cdef extern from "products.h" namespace "mullama" nogil:
         cbool is_finite
         cbool is_exact
         double error
-    Difference compare(const vector[float] & found, const vector[float] & wanted)
+    Difference compare(const vector[float] & found, const vector[float] & wanted) except +
     cppclass CProducts "mullama::Products":
         CProducts(int type, int64_t k, int64_t n, const string & layout, int copies) except +
         cbool can(int64_t m, Columns columns) except +
@@ -122,7 +123,8 @@ def counts():
     return {name: numbers[i + 1] for i, name in enumerate(COUNTED)}
 
 
-cdef void _visit(void * data, const char * name, ggml_type type, uint64_t n_bytes, const char * layout) noexcept with gil:
+cdef void _visit(void * data, const char * name, ggml_type type, uint64_t n_bytes,
+                 const char * layout) noexcept with gil:
     found = <dict> data
     key = (ggml_type_name(type).decode().upper(), layout.decode("utf-8", "replace"))
     found[key] = found.get(key, 0) + n_bytes
@@ -167,7 +169,7 @@ cdef class Products:
         return difference.is_finite, difference.is_exact, difference.error
 
     def is_steady(self, int64_t m, int threads):
-        """Whether the first column of ``m`` has the bits it has alone, and the same with several threads as with one."""
+        """Whether the first of ``m`` columns has the bits that it has alone, and those with several threads."""
         cdef vector[float] alone, together, threaded
         cdef size_t n
         with nogil:

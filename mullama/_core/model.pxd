@@ -1,9 +1,12 @@
-from libcpp.memory cimport unique_ptr
+from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 from libcpp cimport bool as cbool
 
 from mullama._core.llama cimport llama_model, llama_vocab
+
+
+ctypedef shared_ptr[llama_model] Handle
 
 
 cdef extern from "chat_shim.h" namespace "mullama" nogil:
@@ -15,8 +18,14 @@ cdef extern from "chat_shim.h" namespace "mullama" nogil:
         cbool is_explicit() except +
 
 
+cdef extern from "handle.h" namespace "mullama" nogil:
+    Handle own(llama_model * model)
+
+
 cdef class Model:
+    cdef object __weakref__
     cdef llama_model * ptr
+    cdef Handle handle  # of the same
     cdef const llama_vocab * vocab
     cdef unique_ptr[ChatTemplate] chat
     cdef readonly str path
@@ -32,3 +41,4 @@ cdef class Model:
     cdef int enter(self) except -1
     cdef void leave(self) noexcept
     cdef void free_unused(self) noexcept
+    cdef int take_template(self, str source) except -1

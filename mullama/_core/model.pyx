@@ -186,27 +186,58 @@ cdef class Model:
             if state["cancelled"]:
                 raise LoadCancelled(f"{self.path}: loading was cancelled")
             raise ModelLoadError(f"{self.path}: {_last_error('llama.cpp could not load it')}")
+        self.handle = own(self.ptr)
         for key, value in self.metadata().items():
             # ggml asserts on these in the first decode.
             if key.endswith(("norm_epsilon", "norm_rms_epsilon")) and not 0 <= float(value) < 1:
                 raise ModelLoadError(f"{self.path}: {key} is {value}; it must be a small positive number")
         self.vocab = llama_model_get_vocab(self.ptr)
         self.n_vocab = llama_vocab_n_tokens(self.vocab)
-        cdef string source = chat_template.encode("utf-8")
+        self.take_template(chat_template)
+
+    cdef int take_template(self, str source) except -1:
+        cdef string text = source.encode("utf-8")
         try:
-            self.chat.reset(new ChatTemplate(self.ptr, source))
+            self.chat.reset(new ChatTemplate(self.ptr, text))
         except RuntimeError as error:
-            if chat_template:
+            if source:
                 raise ModelLoadError(f"the chat template does not parse: {error}", param="chat_template") from None
             # The model's own template is broken: completions still work, chats get ChatML.
-            source = b"chatml"
-            self.chat.reset(new ChatTemplate(self.ptr, source))
+            text = b"chatml"
+            self.chat.reset(new ChatTemplate(self.ptr, text))
+        return 0
+
+    def twin(self, *, chat_template=""):
+        """Another Model on the same weights, with a life of its own; the weights are freed with the last one.
+
+        Raises ModelLoadError for a template that does not parse, and when this one was closed.
+        """
+        self.check()
+        cdef Model other = Model.__new__(Model)
+        other.path = self.path
+        other.vocab_only = self.vocab_only
+        other.handle = self.handle
+        other.ptr = self.ptr
+        other.vocab = self.vocab
+        other.n_vocab = self.n_vocab
+        other.digest = self.digest
+        other.take_template(chat_template)
+        return other
+
+    @property
+    def n_twins(self):
+        """Models on these weights, this one included; 0 when it was closed."""
+        return self.handle.use_count()
+
+    @property
+    def is_open(self):
+        """Whether it was not closed."""
+        return self.ptr is not NULL and not self.closing
 
     def __dealloc__(self):
         self.chat.reset()
-        if self.ptr is not NULL:
-            llama_model_free(self.ptr)
-            self.ptr = NULL
+        self.ptr = NULL
+        self.handle.reset()
 
     cdef int check(self) except -1:
         if self.ptr is NULL or self.closing:
@@ -214,7 +245,8 @@ cdef class Model:
         return 0
 
     def close(self):
-        """Free the weights, as soon as no thread is inside a method. Contexts on it must be closed before."""
+        """Free the weights, unless a twin has them, as soon as no thread is inside a method. Contexts on it must be
+        closed before."""
         if self.n_users:
             raise RuntimeError("a context or an adapter still uses this model")
         self.closing = True
@@ -232,13 +264,14 @@ cdef class Model:
         self.free_unused()
 
     cdef void free_unused(self) noexcept:
-        cdef llama_model * ptr
+        cdef Handle handle
         if self.closing and self.n_inside == 0 and self.ptr is not NULL:
             self.chat.reset()
-            ptr = self.ptr
+            handle = self.handle
             self.ptr = NULL
+            self.handle.reset()
             with nogil:
-                llama_model_free(ptr)
+                handle.reset()
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -310,8 +343,8 @@ cdef class Model:
         """What tokenising in pieces rests on, of all tokens; the GIL is released.
 
         ``longest``: bytes of the longest one; ``byte_tokens``: the token of each byte alone, or -1; ``joins``: whether
-        one holds a letter with a space behind it, or may swallow the space between two words; ``specials``: the bytes of
-        those that are looked for in a text before its words are.
+        one holds a letter with a space behind it, or may swallow the space between two words; ``specials``: the bytes
+        of those that are looked for in a text before its words are.
         """
         self.check()
         cdef vector[char] buf

@@ -89,6 +89,9 @@ struct Difference {
 };
 
 inline Difference compare(const std::vector<float> & found, const std::vector<float> & wanted) {
+    if (found.size() != wanted.size()) {
+        throw std::invalid_argument("results of different shapes");
+    }
     Difference res;
     double off = 0.0;
     double all = 0.0;
@@ -128,6 +131,9 @@ public:
         ggml_backend_buffer_type_t buft = layout_by_name(layout);
         if (buft == nullptr) {
             throw std::invalid_argument("no layout named " + layout + " here");
+        }
+        if (copies < 1 || !is_weights(this->type)) {
+            throw std::invalid_argument("there are no matrices of this type");
         }
         const ggml_init_params params = { ggml_tensor_overhead()*copies, nullptr, true };
         ctx.reset(ggml_init(params));
@@ -188,6 +194,9 @@ private:
         std::vector<ggml_tensor *> results;
 
         Graph(Products & of, int64_t m, Columns columns, int matrices) : of(of) {
+            if (m < 1 || matrices < 1) {
+                throw std::invalid_argument("a product needs a matrix and a column");
+            }
             const ggml_init_params params = { ggml_tensor_overhead()*(4 + matrices) + ggml_graph_overhead_custom(matrices + 4, false), nullptr, true };
             ctx.reset(ggml_init(params));
             const int64_t gap   = columns == Columns::strided ? 32 : 0;
@@ -221,6 +230,12 @@ private:
             }
         }
     };
+
+    // llama.cpp keeps columns in the other types, or numbers of things, and ends the process when asked to quantise to them.
+    static bool is_weights(ggml_type type) {
+        return type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 ||
+            (ggml_is_quantized(type) && type != GGML_TYPE_Q8_1 && type != GGML_TYPE_Q8_K);
+    }
 
     // As the loader of models asks: with weights in an empty buffer of that kind.
     bool fits(ggml_backend_buffer_type_t buft) const {

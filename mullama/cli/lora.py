@@ -36,7 +36,7 @@ def list_(name: str, url: str, key: str, as_json: bool) -> None:
     rows = [
         (
             *(one["id"], f"{one['scale']:g}", str(one["rank"]), human_size(one["size_bytes"])),
-            *(str(one["requests"]), printable(one["path"])),
+            *(str(one["requests"]), printable(one.get("path") or "-")),
         )
         for one in found["adapters"]
     ]

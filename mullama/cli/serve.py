@@ -71,6 +71,7 @@ def _summary(models: ModelManager, config: ServeConfig) -> None:
     """What is served, in a line each: what one looks for first when something is slow or refused."""
     from mullama.cli.version import llama_commit, mullama_version
     from mullama.machine.cores import usable_threads
+    from mullama.machine.ways import words_of
 
     log.info("mullama %s, llama.cpp %s", mullama_version() or "unknown", (llama_commit() or "unknown")[:12])
     for served in models.all():
@@ -85,6 +86,7 @@ def _summary(models: ModelManager, config: ServeConfig) -> None:
                 model=info.description, weights=info.weights, mb=round(info.size_bytes / 1e6), context=info.n_ctx,
                 slots=info.n_parallel, threads=config.threads or usable_threads(), scheduler=config.scheduler,
                 kv=f"{config.kv_type_k}/{config.kv_type_v}",
+                computes="; ".join(f"{name} {way}" for name, way in words_of(info.kernels).items()) or None,
             ),
         )  # fmt: skip
 

@@ -115,24 +115,26 @@ def _workload(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _notes(runs: Iterable[Run]) -> Iterable[str]:
+def _notes(runs: Sequence[Run]) -> Iterable[str]:
     """What a reader must know before believing the numbers."""
+    several = len({run.seed for run in runs}) > 1
     for run in runs:
+        turn = f"round {run.round} of seed {run.seed}" if several else f"round {run.round}"
         if run.fallback:
-            yield f"{run.policy}: fcfs took over in round {run.round}: {run.fallback}"
+            yield f"{run.policy}: fcfs took over in {turn}: {run.fallback}"
         if run.exhausted:
             yield f"{run.policy}: {run.exhausted} clients ran out of requests before the end; raise n"
         if run.late_ms > LATE_MS:
             yield f"{run.policy}: requests were sent up to {run.late_ms:.0f} ms late; the machine was too busy"
         if run.neighbours > LOUD:
             yield (
-                f"{run.policy}: other processes kept {run.neighbours:.1f} cores busy in round {run.round}; "
+                f"{run.policy}: other processes kept {run.neighbours:.1f} cores busy in {turn}; "
                 "its times are longer for it"
             )
         failures = [outcome.error for outcome in run.outcomes if outcome.error is not None]
         if failures:
             n_failed = counted(len(failures), "request")
-            yield f"{run.policy}: {n_failed} failed in round {run.round}, the first with: {failures[0]}"
+            yield f"{run.policy}: {n_failed} failed in {turn}, the first with: {failures[0]}"
 
 
 # -- Markdown --------------------------------------------------------------------------------------------------

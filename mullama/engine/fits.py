@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from mullama._core import devices
 from mullama.config import ServeConfig
-from mullama.engine import sizing
+from mullama.engine import sharing, sizing
 from mullama.engine.sizing import Sizes
 from mullama.errors import ModelLoadError
 from mullama.files import identity_of
@@ -56,7 +57,7 @@ def check(path: str | Path, config: ServeConfig, name: str, n_ctx: int, n_parall
     except ModelLoadError:
         return
     if needs is not None:
-        check_fits(needs, free, name)
+        check_fits(_less_shared(needs, path, config), free, name)
 
 
 def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = True) -> Sizes | None:
@@ -70,6 +71,9 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = 
         return None
     try:
         header = header_of(path)
+        if sharing.is_loaded(path, config):
+            # They take nothing more, which is as if so much more were free.
+            free += _needs(header, config, LEAST_CTX, 1).weights
         sizes = _sizes(header, config, free)
         needs = _needs(header, config, sizes.n_ctx, sizes.n_parallel, _adapter_bytes(config, header))
     except ModelLoadError:
@@ -81,6 +85,11 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = 
     if tell and sizes != _sizes(header, config, None):
         log.warning("%s: %d x %d tokens, because little memory is free", name, sizes.n_parallel, sizes.n_ctx)
     return sizes
+
+
+def _less_shared(needs: Estimate, path: str | Path, config: ServeConfig) -> Estimate:
+    """Without the weights, where they are loaded already."""
+    return replace(needs, weights_mapped=0, weights_copied=0) if sharing.is_loaded(path, config) else needs
 
 
 def _sizes(header: Header, config: ServeConfig, free: int | None) -> Sizes:

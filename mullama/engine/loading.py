@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import re
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,17 @@ from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
 from mullama._core.kernels import weights_by_layout
 from mullama.config import ServeConfig
-from mullama.engine import sizing
+from mullama.engine import sharing, sizing
 from mullama.engine.kvcache import KvCache
 from mullama.engine.kvdisk import DiskTier
-from mullama.errors import ConfigError, InvalidRequest, ModelLoadError
+from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError
 from mullama.files import count_of
 from mullama.home import expand
 from mullama.kv.disk import DiskStore
 from mullama.kv.records import Identity
 from mullama.machine import kernels, memory, ways
 from mullama.machine.cores import usable_threads
+from mullama.machine.trials import ATTENTION
 from mullama.models import gguf
 from mullama.models.matrices import matrices
 from mullama.types import ModelInfo
@@ -38,11 +41,37 @@ except ImportError:  # Windows, where a page goes with its process
 
 log = logging.getLogger("mullama.engine")
 
-NICE_TRIALS = 10
+#: Models that are loaded, with the types of their matrices: what computes these must not change.
+_loaded: weakref.WeakKeyDictionary[Model, frozenset[int]] = weakref.WeakKeyDictionary()
+_loaded_lock = threading.Lock()
 
 
 def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float], bool | None] | None) -> Model:
-    """Load the weights. Raises ModelLoadError with the reason."""
+    """Load the weights, or share those of the same file that are loaded. Raises ModelLoadError with the reason."""
+    template = chat_template(config.chat_template)
+    kinds = frozenset[int]() if config.deterministic else choose_kernels(path, config)
+    key = sharing.key_of(path, config)
+    model = sharing.find(key, chat_template=template)
+    if model is not None:
+        log.info("%s: its weights are loaded already, and are shared", path)
+    else:
+        model = _load(path, config, template, progress)
+        sharing.note(key, model)
+    with _loaded_lock:
+        _loaded[model] = kinds
+    try:
+        if progress is not None and progress(1.0) is False:
+            raise LoadCancelled(f"{path}: loading was cancelled")
+        _check_template(model, str(path), is_own=not template)
+    except BaseException:
+        model.close()
+        raise
+    return model
+
+
+def _load(
+    path: str | Path, config: ServeConfig, template: str, progress: Callable[[float], bool | None] | None
+) -> Model:
     gpus = [d for d in devices() if d["type"] in ("gpu", "igpu") and (not config.device or d["name"] in config.device)]
     gpu_layers = -1
     if config.gpu_layers != "auto" or gpus:
@@ -57,9 +86,6 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         split = [float(part) for part in config.tensor_split.split(",") if part.strip()]
     except ValueError:
         raise ConfigError(f"tensor_split must be numbers such as 3,1; got '{config.tensor_split}'") from None
-    template = chat_template(config.chat_template)
-    if not config.deterministic:
-        choose_kernels(path, config)
     faults.crash_point("load:before-weights")
     model = Model(
         path,
@@ -73,22 +99,23 @@ def load_model(path: str | Path, config: ServeConfig, progress: Callable[[float]
         progress=progress,
     )
     faults.crash_point("load:after-weights")
-    try:
-        _check_template(model, str(path), is_own=not template)
-    except BaseException:
-        model.close()
-        raise
     return model
 
 
-def choose_kernels(path: str | Path, config: ServeConfig) -> None:
+def choose_kernels(path: str | Path, config: ServeConfig) -> frozenset[int]:
     """Have the ways of computing these weights in charge that are right and fast here. Raises ModelLoadError.
 
-    Seconds where this machine has not computed such weights with this build before, else nothing to speak of.
+    Returns the types of weights that it is about. Seconds where this machine has not computed such weights with this
+    build before, else nothing to speak of.
     """
-    # Beside engines that may be decoding, trials have a low priority.
-    is_alone = not kernels.in_charge()
-    kernels.prepare(matrices(gguf.read_header(path)), named=config.kernels, niceness=0 if is_alone else NICE_TRIALS)
+    weights = matrices(gguf.check(path))
+    kernels.prepare(weights, named=config.kernels, in_use=_types_in_use)
+    return frozenset((ATTENTION, *(each.type for each in weights)))
+
+
+def _types_in_use() -> set[int]:
+    with _loaded_lock:
+        return {kind for model, kinds in _loaded.items() if model.is_open for kind in kinds}
 
 
 def chat_template(value: str) -> str:

@@ -68,6 +68,7 @@ def _at_boundary(engine: Engine) -> tuple[dict[str, Any], list[Buffer]]:
     buffers = [] if is_asleep else core.context.buffers()
     output = 0 if is_asleep else core.memory()["output"]
     found: dict[str, Any] = {
+        "weights_shared_by": 1 if is_asleep else max(core.model.n_twins, 1),
         "kv": _kv(engine, buffers),
         "output": {"allocated_bytes": output, "resident_bytes": output},
         "tables_bytes": engine._tables_bytes,
@@ -169,6 +170,9 @@ def _measured(found: dict[str, Any], buffers: list[Buffer]) -> dict[str, Any]:
         if part == "weights":
             weights[kind]["mapped_bytes"] += held.file
             weights[kind]["copied_bytes"] += held.anonymous
+    shared_by = found.pop("weights_shared_by")  # each model that has them counts its part
+    weights = {kind: {key: size // shared_by for key, size in one.items()} for kind, one in weights.items()}
+    resident["weights"] //= shared_by
     kv = found["kv"]
     for part, entry in kv["parts"].items():
         entry["resident_bytes"] = resident[part]
@@ -189,13 +193,14 @@ def _measured(found: dict[str, Any], buffers: list[Buffer]) -> dict[str, Any]:
     total += found["host_tier_bytes"] + found["parked_bytes"] + found["staging_bytes"]
     return {
         "resident_bytes": total,
-        "device_bytes": sum(size for _, _, address, size in buffers if not address)
+        "device_bytes": sum(size // (shared_by if part == "weights" else 1) for part, _, at, size in buffers if not at)
         + sum(one["allocated_bytes"] - one["resident_bytes"] for one in found["adapters"]),
         "weights": {
             "allocated_bytes": sum(entry["allocated_bytes"] for entry in weights.values()),
             "resident_bytes": resident["weights"],
             "mapped_bytes": sum(entry["mapped_bytes"] for entry in weights.values()),
             "copied_bytes": sum(entry["copied_bytes"] for entry in weights.values()),
+            "shared_by": shared_by,
             "buffers": weights,
         },
         "compute": compute,

@@ -5,7 +5,7 @@ code.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +78,10 @@ def choose(found: Sequence[Found], shape: str = "", named: str = "auto") -> Choi
     by_timed = {m: _fastest(in_file, usable, m) for m in TIMED}
     costs = {"": {m: in_file[way][m] for m, way in by_timed.items() if way}}
     costs |= {way: timed[way] for way in LAYOUTS if way in timed}
-    best = min(costs, key=lambda layout: _score(costs[layout]) * (LAYOUT_GAIN if layout else 1.0))
-    by_columns = tuple(by_timed[m] or "plain" for m in CLASSES)
+    common = set.intersection(*(set(times) for times in costs.values() if times))
+    best = min(costs, key=lambda layout: _score(costs[layout], common) * (LAYOUT_GAIN if layout else 1.0))
+    last = _last(usable)
+    by_columns = tuple(by_timed[m] or last for m in CLASSES)
     return Choice(kind, best, by_columns, (best,) if best else ())
 
 
@@ -91,17 +93,26 @@ def _fastest(timed: dict[str, dict[int, float]], usable: dict[str, Found], m: in
     return min(of_m, key=lambda way: of_m[way] * (1.0 if usable[way].is_steady else STEADY_GAIN))
 
 
-def _score(times: dict[int, float]) -> float:
-    """The weighted mean of the logarithms, as a time; what was not timed does not count."""
-    total = sum(WEIGHTS[m] for m in times)
-    return math.exp(sum(WEIGHTS[m] * math.log(times[m]) for m in times) / total) if total else math.inf
+def _score(times: dict[int, float], common: set[int]) -> float:
+    """The weighted mean of the logarithms, as a time, over the numbers of columns that all layouts were timed with."""
+    if not times:
+        return math.inf
+    total = sum(WEIGHTS[m] for m in common) or 1.0
+    return math.exp(sum(WEIGHTS[m] * math.log(times[m]) for m in common) / total)
+
+
+def _last(usable: Mapping[str, Found]) -> str:
+    """What computes where nothing else can: the plain way, unless that one is wrong and another is right."""
+    in_file = [way for way in WAYS if way not in LAYOUTS and way in usable]
+    return in_file[-1] if in_file else "plain"
 
 
 def _untimed(kind: int, usable: dict[str, Found]) -> Choice:
     layouts = tuple(way for way in LAYOUTS if way in usable)
-    order = [way for way in WAYS if way not in LAYOUTS and way in usable] or ["plain"]
+    order = [way for way in WAYS if way not in LAYOUTS and way in usable]
     tiled_from = TILED_FROM_TILES if "tiles" in usable else TILED_FROM
-    by_columns = tuple(next((w for w in order if w != "tiled" or m >= tiled_from), "plain") for m in CLASSES)
+    last = _last(usable)
+    by_columns = tuple(next((w for w in order if w != "tiled" or m >= tiled_from), last) for m in CLASSES)
     return Choice(kind, layouts[0] if layouts else "", by_columns, layouts)
 
 

@@ -8,9 +8,10 @@ which hold for the whole process.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,23 +22,33 @@ from mullama.machine.cores import usable_threads
 from mullama.machine.remembered import ATTENTION_WEIGHTS, OfType, Remembered, Weights, timed_shape
 from mullama.machine.trials import ATTENTION, LAYOUTS
 
+log = logging.getLogger("mullama.machine")
+
 #: Threads that proofs take, at most: two tell whether the number of them changes anything.
 PROOF_THREADS = 4
+
+#: Of trials beside models that may be decoding.
+NICE_BESIDE = 10
 
 _ADOPT = "MULLAMA_ADOPT_KERNELS"
 
 
 @dataclass(frozen=True, slots=True)
 class InCharge:
-    """How one type of weights is computed, what that was decided by, and for which shape ("": no times decided)."""
+    """How one type of weights is computed, what that was decided by, and for which shape ("": no times decided).
+
+    ``named``: the way that the user asked for, or ``auto``.
+    """
 
     name: str
     known: OfType
     shape: str
     choice: Choice
+    named: str = "auto"
 
 
-_lock = threading.Lock()
+#: One at a time finds out and decides. Readers need no lock: the table below is replaced whole.
+_deciding = threading.Lock()
 _in_charge: dict[int, InCharge] = {}
 _named = "auto"
 
@@ -46,28 +57,51 @@ def prepare(
     weights: Iterable[Weights],
     *,
     named: str = "auto",
+    in_use: Callable[[], Container[int]] = tuple,
     root: Path | None = None,
-    niceness: int = 0,
+    niceness: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Find out how to compute these weights here, and put it in charge of the process.
 
-    ``named``: a way that the user wants, or ``auto``. ``niceness``: of the child, where there is something to try.
-    Raises ModelLoadError where the way that the user named does not work here, with the reason.
+    ``named``: a way that the user wants, or ``auto``. ``in_use()``: types of models that are loaded: what computes them
+    stays, since a graph may be under way, and answers do not change in the middle. ``niceness``: of the child, where
+    there is something to try; None: a low priority where something computes already. Raises ModelLoadError where the
+    way that the user named does not work here, or cannot be had beside what is loaded, with the reason.
     """
-    global _named
+    global _in_charge, _named
     by_type = _by_type(weights)
-    with _lock:
-        known = Remembered(root).find(by_type, _threads(), niceness=niceness, progress=progress)
-        for kind, of in known.items():
+    with _deciding:
+        known = Remembered(root).find(by_type, _threads(), niceness=_niceness(niceness), progress=progress)
+        for of in known.values():
             _refuse_broken(of, named)
+        serving = in_use()
+        new: dict[int, InCharge] = {}
+        for kind, of in known.items():
             shape = timed_shape(by_type[kind])
+            wanted = InCharge(of.name, of, shape, choices.choose(of.found, shape, named), named)
             before = _in_charge.get(kind)
-            if before is not None and named == _named and (before.shape or not shape):
-                continue  # what runs goes on as it began: its answers do not change in the middle
-            _in_charge[kind] = InCharge(of.name, of, shape, choices.choose(of.found, shape, named))
-            _put_in_charge(_in_charge[kind].choice)
-        _named = named
+            if before is not None and kind in serving:
+                _refuse_second(before, wanted)
+            elif before is None or before.named != named or shape or not before.shape:
+                new[kind] = wanted
+        for each in new.values():
+            _put_in_charge(each.choice)
+        _in_charge, _named = {**_in_charge, **new}, named
+    lacking = [of.name for kind, of in known.items() if kind != ATTENTION and named != "auto" and not _can(of, named)]
+    if lacking:
+        log.warning(
+            "kernels %s: there is no such way for %s weights on this machine; they go the plain way",
+            named, ", ".join(lacking),
+        )  # fmt: skip
+
+
+def _niceness(told: int | None) -> int:
+    return told if told is not None else NICE_BESIDE if _in_charge else 0
+
+
+def _can(of: OfType, named: str) -> bool:
+    return named in of.ways and of.ways[named].may_be_used
 
 
 def _threads() -> int:
@@ -82,13 +116,26 @@ def _by_type(weights: Iterable[Weights]) -> dict[int, list[Weights]]:
     return by_type
 
 
+def _refuse_second(before: InCharge, wanted: InCharge) -> None:
+    if wanted.named != before.named and wanted.choice != before.choice:
+        raise ModelLoadError(
+            f"kernels {wanted.named} cannot be had beside a model that is loaded with kernels {before.named}: a "
+            f"process computes all {_what(before.name)} in one way; close that model first, or use another process",
+            param="kernels",
+        )
+
+
 def _refuse_broken(of: OfType, named: str) -> None:
     if named in of.ways and (fault := of.ways[named].fault):
         raise ModelLoadError(
-            f"kernels {named} cannot be used for {of.name} weights on this machine: in a trial it {fault}; "
+            f"kernels {named} cannot be used for {_what(of.name)} on this machine: in a trial it {fault}; "
             "choose auto, or another one (mullama doctor shows them)",
             param="kernels",
         )
+
+
+def _what(name: str) -> str:
+    return name if name == ATTENTION_WEIGHTS.name else f"{name} weights"
 
 
 def _put_in_charge(chosen: Choice) -> None:
@@ -104,9 +151,8 @@ def _put_in_charge(chosen: Choice) -> None:
 
 
 def in_charge() -> dict[int, InCharge]:
-    """What this process computes with, by type of weights."""
-    with _lock:
-        return dict(_in_charge)
+    """What this process computes with, by type of weights. Never waits for trials that are under way."""
+    return _in_charge
 
 
 def named_way() -> str:
@@ -117,7 +163,7 @@ def named_way() -> str:
 def for_child(weights: Iterable[Weights], *, root: Path | None = None) -> dict[str, str]:
     """What a child that loads these weights needs in its environment, to compute in ways that work (``adopt()``)."""
     by_type = _by_type(weights)
-    known = Remembered(root).find(by_type, _threads())
+    known = Remembered(root).find(by_type, _threads(), niceness=_niceness(None))
     chosen = [choices.choose(of.found, timed_shape(by_type[kind])) for kind, of in known.items()]
     return {_ADOPT: json.dumps([each.to_json() for each in chosen])}
 

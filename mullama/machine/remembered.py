@@ -39,6 +39,10 @@ BUSY_S = 600.0
 LOCK_S = 120.0
 
 
+#: By file, what this process found out and could not write.
+_unkept: dict[Path, dict[int, OfType]] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Matrices of one shape in a model: ``count`` of ``n`` rows of ``k`` values."""
@@ -63,8 +67,8 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class OfType:
-    """What is known of one type of weights. ``busy_at``: when the machine was too busy for timing, in s since the
-    epoch.
+    """What is known of one type of weights. ``busy_at``: when the machine was too busy, or too short of memory, to find
+    out more, in s since the epoch.
     """
 
     name: str
@@ -79,8 +83,11 @@ class OfType:
         """Whether there is nothing left to try for weights of this shape ("": nothing to time)."""
         if set(self.ways) not in (set(WAYS), set(ATTENTION_WAYS)):
             return False
-        is_busy = 0 <= time.time() - self.busy_at < BUSY_S
-        return not shape or is_busy or any(shape in each.times for each in self.ways.values())
+        if 0 <= time.time() - self.busy_at < BUSY_S:
+            return True
+        usable = [each for each in self.ways.values() if each.may_be_used]
+        is_timed = not shape or not usable or any(shape in each.times for each in usable)
+        return is_timed and all(each.is_lasting for each in self.ways.values())
 
 
 #: What stands for attention among the matrices of a model.
@@ -149,31 +156,34 @@ class Remembered:
         found, busy = trials.run(tasks, threads, niceness=niceness, progress=progress)
         for kind, name in names.items():
             if kind in busy:
-                log.warning("the machine is too busy to time the ways of computing %s: ggml's own order for now", name)
+                log.info("the machine is too busy to time the ways of computing %s: ggml's own order for now", name)
             before = known[kind].ways if kind in known else {}
             ways = {each.way: _merged(before.get(each.way), each) for each in found if each.type == kind}
-            known[kind] = OfType(name, ways, time.time() if kind in busy else 0.0)
+            is_unsure = kind in busy or not all(each.is_lasting for each in ways.values())
+            known[kind] = OfType(name, ways, time.time() if is_unsure else 0.0)
         for each in found:
             if each.fault:
                 log.warning("%s is not used for %s here: in a trial it %s", each.way, names[each.type], each.fault)
 
     def read(self) -> dict[int, OfType]:
         """By type, what the file holds; nothing where there is none, or none that can be read."""
+        if self.path in _unkept:
+            return dict(_unkept[self.path])
         try:
             types = json.loads(self.path.read_text())["types"]
             return {
                 int(kind): OfType(
                     str(fields["name"]),
-                    {str(way): Found.from_json(each) for way, each in fields["ways"].items()},
+                    {each["way"]: Found.from_json({**each, "type": int(kind)}) for each in fields["ways"].values()},
                     float(fields["busy_at"]),
                 )
                 for kind, fields in types.items()
             }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             return {}
 
     def _write(self, known: dict[int, OfType]) -> None:
-        """Where it cannot be written, it is found out again at the next start."""
+        """Where it cannot be written, this process remembers it alone, and the next one finds it out again."""
         content = {
             "version": VERSION,
             "processor": processor().name,
@@ -190,8 +200,11 @@ class Remembered:
         try:
             scratch.write_text(json.dumps(content))
             scratch.replace(self.path)
+            _unkept.pop(self.path, None)
         except OSError as error:
-            log.warning("what was found out about ways of computing is not kept: %s", error)
+            if self.path not in _unkept:
+                log.warning("what was found out about ways of computing is not kept: %s", error)
+            _unkept[self.path] = dict(known)
             with contextlib.suppress(OSError):
                 scratch.unlink()
 
@@ -225,7 +238,6 @@ def _merged(before: Found | None, found: Found) -> Found:
     )
 
 
-@functools.cache
 def _key() -> str:
     """What an entry holds for: the processor with what its system gives, the build, faults put in by tests."""
     cpu = processor()
@@ -236,6 +248,7 @@ def _key() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
+@functools.cache
 def _build() -> str:
     """What tells this build's computing from another's: the digest of the libraries that compute."""
     spec = find_spec("mullama._core")

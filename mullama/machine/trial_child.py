@@ -25,10 +25,12 @@ STREAMED, FEWEST, MOST = 64 << 20, 2, 64
 FEW = 4
 #: Rounds over the ways, of which the best counts: as few as show the same twice, to within so much of it.
 LEAST_ROUNDS, MOST_ROUNDS, AGREEMENT = 3, 12, 1.08
-#: Rows of a matrix of a model that are proved; the end that fills no tile stays as it is.
-PROVED_ROWS = 512
+#: Rows and values of a matrix of a model that are proved, at most; the end that fills no tile stays as it is.
+PROVED_ROWS, PROVED_VALUES = 512, 2 << 20
 
 Lie = Literal["dense", "strided", "batched"]
+#: What is proved with several threads as well: on a busy machine each meeting of threads takes milliseconds.
+_THREADED: frozenset[tuple[Lie, int]] = frozenset((("dense", 1), ("dense", 33), ("strided", 4), ("batched", 3)))
 _COLUMNS: tuple[tuple[Lie, tuple[int, ...]], ...] = (
     ("dense", (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64)),
     ("strided", (1, 4, 9)),
@@ -105,6 +107,12 @@ def _take(task: Task, way: str) -> str:
     return layout
 
 
+def proved_shape(k: int, n: int) -> tuple[int, int]:
+    """The part of a matrix that is proved."""
+    whole = max(64, min(PROVED_ROWS, PROVED_VALUES // k // 64 * 64))
+    return k, min(n, whole + n % 64)
+
+
 def _prove(task: Task, way: str, threads: int) -> None:
     from mullama._core import kernels
 
@@ -116,8 +124,7 @@ def _prove(task: Task, way: str, threads: int) -> None:
     n_proved = 0
     if layout and layout not in kernels.layouts():
         there = False
-    shapes = [*PROOF_SHAPES, *((k, min(n, PROVED_ROWS + n % 64)) for k, n in task.shapes)]
-    for k, n in shapes if there else ():
+    for k, n in (*PROOF_SHAPES, *(proved_shape(*shape) for shape in task.shapes)) if there else ():
         if k % task.block:
             continue
         plain = kernels.Products(task.type, k, n)
@@ -125,19 +132,21 @@ def _prove(task: Task, way: str, threads: int) -> None:
             tried = kernels.Products(task.type, k, n, layout) if layout else plain
         except ValueError:  # no matrix of this type or shape lies so
             continue
+        before_shape = n_proved
         for columns, counts in _COLUMNS:
             for m in counts:
                 if not tried.can(m, columns):
                     continue
                 before = kernels.counts()[way]
-                found = [tried.check(plain, m, columns, n_threads) for n_threads in sorted({1, threads})]
+                numbers = {1, threads} if (columns, m) in _THREADED else {1}
+                found = [tried.check(plain, m, columns, n_threads) for n_threads in sorted(numbers)]
                 if kernels.counts()[way] == before:
                     continue  # it went another way
                 n_proved += 1
                 for is_finite, exact, off in found:
                     is_exact = is_exact and exact
                     error = max(error, off if is_finite else math.inf)
-        if n_proved:
+        if n_proved > before_shape:
             is_steady = is_steady and all(tried.is_steady(8, threads))
     if faults.trial_fault(way) == "differ":
         error = math.inf

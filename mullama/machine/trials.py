@@ -10,7 +10,9 @@ busy for all of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +77,8 @@ class Found:
     """What came of a way. ``fault`` is why it must not be used, in words; empty where it may.
 
     ``is_exact``: equal to the bit to the reference computations. ``is_steady``: equal to itself, whatever the number of
-    columns and threads. ``times``: seconds of one product by shape ("KxN") and number of columns.
+    columns and threads. ``times``: seconds of one product by shape ("KxN") and number of columns. ``is_lasting``: False
+    where the fault may be the machine's of that moment (memory was short), so that it is tried again some time later.
     """
 
     type: int
@@ -86,6 +89,7 @@ class Found:
     is_steady: bool = False
     error: float = 0.0
     times: dict[str, dict[int, float]] = field(default_factory=dict)
+    is_lasting: bool = True
 
     @property
     def may_be_used(self) -> bool:
@@ -96,9 +100,17 @@ class Found:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Found:
-        """Raises TypeError, ValueError, KeyError or AttributeError for what is none."""
+        """Raises TypeError, ValueError, KeyError, AttributeError or OverflowError for what is none."""
         times = {shape: {int(m): float(s) for m, s in by.items()} for shape, by in fields["times"].items()}
+        ways = ATTENTION_WAYS if fields["type"] == ATTENTION else WAYS
+        if fields["way"] not in ways or not all(is_time(m, s) for by in times.values() for m, s in by.items()):
+            raise ValueError("no trial finds this")
         return cls(**{**fields, "times": times})
+
+
+def is_time(m: int, seconds: float) -> bool:
+    """Whether a trial may say so."""
+    return m in TIMED and 0 < seconds < math.inf
 
 
 def run(
@@ -111,9 +123,9 @@ def run(
 ) -> tuple[list[Found], set[int]]:
     """Prove every way of every task, then time those that are right on the tasks' shapes, on the first of them only.
 
-    Returns what was found, and the types for which the machine was too busy to time anything. ``threads``: of the
-    proofs.
-    ``progress`` is told, in words, what is tried. Never raises for what a way does to its process.
+    Returns what was found, and the types for which nothing could be timed: the machine was too busy, or had no memory.
+    ``threads``: of the proofs. ``progress`` is told, in words, what is tried. Never raises for what a way does to its
+    process.
     """
     trial = _Trial(threads, niceness, patience_s, progress)
     proofs = [replace(task, ways=(way,)) for task in tasks for way in task.ways]
@@ -159,24 +171,25 @@ class _Trial:
             is_late.set()
             process.kill()
 
-        n_done, way = 0, tasks[0].ways[0]
+        n_done, way = 0, ""  # the way that is under way
         timer = threading.Timer(self.patience_s, give_up)
         timer.start()
         try:
             for line in process.stdout:
                 told = _parse(line)
-                if told is None or n_done == len(tasks):
+                if n_done == len(tasks):
                     continue
-                if told.get("at") == "start":
-                    way = str(told["way"])
+                if told.get("at") == "start" and told.get("way") in tasks[n_done].ways:
+                    way = told["way"]
                     timer.cancel()
                     timer = threading.Timer(self.patience_s, give_up)
                     timer.start()
                     if self.progress is not None:
                         self.progress(f"{tasks[n_done].name}: {way}")
                 elif told.get("at") == "end":
-                    self._note(tasks[n_done], told)
-                    n_done += 1
+                    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # not the child's words
+                        self._note(tasks[n_done], told)
+                        n_done, way = n_done + 1, ""
             status = process.wait()
         finally:
             timer.cancel()
@@ -184,10 +197,19 @@ class _Trial:
             drain.join(5)
         if n_done == len(tasks):
             return []
+        if not way and n_done:  # it died between two of them: whether of the next one, a new child will tell
+            return tasks[n_done:]
         task = tasks[n_done]
+        if not way and task.is_timing:  # of the weights that it prepares, before any way had its turn
+            self.disturbed.add(task.type)
+            return tasks[1:]
+        way = way or task.ways[0]
         words = " ".join(b"".join(errors).decode("utf-8", "replace").split())[-200:]
-        fault = f"hung: stopped after {self.patience_s:g} s" if is_late.is_set() else _died(status, words)
-        self.found[task.type, way] = Found(task.type, way, True, fault)
+        if is_late.is_set():
+            fault, is_lasting = f"hung: stopped after {self.patience_s:g} s", True
+        else:
+            fault, is_lasting = _died(status, words)
+        self.found[task.type, way] = Found(task.type, way, True, fault, is_lasting=is_lasting)
         others = tuple(other for other in task.ways if other != way)
         again = [replace(task, ways=others)] if task.is_timing and others else []
         return [*again, *tasks[n_done + 1 :]]
@@ -200,8 +222,8 @@ class _Trial:
                 return
             for way, times in told["times"].items():
                 of_shape = {int(m): float(seconds) for m, seconds in times.items()}
-                before = self.found[task.type, way]
-                self.found[task.type, way] = replace(before, times={shape: of_shape})
+                if all(is_time(m, seconds) for m, seconds in of_shape.items()):
+                    self.found[task.type, way] = replace(self.found[task.type, way], times={shape: of_shape})
             return
         (way,) = task.ways
         if not told["there"]:
@@ -215,17 +237,24 @@ class _Trial:
         )
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any]:
     try:
         told = json.loads(line)
-    except ValueError:  # a library's own words
-        return None
-    return told if isinstance(told, dict) else None
+    except (ValueError, RecursionError):  # a library's own words
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
-def _died(status: int, words: str) -> str:
+#: What others end a process with: memory is short, somebody wants it gone.
+_FROM_OUTSIDE = {-getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)}
+
+
+def _died(status: int, words: str) -> tuple[str, bool]:
+    """Why, and whether it would again."""
     if status == -signal.SIGILL:
-        return "uses an instruction that this processor or its system does not carry (SIGILL)"
+        return "uses an instruction that this processor or its system does not carry (SIGILL)", True
+    if status in _FROM_OUTSIDE:
+        return f"was killed ({child.signal_name(-status)}); the machine may be short of memory", False
     if status < 0:
-        return f"crashed ({child.signal_name(-status)})"
-    return f"ended its process with status {status}" + (f": {words}" if words else "")
+        return f"crashed ({child.signal_name(-status)})", True
+    return f"ended its process with status {status}" + (f": {words}" if words else ""), False

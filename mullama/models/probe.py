@@ -151,7 +151,7 @@ def probe(
 def _kernels(path: str | Path) -> dict[str, str]:
     """What the child is to compute with: a kernel that crashes on this machine says nothing of the file."""
     try:
-        return kernels.for_child(matrices(gguf.read_header(path)))
+        return kernels.for_child(matrices(gguf.check(path)))
     except ModelLoadError:  # what is wrong with the file is found in the child
         return {}
 

@@ -81,7 +81,9 @@ def _probe(path: str, template_s: float) -> dict[str, Any]:
 def _probe_adapter(path: str, adapter_path: str) -> dict[str, Any]:
     tell(stage=LOAD)
     from mullama._core import Adapter, Core, Model
+    from mullama.machine import kernels
 
+    kernels.adopt()
     started = time.monotonic()
     model = Model(path, gpu_layers=0, chat_template="chatml")
     tell(stage=ADAPT, after_ms=_ms(started))

@@ -12,6 +12,7 @@ from mullama.errors import InvalidRequest
 Value = bool | int | float | str
 
 TRUE = ("true", "yes", "on", "1")
+MOST_WHOLE = (1 << 63) - 1  # what JSON's readers and the core can hold
 FALSE = ("false", "no", "off", "0")
 
 
@@ -72,7 +73,9 @@ def convert(value: Any, kind: type) -> Value | None:
         except OverflowError:
             return None
         return number if math.isfinite(number) else None
-    return value if type(value) is kind and isinstance(value, (bool, int, str)) else None
+    if type(value) is int and kind is int:
+        return value if -MOST_WHOLE <= value <= MOST_WHOLE else None
+    return value if type(value) is kind and isinstance(value, (bool, str)) else None
 
 
 def _parse(text: str, kind: type) -> Value | None:
@@ -82,7 +85,9 @@ def _parse(text: str, kind: type) -> Value | None:
         number = kind(text)
     except ValueError:
         return None
-    return number if isinstance(number, (int, float)) and math.isfinite(number) else None
+    if isinstance(number, int):
+        return number if -MOST_WHOLE <= number <= MOST_WHOLE else None
+    return number if isinstance(number, float) and math.isfinite(number) else None
 
 
 def unknown_param(owner: str, name: str, valid: Mapping[str, Any]) -> InvalidRequest:

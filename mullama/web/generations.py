@@ -68,7 +68,13 @@ class Group:
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.disconnected = False
         self.generations: list[AsyncGeneration] = []
-        self._labels = {"model": model, "endpoint": endpoint, "stream": options.stream, "user": options.user}
+        #: What the profile log says of the request beside its profile.
+        self.labels: dict[str, Any] = {
+            "model": model,
+            "endpoint": endpoint,
+            "stream": options.stream,
+            "user": options.user,
+        }
         self._services = services
         self._watcher: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
@@ -181,7 +187,7 @@ class Group:
         profile_log = self._services.profile_log
         for generation in self.generations if profile_log is not None else ():
             if profile_log is not None and generation.finish is not None:
-                profile_log.write({"id": generation.id, **self._labels}, generation.finish)
+                profile_log.write({"id": generation.id, **self.labels}, generation.finish)
 
     @property
     def finishes(self) -> list[Finish]:

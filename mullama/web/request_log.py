@@ -46,6 +46,7 @@ class RequestIds:
 def note_group(req: Request, group: Group) -> None:
     """The request is answered by these generations."""
     req.scope[_GROUP] = group
+    group.labels["request_id"] = req.scope.get(_ID)
 
 
 class RequestLog:

@@ -18,7 +18,7 @@ _MODEL = (
     *("memory_bytes", "asleep", "weights", "description", "size_bytes", "n_ctx", "n_parallel", "running", "waiting"),
     *("kv_tokens", "tokens_per_second", "completion_tokens"),
 )
-_ADAPTER = ("id", "scale")
+_ADAPTER = ("id", "scale", "rank", "size_bytes", "requests")
 LOAD_FAILED = "the last load failed; the server's log says why"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import adapters
 import pytest
 from core_support import greedy
+from homes import home
 from weights_support import PROMPTS, Streams, begins_alike, run
 
 from mullama.engine.adapters import Adapters
@@ -26,7 +27,7 @@ def make(
     make_engine: Callable[..., Engine], tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Engine]:
     """An engine with the adapters ``a`` and ``b``."""
-    monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MULLAMA_HOME", home(tmp_path / "home"))
     files = [adapters.build(tmp_path / f"{name}.gguf", tiny_model(), seed=ord(name)) for name in "ab"]
 
     def get(path: Path | None = None, **options: Any) -> Engine:
@@ -67,6 +68,7 @@ def test_twin_weights_change_nothing(make: Callable[..., Engine], twin: Path, kv
     (report,) = reports
     assert (report.kv, report.mode) == (kv, "beside" if room is None else "gap")
     assert [[name for name, _ in spans][-1] for spans in streams.spans] == ["new"] * 4
+    engine.call(lambda: None).result()  # what has ended is put away
     assert [(one["id"], one["requests"]) for one in engine.adapters()] == [("a", 0), ("b", 0)]
     assert texts(engine) == [text[:20] for text in plain] if kv == "carry" else texts(engine)
     assert engine.kv.audit() == []

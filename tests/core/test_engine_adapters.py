@@ -11,6 +11,7 @@ from typing import Any
 import adapters
 import pytest
 from core_support import greedy
+from homes import home
 from kv_engine_support import Answer, ask, submit
 
 from mullama.engine import kvview
@@ -43,7 +44,7 @@ def files(tiny_model: Callable[..., Path], tmp_path: Path) -> Callable[..., Path
 
 @pytest.fixture(autouse=True)
 def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MULLAMA_HOME", home(tmp_path / "home"))
 
 
 def request(name: str, *uses: LoraUse, n: int = 12, text: str = TEXT, **more: Any) -> Request:

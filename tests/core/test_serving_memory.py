@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from homes import home
 
 from mullama.cli.serving import make_manager
 from mullama.config import ServeConfig
@@ -44,7 +45,7 @@ def models(
     tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: Memory
 ) -> Iterator[ModelManager]:
     """Two models by name, ``a`` and ``b``, neither of them loaded."""
-    monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MULLAMA_HOME", home(tmp_path / "home"))
     config = ServeConfig(
         ctx_size=512, parallel=2, threads=1, batch_size=64, page_dir=str(tmp_path / "pages"), memory_budget="0",
         kv_host_bytes=0, store_models=False,

@@ -73,7 +73,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30.0, pause: float
 class ServerProcess:
     """One ``mullama serve`` on a free port. ``with`` waits until it is ready and ends it by SIGTERM, exit code 0."""
 
-    def __init__(self, folder: Path, args: Sequence[str]) -> None:
+    def __init__(self, folder: Path, args: Sequence[str], **env: str) -> None:
         self.page_dir = folder / "pages"
         self.stderr_file = folder / "stderr.txt"
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=clean_env(),
+                env=clean_env(**env),
             )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._drain = threading.Thread(target=self._read_stdout, daemon=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from homes import home
 
 from .support import PROFILE_FIELDS, clean_env, mullama, run_mullama
 
@@ -175,7 +176,7 @@ def chat(smollm2: Path, tmp_path: Path) -> Iterator[Terminal]:
     if sys.platform == "win32":
         pytest.skip("no pseudo-terminals")
     args = ("run", str(smollm2), "--temperature", "0", "--threads", "1", "--ctx-size", "4096")
-    with Terminal(mullama(*args), MULLAMA_HOME=str(tmp_path / "home")) as terminal:
+    with Terminal(mullama(*args), MULLAMA_HOME=home(tmp_path / "home")) as terminal:
         terminal.expect(r"tokens of context\)")
         terminal.expect(">>>")
         yield terminal
@@ -217,7 +218,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_program(chat: Terminal) -> None:
 
 def test_ctrl_c_while_one_shot_runs(smollm2: Path, tmp_path: Path) -> None:
     args = mullama("run", str(smollm2), "Tell me a very long story about the sea.", *GREEDY)
-    with Terminal(args, MULLAMA_HOME=str(tmp_path)) as terminal:
+    with Terminal(args, MULLAMA_HOME=home(tmp_path)) as terminal:
         terminal.expect(r"\S+ \S+ \S+ ")
         terminal.type("\x03")
         assert terminal.wait() == 130
@@ -264,15 +265,15 @@ def test_list_shows_what_is_in_the_store(tmp_path: Path, smollm2: Path) -> None:
         "sha256": alias.sha256, "size": alias.size, "license": alias.license, "pulled_at": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     (refs / "smollm2%3A135m.json").write_text(json.dumps(entry))
-    home = str(tmp_path)
-    (listed,) = json.loads(run("list", "--json", MULLAMA_HOME=home))
+    folder = home(tmp_path)
+    (listed,) = json.loads(run("list", "--json", MULLAMA_HOME=folder))
     assert (listed["name"], listed["sha256"], listed["size"]) == ("smollm2:135m", alias.sha256, alias.size)
-    assert "smollm2:135m" in run("list", MULLAMA_HOME=home)
-    shown = json.loads(run("show", "smollm2:135m", "--json", MULLAMA_HOME=home))
+    assert "smollm2:135m" in run("list", MULLAMA_HOME=folder)
+    shown = json.loads(run("show", "smollm2:135m", "--json", MULLAMA_HOME=folder))
     assert (shown["name"], shown["sha256"]) == ("smollm2:135m", alias.sha256)
-    assert run("run", "smollm2:135m", "Hi", *GREEDY, "--max-tokens", "2", MULLAMA_HOME=home).strip()
-    run("rm", "smollm2:135m", MULLAMA_HOME=home)
-    assert json.loads(run("list", "--json", MULLAMA_HOME=home)) == []
+    assert run("run", "smollm2:135m", "Hi", *GREEDY, "--max-tokens", "2", MULLAMA_HOME=folder).strip()
+    run("rm", "smollm2:135m", MULLAMA_HOME=folder)
+    assert json.loads(run("list", "--json", MULLAMA_HOME=folder)) == []
     assert smollm2.exists()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from homes import home
 from hub_support import LocalServer, Registry, Reply, Seen, file_reply
 
 from .support import ServerProcess, clean_env, mullama, run_mullama
@@ -44,7 +45,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callab
     with LocalServer(gate) as server:
         registry.server, registry.gate, registry.url = server, gate, server.url  # type: ignore[attr-defined]
         monkeypatch.setenv("OLLAMA_REGISTRY", server.url)
-        monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("MULLAMA_HOME", home(tmp_path / "home"))
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
             monkeypatch.delenv(name, raising=False)
         yield registry
@@ -84,7 +85,7 @@ def test_two_processes_download_once(
         return file_reply(seen, data, '"v1"')
 
     with LocalServer(route) as server:
-        monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("MULLAMA_HOME", home(tmp_path / "home"))
         env = clean_env(MULLAMA_ALLOW_PRIVATE_SOURCES="1")
         processes = [
             subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .support import NAME, ServerProcess, run_mullama
+from .support import NAME, ServerProcess, run_mullama, wait_until
 
 SECONDS = 30.0  # 10 on a machine that has nothing else to do
 
@@ -177,3 +178,18 @@ def test_the_page_can_be_read_from_outside(server: ServerProcess) -> None:
     after = abi.as_dict(reader.counters())
     assert after["steps"] >= before["steps"] + 3
     assert server.scheduler()["counters"].keys() == after.keys()
+
+
+def test_its_log_is_json_where_that_is_asked_for(start: Callable[..., ServerProcess]) -> None:
+    server = start("--log-format", "json", "--log-requests", "--ctx-size", "256", "--parallel", "2")
+    headers = {"X-Request-ID": "from-the-client"}
+    reply = server.post("/v1/completions", {"prompt": "One, two,", "max_tokens": 3, "stream": True}, headers=headers)
+    assert reply.headers["x-request-id"] == "from-the-client"
+    wait_until(lambda: "from-the-client" in server.stderr)
+    lines = [json.loads(line) for line in server.stderr.splitlines() if line.startswith("{")]
+    (loaded,) = [line for line in lines if line["message"] == f"{NAME} is loaded"]
+    assert (loaded["context"], loaded["slots"], loaded["threads"]) == (256, 2, 1)
+    assert loaded["subject"] == "cli.serve" and loaded["level"] == "info"
+    (line,) = [line for line in lines if line["subject"] == "requests" and line["id"] == "from-the-client"]
+    assert (line["status"], line["completion_tokens"], line["model"], line["finish"]) == (200, 3, NAME, "length")
+    assert any(line["message"] == f"listening on {server.url}" for line in lines)

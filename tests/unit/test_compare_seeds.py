@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -137,6 +138,14 @@ def test_a_report_of_seeds() -> None:
     assert "## Against fcfs, seed by seed" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| srpt | 0.50 (0.50–0.50)")]
     json.dumps(report)
+
+
+def test_a_note_names_the_seed() -> None:
+    workloads = [Workload((TraceRequest(0.0, 10, 3),), spec="x", seed=seed) for seed in (4, 5)]
+    runs = [dataclasses.replace(a_run("fcfs", seed, 1, 0.1), neighbours=2.0 * (seed == 5)) for seed in (4, 5)]
+    report = make_report(runs, [PolicySpec("fcfs", "fcfs")], workloads, Slo(), rounds=1, provenance=PROVENANCE)
+    (note,) = report["notes"]
+    assert "2.0 cores busy in round 1 of seed 5;" in note
 
 
 def test_one_seed_is_as_before() -> None:

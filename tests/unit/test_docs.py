@@ -151,7 +151,7 @@ def test_cmake_definitions_exist(page: Path) -> None:
 
 @by_name
 def test_environment_variables_exist(page: Path) -> None:
-    tests = {"MULLAMA_TEST_MODEL", "MULLAMA_TEST_GEMMA"}
+    tests = {"MULLAMA_TEST_MODEL", "MULLAMA_TEST_GEMMA", "MULLAMA_LONG", "MULLAMA_SEED"}
     header = (PACKAGE / "abi.h").read_text(encoding="utf-8")
     build = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
     for variable in set(re.findall(r"\bMULLAMA_[A-Z_]+\b", page.read_text(encoding="utf-8"))):

@@ -112,6 +112,9 @@ def test_an_eviction_policy_that_fails_leaves_its_traceback(caplog: pytest.LogCa
         def score(self, entry: object, now_ns: int) -> float:
             raise KeyError("gone")
 
+        def params(self) -> dict[str, int]:
+            return {}
+
     policy = GuardedPolicy(Broken(), "mine.py:Broken")  # type: ignore[arg-type]
     with pytest.raises(Exception):  # noqa: B017 - lru needs a real entry
         policy.score(None, 0)  # type: ignore[arg-type]

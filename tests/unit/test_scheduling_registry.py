@@ -312,3 +312,12 @@ def test_a_file_of_ones_own(mine: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_an_unknown_policy_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedulers", "nonsense"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", [10**30, -(10**30), "1" + "0" * 400, "9" * 30, 1 << 63])
+def test_whole_numbers_that_nobody_can_hold_are_refused(value: object) -> None:
+    """They were taken, and then the answer could not be written: 500, and the policy had changed."""
+    policy = create("fcfs")
+    with pytest.raises(InvalidRequest, match="prefill_budget must be a whole number"):
+        policy.configure(prefill_budget=value)  # type: ignore[attr-defined]
+    assert policy.params()["prefill_budget"] == 512

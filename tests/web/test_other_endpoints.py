@@ -85,7 +85,8 @@ def test_every_request_has_a_line_in_the_profile_log(tmp_path: Path, engine: Fak
     services = Services(config, ModelManager([("fake", engine)]))
     client = Client(create_app(config, services.models, services), services)
     message = [{"role": "user", "content": "hi"}]
-    reply = client.post("/v1/chat/completions", {"messages": message, "user": "ann"}).json
+    headers = {"X-Request-ID": "mine"}
+    reply = client.post("/v1/chat/completions", {"messages": message, "user": "ann"}, headers=headers).json
     client.post("/v1/completions", {"prompt": ["a", "b"], "stream": True})
     engine.fail_after, engine.failure = 1, ValueError("boom")
     client.post("/v1/completions", {"prompt": ["a", "b"]})
@@ -99,6 +100,7 @@ def test_every_request_has_a_line_in_the_profile_log(tmp_path: Path, engine: Fak
     assert (first["model"], first["endpoint"], first["user"]) == ("fake", "chat.completions", "ann")
     assert (first["finish_reason"], first["stream"], first["completion_tokens"]) == ("stop", False, 4)
     assert first["time"] > 1_700_000_000
+    assert first["request_id"] == "mine" and len({line["request_id"] for line in lines}) == 3
     assert [line["stream"] for line in lines[1:3]] == [True, True]
     assert lines[3]["finish_reason"] == "error" and lines[3]["error"] == "boom"
     assert len({line["id"] for line in lines}) == 5

@@ -145,15 +145,3 @@ def test_a_profile_log_that_cannot_be_had_goes_on_in_the_old_file(
     world.services.close()
     assert json.loads((tmp_path / "old").read_text())["finish_reason"] == "stop"
     assert "goes on in its old file" in caplog.text
-
-
-def test_a_profile_log_that_stopped_is_tried_again(make: Callable[..., World], tmp_path: Path) -> None:
-    world = make()
-    profile_log = world.services.profile_log
-    assert profile_log is not None
-    profile_log._failed = True  # as after a full disk
-    world.status("")
-    world.reload()
-    world.status("")
-    world.services.close()
-    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 1

@@ -197,7 +197,11 @@ def test_a_client_sees_its_own(make: Callable[..., Client]) -> None:
     assert len(client.get("/internal/kv", headers=ADMIN).json["slots"]) == 3
     (row,) = client.get("/internal/models", headers=BOB).json["models"]
     assert row["error"] == views.LOAD_FAILED and "reference" not in row
-    assert client.get("/internal/models/fake/adapters/style", headers=BOB).json == {"id": "style", "scale": 1.0}
+    assert client.get("/internal/models/fake/adapters/style", headers=BOB).json == {
+        "id": "style",
+        "scale": 1.0,
+        "size_bytes": 10,
+    }
 
 
 @pytest.mark.parametrize("error", [ModelLoadError, StoreError, PluginError])

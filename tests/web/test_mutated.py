@@ -1,0 +1,117 @@
+"""Mutated requests over every route of an app with a fake engine: none is a 5xx, what is refused changes nothing.
+
+(``tests/e2e/test_mutated.py`` does the same to a real server.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from mutating import Mutant, mutant
+
+from mullama.config import ServeConfig
+from mullama.errors import InvalidRequest
+from mullama.kv import registry as kv_registry
+from mullama.scheduling import registry
+from mullama.serving.manager import ModelManager
+from mullama.web.app import create_app
+from mullama.web.services import Services
+
+from .conftest import Client
+from .test_tells import Telling
+
+COUNT = 10_000 if os.environ.get("MULLAMA_LONG") else 1500
+SEED = int(os.environ.get("MULLAMA_SEED", "1"))
+
+
+class Whole(Telling):
+    """With what the real one refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.kv_policy = registry.create("fcfs"), kv_registry.create("lru")
+        self.shadow: Any = None
+
+    def set_arbiter_policy(self, policy: str) -> None:
+        if policy not in ("round_robin", "weighted", "priority"):
+            raise InvalidRequest(f"there is no arbiter policy '{policy[:40]}'", param="policy")
+        self.arbiter_policy = policy
+
+    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        self.policy = registry.create(spec, params)
+        return {"policy": spec, "params": dict(self.policy.params()), "handed_over": 0}
+
+    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self.policy.configure(**params)  # type: ignore[attr-defined]
+        return {"policy": self.policy.name, "params": dict(self.policy.params()), "handed_over": 0}
+
+    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        self.shadow = None if spec is None else registry.create(spec, params)
+
+    async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
+        self.kv_policy = kv_registry.create(spec, params)
+        return {"policy": spec, "params": dict(self.kv_policy.params())}
+
+    def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
+        if not 0 < weight <= 1000 or not -1000 <= priority <= 1000:
+            raise InvalidRequest("weight: it is out of range", param="weight")
+        super().set_share(weight=weight, priority=priority)
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    engine = Whole()
+    engine.reply = ["a"]
+    config = ServeConfig(max_body_bytes=1 << 20, store_models=False)
+    models = ModelManager([("fake", engine)])
+
+    async def no_watch() -> None:
+        """What watches idle models would outlive the loop of a request."""
+
+    monkeypatch.setattr(models, "_reap", no_watch)
+    services = Services(config, models)
+    yield Client(create_app(config, models, services), services)
+    services.close()
+
+
+def state_of(client: Client) -> dict[str, Any]:
+    served = client._services.models.get("fake")
+    engine: Any = served.engine
+    return {
+        "model": (served.state, served.pinned, served.keep_alive_s, served.n_failures),
+        "policies": (engine.policy, dict(engine.policy.params()), engine.kv_policy, engine.shadow),
+        "engine": (engine.arbiter_policy, dict(engine.share), dict(engine.loras)),
+        "calls": [call for call in engine.kv_calls if call[0] not in ("save", "load", "policy")],
+    }
+
+
+def sendable(one: Mutant) -> bool:
+    """Whether a client could send it; and one that is answered without end, or by others, is left out."""
+    path = one.path
+    return not path.endswith(("/events", "/pull")) and all(char.isprintable() for char in path)
+
+
+def test_mutated_requests(client: Client) -> None:
+    rng = random.Random(SEED)
+    statuses = set()
+    for _ in range(COUNT):
+        one = mutant(rng, "fake")
+        if not sendable(one):
+            continue
+        before = state_of(client)
+        headers = {name: value for name, value in one.headers.items() if value.isprintable() or value == "\t"}
+        result = client.request(one.method, quote(one.path, safe="/%;"), one.body or b"", headers, one.query)
+        statuses.add(result.status)
+        told = f"{result.status} {result.body[:300]!r}\n{one}"
+        if result.status >= 400 and result.body:
+            assert json.loads(result.body)["error"]["message"], told
+            if one.method != "GET":
+                assert state_of(client) == before, told
+        assert result.status < 500 or (result.status, "queue_full") == (503, result.error["code"]), told
+    assert {200, 400, 404, 405, 415} <= statuses
