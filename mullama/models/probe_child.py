@@ -39,10 +39,12 @@ def main(path: str, memory: int, cpu_s: int, template_s: float, adapter: str = "
     """Probe a file. Returns the exit status: 0, whatever was found, as long as it could be told."""
     become_child(niceness=10)
     _limit(memory, cpu_s)
-    from mullama.errors import MullamaError
+    from mullama.errors import MachineUnfit, MullamaError
 
     try:
         tell(ok=True, **(_probe_adapter(path, adapter) if adapter else _probe(path, template_s)))
+    except MachineUnfit as error:  # the parent has loaded the same libraries, without the limit
+        tell(ok=False, reason=f"out of memory: {error.message}", memory=True)
     except MullamaError as error:
         tell(ok=False, reason=error.message)
     except MemoryError:

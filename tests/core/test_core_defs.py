@@ -244,6 +244,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "model.Model.is_eog": lambda m: m.is_eog(0) is False,
     "model.Model.check_token": lambda m: m.check_token(5) == 5,
     "model.Model.tokenize": lambda m: m.tokenize("hi") == [104, 105],
+    "model.Model.control_tokens": lambda m: isinstance(m.control_tokens(), list),
     "model.Model.detokenize": lambda m: m.detokenize([104, 105]) == "hi",
     "model.Model.detokenize_bytes": lambda m: m.detokenize_bytes([104, 105]) == b"hi",
     "model.Model.piece": lambda m: m.piece(104) == b"h",

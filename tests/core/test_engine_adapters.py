@@ -144,8 +144,14 @@ def test_kv_on_disk_is_found_by_the_same_adapter_only(
     first = run(engine, A, text=long)
     namespace = namespace_of("", adapters_key([(engine.adapters()[0]["sha256"], 1.0)]))
     assert engine._kv.tree.match(namespace, pack(list(long.encode()))).n_tokens >= len(long)
-    saved = engine.call(lambda: kvview.save(engine._kv, namespace, list(long.encode()))).result()
-    assert saved["bytes"] > 0
+    disk_tier = engine._need_disk()
+
+    def save() -> dict[str, int]:
+        tokens = list(long.encode())
+        disk_tier.hand_over(lambda: kvview.save(engine._kv, disk_tier, namespace, tokens))
+        return kvview.saved(engine._kv, disk_tier, namespace, tokens, 0)
+
+    assert engine.call(save).result()["bytes"] > 0
     engine.close()
     engine = make_engine(**disk)
     engine.load_adapter(files(2), "b")

@@ -57,10 +57,10 @@ def test_what_is_refused_at_once(
     assert complete(engine, "HELLO")[1].reason is FinishReason.LENGTH
 
 
-def test_what_only_the_core_can_refuse_ends_that_request(make_engine: Callable[..., Engine]) -> None:
+def test_a_bias_of_no_token_is_refused_and_nothing_else(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
-    _, finish = complete(engine, "HELLO", greedy(4, logit_bias=((1 << 20, 1.0),)))
-    assert finish.reason is FinishReason.ERROR and isinstance(finish.error, InvalidRequest)
+    with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+        complete(engine, "HELLO", greedy(4, logit_bias=((1 << 20, 1.0),)))
     assert complete(engine, "HELLO")[1].reason is FinishReason.LENGTH
 
 
