@@ -6,6 +6,8 @@ import contextlib
 import errno
 import os
 import re
+import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +23,29 @@ def read_file(path: Path) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text to a file in UTF-8, or to stdout. Raises OSError."""
+    """Write a text to a file in UTF-8, or to stdout. Raises OSError; then the file is what it was."""
     if path == STDIO:
         sys.stdout.write(text)
         sys.stdout.flush()
-    else:
+        return
+    target = path.resolve()  # of a link, not the link
+    if target.exists() and not target.is_file():  # a pipe, /dev/stdout
         path.write_text(text, encoding="utf-8")
+        return
+    part = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copymode(target, part)
+        part.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY) or not target.exists():
+            raise
+        path.write_text(
+            text, encoding="utf-8"
+        )  # it may be written, and its folder not: as a container's mount of one file
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from mullama.cli.interrupt import on_interrupt
 from mullama.cli.settings import SETTINGS
 from mullama.cli.table import printable
 from mullama.errors import ConfigError, EngineDead, InvalidRequest, MullamaError
+from mullama.files import write_text
 from mullama.home import expand
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Repl:
             return
         try:
             text = json.dumps(self._session.to_dict(), indent=2, ensure_ascii=False) + "\n"
-            expand(rest).write_text(text, encoding="utf-8")
+            write_text(expand(rest), text)
         except OSError as error:
             self._line(f"error: cannot write {rest}: {error.strerror}", "error")
         except ConfigError as error:

@@ -32,7 +32,7 @@ def write_folder(
     workloads = [workload] if isinstance(workload, Workload) else list(workload)
     several = len(workloads) > 1
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
+    write_text(folder / "report.md", to_markdown(report))
     write_json(folder / "report.json", report)
     write_csv(folder / "metrics.csv", report)
     for one in workloads:

@@ -57,7 +57,7 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
         record["token_s"] = [round(at_s, 6) for at_s in outcome.token_s]
         record["finished_s"] = round(outcome.finished_s, 6)
         lines.append(json.dumps(record, ensure_ascii=False))
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_outcomes(path: Path) -> list[Outcome]:

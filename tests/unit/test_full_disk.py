@@ -21,7 +21,7 @@ from models_support import FakePip, make_gguf, make_wheel
 
 from mullama.cli.progress import LoadProgress
 from mullama.errors import DiskFull, StoreError
-from mullama.files import disk_errors
+from mullama.files import disk_errors, write_text
 from mullama.models import pypi
 from mullama.models.reference import parse_reference
 from mullama.models.store import Store
@@ -93,6 +93,43 @@ def test_a_name_is_given_whole_or_not_at_all(store: Store, n_bytes: int) -> None
     assert [one.key for one in store.list()] == ["pypi:tiny"]
     store.copy("pypi:tiny", "mine")
     assert sorted(one.key for one in store.list()) == ["mine", "pypi:tiny"]
+
+
+# -- what a user asks for -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("n_bytes", [0, 1, 4096])
+def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path: Path, n_bytes: int, is_there: bool) -> None:
+    """Costs that took an hour to measure, say, which the next ones were to replace."""
+    path = tmp_path / "costs.json"
+    if is_there:
+        path.write_text("measured before")
+    with pytest.raises(OSError, match="File too large"), disk_of(n_bytes):
+        write_text(path, "x" * 100_000)
+    assert [p.read_text() for p in tmp_path.iterdir()] == (["measured before"] if is_there else [])
+    path.touch()
+    path.chmod(0o640)
+    write_text(path, "new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_and_a_file_in_a_folder_of_others_are_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, link = tmp_path / "a", tmp_path / "b"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    write_text(target, "newer")
+    assert target.read_text() == "newer" and len(list(tmp_path.iterdir())) == 2
+    write_text(Path("/dev/null"), "nothing")
 
 
 # -- logs ----------------------------------------------------------------------------------------------------------
