@@ -158,7 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         progress("stopped; what was measured is kept")
     print(_report(results))
-    print(f"record: {common.write_record(common.record('weight_types', vars(args), results), args.json)}", file=sys.stderr)
+    print(
+        f"record: {common.write_record(common.record('weight_types', vars(args), results), args.json)}", file=sys.stderr
+    )
     return 0
 
 

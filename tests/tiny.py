@@ -1,8 +1,8 @@
 """Tiny random models for the tests of the core: a few hundred kilobytes, well under a millisecond a token.
 
-Four architectures, one a kind of memory: ``llama`` (full attention), ``gemma3`` (sliding window of WINDOW tokens),
-``mamba`` (recurrent), ``lfm2`` (hybrid). The weights are random but fixed. Printable ASCII gets the large logits and
-control tokens get zero, so that greedy text is readable and ends only where a test makes it end.
+Five architectures, one a kind of memory: ``llama`` (full attention), ``gemma3`` (sliding window of WINDOW tokens),
+``mamba`` (recurrent), ``lfm2`` (hybrid), ``bert`` (none). The weights are random but fixed. Printable ASCII gets the
+large logits and control tokens get zero, so that greedy text is readable and ends only where a test makes it end.
 """
 
 from __future__ import annotations
@@ -115,6 +115,11 @@ class _Builder:
     def ones(self, name: str, n: int) -> None:
         self.plain(name, 1.0 + 0.1 * self.rng.standard_normal(n))
 
+    def norm(self, name: str) -> None:
+        """A norm with a bias."""
+        self.ones(f"{name}.weight", N_EMBD)
+        self.plain(f"{name}.bias", np.zeros(N_EMBD))
+
     def ends(self, output_norm: str = "output_norm.weight", scale: float = 8.0) -> None:
         """Embedding (of that scale) and output."""
         self.matrix("token_embd.weight", N_EMBD, N_VOCAB, scale)
@@ -168,7 +173,7 @@ def build(
 ) -> Path:
     """Write the tiny model of an architecture to ``path`` and return it. Other seeds are other weights of one shape;
     ``turned`` is another vocabulary of the same size, in which two tokens have changed places."""
-    n_layer = {"llama": 2, "gemma3": 3, "mamba": 2, "lfm2": 3}[arch]
+    n_layer = {"llama": 2, "gemma3": 3, "mamba": 2, "lfm2": 3, "bert": 2}[arch]
     b = _Builder(path, arch, n_layer, seed=seed)
     b.vocabulary(chat_template, add_bos, turned)
     b.rope_base = rope_base or b.rope_base
@@ -209,6 +214,21 @@ def build(
             b.plain(f"blk.{i}.ssm_a", -np.tile(np.arange(1, state + 1, dtype=np.float32) / 8, (inner, 1)))
             b.plain(f"blk.{i}.ssm_d", np.ones(inner))
             b.matrix(f"blk.{i}.ssm_out.weight", inner, N_EMBD, 2.0)
+    elif arch == "bert":
+        b.writer.add_head_count(N_HEAD)
+        b.writer.add_layer_norm_eps(1e-12)
+        b.writer.add_causal_attention(False)
+        b.writer.add_token_type_count(2)
+        b.matrix("token_embd.weight", N_EMBD, N_VOCAB)
+        b.matrix("position_embd.weight", N_EMBD, N_CTX_TRAIN)
+        b.norm("token_embd_norm")
+        for i in range(n_layer):
+            for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+                b.matrix(f"blk.{i}.{name}.weight", N_EMBD, N_EMBD)
+            b.norm(f"blk.{i}.attn_output_norm")
+            b.matrix(f"blk.{i}.ffn_up.weight", N_EMBD, N_FF)
+            b.matrix(f"blk.{i}.ffn_down.weight", N_FF, N_EMBD)
+            b.norm(f"blk.{i}.layer_output_norm")
     else:
         b.heads(kv=[0, N_HEAD_KV, 0])  # no KV heads: a recurrent layer
         b.writer.add_shortconv_l_cache(3)

@@ -72,6 +72,12 @@ cdef class Context:
         if self.ctx is NULL:
             from mullama._core.model import _last_error
             raise ModelLoadError(f"no context of {n_slots} x {n_ctx} tokens: {_last_error('llama.cpp refused')}")
+        if llama_get_memory(self.ctx) is NULL:
+            # Embedding and decision models: each decode outputs every token, which is an assertion.
+            llama_free(self.ctx)
+            self.ctx = NULL
+            raise ModelLoadError(f"{model.path}: only decoder-only text models can be served "
+                                 f"({facts['architecture']} is not one)")
         self.n_ctx = min(llama_n_ctx_seq(self.ctx), n_ctx)
         if reference and not llama_set_reference(self.ctx, True):
             llama_free(self.ctx)

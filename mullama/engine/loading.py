@@ -234,7 +234,9 @@ def open_disk_store(model: Model, core: Core, kv: KvCache, config: ServeConfig) 
         # A checkpoint is llama.cpp's own, which depends on the number of streams.
         layout=f"rows:flash_attn={config.flash_attn}"
         + (":deterministic" if config.deterministic else "")
-        + (f":slots={core.n_slots}:unified={core.unified}" if kv.cells.needs_checkpoint else ""),
+        + (f":slots={core.n_slots}:unified={core.unified}" if kv.cells.needs_checkpoint else "")
+        # Rows do not tell whether llama.cpp rotated them (quantised cells), and this variable of its own decides.
+        + (f":unrotated={unrotated}" if (unrotated := os.environ.get("LLAMA_ATTN_ROT_DISABLE")) else ""),
         state_version=llama_cpp_version(),
     )
     return DiskStore(expand(config.kv_disk_dir), config.kv_disk_bytes, identity)

@@ -29,7 +29,8 @@ _EVERY_LAYER_BOTH = {"falcon-h1"}
 _INTERVAL = {"qwen3next", "qwen35", "qwen35moe", "minimax-01"}  # the fourth layer attends, where the file is silent
 #: Architectures that cannot continue a text token by token, and keep no KV.
 _NO_MEMORY = {"bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert",
-              "wavtokenizer-dec", "modern-bert", "gemma-embedding", "dream", "llada", "llada-moe", "rnd1"}  # fmt: skip
+              "wavtokenizer-dec", "modern-bert", "gemma-embedding", "gemma-embedding2", "dream", "llada", "llada-moe",
+              "rnd1", "clef"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

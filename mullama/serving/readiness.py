@@ -14,7 +14,7 @@ from typing import Any
 from mullama import instructions, libraries
 from mullama.config import DEFAULT_MODEL, ServeConfig
 from mullama.errors import ConfigError, MachineUnfit, MullamaError
-from mullama.home import default_root
+from mullama.home import NOWHERE, default_root, expand, need_home
 from mullama.machine.folders import Folder, look, page_folder
 from mullama.machine.report import machine_report
 from mullama.models.store import Store
@@ -48,7 +48,7 @@ def folders_of(config: ServeConfig) -> dict[str, Folder]:
     """The folders that a server writes to, each tried."""
     folders = {"store": look(default_root()), "pages": page_folder(config.page_dir)}
     if config.kv_disk_dir:
-        folders["kv_disk"] = look(Path(config.kv_disk_dir).expanduser())
+        folders["kv_disk"] = look(expand(config.kv_disk_dir))
     return folders
 
 
@@ -69,12 +69,13 @@ def examine(config: ServeConfig, folders: dict[str, Folder]) -> Findings:
 def folder_findings(config: ServeConfig, folders: dict[str, Folder], found: Findings) -> None:
     """Note what cannot be written to, as faults where that keeps a server from starting."""
     store, pages = folders["store"], folders["pages"]
-    nowhere = store.problem is not None and pages.problem is not None
+    is_homeless = store.path == NOWHERE  # nothing is broken then: a server of a file needs no store
+    nowhere = store.problem is not None and pages.problem is not None and not is_homeless
     if pages.problem is not None:
         line = f"nothing can be written to the page folder {pages.path}: {pages.problem}; name another with --page-dir"
         # By default a page that nobody else can see will do.
         (found.faults if config.page_dir or nowhere else found.notes).append(line)
-    if store.problem is not None:
+    if store.problem is not None and not is_homeless:
         line = f"nothing can be written to the store {store.path}: {store.problem}; name another with MULLAMA_HOME"
         (found.faults if nowhere else found.notes).append(line)
     disk = folders.get("kv_disk")
@@ -99,6 +100,7 @@ def _model(text: str, config: ServeConfig, folder: Folder, found: Findings) -> N
         reference = spec.reference
         entry = None if reference.is_local else store.find(reference.key)
         if entry is None and not reference.is_local:
+            need_home(folder.path)
             if folder.problem is not None:
                 found.faults.append(f"{text} is not here, and the store {folder.path} cannot be written to fetch it")
             elif reference.size is not None:

@@ -152,6 +152,17 @@ def test_a_vocabulary_alone_has_no_core(tiny_model: Callable[..., Path]) -> None
     model.close()
 
 
+def test_a_model_without_memory_has_no_core(tiny_model: Callable[..., Path]) -> None:
+    """llama.cpp calls it a decoder, and ends the process at its first prompt of more tokens than slots."""
+    model = Model(tiny_model("bert"))
+    facts = model.facts()
+    assert facts["has_decoder"] and not facts["has_encoder"] and not facts["is_diffusion"]
+    for _ in range(2):
+        with pytest.raises(ModelLoadError, match=r"only decoder-only text models can be served \(bert is not one\)"):
+            Core(model, n_slots=1, n_ctx=512)
+    model.close()
+
+
 def test_without_mmap(tiny_model: Callable[..., Path]) -> None:
     model = Model(tiny_model(), mmap=False)
     assert model.tokenize("HI") == [72, 73]

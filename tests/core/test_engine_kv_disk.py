@@ -181,6 +181,19 @@ def test_others_kv_is_not_taken(open_disk: Make, cold: Callable[..., str], tmp_p
     assert one(open_disk(), tokens(1, 100)).profile.kv_cache_hit == 99
 
 
+def test_kv_that_was_rotated_otherwise_is_not_taken(open_disk: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of quantised cells look alike with and without llama.cpp's rotation."""
+    first = open_disk()
+    one(first, tokens(1, 100))
+    first.close()
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+    second = open_disk()
+    assert one(second, tokens(1, 100)).profile.kv_cache_hit == 0
+    second.close()
+    monkeypatch.delenv("LLAMA_ATTN_ROT_DISABLE")
+    assert one(open_disk(), tokens(1, 100)).profile.kv_cache_hit == 99
+
+
 def test_an_exact_engine_takes_exact_kv_only(open_disk: Make) -> None:
     """What the fast kernels computed is rounded in another way."""
     first = open_disk(deterministic=False)

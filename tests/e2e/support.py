@@ -187,8 +187,8 @@ class ServerProcess:
 
     # -- what it shows of itself ---------------------------------------------------------------------------------
 
-    def scheduler(self) -> dict[str, Any]:
-        view: dict[str, Any] = self.get("/internal/scheduler").raise_for_status().json()
+    def scheduler(self, headers: dict[str, str] | None = None) -> dict[str, Any]:
+        view: dict[str, Any] = self.get("/internal/scheduler", headers=headers).raise_for_status().json()
         return view
 
     def kv(self) -> dict[str, Any]:

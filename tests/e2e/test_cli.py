@@ -233,7 +233,7 @@ def test_version() -> None:
 
     facts = json.loads(run("version", "--json"))
     assert facts["mullama"] == package.__version__
-    assert re.fullmatch(r"[0-9a-f]{9,40}", facts["llama.cpp"])
+    assert re.fullmatch(r"b\d+|[0-9a-f]{9,40}", facts["llama.cpp"])
     assert facts["llama.cpp"] in run("version")
 
 

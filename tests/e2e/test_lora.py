@@ -76,7 +76,9 @@ def test_names_fields_and_profiles(server: ServerProcess, files: list[Path]) -> 
     assert said[0] == said[2] != said[1]
     listed = [one["id"] for one in httpx.get(server.url + "/v1/models").json()["data"]]
     assert listed == ["m", "m+a", "m+b"]
-    memory = httpx.get(server.url + "/internal/memory").json()["models"]["m"]["adapters"]
+    memory = httpx.get(server.url + "/internal/memory", headers={"Authorization": "Bearer adm"}).json()["models"]["m"][
+        "adapters"
+    ]
     assert [one["id"] for one in memory] == ["a", "b"] and all(one["resident_bytes"] > 0 for one in memory)
     refused = httpx.post(server.url + COMPLETIONS, json={"model": "m+nosuch", "prompt": "x"})
     assert (refused.status_code, "loaded adapters: a, b" in refused.text) == (404, True)

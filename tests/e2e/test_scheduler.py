@@ -151,7 +151,7 @@ def test_a_policy_from_a_file(start: Start, tmp_path: Path, when: str) -> None:
     with ThreadPoolExecutor(3) as pool:
         texts = list(pool.map(lambda index: streamed(server, index), range(3)))
     assert all(texts)
-    view = server.scheduler()
+    view = server.scheduler(headers={"Authorization": "Bearer secret"} if when == "live" else None)
     assert (view["policy"], view["fallback"]) == ("Mine", None)
 
 

@@ -101,7 +101,7 @@ def test_weights_change_under_streams(
         spans = answer_["profile"]["weights"]
         assert {span["weights"] for span in spans} <= names
         assert [span["from_token"] for span in spans] == sorted({span["from_token"] for span in spans})
-    history = httpx.get(f"{server.url}/internal/swaps", timeout=30).json()["swaps"]
+    history = httpx.get(f"{server.url}/internal/swaps", headers=ADMIN, timeout=30).json()["swaps"]
     assert [one["state"] for one in history] == ["done"] * 9
 
 
@@ -171,7 +171,7 @@ def test_swaps_are_refused_with_a_reason(serve: Callable[..., ServerProcess], ti
     later = swap(server, tiny_model("llama", seed=8), wait="false")
     assert later.status_code == 202
     path = f"{server.url}/internal/swaps/{later.json()['id']}"
-    wait_until(lambda: httpx.get(path, timeout=30).json()["state"] == "done")
+    wait_until(lambda: httpx.get(path, headers=ADMIN, timeout=30).json()["state"] == "done")
 
 
 def test_two_models_take_turns_in_one_place(
@@ -181,7 +181,10 @@ def test_two_models_take_turns_in_one_place(
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(complete, server, 20, model="ab"[i % 2]) for i in range(30)]
         assert all(one.result() for one in asked)
-    rows = {one["name"]: one for one in httpx.get(f"{server.url}/internal/models", timeout=30).json()["models"]}
+    rows = {
+        one["name"]: one
+        for one in httpx.get(f"{server.url}/internal/models", headers=ADMIN, timeout=30).json()["models"]
+    }
     assert sorted(one["state"] for one in rows.values()) == ["ready", "unloaded"]
     assert rows["a"]["requests"] == rows["b"]["requests"] == 15
     listed = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"]
@@ -195,7 +198,7 @@ def test_two_models_compute_at_once(serve: Callable[..., ServerProcess], tiny_mo
         asked = [(name, pool.submit(complete, server, 100, model=name)) for _ in range(4) for name in "ab"]
         for name, one in asked:
             assert one.result()["choices"] == alone[name]
-    shares = httpx.get(f"{server.url}/internal/arbiter", timeout=30).json()
+    shares = httpx.get(f"{server.url}/internal/arbiter", headers=ADMIN, timeout=30).json()
     assert shares["policy"] == "weighted"
     assert all(share["turns"] > 100 for share in shares["models"].values())
 

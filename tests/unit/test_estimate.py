@@ -82,6 +82,11 @@ def test_shared_kv_and_latent_attention() -> None:
     assert {(layer.k, layer.v) for layer in shape.layers} == {(576, 0)}
 
 
+@pytest.mark.parametrize("arch", ["bert", "clef", "gemma-embedding2", "llada"])
+def test_models_without_memory(arch: str) -> None:
+    assert {(layer.k, layer.v, layer.state) for layer in shape_of(header(arch)).layers} == {(0, 0, 0)}
+
+
 def test_states() -> None:
     shape = shape_of(header("mamba", ssm__inner_size=512, ssm__state_size=16, ssm__conv_kernel=4))
     assert {(layer.k, layer.state) for layer in shape.layers} == {(0, 3 * 512 + 16 * 512)}
