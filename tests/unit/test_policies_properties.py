@@ -230,6 +230,6 @@ def test_policies_import_no_clock_thread_or_loop() -> None:
             for name in names:
                 assert name.split(".")[0] not in FORBIDDEN, f"{file.name} imports {name}"
                 allowed = tuple(
-                    f"mullama.{name}" for name in ("scheduling", "types", "errors", "logs", "plugins", "home")
+                    f"mullama.{name}" for name in ("scheduling", "types", "errors", "files", "logs", "plugins", "home")
                 )
                 assert not name.startswith("mullama") or name.startswith(allowed), f"{file.name} imports {name}"
