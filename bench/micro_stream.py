@@ -39,7 +39,7 @@ from mullama.config import ServeConfig
 from mullama.engine.generation import AsyncGeneration
 from mullama.engine.reader import Reader
 from mullama.serving.manager import ModelManager
-from mullama.types import ModelInfo, Request
+from mullama.types import ModelInfo, Request, SamplingParams
 from mullama.web.server import Server, bind
 from mullama.web.services import Services
 
@@ -122,6 +122,7 @@ class StandIn:
             n_ctx_train=1 << 20, n_ctx=1 << 20, n_parallel=64, n_layer=1, n_embd=1, n_swa=0, has_chat_template=False,
             is_recurrent=False, is_hybrid=False, created=0,
         )  # fmt: skip
+        self.death = None
         self.ring = ring
         self.reader = Reader(ring, TEXT)  # type: ignore[arg-type]
         self._handles = itertools.count(1)
@@ -134,6 +135,12 @@ class StandIn:
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         return ""
+
+    def prompt_tokens(self, text: str, **_: Any) -> list[int]:
+        return [1]
+
+    def prepare(self, sampling: SamplingParams) -> Any:
+        return sampling
 
     def submit(self, request: Request) -> AsyncGeneration:
         loop = asyncio.get_running_loop()
