@@ -8,13 +8,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from mullama.cli.show import _jsonable, _summary
+from mullama.cli.store.show import _jsonable, _summary
 from mullama.errors import MullamaError
-from mullama.models import gguf
-from mullama.models.adapters import compare
-from mullama.models.estimate import CELL_TYPES, check_fits, estimate, fit, token_bytes
-from mullama.models.matrices import matrices
-from mullama.models.shape import check_sense
+from mullama.models.files import gguf
+from mullama.models.files.estimate import CELL_TYPES, check_fits, estimate, fit, token_bytes
+from mullama.models.files.lora_file import compare
+from mullama.models.files.matrices import matrices
+from mullama.models.files.shape import check_sense
 
 from .gguf_files import KEYS, change_file
 

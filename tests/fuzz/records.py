@@ -12,11 +12,10 @@ import struct
 import tempfile
 from pathlib import Path
 
-from mullama.engine.kvdisk import DiskRows, DiskTier
 from mullama.errors import StoreError
-from mullama.kv import registry
-from mullama.kv.disk import DiskStore
-from mullama.kv.records import (
+from mullama.kv.eviction import registry
+from mullama.kv.index.tree import PrefixTree
+from mullama.kv.tiers.disk_records import (
     _FIELDS,
     _MAGIC,
     CHUNK_TOKENS,
@@ -26,7 +25,8 @@ from mullama.kv.records import (
     Layout,
     Sealer,
 )
-from mullama.kv.tree import PrefixTree
+from mullama.kv.tiers.disk_store import DiskStore
+from mullama.kv.tiers.disk_tier import DiskRows, DiskTier
 
 SECRET = b"the secret of the fuzzer"
 IDENTITY = Identity("ab" * 32, "llama", "f16", "f16", 3, "rows", "1")

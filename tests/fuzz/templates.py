@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from mullama._core import Model, set_log_level
-from mullama.engine.chat_text import ControlTokens
+from mullama.engine.requests.chat_text import ControlTokens
 from mullama.errors import MullamaError
 
 from .targets import corpus, shaken

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from mullama._core import Model, set_log_level
 from mullama.errors import MullamaError
-from mullama.models import gguf
-from mullama.models.shape import check_sense
+from mullama.models.files import gguf
+from mullama.models.files.shape import check_sense
 
 from .gguf_files import KEYS, change_file
 

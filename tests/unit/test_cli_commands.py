@@ -21,7 +21,7 @@ from mullama.cli.main import COMMANDS, main
 from mullama.cli.options import flag_name
 from mullama.config import options
 from mullama.errors import ComputeFailed, ConfigError, LoadCancelled, ModelLoadError
-from mullama.models import pypi
+from mullama.models.sources import pypi
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,7 +143,7 @@ def test_version_and_its_lightness() -> None:
     code = (
         "import sys; from mullama.cli.main import main; status = main(['version', '--json']); "
         "heavy = {'rich', 'prompt_toolkit', 'falcon', 'uvicorn', 'filelock', 'platformdirs', 'numpy', 'asyncio',"
-        " 'importlib.metadata', 'mullama.models.store', 'mullama._core'} & set(sys.modules); "
+        " 'importlib.metadata', 'mullama.models.store.store', 'mullama._core'} & set(sys.modules); "
         "sys.exit(f'heavy: {heavy}' if heavy else status)"
     )
     done = subprocess.run(
@@ -459,7 +459,7 @@ class Web:
         self.events: list[str] = []
         self.error: Exception | None = None
         self.config: Any = None
-        server, serving = types.ModuleType("mullama.web.server"), types.ModuleType("mullama.cli.serving")
+        server, serving = types.ModuleType("mullama.web.server"), types.ModuleType("mullama.cli.server.serving")
         web = self
 
         class Socket:
@@ -501,7 +501,7 @@ class Web:
         serving.make_manager = lambda config: Models()  # type: ignore[attr-defined]
         serving.make_swaps = lambda config, models: None  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "mullama.web.server", server)
-        monkeypatch.setitem(sys.modules, "mullama.cli.serving", serving)
+        monkeypatch.setitem(sys.modules, "mullama.cli.server.serving", serving)
 
 
 @pytest.fixture

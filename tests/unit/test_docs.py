@@ -36,13 +36,13 @@ from docs_support import (
 from mullama import abi, types
 from mullama.cli.main import COMMANDS, cli
 from mullama.config import ServeConfig
-from mullama.engine.lifecycle import TRANSITIONS
+from mullama.engine.requests.lifecycle import TRANSITIONS
 from mullama.scheduling import Batching, EngineState, Scheduler, SeqView, describe, registry
 from mullama.scheduling.batching import COMMON
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
-from mullama.web.lifecycle import ACTIONS
-from mullama.web.lora import ADAPTER_ROUTES
+from mullama.web.internal.lora_routes import ADAPTER_ROUTES
+from mullama.web.internal.model_routes import ACTIONS
 from mullama.web.services import Services
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -239,7 +239,6 @@ BASE = {
     "config",
     "config_docs",
     "logs",
-    "plugins",
     "abi",
 }
 
@@ -411,7 +410,7 @@ def test_json_examples() -> None:
 
 def keys_returned_by(module: str, function: str) -> list[str]:
     """The keys of the dict that a function of a module of the engine returns."""
-    tree = ast.parse((PACKAGE / "engine" / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
     (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
     returned = [node.value for node in ast.walk(found) if isinstance(node, ast.Return)]
     assert isinstance(returned[-1], ast.Dict)
@@ -420,7 +419,7 @@ def keys_returned_by(module: str, function: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("heading", "module", "function"),
-    [("GET /internal/scheduler", "snapshot", "scheduler"), ("GET /internal/kv", "kvview", "snapshot")],
+    [("GET /internal/scheduler", "engine/planning/report", "scheduler"), ("GET /internal/kv", "kv/report", "snapshot")],
 )
 def test_internal_fields(heading: str, module: str, function: str) -> None:
     assert names(INSTRUMENTATION, heading) == keys_returned_by(module, function)

@@ -15,11 +15,11 @@ from shaped import Shape
 
 from mullama.errors import ConfigError, ModelLoadError
 from mullama.machine.processor import parse_cpuinfo
-from mullama.models import estimate as module
-from mullama.models import gguf
-from mullama.models.estimate import estimate, fit, token_bytes
-from mullama.models.gguf import Header, Summary
-from mullama.models.shape import check_sense, shape_of
+from mullama.models.files import estimate as module
+from mullama.models.files import gguf
+from mullama.models.files.estimate import estimate, fit, token_bytes
+from mullama.models.files.gguf import Header, Summary
+from mullama.models.files.shape import check_sense, shape_of
 
 
 def header(arch: str = "llama", **more: Any) -> Header:

@@ -24,9 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama.errors import StoreError
-from mullama.kv import disk
-from mullama.kv.disk import UNFINISHED, UNREADABLE, DiskStore, load_secret
-from mullama.kv.records import (
+from mullama.kv.tiers import disk_store as disk
+from mullama.kv.tiers.disk_records import (
     _FIELDS,
     _MAGIC,
     ALTERED,
@@ -40,6 +39,7 @@ from mullama.kv.records import (
     Identity,
     Layout,
 )
+from mullama.kv.tiers.disk_store import UNFINISHED, UNREADABLE, DiskStore, load_secret
 
 SECRET = b"a secret of the tests"
 IDENTITY = Identity(
@@ -525,8 +525,8 @@ def test_a_scan_spares_what_this_process_is_writing(
 _WRITER = """
 import itertools, os, sys, time
 from pathlib import Path
-from mullama.kv.disk import DiskStore
-from mullama.kv.records import Identity
+from mullama.kv.tiers.disk_store import DiskStore
+from mullama.kv.tiers.disk_records import Identity
 
 store = DiskStore(Path(sys.argv[1]), 1 << 30, Identity(**eval(sys.argv[2])), secret=bytes.fromhex(sys.argv[3]))
 if sys.argv[4] == "half":
@@ -820,7 +820,7 @@ def test_a_key_whose_maker_was_killed_is_made_again(tmp_path: Path) -> None:
 def test_processes_that_start_at_once_make_one_key(tmp_path: Path) -> None:
     """Each is slow where it matters: after it has seen that there is no key."""
     code = (
-        "import sys, time; from pathlib import Path; from mullama.kv import disk\n"
+        "import sys, time; from pathlib import Path; from mullama.kv.tiers import disk_store as disk\n"
         "make = disk._make_key\n"
         "disk._make_key = lambda path: (time.sleep(0.2), make(path))\n"
         "print('ready', flush=True); sys.stdin.readline(); print(disk.load_secret(Path(sys.argv[1])).hex())"

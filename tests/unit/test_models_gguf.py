@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models_support import METADATA, TENSORS, gguf_string, make_gguf
 
 from mullama.errors import ModelLoadError
-from mullama.models import gguf
+from mullama.models.files import gguf
 
 VENDORED = Path(__file__).parents[2] / "vendor" / "llama.cpp" / "gguf-py" / "gguf" / "constants.py"
 GOOD = make_gguf()

@@ -20,7 +20,7 @@ from mutating import Mutant, mutant
 
 from mullama.config import ServeConfig
 from mullama.errors import InvalidRequest
-from mullama.kv import registry as kv_registry
+from mullama.kv.eviction import registry as kv_registry
 from mullama.scheduling import registry
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app

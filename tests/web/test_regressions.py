@@ -16,11 +16,11 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import ModelLoadError, MullamaError
-from mullama.kv.tree import namespace_of
-from mullama.models import gguf
-from mullama.models.entry import is_plain_name
+from mullama.kv.index.tree import namespace_of
+from mullama.models.files import gguf
 from mullama.models.reference import parse_spec
-from mullama.models.store import Store
+from mullama.models.store.entry import is_plain_name
+from mullama.models.store.store import Store
 from mullama.serving.manager import ModelManager
 from mullama.web import security
 from mullama.web.app import create_app
