@@ -26,21 +26,21 @@ from typing import Any, TypeVar, cast
 from mullama import abi
 from mullama._core import TEXT, Core, Model, Sampling, system_info
 from mullama.config import ServeConfig
-from mullama.engine import fits, loading, memory, sizing
-from mullama.engine.adapters import Adapters
 from mullama.engine.background import NICE_URGENT, in_background
-from mullama.engine.chat_text import ChatText, ControlTokens
-from mullama.engine.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
-from mullama.engine.kvaccess import KvMethods
-from mullama.engine.kvcache import KvCache
-from mullama.engine.policy import IDLE_LIMIT_NS, PolicyHost
-from mullama.engine.policyaccess import PolicyMethods
-from mullama.engine.reader import Reader
-from mullama.engine.sequences import LiveSequence, Sequences
-from mullama.engine.sleep import Sleep
-from mullama.engine.tokenizing import Tokenizer, TooManyTokens
-from mullama.engine.weightaccess import WeightMethods
-from mullama.engine.weights import Weights
+from mullama.engine.memory import fits, sizing
+from mullama.engine.memory import report as memory
+from mullama.engine.planning.control import PolicyMethods
+from mullama.engine.planning.policy_host import IDLE_LIMIT_NS, PolicyHost
+from mullama.engine.requests.chat_text import ChatText, ControlTokens
+from mullama.engine.requests.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
+from mullama.engine.requests.reader import Reader
+from mullama.engine.requests.sequences import LiveSequence, Sequences
+from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens
+from mullama.engine.weights import load as loading
+from mullama.engine.weights.change import Weights
+from mullama.engine.weights.control import WeightMethods
+from mullama.engine.weights.loras import Adapters
+from mullama.engine.weights.sleeping import Sleep
 from mullama.errors import (
     ContextLengthExceeded,
     EngineDead,
@@ -50,15 +50,18 @@ from mullama.errors import (
     QueueFull,
     ShuttingDown,
 )
-from mullama.kv import registry as kv_registry
+from mullama.kv.cache import KvCache
 from mullama.kv.choice import ESTIMATES
-from mullama.kv.guarded import GuardedPolicy
-from mullama.kv.tree import pack
+from mullama.kv.control import KvMethods
+from mullama.kv.eviction import registry as kv_registry
+from mullama.kv.eviction.guarded import GuardedPolicy
+from mullama.kv.index.tree import pack
 from mullama.machine.cores import usable_threads
 from mullama.machine.ways import words_of
-from mullama.observe.memory import give_back_heap
-from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
-from mullama.scheduling.arguments import parse_args
+from mullama.observe.process_memory import give_back_heap
+from mullama.plugins.arguments import parse_args
+from mullama.scheduling import Costs, EngineState, Plan, SeqView, registry
+from mullama.scheduling import kv_budget as budget
 from mullama.types import ModelInfo, Request, SamplingParams, SeqState
 
 log = logging.getLogger("mullama.engine")

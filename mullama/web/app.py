@@ -10,21 +10,32 @@ import falcon.asgi
 
 from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
-from mullama.web.chat import ChatCompletions
-from mullama.web.completions import Completions
-from mullama.web.context import ContextPolicy, default_policy
-from mullama.web.cors import middleware_of
-from mullama.web.errors import add_error_handlers
+from mullama.web.error_responses import add_error_handlers
 from mullama.web.health import Health, Ready
-from mullama.web.internal import SchedulerView, ShadowScheduler
-from mullama.web.kv import KvDrop, KvEvents, KvLoad, KvMap, KvPin, KvPolicy, KvSave, KvTree, KvUnpin, KvView
-from mullama.web.lifecycle import ArbiterView, ModelActions, ModelTable, SwapViews
-from mullama.web.listing import ModelDetail, ModelList
-from mullama.web.machine import MachineView
-from mullama.web.memory import MemoryView
-from mullama.web.pull import ModelPull
-from mullama.web.request import Request
-from mullama.web.request_log import RequestIds
+from mullama.web.http.cors import middleware_of
+from mullama.web.http.request import Request
+from mullama.web.http.request_log import RequestIds
+from mullama.web.internal.kv_routes import (
+    KvDrop,
+    KvEvents,
+    KvLoad,
+    KvMap,
+    KvPin,
+    KvPolicy,
+    KvSave,
+    KvTree,
+    KvUnpin,
+    KvView,
+)
+from mullama.web.internal.machine_routes import MachineView
+from mullama.web.internal.memory_routes import MemoryView
+from mullama.web.internal.model_routes import ArbiterView, ModelActions, ModelTable, SwapViews
+from mullama.web.internal.pull_routes import ModelPull
+from mullama.web.internal.scheduler_routes import SchedulerView, ShadowScheduler
+from mullama.web.openai.chat_completions import ChatCompletions
+from mullama.web.openai.completions import Completions
+from mullama.web.openai.context import ContextPolicy, default_policy
+from mullama.web.openai.listing import ModelDetail, ModelList
 from mullama.web.security import Security
 from mullama.web.services import Services
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mullama.engine.generation import AsyncGeneration
+from mullama.engine.requests.generation import AsyncGeneration
 from mullama.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, ShuttingDown
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
-from mullama.kv.tree import pack
+from mullama.kv.index.tree import pack
 from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
 
 BOS = 1

@@ -14,10 +14,10 @@ import pytest
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError, ModelBusy, ModelLoadError, PluginError, StoreError
 from mullama.serving.manager import ModelManager
-from mullama.web import views
 from mullama.web.app import create_app
-from mullama.web.lifecycle import ACTIONS
-from mullama.web.lora import ADAPTER_ROUTES
+from mullama.web.internal import views
+from mullama.web.internal.lora_routes import ADAPTER_ROUTES
+from mullama.web.internal.model_routes import ACTIONS
 from mullama.web.security import Access, tenant_of
 from mullama.web.services import Services
 
