@@ -1,6 +1,6 @@
 """Tests under sanitizers: ``make asan`` and ``make tsan`` call it with the Python of a build that has them.
 
-    sanitized.py asan|tsan [--poison] [FILE…] [-- PYTEST OPTIONS]
+    sanitized.py asan|tsan [-j N] [--poison] [FILE…] [-- PYTEST OPTIONS]
 
 Each file is a process of its own, so that a finding, which ends the process, hides nothing of the other files. A report
 counts whoever wrote it, also a child whose end its test expects. Options of the environment (ASAN_OPTIONS, …) win.
@@ -9,6 +9,7 @@ counts whoever wrote it, also a child whose end its test expects. Options of the
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import os
 import shutil
 import subprocess
@@ -87,8 +88,8 @@ def environment(chosen: Sanitizer, reports: Path) -> dict[str, str]:
     return found
 
 
-def run(name: str, file: str, chosen: Sanitizer, extra: list[str]) -> tuple[bool, str]:
-    """Whether a file passes without a report, and a line that says so; reports and failures are printed."""
+def run(name: str, file: str, chosen: Sanitizer, extra: list[str]) -> tuple[bool, str, str]:
+    """Whether a file passes without a report, a line that says so, and what went wrong."""
     start = time.monotonic()
     left_out = [test for test in LEFT_OUT[name] if test.partition("::")[0] == file]
     command = [*chosen.prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=1800"]
@@ -100,39 +101,39 @@ def run(name: str, file: str, chosen: Sanitizer, extra: list[str]) -> tuple[bool
         reports = [path.read_text(errors="replace") for path in sorted(Path(folder).iterdir())]
     output = done.stdout.decode(errors="replace")
     good = done.returncode in (0, 5) and not reports  # 5: all was left out
-    if not good:
-        print(output[-8000:], *reports, sep="\n", flush=True)
     last = output.strip().splitlines()[-1] if output.strip() else ""
     seconds = time.monotonic() - start
     state = "ok" if good else f"STATUS {done.returncode}, {len(reports)} reports"
-    return good, f"{file}: {state}, {seconds:.0f} s, {last}"
+    return good, f"{file}: {state}, {seconds:.0f} s, {last}", "" if good else "\n".join([output[-8000:], *reports])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["asan", "tsan"])
     parser.add_argument("--poison", action="store_true", help="fill all memory that is given out or given back")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="files at a time; some want a gigabyte or two")
     parser.add_argument("files", nargs="*")
     given = sys.argv[1:]
     extra = given[given.index("--") + 1 :] if "--" in given else []
-    options = parser.parse_args(given[: given.index("--")] if "--" in given else given)
+    options = parser.parse_intermixed_args(given[: given.index("--")] if "--" in given else given)
     files = options.files or (
         TSAN_FILES
         if options.name == "tsan"
         else sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "core").glob("test_*.py"))
     )
     chosen = sanitizer(options.name, poison=options.poison)
-    start, lines, all_good = time.monotonic(), [], True
-    for file in files:
-        good, line = run(options.name, file, chosen, extra)
-        all_good = all_good and good
-        lines.append(line)
-        print(line, flush=True)
-    print(f"{len(files)} files in {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
-    for line in lines:
-        if ": ok" not in line:
-            print(line)
-    return 0 if all_good else 1
+    start, failed = time.monotonic(), []
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        running = [pool.submit(run, options.name, file, chosen, extra) for file in files]
+        for one in concurrent.futures.as_completed(running):
+            good, line, wrong = one.result()
+            print(*filter(None, [wrong, line]), sep="\n", flush=True)
+            if not good:
+                failed.append(line)
+    print(
+        f"{len(files)} files in {(time.monotonic() - start) / 60:.1f} minutes, {len(failed)} failed", *failed, sep="\n"
+    )
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
