@@ -279,7 +279,7 @@ def test_a_model_without_a_vocabulary_is_refused_before_room_is_made_for_its_tok
     """Found by fuzzing: 400 bytes claimed 134 million of them, which llama.cpp made."""
     found = header("llama", context_length=64, vocab_size=(1 << 32) - 1)
     found.metadata["tokenizer.ggml.model"] = kind
-    with pytest.raises(ModelLoadError, match="^m: it has no vocabulary"):
+    with pytest.raises(ModelLoadError, match=r"^m: it has no vocabulary"):
         check_sense(found, "m")
 
 
