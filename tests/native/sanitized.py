@@ -38,8 +38,8 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 #: What each Python of the environment does at its start, children too: a sanitizer reserves terabytes of addresses, and
 #: under a limit on them (the child that opens new files has one) no process would start.
 UNLIMITED = (
-    "import resource; resource.setrlimit = (lambda real: lambda kind, limits: None if kind == resource.RLIMIT_AS "
-    "else real(kind, limits))(resource.setrlimit)\n"
+    "import resource; resource.setrlimit = lambda kind, limits, real=resource.setrlimit, addresses=resource.RLIMIT_AS: "
+    "None if kind == addresses else real(kind, limits)\n"
 )
 
 #: Where threads meet: the page and its readers, a full ring, the arbiter, and requests from other threads.
