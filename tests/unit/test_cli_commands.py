@@ -186,6 +186,20 @@ def test_pull_list_show_rm(run: Run, home: Path) -> None:
     assert one_line(run("rm", "mine")[2])
 
 
+def test_a_file_with_anything_under_any_key_is_shown(run: Run, tmp_path: Path) -> None:
+    """Found by fuzzing: a list where a name belongs was a traceback."""
+    odd = {"general.architecture": ["a"], "general.license": [1, 2], "tokenizer.chat_template": [1]}
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(
+        make_gguf({**odd, "[1 × string: 'a'].context_length": float("nan"), "tokenizer.ggml.tokens": "text"})
+    )
+    status, out, _ = run("show", str(path), "--json")
+    shown = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert status == 0 and shown["architecture"] == {"type": "string", "count": 1, "head": ["a"]}
+    assert shown["license"]["head"] == [1, 2] and shown["vocabulary"] is None
+    assert run("show", str(path))[0] == 0
+
+
 def test_json_everywhere(run: Run, home: Path) -> None:
     pulled = json.loads(run("pull", "pypi:tiny", "--json")[1])
     assert pulled["downloaded"] is True

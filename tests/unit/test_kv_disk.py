@@ -97,6 +97,21 @@ def scanned(folder: Path, **options: Any) -> tuple[list[DiskRecord], dict[str, i
         store.close()
 
 
+def test_numbers_that_make_no_sense_are_no_record_even_under_our_seal(tmp_path: Path) -> None:
+    """Found by fuzzing: no tokens, a start behind the end, nothing in it."""
+    store = open_store(tmp_path)
+    sealer = store._sealer
+    odd = [(0, 0, 0, None), (5, 3, 0, None), (2, 2, 0, None), (0, 1, 257, None)]
+    for n, (start, end, namespace, checkpoint) in enumerate(odd):
+        layout = Layout(start, end, namespace, IDENTITY.token_bytes, checkpoint)
+        seals = bytes(max(layout.seals_bytes, 0))
+        file = sealer.pack(layout, bytes(namespace), path_of(end), seals) + bytes(1000)
+        (home_of(tmp_path) / f"{n:032x}.kv").write_bytes(file[: layout.n_bytes])
+    assert list(store.scan()) == []
+    assert store.skipped == {NO_RECORD: len(odd)}
+    store.close()
+
+
 # -- round trips
 
 

@@ -148,14 +148,14 @@ def test_internal_endpoints_hold_the_engine(
     resident = services.models.get("fake").resident
     assert resident is not None
     held: list[int] = []
-    part, _, method = asked.partition(".")
-    plain = getattr(getattr(engine, part), method)
+    part, _, name = asked.partition(".")
+    plain = getattr(getattr(engine, part), name)
 
     def watched(*args: Any, **options: Any) -> Any:
         held.append(resident.n_leases)
         return plain(*args, **options)
 
-    monkeypatch.setattr(getattr(engine, part), method, watched)
+    monkeypatch.setattr(getattr(engine, part), name, watched)
     data = b"" if body is None else json.dumps(body).encode()
     result = client.request(method, path, data, {"Content-Type": "application/json"}, "")
     assert (result.status, held) == (200, [1])

@@ -54,8 +54,10 @@ class TellingPlanning(FakePlanning):
         return self._engine.arbiter_policy, self._engine.share
 
     def snapshot(self) -> dict[str, Any]:
-        own = {"id": "cmpl-bob", "user": "bob-user", "tenant": tenant_of(b"bob-key"), "slot": 1}
-        other = {"id": "cmpl-alice", "user": "alice-user", "tenant": tenant_of(b"alice-key"), "slot": 0}
+        names = ("prompt_tokens", "prompt_tokens_done", "kv_cache_hit", "tokens_left", "completion_tokens")
+        done = dict(zip(names, (9, 9, 4, 5, 2), strict=True))
+        own = {"id": "cmpl-bob", "user": "bob-user", "tenant": tenant_of(b"bob-key"), "slot": 1, **done}
+        other = {"id": "cmpl-alice", "user": "alice-user", "tenant": tenant_of(b"alice-key"), "slot": 0, **done}
         return {
             "policy": "fair",
             "params": {"weights": "weight of alice-user"},

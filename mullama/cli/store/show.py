@@ -65,9 +65,10 @@ def command(reference: str, only_template: bool, quant: str | None, n_ctx: int |
     if as_json:
         if needs is not None:
             facts["memory"] = needs.to_json()
-        metadata = {key: _jsonable(value) for key, value in header.metadata.items()}
         beside = {"template": entry.template, "system": entry.system} if entry else {}
-        echo_json({**facts, **beside, "metadata": metadata, "chat_template": header.get(TEMPLATE_KEY)})
+        echo_json(
+            _jsonable({**facts, **beside, "metadata": header.metadata, "chat_template": header.get(TEMPLATE_KEY)})
+        )
     else:
         _print(facts, header)
         _print_beside(entry)
@@ -92,7 +93,6 @@ def _hash(path: Path, size: int) -> str:
 
 def _summary(header: Header) -> dict[str, Any]:
     """What most people look for, under names of ours."""
-    vocabulary = header.get("tokenizer.ggml.tokens")
     return {
         "gguf_version": header.version,
         "architecture": header.get("general.architecture"),
@@ -100,7 +100,7 @@ def _summary(header: Header) -> dict[str, Any]:
         "context_length": header.get("{arch}.context_length"),
         "layers": header.get("{arch}.block_count"),
         "embedding_length": header.get("{arch}.embedding_length"),
-        "vocabulary": getattr(vocabulary, "count", None),
+        "vocabulary": header.count("tokenizer.ggml.tokens"),
         "tensors": dict(Counter(tensor.type for tensor in header.tensors).most_common()),
     }
 
@@ -157,8 +157,11 @@ def _short(value: object) -> str:
 
 
 def _jsonable(value: Any) -> Any:
+    """The same as JSON can say it. SAFETY: a file may have anything under any key."""
     from mullama.models.files.gguf import Summary
 
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
     if isinstance(value, Summary):
         return {"type": value.type, "count": value.count, "head": [_jsonable(item) for item in value.head]}
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):

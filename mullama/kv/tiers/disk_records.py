@@ -178,6 +178,11 @@ class Sealer:
         if identity != self._identity:
             raise BadRecordError(FOREIGN)
         self._check(self._seal(_PRELUDE, prelude[: _FIELDS.size]), prelude[_FIELDS.size :])
+        # Nothing of ours has other numbers; but a seal tells who wrote it, and not that it was right.
+        if not 0 <= start <= end or not end or (start == end and not flags & _HAS_CHECKPOINT):
+            raise BadRecordError(NO_RECORD)
+        if namespace_bytes > MAX_NAMESPACE_BYTES:
+            raise BadRecordError(NO_RECORD)
         return Layout(
             start, end, namespace_bytes, self._token_bytes, checkpoint_bytes if flags & _HAS_CHECKPOINT else None
         )

@@ -150,6 +150,15 @@ class Header:
         """A value by its key; ``{arch}`` in it stands for the architecture."""
         return self.metadata.get(key.replace("{arch}", str(self.metadata.get("general.architecture"))), default)
 
+    def count(self, key: str) -> int | None:
+        """Elements of the array under a key; None where there is none, or something else."""
+        value = self.get(key)
+        return value.count if isinstance(value, Summary) else None
+
+    def name_of(self, key: str) -> str:
+        """A key as ``get`` takes it, for a message."""
+        return printable(key.replace("{arch}", str(self.metadata.get("general.architecture"))))
+
     @property
     def n_params(self) -> int:
         return sum(tensor.n_elements for tensor in self.tensors)
@@ -183,8 +192,11 @@ def check(path: str | Path, *, label: str | None = None) -> Header:
     if not isinstance(count, int) or count <= 1:
         return header
     label = str(path) if label is None else label
-    if header.get("split.no") not in (0, None):
-        raise ModelLoadError(f"{label}: this is part {header.get('split.no') + 1} of {count}; name the first part")
+    number = header.get("split.no", 0)
+    if type(number) is not int:
+        raise ModelLoadError(f"{label}: damaged GGUF header: split.no is {_shown(str(number))}, which is no number")
+    if number != 0:
+        raise ModelLoadError(f"{label}: this is part {number + 1} of {count}; name the first part")
     paths = part_paths(path)
     if len(paths) != count:
         raise ModelLoadError(
@@ -236,8 +248,13 @@ def check_part(path: str | Path, *, label: str | None = None) -> Header:
 
 def _shown(text: str) -> str:
     """A text of the file for a message. SAFETY: a damaged one may be long, have lines, or steer a terminal."""
+    return f"'{printable(text)}'"
+
+
+def printable(text: str) -> str:
+    """The same without quotes."""
     text = text if len(text) <= 64 else text[:63] + "…"
-    return "'" + "".join(c if c.isprintable() else "\ufffd" for c in text) + "'"
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 class _Damaged(Exception):
@@ -320,11 +337,14 @@ class _Reader:
         if count > min(_MAX_STRINGS, (self.size - self.at) // 8):
             raise _Damaged(f"the metadata key {_shown(key)} claims {count} texts")
         head = tuple(self.string(_MAX_TEXT) for _ in range(min(count, _HEAD)))
-        # PERF: a vocabulary is here, so this loop is the cost of the whole reader (50 ns an element).
-        # Lengths are unchecked inside it: one that leaves the file makes the next unpack_from fail.
+        # PERF: a vocabulary is here, so this loop is the cost of the whole reader (60 ns an element). A length that
+        # leaves the file makes the next unpack_from fail.
         at, data, u64 = self.at, self.data, _u64
         for _ in range(count - len(head)):
-            at += 8 + u64(data, at)[0]
+            length = u64(data, at)[0]
+            if length > _MAX_TEXT:
+                raise _Damaged(f"a text of {length} bytes where at most {_MAX_TEXT} are allowed")
+            at += 8 + length
         self.at = at
         self.skip(0)
         return Summary("string", count, head)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mullama.errors import ModelLoadError
-from mullama.models.files.gguf import Header, Summary
+from mullama.models.files.gguf import Header, Summary, printable
 
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 
@@ -75,6 +75,9 @@ class _Facts:
         self.header = header
         self.label = label
 
+    def name(self, key: str) -> str:
+        return self.header.name_of("{arch}." + key)
+
     def raw(self, key: str) -> Any:
         return self.header.get("{arch}." + key)
 
@@ -84,8 +87,7 @@ class _Facts:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
             raise ModelLoadError(
-                f"{self.label}: {self.header.get('general.architecture')}.{key} is {str(value)[:40]}; "
-                f"it must be a whole number of 0 to {most}"
+                f"{self.label}: {self.name(key)} is {printable(str(value))}; it must be a whole number of 0 to {most}"
             )
         return value
 
@@ -95,7 +97,7 @@ class _Facts:
         if isinstance(value, Summary) and len(value.values) >= n_layer:
             found = [int(item) if isinstance(item, int) else -1 for item in value.values[:n_layer]]
             if min(found) < 0 or max(found) > 1 << 31:
-                raise ModelLoadError(f"{self.label}: {self.header.get('general.architecture')}.{key} is damaged")
+                raise ModelLoadError(f"{self.label}: {self.name(key)} is damaged")
             return found
         return [self.number(key, default)] * n_layer
 
@@ -112,7 +114,6 @@ def shape_of(header: Header, label: str = "this model") -> Shape:
     n_head = max(heads)
     key = facts.number("attention.key_length", n_embd // n_head if n_head else 0, 1 << 16)
     n_ff = max(facts.per_layer("feed_forward_length", n_layer, 0))
-    vocabulary = header.get("tokenizer.ggml.tokens")
     embedding = next((t.shape[1] for t in header.tensors if t.name == "token_embd.weight" and len(t.shape) == 2), 0)
     n_used = facts.number("expert_used_count", 0, 1 << 16)
     layers = _layers(facts, arch, n_layer, heads, key)
@@ -120,7 +121,7 @@ def shape_of(header: Header, label: str = "this model") -> Shape:
         architecture=arch,
         layers=tuple(layers),
         n_ctx_train=facts.number("context_length"),
-        n_vocab=embedding or getattr(vocabulary, "count", 0),
+        n_vocab=embedding or header.count("tokenizer.ggml.tokens") or 0,
         n_embd=n_embd,
         n_head=n_head,
         n_query=n_head * key,
@@ -135,14 +136,13 @@ def shape_of(header: Header, label: str = "this model") -> Shape:
 
 def check_sense(header: Header, label: str) -> None:
     """Refuse numbers that llama.cpp takes and that make a model useless. Raises ModelLoadError."""
-    arch = header.get("general.architecture")
     context = header.get("{arch}.context_length")
     if isinstance(context, int) and not 0 < context < 1 << 31:
-        raise ModelLoadError(f"{label}: {arch}.context_length is {context}; the file is damaged")
+        raise ModelLoadError(f"{label}: {header.name_of('{arch}.context_length')} is {context}; the file is damaged")
     base = header.get("{arch}.rope.freq_base")
     if isinstance(base, float) and not (math.isfinite(base) and base >= 0):
-        raise ModelLoadError(f"{label}: {arch}.rope.freq_base is {base}; the file is damaged")
-    n_tokens = getattr(header.get("tokenizer.ggml.tokens"), "count", None)
+        raise ModelLoadError(f"{label}: {header.name_of('{arch}.rope.freq_base')} is {base}; the file is damaged")
+    n_tokens = header.count("tokenizer.ggml.tokens")
     for which in ("bos", "eos"):
         token = header.get(f"tokenizer.ggml.{which}_token_id")
         # Converters write -1 for a model that has no such token.
