@@ -15,7 +15,6 @@ from typing import Any
 from mullama.compare.play import Progress, play
 from mullama.engine.client import EngineClient
 from mullama.errors import ConfigError
-from mullama.kv.events import KvTier
 from mullama.types import ModelInfo
 from mullama.workload.base import Outcome, TraceRequest, Workload
 from mullama.workload.grammar import split
@@ -182,7 +181,7 @@ async def _run(
     """One run from the state that all begin with: nothing running, nothing retained, the machine warm."""
     answer = await engine.planning.aset_policy(policy.spec, policy.params)
     await play(engine, _warm_up(engine.info, workload), prompts, clock=clock)
-    await engine.kv.adrop(tiers=(KvTier.DEVICE, KvTier.HOST))
+    await engine.kv.adrop(tiers=("device", "host"))
     busy()
     played = await play(engine, workload, prompts, clock=clock, progress=progress)
     fallback = engine.planning.snapshot().get("fallback")
