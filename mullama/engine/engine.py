@@ -336,8 +336,7 @@ class Engine:
                 )
             adapters = self._loras.choose(seq, request)
             self._parts.n_posted += 1
-            self._reader.add(generation, request.sampling.stop)
-            self._reader.note_adapters(generation.handle, adapters)
+            self._reader.add(generation, request.sampling.stop, adapters)
             self._commands.post(lambda: self._add(seq))
 
     def _most_tokens(self, request: Request, room: int) -> int:
@@ -445,7 +444,7 @@ class Engine:
             other.call(lambda: other._take_in(travellers)).result()
         except BaseException as error:
             for one in travellers:
-                one.leaving.generation.end(Finish(FinishReason.ERROR, Profile(), error=EngineDead(str(error))))
+                one.reading.generation.end(Finish(FinishReason.ERROR, Profile(), error=EngineDead(str(error))))
             raise
         return len(travellers)
 
