@@ -11,8 +11,9 @@ import codecs
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from mullama.engine.client import Speaker
 from mullama.engine.requests.reader import Reader, Reading
 from mullama.engine.requests.sequences import LiveSequence, Sequences
 from mullama.errors import MullamaError
@@ -25,16 +26,6 @@ if TYPE_CHECKING:
     from mullama._core import Core, Parked
 
 log = logging.getLogger("mullama.engine")
-
-
-class Speaker(Protocol):
-    """What is needed of an engine."""
-
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]: ...
-
-    def bytes_alone(self, data: bytes) -> list[int]: ...
-
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
 
 
 @dataclass(slots=True)
