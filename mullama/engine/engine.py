@@ -366,7 +366,7 @@ class Engine:
         """
         same = self.weights.is_same_vocab(other.weights)
         travellers = self.call(
-            lambda: handover.leave(
+            lambda: handover.depart(
                 self._core, self._seqs, self._reader, other, other.info.n_ctx - 1, same_vocab=same
             )
         ).result()  # fmt: skip
@@ -432,7 +432,7 @@ class Engine:
         self._changes.close()
         self._core.close()
         self._loras.close(list(self._seqs.live.values()))
-        self._seqs.let_go()
+        self._seqs.close()
         self.model.close()
         give_back_heap()
 
@@ -460,7 +460,7 @@ class Engine:
                 if self._seqs:
                     self._step()
                 elif self._changes.active is None:
-                    self._sleep()
+                    self._wait_for_work()
         except BaseException as error:
             log.exception("the engine of '%s' stopped", self.info.name)
             with self._commands.lock:
@@ -474,7 +474,7 @@ class Engine:
                 self._changes.active.abort(EngineDead(f"the engine of '{self.info.name}' stopped meanwhile"))
             self._commands.end()
 
-    def _sleep(self, until_ns: int = 0) -> None:
+    def _wait_for_work(self, until_ns: int = 0) -> None:
         """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
         self._core.refresh_page(self._parts.n_waiting)
@@ -532,7 +532,7 @@ class Engine:
             self._seqs.collect()
         elif self._seqs:
             now = time.monotonic_ns()  # not for ever: whoever leaves all idle is asked again, and found out
-            self._sleep(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
+            self._wait_for_work(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
 
     def _ended(self, seq: LiveSequence) -> None:
         self._loras.ended(seq)
