@@ -431,8 +431,8 @@ class Engine:
         self._kv.close(keep=self._commands.failure is None)
         self._changes.close()
         self._core.close()
-        self._loras.close(list(self._seqs.live.values()))
         self._seqs.close()
+        self._loras.close()
         self.model.close()
         give_back_heap()
 
@@ -535,5 +535,5 @@ class Engine:
             self._wait_for_work(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
 
     def _ended(self, seq: LiveSequence) -> None:
-        self._loras.ended(seq)
+        self._loras.ended(seq.adapters)
         self._policy.ended(seq)

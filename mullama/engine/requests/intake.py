@@ -8,10 +8,11 @@ from mullama._core import Sampling
 from mullama.engine.parts import EngineParts
 from mullama.engine.requests.generation import BaseGeneration
 from mullama.engine.requests.sequences import LiveSequence
+from mullama.engine.weights.loras import namespace_of_chosen
 from mullama.errors import ContextLengthExceeded, InvalidRequest, ModelNotLoaded, QueueFull
 from mullama.kv.index.tree import pack
 from mullama.scheduling import SeqView
-from mullama.types import Request, SamplingParams, SeqState
+from mullama.types import LoraUse, Request, SamplingParams, SeqState
 
 
 class Intake:
@@ -79,9 +80,11 @@ class Intake:
                 raise QueueFull(
                     f"{n_waiting} requests are waiting, the limit is {parts.config.max_queue}", retry_after=1
                 )
-            adapters = parts.loras.choose(seq, request)
+            seq.adapters = chosen = parts.loras.choose(request.lora)
+            seq.namespace = namespace_of_chosen(request.cache_salt, chosen)
             parts.n_posted += 1
-            parts.reader.add(generation, request.sampling.stop, adapters)
+            uses = tuple(LoraUse(one.id, scale) for one, scale in chosen)
+            parts.reader.add(generation, request.sampling.stop, uses)
             commands.post(lambda: self._add(seq))
 
     def _most_tokens(self, request: Request, room: int) -> int:

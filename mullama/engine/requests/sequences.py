@@ -85,8 +85,13 @@ class Sequences:
         self._on_end = on_end
 
     def close(self) -> None:
-        """Let go of the engine, so that nothing waits for the garbage collector. The engine thread has ended."""
+        """Let go of the engine and of what is parked, so that nothing waits for the garbage collector.
+
+        The engine thread has ended, and the core was closed.
+        """
         self._on_end = _nothing
+        for seq in self.live.values():
+            seq.parked = None  # it holds on to its adapters
 
     def __bool__(self) -> bool:
         return bool(self.live)
