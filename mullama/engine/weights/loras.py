@@ -121,7 +121,7 @@ class Adapters:
     # -- requests -------------------------------------------------------------------------------------------------
 
     def choose(self, uses: tuple[LoraUse, ...]) -> Chosen:
-        """What a request names, in use until ``ended``. Under the engine's lock. Raises InvalidRequest: none is then."""
+        """What a request names, in use until ``ended``; under the engine's lock. Raises InvalidRequest."""
         if len(uses) > MOST_IN_REQUEST:
             raise InvalidRequest(f"lora: at most {MOST_IN_REQUEST} adapters can be used at once", param="lora")
         chosen: dict[str, tuple[LoadedAdapter, float]] = {}
