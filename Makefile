@@ -10,7 +10,7 @@ ARGS ?=
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard mullama/_core/*) mullama/abi.h $(wildcard mullama/*.pxd) \
            $(wildcard vendor/*.toml vendor/*.py vendor/patches/*)
 
-.PHONY: serve test lint unit debug bench clean help
+.PHONY: serve test lint unit debug asan tsan bench clean help
 
 help:
 	@echo "make serve   build, fetch the default model, serve it on http://127.0.0.1:8080 (ARGS=\"--port 9000 …\")"
@@ -18,6 +18,8 @@ help:
 	@echo "make lint    ruff, mypy, cython-lint"
 	@echo "make unit    tests that need no model and no compiled code"
 	@echo "make debug   a build with bounds checks, line tracing and annotated Cython"
+	@echo "make asan    the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer (long)"
+	@echo "make tsan    tests with threads under ThreadSanitizer (long)"
 	@echo "make bench   mullama beside llama-server and llama-bench (long)"
 
 serve: $(STAMP)
@@ -66,5 +68,23 @@ debug: $(STAMP)
 	$(BIN)/python -m pip install --no-build-isolation --no-deps --verbose --editable . -C cmake.define.MULLAMA_DEBUG=ON \
 	  -C cmake.build-type=RelWithDebInfo -C build-dir=build/debug
 
+# Builds with sanitizers have environments and build folders of their own, so that the usual one stays as it is.
+asan: .venv-asan/.installed
+	.venv-asan/bin/python tests/native/sanitized.py asan $(ARGS)
+
+tsan: .venv-tsan/.installed
+	.venv-tsan/bin/python tests/native/sanitized.py tsan $(ARGS)
+
+.venv-asan/.installed: SANITIZE := address,undefined
+.venv-tsan/.installed: SANITIZE := thread
+.venv-%/.installed: $(SOURCES)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet "scikit-build-core>=0.11" "cython>=3.1,<4" "cmake>=3.21,<5" ninja
+	@echo "building llama.cpp and mullama's core with -fsanitize=$(SANITIZE): ten minutes or more the first time"
+	$(@D)/bin/python -m pip install --no-build-isolation --verbose --editable ".[dev]" \
+	  -C build-dir=build/$* -C cmake.define.MULLAMA_SANITIZE=$(SANITIZE) > $(@D)/build.log 2>&1 || \
+	  { tail -n 40 $(@D)/build.log; echo "the build failed; the whole log is $(@D)/build.log"; exit 1; }
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-asan .venv-tsan build dist
