@@ -18,8 +18,8 @@ from mullama.scheduling.kv_budget import fit_or_go_on
 from mullama.simulation.cost_model.costs import BUCKET, CostModel
 from mullama.simulation.cost_model.timing import StepCosts
 from mullama.simulation.feed import SECOND, Feed
-from mullama.simulation.records import EVER, Override, SimConfig, Simulated
-from mullama.simulation.simulated_sequences import Sequences, SimSequence
+from mullama.simulation.records import EVER, Override, SimConfig, SimSequence, Simulated
+from mullama.simulation.simulated_sequences import Sequences
 from mullama.types import SeqState
 from mullama.workload.base import Outcome, TraceRequest, Workload
 

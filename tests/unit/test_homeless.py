@@ -14,7 +14,7 @@ from mullama import home
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError, MullamaError
 from mullama.models.child.probe import Verdicts
-from mullama.models.reference import parse_spec
+from mullama.models.parse import parse_spec
 from mullama.models.sources.local import LocalSource
 from mullama.models.store.store import Store
 from mullama.plugins.user_code import load_object

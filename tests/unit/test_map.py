@@ -24,10 +24,6 @@ KNOWN_CIRCLES = {
     "mullama.engine.engine",
     "mullama.engine.requests.generation",
     "mullama.engine.requests.sequences",
-    "mullama.models.reference",
-    "mullama.models.sources.ollama",
-    "mullama.models.store.store",
-    "mullama.simulation.simulated_sequences",
 }
 KNOWN_CUT = {
     "mullama.engine.planning.control:PolicyMethods",

@@ -15,7 +15,7 @@ from hub_support import Hub, LocalServer, Registry, Reply, Seen, file_reply
 from models_support import METADATA, make_gguf
 
 from mullama.faults import POINTS, VARIABLE, crash_point
-from mullama.models.reference import parse_reference
+from mullama.models.parse import parse_reference
 from mullama.models.sources import private_addresses as policy
 from mullama.models.store.entry import Entry
 from mullama.models.store.store import Store
@@ -32,7 +32,8 @@ import sys
 from pathlib import Path
 from mullama.models.sources import base as sources
 from mullama.models.sources.local import LocalSource
-from mullama.models.reference import parse_reference
+from mullama.models.parse import parse_reference
+from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store
 
 class Copied(LocalSource):
@@ -45,7 +46,7 @@ class Copied(LocalSource):
         return "copied.gguf"
 
 sources.SOURCES._builtins["copied"] = "__main__:Copied"
-Store(Path(sys.argv[1])).pull(parse_reference(sys.argv[2]))
+pull(Store(Path(sys.argv[1])), parse_reference(sys.argv[2]))
 """
 
 

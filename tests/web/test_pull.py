@@ -14,7 +14,7 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import QueueFull, StoreError
-from mullama.models.reference import parse_reference
+from mullama.models.parse import parse_reference
 from mullama.models.sources import private_addresses as policy
 from mullama.models.sources.base import SOURCES, Fetched, FetchedFile, Job
 from mullama.models.store import background_pulls as background

@@ -31,7 +31,7 @@ def command(model: str, n_ctx: int | None, n_parallel: int | None, quant: str | 
     from mullama.models.files import gguf
     from mullama.models.files.estimate import estimate, fit, is_enough, verdict, way_out
     from mullama.models.files.shape import shape_of
-    from mullama.models.reference import parse_spec
+    from mullama.models.parse import parse_spec
     from mullama.models.resolve import in_quant
     from mullama.models.store.store import Store
 

@@ -33,7 +33,7 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
 
 def _key(name: str, store: Store) -> str:
     """The store's key for what the user wrote. Raises ReferenceNotFound."""
-    from mullama.models.reference import parse_reference
+    from mullama.models.parse import parse_reference
 
     for key in (name, name.lower()):
         if store.has(key):

@@ -19,7 +19,7 @@ from mullama.errors import StoreError
 from mullama.models.sources.base import Fetched, FetchedFile, Job
 from mullama.models.sources.download import Fetcher
 from mullama.models.sources.net import make_client
-from mullama.models.sources.ollama import Location
+from mullama.models.sources.ollama_location import Location
 from mullama.models.sources.selection import quant_of
 from mullama.models.store.entry import is_digest
 

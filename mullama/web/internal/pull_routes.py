@@ -18,7 +18,8 @@ import orjson
 
 from mullama.config import ServeConfig
 from mullama.errors import InvalidRequest, MullamaError, ShuttingDown
-from mullama.models.reference import Reference, parse_spec
+from mullama.models.parse import parse_spec
+from mullama.models.reference import Reference
 from mullama.models.resolve import in_quant
 from mullama.models.sources.private_addresses import allow_private
 from mullama.models.store.background_pulls import Pulls, RunningPull
