@@ -110,7 +110,7 @@ def _parse(text: str, known: Callable[[str], Reference | None] | None) -> Refere
 def check_quant(quant: str) -> str:
     """The name of a quantisation, in upper case. Raises ConfigError."""
     if not _QUANT.fullmatch(quant):
-        raise ConfigError(f"'{shorten(quant)}' is no quantisation; one looks like Q4_K_M or Q8_0", param="quant")
+        raise ConfigError(f"'{shorten(quant)}' is not a quantisation; one looks like Q4_K_M or Q8_0", param="quant")
     return quant.upper()
 
 

@@ -125,7 +125,7 @@ def check_type(ftype: str) -> str:
 
     known = {name.upper(): name for name in quantize_types()}
     if ftype.upper() not in known:
-        raise InvalidRequest(f"'{ftype[:40]}' is no quantisation type; there are {', '.join(known)}", param="type")
+        raise InvalidRequest(f"'{ftype[:40]}' is not a quantisation type; there are {', '.join(known)}", param="type")
     return known[ftype.upper()]
 
 

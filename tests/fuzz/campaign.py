@@ -25,9 +25,9 @@ from . import ROOT
 from .targets import corpus, load
 
 ROUND_SECONDS = 300
-MOST_BYTES = 8192
+MAX_BYTES = 8192
 PATIENCE_SECONDS = 20  # of one input, before libFuzzer calls it a hang
-MOST_MIB = 3000
+MAX_MIB = 3000
 _STATUS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)/")
 _RUNS = re.compile(r"stat::number_of_executed_units: *(\d+)|^#(\d+)\s", re.MULTILINE)
 
@@ -120,7 +120,7 @@ def run(name: str, seconds: float, work: Path) -> int:
 def _round(name: str, growing: Path, found: Path, seconds: int) -> str:
     arguments = [
         str(growing), f"-artifact_prefix={found}/", f"-max_total_time={seconds}", "-print_final_stats=1",
-        f"-max_len={MOST_BYTES}", f"-timeout={PATIENCE_SECONDS}", f"-rss_limit_mb={MOST_MIB}", "-reload=0",
+        f"-max_len={MAX_BYTES}", f"-timeout={PATIENCE_SECONDS}", f"-rss_limit_mb={MAX_MIB}", "-reload=0",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", name, "--child", *arguments],
@@ -132,7 +132,7 @@ def _round(name: str, growing: Path, found: Path, seconds: int) -> str:
 def _fails(name: str, path: Path) -> bool:
     """Whether an input fails by itself, in a process of its own."""
     command = [sys.executable, "-m", "tests.fuzz", name, "--child", str(path), f"-timeout={PATIENCE_SECONDS}",
-               f"-rss_limit_mb={MOST_MIB}"]  # fmt: skip
+               f"-rss_limit_mb={MAX_MIB}"]  # fmt: skip
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=_environment(), capture_output=True, check=False, timeout=20 * PATIENCE_SECONDS

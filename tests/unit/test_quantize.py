@@ -69,7 +69,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 def _check_type(name: str) -> str:
     if name.upper() not in ("Q8_0", "Q4_0", "IQ2_XS"):
-        raise InvalidRequest(f"'{name}' is no quantisation type; there are Q8_0", param="type")
+        raise InvalidRequest(f"'{name}' is not a quantisation type; there are Q8_0", param="type")
     return name.upper()
 
 
@@ -220,7 +220,7 @@ def test_the_command(store: Store, model: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_command_fails_in_one_line(store: Store, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", str(model), "Q9"]) == 1
-    assert "'Q9' is no quantisation type" in capsys.readouterr().err
+    assert "'Q9' is not a quantisation type" in capsys.readouterr().err
     assert main(["quantize", "smollm2:135m", "Q8_0"]) == 1
     assert "is not in the store" in capsys.readouterr().err
     assert main(["quantize", str(model), "IQ2_XS"]) == 1

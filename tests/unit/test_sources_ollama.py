@@ -215,5 +215,5 @@ def test_an_adapter_is_not_silently_left_out(store: Store, start: Start) -> None
 
 def test_parameters_must_be_an_object(store: Store, start: Start) -> None:
     start(layers={**LAYERS, "params": b"[1]"})
-    with pytest.raises(StoreError, match="no JSON object"):
+    with pytest.raises(StoreError, match="not a JSON object"):
         pull(store, parse_reference("ollama:tiny:1b"))

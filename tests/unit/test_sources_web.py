@@ -384,7 +384,7 @@ def test_private_places_are_refused(store: Store, text: str, monkeypatch: pytest
 
 def test_what_httpx_takes_for_no_address(store: Store) -> None:
     """Our own reader of addresses is laxer in places."""
-    with pytest.raises(StoreError, match="is no address"):
+    with pytest.raises(StoreError, match="is not an address"):
         pull(store, parse_reference("https://example.org/m.gguf?" + "x" * 70_000))
 
 

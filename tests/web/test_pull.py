@@ -165,7 +165,7 @@ def test_a_stream_that_fails_says_why(client: Client, source: type[Controlled]) 
         ({"model": "a b=test:a"}, 400, "cannot be the name"),
         ({"model": "smollm2:135m=test:a"}, 500, "is an alias"),
         ({"model": "http://10.0.0.1/x.gguf"}, 403, "--allow-private-sources"),
-        ({"model": "test:a", "quant": "Q8 0"}, 400, "no quantisation"),
+        ({"model": "test:a", "quant": "Q8 0"}, 400, "not a quantisation"),
         ({"modle": "test:a"}, 400, "modle"),
         ({}, 400, "model"),
         (b"{", 400, ""),

@@ -22,7 +22,7 @@ LOAD, DECODE, TEMPLATE = "loading", "decoding one token", "rendering its chat te
 ADAPT = "loading the adapter"  # between the first two, where there is one
 
 N_CTX, N_BATCH = 256, 32
-MOST_RENDERED = 1 << 20  # characters of a prompt of three short messages
+MAX_RENDERED = 1 << 20  # characters of a prompt of three short messages
 NOT_FINITE = 1  # CORE_NOT_FINITE of _core/guard.h
 
 _MESSAGES = (
@@ -134,7 +134,7 @@ def _render(path: str, seconds: float) -> str:
     finally:
         with contextlib.suppress(AttributeError):
             signal.setitimer(signal.ITIMER_PROF, 0)
-    if len(text) > MOST_RENDERED:
+    if len(text) > MAX_RENDERED:
         raise ModelLoadError(
             f"{path}: its chat template makes {len(text)} characters of three short messages; it is broken or hostile"
         )

@@ -287,7 +287,7 @@ def _take(store: Store, reference: Reference, fetched: Fetched) -> Entry:
         license_text=fetched.license_text,
     )
     if not all(is_plain_name(part.filename) for part in parts):
-        raise StoreError(f"{reference.key}: '{first.filename}' is no name of a file; nothing was kept")
+        raise StoreError(f"{reference.key}: '{first.filename}' is not a file name; nothing was kept")
     with store.store_lock():
         if fetched.is_in_place:
             store.quarantine_path(entry).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from mullama.web.http.request import Request
 from mullama.web.internal.scheduler_routes import Internal
 from mullama.web.security import Access
 
-MOST_FILES = 20
+MAX_FILES = 20
 
 
 class MemoryView(Internal):
@@ -58,7 +58,7 @@ class MemoryView(Internal):
                 "heap_free_bytes": system.heap_free(),
                 "mappings": [
                     {"file": one.file, "rss_bytes": one.rss, "pss_bytes": one.pss}
-                    for one in (system.mapped_files() or [])[:MOST_FILES]
+                    for one in (system.mapped_files() or [])[:MAX_FILES]
                 ],
             },
             "models": models,

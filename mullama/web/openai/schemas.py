@@ -384,7 +384,7 @@ def _half_a_pair(data: bytes) -> str | None:
         is_escape = (len(before) - len(before.rstrip(b"\\"))) % 2 == 0  # and not an escaped backslash
         if is_escape and found[1] is None:
             half = found[0].decode()
-            return f"{half} at byte {found.start()} is half a surrogate pair, which alone is no character"
+            return f"{half} at byte {found.start()} is half a surrogate pair, which by itself is not a character"
     return None
 
 
