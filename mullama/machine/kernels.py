@@ -155,11 +155,6 @@ def in_charge() -> dict[int, InCharge]:
     return _in_charge
 
 
-def named_way() -> str:
-    """The way that the user asked for, or ``auto``."""
-    return _named
-
-
 def for_child(weights: Iterable[Weights], *, root: Path | None = None) -> dict[str, str]:
     """What a child that loads these weights needs in its environment, to compute in ways that work (``adopt()``)."""
     by_type = _by_type(weights)

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Protocol
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +77,10 @@ class Limits:
         self.most = most
         self.n_refused = 0  # connections that came when there were as many as there may be
         self.n_late = 0  # requests that were given up
-        self._refused: dict[Any, float] = {}  # connections that still read their refusal, and until when
+        self._refused: dict[Connection, float] = {}  # connections that still read their refusal, and until when
         self._told = 0.0
 
-    def refuses(self, connection: Any, n_open: int, now: float) -> bool | None:
+    def refuses(self, connection: Connection, n_open: int, now: float) -> bool | None:
         """Whether a new connection is one too many of ``n_open``. None: so many that it is not even told."""
         if self.most is None or n_open - len(self._refused) <= self.most:
             return False
@@ -93,11 +93,11 @@ class Limits:
         self._refused[connection] = now + FALTERING_S
         return True
 
-    def lost(self, connection: Any) -> None:
+    def lost(self, connection: Connection) -> None:
         """A connection has ended."""
         self._refused.pop(connection, None)
 
-    def look(self, connections: Iterable[Any], now: float) -> None:
+    def look(self, connections: Iterable[Connection], now: float) -> None:
         """Give up what takes too long. Once a second or so."""
         for refused, until in list(self._refused.items()):
             if now >= until:
