@@ -25,9 +25,9 @@ from . import ROOT
 from .targets import corpus, load
 
 ROUND_SECONDS = 300
-MAX_BYTES = 8192
-PATIENCE_SECONDS = 20  # of one input, before libFuzzer calls it a hang
-MAX_MIB = 3000
+MOST_BYTES = 8192
+PATIENCE_SECONDS = 60  # of one input, before libFuzzer calls it a hang
+MOST_MIB = 3000
 _STATUS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)/")
 _RUNS = re.compile(r"stat::number_of_executed_units: *(\d+)|^#(\d+)\s", re.MULTILINE)
 
@@ -93,8 +93,9 @@ def run(name: str, seconds: float, work: Path) -> int:
     growing, found = work / "corpus", work / "findings"
     for folder in (growing, found):
         folder.mkdir(parents=True, exist_ok=True)
-    for data in corpus(name).values():
-        (growing / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+    for case, data in corpus(name).items():
+        if not case.startswith("slow:"):
+            (growing / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
     told = Told(name)
     began, cpu_before = time.monotonic(), _cpu()
     while told.cpu_seconds < seconds:
@@ -108,8 +109,9 @@ def run(name: str, seconds: float, work: Path) -> int:
                 continue
             if _fails(name, path):
                 told.findings.append(path.name)
-                path.with_suffix(".log").write_text(log[-20_000:], encoding="utf-8")
-                print(f"FOUND {path}\n{log[-3000:]}", flush=True)
+                told_by = log[max(log.find("ERROR: "), log.find("=== Uncaught"), 0) :]
+                path.with_suffix(".log").write_text(told_by, encoding="utf-8")
+                print(f"FOUND {path}\n{told_by[:3000]}", flush=True)
             else:
                 path.unlink()  # a machine that was busy or paused
         print(json.dumps(asdict(told)), flush=True)
@@ -120,7 +122,7 @@ def run(name: str, seconds: float, work: Path) -> int:
 def _round(name: str, growing: Path, found: Path, seconds: int) -> str:
     arguments = [
         str(growing), f"-artifact_prefix={found}/", f"-max_total_time={seconds}", "-print_final_stats=1",
-        f"-max_len={MAX_BYTES}", f"-timeout={PATIENCE_SECONDS}", f"-rss_limit_mb={MAX_MIB}", "-reload=0",
+        f"-max_len={MOST_BYTES}", f"-timeout={PATIENCE_SECONDS}", f"-rss_limit_mb={MOST_MIB}", "-reload=0",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", name, "--child", *arguments],
@@ -132,7 +134,7 @@ def _round(name: str, growing: Path, found: Path, seconds: int) -> str:
 def _fails(name: str, path: Path) -> bool:
     """Whether an input fails by itself, in a process of its own."""
     command = [sys.executable, "-m", "tests.fuzz", name, "--child", str(path), f"-timeout={PATIENCE_SECONDS}",
-               f"-rss_limit_mb={MAX_MIB}"]  # fmt: skip
+               f"-rss_limit_mb={MOST_MIB}"]  # fmt: skip
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=_environment(), capture_output=True, check=False, timeout=20 * PATIENCE_SECONDS

@@ -19,7 +19,7 @@ from mullama.models.files.shape import check_sense
 from .gguf_files import KEYS, change_file
 
 #: Processor time that a header of some kilobytes may take in all; instrumented, so a bound for what is out of hand.
-MAX_SECONDS = 2.0
+MOST_SECONDS = 2.0
 
 
 class Target:
@@ -45,7 +45,7 @@ class Target:
             except MullamaError as error:
                 _check_line(error)
         seconds = time.thread_time() - began
-        assert seconds < MAX_SECONDS, f"{len(data)} bytes took {seconds:.1f} s"
+        assert seconds < MOST_SECONDS, f"{len(data)} bytes took {seconds:.1f} s"
 
     def change(self, rng: random.Random, data: bytes) -> bytes:
         return change_file(rng, data)
