@@ -183,14 +183,14 @@ def test_the_engine_thread_rings_once_for_many_events() -> None:
     async def main() -> None:
         async with following(log) as (stream, _):
             rings = 0
-            call = stream._loop.call_soon_threadsafe
+            call = stream._bell._loop.call_soon_threadsafe
 
             def counted(*args: Any) -> Any:
                 nonlocal rings
                 rings += 1
                 return call(*args)
 
-            stream._loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+            stream._bell._loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
             add(log, 200)
             assert rings == 1
             assert len(parse(await anext(stream))) == 200
@@ -251,7 +251,7 @@ def test_an_event_after_the_loop_is_closed_is_nobody_s_trouble() -> None:
 
     stream = asyncio.run(main())
     add(log)
-    assert not stream._some.is_set()
+    assert not stream._bell._rang.is_set()
 
 
 def test_responses_that_come_during_the_shutdown_end_at_once() -> None:

@@ -113,11 +113,7 @@ def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress
 
 
 def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
-    from mullama.cli.version import llama_commit
-    from mullama.compare.provenance import commit
-    from mullama.installation import VERSION
+    from mullama.compare.provenance import build
     from mullama.machine.cores import usable_threads
     from mullama.machine.report import provenance
 
@@ -133,14 +129,11 @@ def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
             "kv_host_tokens": engine.kv_host_tokens,
         },
         "machine": provenance(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": config.threads or usable_threads(),
         "batch_size": config.batch_size,
         "flash_attn": config.flash_attn,
         "computing": engine.computing(),
-        "version": VERSION,
-        "commit": commit(),
-        "llama_cpp": llama_commit(),
+        **build(),
     }
 
 

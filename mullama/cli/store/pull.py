@@ -62,16 +62,7 @@ def command(reference: str, force: bool, as_json: bool, **params: Any) -> None:
 
 def summary(store: Store, entry: Entry, was_there: bool) -> dict[str, Any]:
     """What ``--json`` prints."""
-    return {
-        "name": entry.key,
-        "sha256": entry.sha256,
-        "size": entry.size,
-        "license": entry.license,
-        "path": str(store.path_of(entry)),
-        "files": [str(path) for path, _, _ in store.files_of(entry)],
-        "quant": entry.quant,
-        "downloaded": not was_there,
-    }
+    return store.describe(entry, was_there) | {"files": [str(path) for path, _, _ in store.files_of(entry)]}
 
 
 def _print(entry: Entry, was_there: bool) -> None:

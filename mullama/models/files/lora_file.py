@@ -155,13 +155,7 @@ def _probe(path: Path, base: Path, digest: str, root: Path | None) -> None:
     parts = [part.stat() for part in gguf.part_paths(base)]
     told = [digest, *(f"{part.st_dev} {part.st_ino} {part.st_size} {part.st_mtime_ns}" for part in parts)]
     key = hashlib.sha256("\n".join(told).encode()).hexdigest()
-    verdicts = Verdicts(root)
-    found = verdicts.find(path, key)
-    if found is None:
-        found = probe(base, adapter=path)
-        if found.lasting:
-            verdicts.note(path, key, found)
-        log.info("%s: probed on %s in %d ms: %s", path, base, found.wall_ms, found.reason or "ok")
+    found = Verdicts(root).of(path, key, lambda: probe(base, adapter=path), said=f"{path} on {base}")
     if not found.ok:
         reason = found.reason if found.reason.startswith(str(path)) else f"{path}: {found.reason}"
         raise BadModelFile(reason, param="path")

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mullama.errors import ReferenceNotFound, StoreError
@@ -96,6 +96,18 @@ class Store:
             return [(folder / part.filename, part.sha256, part.size) for part in entry.parts]
         whole = self.blob_path(entry.sha256) if entry.place is None else Path(entry.place) / entry.filename
         return [(whole, entry.sha256, entry.size)]
+
+    def describe(self, entry: Entry, was_there: bool) -> dict[str, Any]:
+        """What is told of a model that was pulled."""
+        return {
+            "name": entry.key,
+            "sha256": entry.sha256,
+            "size": entry.size,
+            "license": entry.license,
+            "path": str(self.path_of(entry)),
+            "quant": entry.quant,
+            "downloaded": not was_there,
+        }
 
     def blob_path(self, sha256: str) -> Path:
         return self.blobs / f"sha256-{sha256}.gguf"

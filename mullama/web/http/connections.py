@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,9 @@ def _n_open() -> int:
 class Connection(Protocol):
     """What is asked of a connection (``protocol.py``)."""
 
+    @property
+    def transport(self) -> Any: ...
+
     def is_late(self, now: float, limits: Limits) -> bool: ...
 
     def give_up(self, limits: Limits) -> None: ...
@@ -97,7 +100,7 @@ class Limits:
         """A connection has ended."""
         self._refused.pop(connection, None)
 
-    def look(self, connections: Iterable[Connection], now: float) -> None:
+    def look(self, connections: Iterable[Any], now: float) -> None:
         """Give up what takes too long. Once a second or so."""
         for refused, until in list(self._refused.items()):
             if now >= until:

@@ -13,7 +13,7 @@ from mullama.errors import InvalidRequest, ModelNotLoaded, NotFound
 from mullama.serving.durations import parse_duration
 from mullama.serving.hot_swap import SwapRecord
 from mullama.serving.states import Served
-from mullama.web.http.request import Receive, Request, until_disconnect
+from mullama.web.http.request import Receive, Request, on_disconnect
 from mullama.web.internal import lora_routes as lora
 from mullama.web.internal.views import model_for_client
 from mullama.web.openai.schemas import decode_body
@@ -266,11 +266,7 @@ class SwapStream:
         self._record = record
         self._silence = Silence(ping_seconds)
         self._is_over = False
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
-
-    async def _watch(self, receive: Receive) -> None:
-        await until_disconnect(receive)
-        self.end()
+        self._watcher = asyncio.ensure_future(on_disconnect(receive, self.end))
 
     def __aiter__(self) -> SwapStream:
         return self
@@ -280,11 +276,7 @@ class SwapStream:
         if self._is_over:
             raise StopAsyncIteration
         if not record.ended.is_set():
-            changed = False
-            with self._silence:
-                await record.changed.wait()
-                changed = True
-            if not changed:
+            if not await self._silence.broken_by(record.changed.wait()):
                 return PING
             record.changed.clear()
         if self._is_over:
