@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mullama.config import options
 from mullama.errors import ConfigError, ContextLengthExceeded, InvalidRequest
-from mullama.web.openai.context import (
+from mullama.web.openai.context_policy import (
     NOTHING,
     SYSTEM_ROLES,
     ContextPolicy,

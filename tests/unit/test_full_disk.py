@@ -201,9 +201,9 @@ def test_a_log_that_is_full_stops_no_load() -> None:
 
 
 def test_the_writer_of_kv_tells_the_log_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
-    from mullama.kv.tiers import disk_tier as kvdisk
+    from mullama.kv.tiers import disk_tier
 
-    tier = kvdisk.DiskTier.__new__(kvdisk.DiskTier)
+    tier = disk_tier.DiskTier.__new__(disk_tier.DiskTier)
     tier._told = (0.0, "")
     with caplog.at_level(logging.WARNING):
         for _ in range(100):

@@ -32,7 +32,7 @@ KNOWN_CUT = {
     "mullama._core.slots:Slots",
 }
 KNOWN_FOLDERS = {"mullama/_core"}
-KNOWN_NAMES = {"context", "events", "kernels", "lora", "quantize", "sampling", "swap", "wake"}
+KNOWN_NAMES = {"context", "kernels", "lora", "quantize", "sampling", "swap", "wake"}
 
 
 # -- imports ------------------------------------------------------------------------------------------------------

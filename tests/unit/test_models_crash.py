@@ -16,7 +16,7 @@ from models_support import METADATA, make_gguf
 
 from mullama.faults import POINTS, VARIABLE, crash_point
 from mullama.models.parse import parse_reference
-from mullama.models.sources import private_addresses as policy
+from mullama.models.sources import private_addresses
 from mullama.models.store.entry import Entry
 from mullama.models.store.store import Store
 from mullama.models.store.upkeep import verify
@@ -103,7 +103,7 @@ class World:
             "HF_ENDPOINT": self.server.url,
             "HF_HOME": str(self.folder / "hf"),
             "HF_TOKEN": "",
-            policy.VARIABLE: "1",
+            private_addresses.VARIABLE: "1",
             **extra,
         }
 

@@ -14,8 +14,7 @@ from models_support import make_gguf
 
 from mullama.errors import ReferenceNotFound, StoreError
 from mullama.models.parse import parse_reference, parse_spec
-from mullama.models.sources import download
-from mullama.models.sources import private_addresses as policy
+from mullama.models.sources import download, private_addresses
 from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store
 
@@ -38,7 +37,7 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """No proxy of the machine's, and waits that take no time."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(policy, "_allowed", False)
+    monkeypatch.setattr(private_addresses, "_allowed", False)
     waits: list[float] = []
     monkeypatch.setattr(download, "pause", waits.append)
     return waits
@@ -89,7 +88,7 @@ def test_a_host_of_the_references_own(store: Store, start: Start, monkeypatch: p
     text = f"ollama:{registry.url}/library/tiny:1b"
     with pytest.raises(StoreError, match="--allow-private-sources"):
         pull(store, parse_reference(text))
-    monkeypatch.setattr(policy, "_allowed", True)
+    monkeypatch.setattr(private_addresses, "_allowed", True)
     assert pull(store, parse_reference(text)).size == len(DATA)
 
 
@@ -108,7 +107,7 @@ def test_a_token_is_fetched_where_one_is_wanted(store: Store, start: Start) -> N
 
 def test_no_token_goes_to_another_host(store: Store, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = start(wants_token=True)
-    monkeypatch.setattr(policy, "_allowed", True)  # the second host is on loopback as well
+    monkeypatch.setattr(private_addresses, "_allowed", True)  # the second host is on loopback as well
     with LocalServer(registry) as storage:
         registry.blob_host = storage.url
         pull(store, parse_reference("ollama:tiny:1b"))

@@ -18,8 +18,7 @@ from models_support import METADATA, TENSORS, make_gguf
 
 from mullama.errors import PrivateAddress, ReferenceNotFound, StoreError
 from mullama.models.parse import parse_reference
-from mullama.models.sources import download, net
-from mullama.models.sources import private_addresses as policy
+from mullama.models.sources import download, net, private_addresses
 from mullama.models.sources.download import Fetcher
 from mullama.models.sources.net import CheckedBackend, is_public, make_client
 from mullama.models.store.pulling import pull
@@ -36,7 +35,7 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr(policy, "_allowed", True)
+    monkeypatch.setattr(private_addresses, "_allowed", True)
     return None
 
 
@@ -372,7 +371,7 @@ def test_no_mapped_address_is_more_public_than_itself(address: Any) -> None:
     ],
 )
 def test_private_places_are_refused(store: Store, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_allowed", False)
+    monkeypatch.setattr(private_addresses, "_allowed", False)
     # No name server is asked; these spellings of 127.0.0.1 are what the system's resolver makes of them.
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
@@ -389,13 +388,13 @@ def test_what_httpx_takes_for_no_address(store: Store) -> None:
 
 
 def test_the_setting_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_allowed", None)
-    monkeypatch.delenv(policy.VARIABLE, raising=False)
-    assert not policy.is_private_allowed()
-    monkeypatch.setenv(policy.VARIABLE, "1")
-    assert policy.is_private_allowed()
-    policy.allow_private(False)
-    assert not policy.is_private_allowed()
+    monkeypatch.setattr(private_addresses, "_allowed", None)
+    monkeypatch.delenv(private_addresses.VARIABLE, raising=False)
+    assert not private_addresses.is_private_allowed()
+    monkeypatch.setenv(private_addresses.VARIABLE, "1")
+    assert private_addresses.is_private_allowed()
+    private_addresses.allow_private(False)
+    assert not private_addresses.is_private_allowed()
 
 
 class Recorder(httpcore.NetworkBackend):

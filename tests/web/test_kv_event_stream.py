@@ -17,10 +17,10 @@ from mullama.config import ServeConfig
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.index.namespaces import short_namespace
 from mullama.kv.index.tree import pack
-from mullama.web.internal import kv_event_routes as kv_events
+from mullama.web.internal import kv_event_routes
 from mullama.web.internal.kv_event_routes import KvEventStream
 from mullama.web.services import Services
-from mullama.web.stream.events import PING
+from mullama.web.stream.event_stream import PING
 
 from .conftest import Live
 from .fake_engine import FakeEngine
@@ -160,7 +160,7 @@ def test_lost_events_are_counted() -> None:
 
 
 def test_pieces_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_events, "MAX_PIECE", 2000)
+    monkeypatch.setattr(kv_event_routes, "MAX_PIECE", 2000)
     log = KvEventLog()
     add(log, 50, tokens=100)
 

@@ -91,13 +91,13 @@ def _warn(busy: float, kept: str = "kept", advice: str = "the costs are too high
 def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress: Any) -> CostModel:
     from mullama.cli.load_progress import load_engine
     from mullama.engine.memory import fits
-    from mullama.engine.weights import load as loading
+    from mullama.engine.weights import load
     from mullama.simulation.cost_model.calibration import measure_core, measure_engine, with_about
 
     sizes = fits.sizes_for(found.path, config, found.name)
-    model = loading.load_model(found.path, config, None)
+    model = load.load_model(found.path, config, None)
     try:
-        core = loading.make_core(model, found.name, config, sizes=sizes)
+        core = load.make_core(model, found.name, config, sizes=sizes)
         try:
             costs = measure_core(core, model.n_vocab, seconds=seconds, progress=progress)
         finally:

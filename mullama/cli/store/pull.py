@@ -66,7 +66,7 @@ def summary(store: Store, entry: Entry, was_there: bool) -> dict[str, Any]:
 
 
 def _print(entry: Entry, was_there: bool) -> None:
-    from mullama.cli.table import human_size
+    from mullama.files import human_size
 
     state = "is here already" if was_there else "is ready"
     files = f" in {len(entry.parts)} files" if entry.parts else ""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @json_option
 def command(names: tuple[str, ...], as_json: bool) -> None:
     """Remove models from the store. A file goes when no other name uses it; files of your own are never touched."""
-    from mullama.cli.table import human_size
+    from mullama.files import human_size
     from mullama.models.store.store import Store
 
     store = Store()

@@ -106,7 +106,8 @@ def _summary(header: Header) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any], header: Header) -> None:
-    from mullama.cli.table import human_size, printable
+    from mullama.cli.table import printable
+    from mullama.files import human_size
 
     shown = {
         **facts,

@@ -18,7 +18,7 @@ from mullama.kv.events import KvEvent, KvEventLog
 from mullama.kv.index.namespaces import short_namespace
 from mullama.kv.index.tree import TOKEN_BYTES, unpack
 from mullama.web.http.request import Receive, on_disconnect
-from mullama.web.stream.events import PING, Bell, Silence, event_json
+from mullama.web.stream.event_stream import PING, Bell, Silence, event_json
 
 MAX_PIECE = 64 << 10  # bytes after which a piece of the body ends
 

@@ -29,7 +29,7 @@ from mullama.web.http.request import Receive, Request, on_disconnect
 from mullama.web.openai.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.events import PING, Bell, Silence, event_json, start_stream
+from mullama.web.stream.event_stream import PING, Bell, Silence, event_json, start_stream
 
 GAP_SECONDS = 0.1  # at least, between two progress events of one stream
 

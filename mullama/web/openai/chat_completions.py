@@ -13,7 +13,7 @@ from mullama.engine.client import EngineClient, Speaker
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_turns, without
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, Room, drop_turns, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import ChatCall, Message, parse_chat

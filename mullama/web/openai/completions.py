@@ -12,7 +12,7 @@ from mullama.engine.client import EngineClient
 from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_tokens, without
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, Room, drop_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import CompletionCall, completion_prompts, parse_completion

@@ -21,7 +21,7 @@ from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web.internal.lora_routes import LoraBody, split_name
 from mullama.web.openai import sampling
-from mullama.web.openai.context import ContextPolicy, policy_of
+from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, refuse_unbuilt
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
