@@ -1,4 +1,4 @@
-"""What was installed here: its version, and whether its compiled part is whole and runs on this processor."""
+"""What was installed here: its version, and whether its compiled part is whole and runs on this processor. Internal."""
 
 from __future__ import annotations
 
