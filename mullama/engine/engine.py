@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from mullama import abi
-from mullama._core import TEXT, Core, Model, Sampling, system_info
+from mullama._core import TEXT, Cells, Core, Model, Sampling, system_info
 from mullama.config import ServeConfig
 from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.memory import fits, sizing
@@ -50,6 +50,7 @@ from mullama.errors import (
     QueueFull,
     ShuttingDown,
 )
+from mullama.kv import audit
 from mullama.kv.cache import KvCache
 from mullama.kv.choice import ESTIMATES
 from mullama.kv.control import KvMethods
@@ -97,7 +98,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             kv_registry.create(config.kv_policy, parse_args(config.kv_policy_arg, "kv_policy_arg")), config.kv_policy
         )
         host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_swap_bytes()
-        self._kv = KvCache(core, host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
+        self._kv = KvCache(core, Cells(core), host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
         self._token_bytes = self._kv.cells.token_bytes or sizing.kv_bytes_per_token(model.metadata())
         self._reader = Reader(core, TEXT, self._token_bytes)
         self._reader.kernels = words_of(info.kernels)
@@ -141,7 +142,9 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._pid = os.getpid()  # a child has neither the threads nor the right to the page's file
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         try:
-            self._kv.disk = loading.open_disk_tier(model, core, self._kv, config, lambda work: self._post_quietly(work))
+            self._kv.attach_disk(
+                loading.open_disk_tier(model, core, self._kv, config, lambda work: self._post_quietly(work))
+            )
         except BaseException:
             self._policy.close()
             core.close()
@@ -556,7 +559,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
     def _audit(self) -> None:
         """Nothing to do for a while: look whether tree, slots and llama.cpp's cells agree about the KV."""
         self._audited = self._kv.version
-        for difference in self._kv.audit():
+        for difference in audit.differences(self._kv):
             log.error("KV cache of '%s': %s", self.info.name, difference)
 
     def _n_waiting(self) -> int:
@@ -662,7 +665,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         seq = self._seqs.live[handle]
         if seq.parked is not None:
             return False
-        _, later, slot = self._kv.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+        _, later, slot = self._kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
         # Only while it gets on: a policy that leaves it out must not leave two requests waiting.
         return later > 0 and self._seqs.slots[slot] in plan.tokens
 
@@ -674,7 +677,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._estimated = known
         queued = (seq for seq in self._seqs.live.values() if seq.view.state is SeqState.WAITING)
         for seq in itertools.islice(queued, ESTIMATES):
-            now, later, _ = self._kv.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+            now, later, _ = self._kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
             seq.view.expect(max(now, later))
 
     def _ended(self, seq: LiveSequence) -> None:

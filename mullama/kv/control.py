@@ -10,11 +10,13 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mullama.errors import InvalidRequest, ModelBusy
-from mullama.kv import report, rows
+from mullama.kv import audit, report, rows
+from mullama.kv.cache import KvCache
 from mullama.kv.events import KvEventLog, KvTier
 from mullama.kv.eviction import registry
 from mullama.kv.eviction.guarded import GuardedPolicy
-from mullama.kv.index.tree import namespace_of
+from mullama.kv.index.tree import namespace_of, pack
+from mullama.kv.tiers.disk_tier import DiskRows, DiskTier
 from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from mullama.config import ServeConfig
     from mullama.engine.requests.sequences import Sequences
     from mullama.engine.weights.change import Weights
-    from mullama.kv.cache import KvCache
-    from mullama.kv.tiers.disk_tier import DiskTier
 
 T = TypeVar("T")
 
@@ -53,12 +53,15 @@ class KvMethods:
         return self.call(self._kv_snapshot).result()
 
     def _kv_snapshot(self) -> dict[str, Any]:
-        return report.snapshot(self.info, self._core, self._seqs, self._kv)
+        return report.snapshot(self.info.name, self._kv, self._seqs.owners(), self._n_parked())
+
+    def _n_parked(self) -> int:
+        return sum(seq.parked is not None for seq in self._seqs.live.values())
 
     @property
     def kv_events(self) -> KvEventLog:
         """What happened to cached KV (any thread may read)."""
-        return self._kv.events
+        return self._kv.history.events
 
     @property
     def kv(self) -> KvAccess:
@@ -70,7 +73,7 @@ class KvMethods:
         return await self._at_boundary(lambda: self._kv_tree(limit, text))
 
     def _kv_tree(self, limit: int, text: bool) -> dict[str, Any]:
-        return report.tree(self._kv, self._seqs, limit, self._core.model.detokenize if text else None)
+        return report.tree(self._kv, self._seqs.owners(), limit, self._core.model.detokenize if text else None)
 
     async def kv_map(self) -> dict[str, Any]:
         """Which cells of llama.cpp belong to which sequence, as runs of equal cells."""
@@ -80,12 +83,12 @@ class KvMethods:
         """Nothing that is cached of this prefix is evicted for ``ttl_s`` seconds. Says how many tokens that are."""
         until = time.monotonic_ns() + int(ttl_s * 1e9)
         name, n = namespace_of(namespace), len(tokens)
-        pinned = await self._at_boundary(lambda: report.pin(self._kv, name, tokens[:n], until))
+        pinned = await self._at_boundary(lambda: pin(self._kv, name, tokens[:n], until))
         return {"pinned_tokens": pinned}
 
     async def kv_unpin(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
         """Take the pin of a prefix back. Says of how many tokens."""
-        found = await self._at_boundary(lambda: report.pin(self._kv, namespace_of(namespace), tokens, 0))
+        found = await self._at_boundary(lambda: pin(self._kv, namespace_of(namespace), tokens, 0))
         return {"unpinned_tokens": found}
 
     async def kv_drop(
@@ -100,7 +103,7 @@ class KvMethods:
         return await self._at_boundary(lambda: self._kv_drop(name, tokens, which))
 
     def _kv_drop(self, namespace: bytes | None, tokens: SequenceOf[int] | None, tiers: set[KvTier]) -> dict[str, int]:
-        found = report.drop(self._kv, self._seqs.running(), namespace, tokens, tiers)
+        found = drop(self._kv, self._seqs.running(), namespace, tokens, tiers)
         self._core.refresh_page(self._n_waiting())
         return found
 
@@ -110,16 +113,14 @@ class KvMethods:
         n_failed = disk.n_failed
         is_all = False
         while not is_all:
-            is_all = await self._on_disk(
-                disk, lambda: disk.hand_over(lambda: report.save(self._kv, disk, name, tokens))
-            )
+            is_all = await self._on_disk(disk, lambda: disk.hand_over(lambda: save(self._kv, disk, name, tokens)))
             await asyncio.wrap_future(disk.written())
-        return await self._on_disk(disk, lambda: report.saved(self._kv, disk, name, tokens, n_failed))
+        return await self._on_disk(disk, lambda: saved(self._kv, disk, name, tokens, n_failed))
 
     async def kv_load(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
         """Bring what is on disk of a prefix into host memory. Raises InvalidRequest without a disk tier."""
         disk = self._need_disk()
-        return await self._on_disk(disk, lambda: report.load(self._kv, namespace_of(namespace), tokens))
+        return await self._on_disk(disk, lambda: load(self._kv, namespace_of(namespace), tokens))
 
     async def _on_disk(self, disk: DiskTier, function: Callable[[], T]) -> T:
         """``_at_boundary`` for what needs the disk tier, if it is still that one: it goes and comes with weights."""
@@ -142,7 +143,7 @@ class KvMethods:
         """Put another eviction policy in charge; nothing moves. Raises InvalidRequest: then the one before stays."""
         # A user's code runs there, and never on the event loop.
         policy = await asyncio.to_thread(lambda: GuardedPolicy(registry.create(spec, params or {}), spec))
-        await self._at_boundary(lambda: self._kv.tier.set_policy(policy, time.monotonic_ns()))
+        await self._at_boundary(lambda: self._kv.host.set_policy(policy, time.monotonic_ns()))
         return {"policy": policy.name, "params": dict(policy.params())}
 
     async def _at_boundary(self, function: Callable[[], T]) -> T:
@@ -184,7 +185,7 @@ class KvAccess:
 
     def audit(self) -> list[str]:
         """Differences between the tree, the slots and llama.cpp's own cells; empty when all agree."""
-        return self._engine.call(self._engine._kv.audit).result()
+        return self._engine.call(lambda: audit.differences(self._engine._kv)).result()
 
     def drop(self) -> int:
         """Forget every cached prefix. Returns the cells freed."""
@@ -228,3 +229,84 @@ class KvAccess:
             return rows.write(engine._kv, engine._seqs.running(), namespace_of(cache_salt), ids, given)
 
         return {"slot": engine.call(put).result(), "tokens": len(ids)}
+
+
+# -- on the engine thread ------------------------------------------------------------------------------------------
+
+
+def pin(kv: KvCache, namespace: bytes, tokens: SequenceOf[int], until_ns: int) -> int:
+    """Nothing cached of this prefix is evicted before ``until_ns``. Returns the tokens that are cached of it."""
+    match = kv.tree.match(namespace, pack(tokens))
+    for node in match.nodes:
+        n = match.n_tokens - node.start
+        # The last one may reach beyond the prefix: only what was named is pinned.
+        upper = kv.tree.split(node, n) if n < node.n_tokens else node
+        upper.pinned_until_ns = until_ns
+    return match.n_tokens
+
+
+def drop(
+    kv: KvCache, running: SequenceOf[bool], namespace: bytes | None, tokens: SequenceOf[int] | None, tiers: set[KvTier]
+) -> dict[str, int]:
+    """Give up cached KV of prompts that start with ``tokens`` (None: of all); what runs keeps its own."""
+    if tokens is not None:
+        match = kv.tree.match(namespace or b"", pack(tokens))
+        # The prefix may end within a stretch: all of it goes, because whoever passes through it begins so.
+        tops = match.nodes[-1:] if match.n_tokens == len(tokens) else []
+        scope = {below for top in tops for below in top.subtree()}
+    else:
+        scope = {node for node in kv.tree.nodes() if namespace is None or node.namespace == namespace}
+    cells = 0
+    host_before = kv.host.used
+    if KvTier.DEVICE in tiers:
+        for slot, runs in enumerate(running):
+            if not runs and kv.tree.end_of(slot) in scope:
+                cells += kv.forget(slot)
+    disk = kv.drop_nodes(list(scope), tiers & {KvTier.HOST, KvTier.DISK})
+    return {"cells_freed": cells, "host_bytes_freed": host_before - kv.host.used, "disk_bytes_freed": disk}
+
+
+def save(kv: KvCache, disk: DiskTier, namespace: bytes, tokens: SequenceOf[int]) -> None:
+    """Hand what is cached of a prefix to the disk's writer."""
+    match = kv.tree.match(namespace, pack(tokens))
+    for slot, shared in match.slots.items():
+        if shared == match.n_tokens:
+            kv.store(slot, upto=None if kv.cells.needs_checkpoint else shared)
+            break
+    now = time.monotonic_ns()
+    for node in kv.tree.match(namespace, pack(tokens)).nodes:
+        disk.put(node, node.host, now, node.checkpoint)
+
+
+def saved(kv: KvCache, disk: DiskTier, namespace: bytes, tokens: SequenceOf[int], n_failed: int) -> dict[str, int]:
+    """What the disk holds of a prefix after ``save``.
+
+    ``n_failed``: the tier's count before. Raises StoreError when the disk did not take what is cached of the prefix.
+    """
+    n_tokens = n_bytes = 0
+    match = kv.tree.match(namespace, pack(tokens))
+    for node in match.nodes:
+        if disk.lacks(node, False):
+            break
+        n_tokens, n_bytes = min(node.end, len(tokens)), n_bytes + node.n_tokens * kv.cells.token_bytes
+    error = disk.error_since(n_failed)
+    if n_tokens < match.n_tokens and error is not None:
+        raise type(error)(f"{n_tokens} of {match.n_tokens} cached tokens are on disk: {error.message}")
+    return {"tokens": n_tokens, "bytes": n_bytes}
+
+
+def load(kv: KvCache, namespace: bytes, tokens: SequenceOf[int]) -> dict[str, int]:
+    """Bring what is on disk of a prefix into host memory."""
+    assert kv.disk is not None
+    now = time.monotonic_ns()
+    n_tokens = n_bytes = 0
+    for node in kv.tree.match(namespace, pack(tokens)).nodes:
+        if node.host is None and isinstance(node.disk, DiskRows):
+            read = kv.disk.read(node)
+            if read is None or not kv.host.put(node, read[0], now, read[1]):
+                break
+            n_bytes += node.n_bytes
+        if node.host is None:
+            break
+        n_tokens = node.end
+    return {"tokens": min(n_tokens, len(tokens)), "bytes": n_bytes}

@@ -33,7 +33,7 @@ from tiny import WINDOW
 from mullama import abi
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
-from mullama.kv.tiers.host_tier import LEAST_STORED
+from mullama.kv.tiers.host_tier import MIN_STORED
 
 Make = Callable[..., Engine]
 Tiny = Callable[..., Path]
@@ -90,7 +90,7 @@ def test_answers_are_those_of_a_cold_engine(
         if host < 1 << 30:
             assert evicted > 0
         else:
-            assert evicted < len(answers) * LEAST_STORED, "only what is too short for host memory"
+            assert evicted < len(answers) * MIN_STORED, "only what is too short for host memory"
             assert hits > len(answers) / (3 if arch in ("llama", "gemma3") else 10)
 
 

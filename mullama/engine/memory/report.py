@@ -73,7 +73,7 @@ def _at_boundary(engine: Engine) -> tuple[dict[str, Any], list[Buffer]]:
         "output": {"allocated_bytes": output, "resident_bytes": output},
         "tables_bytes": engine._tables_bytes,
         "adapters": [_adapter(one) for one in engine._adapters.all() if one.native.is_on],
-        "host_tier_bytes": kv.tier.used,
+        "host_tier_bytes": kv.host.used,
         "disk_tier_bytes": kv.disk.store.bytes_used if kv.disk is not None else None,
         "parked_sequences": sum(seq.parked is not None for seq in engine._seqs.live.values()),
         "parked_bytes": core.parked_bytes(),

@@ -48,7 +48,7 @@ class PolicyMethods:
     @property
     def kv_host_tokens(self) -> int:
         """Tokens of prefixes that fit into host memory (``--kv-host-bytes``)."""
-        return self._kv.tier.budget // max(self._token_bytes, 1)
+        return self._kv.host.budget // max(self._token_bytes, 1)
 
     def scheduler_snapshot(self) -> dict[str, Any]:
         """GET /internal/scheduler."""

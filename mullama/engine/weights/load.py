@@ -219,7 +219,7 @@ def open_disk_tier(
 
 def join_disk_store(store: DiskStore, kv: KvCache, post: Callable[[Callable[[], None]], None]) -> DiskTier:
     """A tier of what a store holds. Engine thread, or before there is one."""
-    return DiskTier(store, kv.tree, lambda: kv.tier.policy, kv.cells.token_bytes, post, kv.leaves_disk)
+    return DiskTier(store, kv.tree, lambda: kv.host.policy, kv.cells.token_bytes, post, kv.leaves_disk)
 
 
 def open_disk_store(model: Model, core: Core, kv: KvCache, config: ServeConfig) -> DiskStore | None:

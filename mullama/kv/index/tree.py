@@ -168,6 +168,13 @@ class Node:
         found.reverse()
         return found
 
+    def subtree(self) -> list[Node]:
+        """This node and all below it, parents first."""
+        found = [self]
+        for node in found:  # it grows meanwhile
+            found.extend(node.children.values())
+        return found
+
     def tokens(self) -> bytes:
         """All tokens from the start of the prompt to the end of this node."""
         return b"".join(node.key for node in self.path())
