@@ -102,7 +102,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         )
         host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_swap_bytes()
         self._kv = KvCache(core, Cells(core), host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
-        self._token_bytes = self._kv.cells.token_bytes or sizing.kv_bytes_per_token(model.metadata())
+        self._token_bytes = self._kv.cells.token_bytes or fits.token_bytes_of(model.path, config)
         self._reader = Reader(core, TEXT, self._token_bytes)
         self._reader.kernels = words_of(info.kernels)
         self._page = abi.Reader(core.page.buffer())
