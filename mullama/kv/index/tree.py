@@ -261,10 +261,6 @@ class PrefixTree:
         """Last node of a slot's path; None: it holds nothing."""
         return self._ends.get(slot)
 
-    def held(self) -> dict[int, int]:
-        """Tokens on the path of every slot that holds some."""
-        return {slot: node.end for slot, node in self._ends.items()}
-
     def nodes(self) -> Iterator[Node]:
         """Every node, parents first."""
         stack = list(self._roots.values())

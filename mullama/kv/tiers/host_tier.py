@@ -31,7 +31,6 @@ class HostTier:
     ) -> None:
         self.budget = budget
         self.used = 0
-        self.evicted_tokens = 0
         self._tree = tree
         self._can_cut = can_cut
         self._on_evict = on_evict  # told of a node before it goes
@@ -162,15 +161,11 @@ class HostTier:
             if kept > 0:
                 self._tree.split(node, kept)
         above = node.parent
-        self._evicted(node)
+        if self._on_evict is not None:
+            self._on_evict(node)
         self._remove(node)
         self._tree.prune(node)
         self._leaf_again(above, now_ns)
-
-    def _evicted(self, node: Node) -> None:
-        self.evicted_tokens += node.n_tokens
-        if self._on_evict is not None:
-            self._on_evict(node)
 
     def _remove(self, node: Node) -> None:
         """Give up what a node has here."""
