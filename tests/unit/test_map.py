@@ -30,10 +30,6 @@ KNOWN_CIRCLES = {
     "mullama.simulation.simulated_sequences",
 }
 KNOWN_CUT = {
-    "mullama.engine.planning.control:PolicyMethods",
-    "mullama.engine.weights.control:WeightMethods",
-    "mullama.kv.control:KvMethods",
-    "mullama.kv.find:KvFinder",
     "mullama.serving.idle:IdleMethods",
     "mullama.serving.making_room:RoomMethods",
     "mullama._core.machine:Machine",

@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from mullama.engine.requests.reader import Leaving, Reader
+from mullama.engine.requests.reader import Reader, Reading
 from mullama.engine.requests.sequences import LiveSequence, Sequences
 from mullama.errors import MullamaError
 from mullama.kv.index.tree import pack
@@ -42,7 +42,7 @@ class Traveller:
     """A request between two engines, with what it was when it left."""
 
     seq: LiveSequence
-    leaving: Leaving
+    reading: Reading
     parked: Parked | None  # None: it never had a slot
     prompt: Sequence[int]  # in the new model's vocabulary
     tokens: list[int] | None  # prompt and answer so far in it; None: as they were
@@ -71,13 +71,13 @@ def leave(
         parked = seq.parked
         if parked is not None:
             core.drop_saved(parked)
-        leaving = reader.let_go(handle)
-        if leaving is None:
+        reading = reader.release(handle)
+        if reading is None:
             continue  # it was cancelled, or its last record is on the way
         if parked is not None:
             core.let_go(parked)
         seqs.remove(handle)
-        travellers.append(Traveller(seq, leaving, parked, prompt, tokens))
+        travellers.append(Traveller(seq, reading, parked, prompt, tokens))
     return travellers
 
 
@@ -114,7 +114,7 @@ def arrive(
     for one in travellers:
         handle = next_handle()
         seq = _seated(one, handle)
-        reader.take_in(handle, one.leaving)
+        reader.adopt(handle, one.reading)
         try:
             if one.parked is not None:
                 tokens = one.tokens
@@ -126,7 +126,7 @@ def arrive(
             continue
         seqs.add(seq)
         arrived(seq)
-        one.leaving.generation.belongs_to(handle, cancel)
+        one.reading.generation.belongs_to(handle, cancel)
 
 
 def _seated(one: Traveller, handle: int) -> LiveSequence:
