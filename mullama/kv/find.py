@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mullama import abi
 from mullama.kv.choice import Choice, Foreseen, KvCosts, SlotFill, SlotOffer, choose, foreseen, tail_weight
 from mullama.kv.index.payload import Checkpoint, Rows
-from mullama.kv.index.tree import Match, PrefixTree
+from mullama.kv.index.tree import TOKEN_BYTES, Match, PrefixTree
 from mullama.kv.native import Cells, Core
 from mullama.kv.tiers.base import Tiers
 
@@ -48,7 +48,7 @@ class KvFinder:
     def find(self, namespace: bytes, key: bytes, limit: int) -> Found:
         """The cheapest way to the first ``limit`` tokens of ``key``, and what the tiers hold of it; changes nothing."""
         while True:
-            match = self._tree.match(namespace, key[: 4 * limit])
+            match = self._tree.match(namespace, key[: TOKEN_BYTES * limit])
             choice = self._choose(match, limit)
             pieces = self._pieces(match, choice)
             if pieces is not None:
@@ -57,15 +57,16 @@ class KvFinder:
     def _choose(self, match: Match, limit: int) -> Choice:
         states = self._core.states()
         n_stored, n_host = self._stored(match, limit)
+        costs, token_bytes = self.costs(), self._cells.token_bytes
         return choose(
             limit,
             self._offers(match, states, limit),
             n_stored,
             n_host,
-            costs=self.costs(),
-            token_bytes=self._cells.token_bytes,
+            costs=costs,
+            token_bytes=token_bytes,
             can_extend=not self._cells.needs_checkpoint,
-            tail_weight=tail_weight(self.costs(), self._cells.token_bytes, has_host=self._tiers.host.budget > 0),
+            tail_weight=tail_weight(costs, token_bytes, has_host=self._tiers.host.budget > 0),
         )
 
     def costs(self) -> KvCosts:
@@ -136,7 +137,7 @@ class KvFinder:
 
     def expected(self, namespace: bytes, key: bytes, limit: int) -> Foreseen:
         """What a prompt could reuse of its first ``limit`` tokens, now and a little later."""
-        match = self._tree.match(namespace, key[: 4 * limit])
+        match = self._tree.match(namespace, key[: TOKEN_BYTES * limit])
         n_stored, _ = self._stored(match, limit)
         fills = []
         for slot, shared in match.slots.items():

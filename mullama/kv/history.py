@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.index.ghosts import Ghosts
 from mullama.kv.index.miss_reasons import miss_reason
-from mullama.kv.index.tree import Match, Node
+from mullama.kv.index.tree import TOKEN_BYTES, Match, Node
 
 
 class KvHistory:
@@ -75,7 +75,7 @@ class KvHistory:
                 start,
                 end,
                 node.namespace,
-                (node.tokens() if path is None else path)[: 4 * end],
+                (node.tokens() if path is None else path)[: TOKEN_BYTES * end],
                 self._request,
                 source,
                 slot,

@@ -20,6 +20,8 @@ class Blocker(MetaPathFinder):
 sys.meta_path.insert(0, Blocker())
 """
 
+PACKAGE = Path(__file__).parents[2] / "mullama"
+
 PURE = [
     "mullama",
     "mullama.abi",
@@ -35,8 +37,10 @@ PURE = [
     "mullama.compare.runner",
     "mullama.compare.plots",
     "mullama.compare.recording",
-    "mullama.kv",
-    "mullama.kv.placement",
+    *sorted(
+        f"mullama.{file.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}"
+        for file in (PACKAGE / "kv").rglob("*.py")
+    ),
     "mullama.engine",
     "mullama.engine.client",
     "mullama.engine.requests.lifecycle",

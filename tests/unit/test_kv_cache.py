@@ -15,7 +15,7 @@ from kv_core_support import ROW, FakeEngine
 from test_kv_disk import IDENTITY
 
 from mullama import abi
-from mullama.kv import audit, report
+from mullama.kv import audit, control, report
 from mullama.kv.choice import MIN_GAIN, KvSource
 from mullama.kv.events import KvEventKind, KvTier
 from mullama.kv.index.payload import Rows
@@ -332,6 +332,35 @@ def test_the_report_of_a_cache() -> None:
     ]  # fmt: skip
 
 
+# -- what an operator does --------------------------------------------------------------------------------------------
+
+
+def test_a_pin_takes_what_was_named_and_no_more() -> None:
+    engine = FakeEngine(n_slots=1)
+    engine.ask(text(1, 100), 0)
+    assert control.pin(engine.kv, b"", text(1, 100)[:40], 99) == 40
+    assert [(node.end, node.pinned_until_ns) for node in engine.kv.tree.nodes()] == [(40, 99), (100, 0)]
+    assert control.pin(engine.kv, b"", [5, 6], 99) == 0
+    engine.check()
+
+
+def test_a_drop_takes_what_begins_so_in_the_tiers_that_were_named() -> None:
+    engine = FakeEngine(n_slots=3)
+    for tail in (1, 2):
+        engine.ask([*text(1, 50), *text(10 + tail, 50)], 0)
+    engine.ask(text(2, 50), 0)
+    engine.kv.store_retained(engine.running)
+    everything = {KvTier.DEVICE, KvTier.HOST}
+    found = control.drop(engine.kv, engine.running, b"", [*text(1, 50), text(11, 50)[0]], {KvTier.HOST})
+    assert found == {"cells_freed": 0, "host_bytes_freed": 50 * ROW, "disk_bytes_freed": 0}
+    found = control.drop(engine.kv, engine.running, b"", text(1, 50)[:20], everything)
+    assert found["cells_freed"] == 100 and found["host_bytes_freed"] == 100 * ROW
+    assert control.drop(engine.kv, engine.running, b"", [*text(2, 50), 5], everything)["cells_freed"] == 0
+    engine.check()
+    assert control.drop(engine.kv, engine.running, None, None, everything)["cells_freed"] == 50
+    assert engine.kv.tree.n_nodes == 0
+
+
 # -- the audit sees what is wrong ------------------------------------------------------------------------------
 
 
@@ -509,6 +538,25 @@ def test_a_disk_that_breaks_its_promise(tmp_path: Path) -> None:
     assert (place.source, place.reuse) == (KvSource.NONE, 0)
     engine.check()
     engine.kv.close()
+
+
+def test_a_prefix_is_saved_and_loaded_by_hand(tmp_path: Path) -> None:
+    engine, settle = with_disk(tmp_path)
+    engine.kv.host.budget = 1 << 20
+    running = engine.admit(text(1, 100))
+    engine.compute(running.slot, 100)
+    disk = engine.kv.disk
+    assert disk is not None
+    n_failed = disk.n_failed
+    assert disk.hand_over(lambda: control.save(engine.kv, disk, b"", text(1, 100)[:60]))
+    settle()
+    saved = control.saved(engine.kv, disk, b"", text(1, 100)[:60], n_failed)
+    assert saved == {"tokens": 60, "bytes": 60 * ROW}
+    engine.kv.drop_host()
+    assert control.load(engine.kv, b"", text(1, 100)[:50]) == {"tokens": 50, "bytes": 60 * ROW}
+    assert engine.kv.host.used == 60 * ROW
+    engine.check()
+    engine.kv.close(keep=False)
 
 
 def test_a_cache_goes_on_without_its_disk(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from mullama.errors import StoreError
 from mullama.kv.eviction.policy import EvictionPolicy
 from mullama.kv.index.payload import Checkpoint, Rows
-from mullama.kv.index.tree import Node, Payload, PrefixTree
-from mullama.kv.tiers.disk_records import DiskRecord
+from mullama.kv.index.tree import TOKEN_BYTES, Node, Payload, PrefixTree
+from mullama.kv.tiers.disk_records import CHUNK_TOKENS, DiskRecord
 from mullama.kv.tiers.disk_store import DiskStore
 
 log = logging.getLogger("mullama.engine")
@@ -104,6 +104,8 @@ class DiskTier:
         for record in store.scan():
             self._attach(record)
         self.ensure_free(0, time.monotonic_ns())  # the budget may be smaller than it was
+        self._is_detached = False  # from the tree
+        self._is_over = False  # the writer has ended: what comes is answered by who brings it
         self._thread = threading.Thread(target=self._run, name="mullama-kv-disk", daemon=True)
         self._thread.start()
 
@@ -171,7 +173,7 @@ class DiskTier:
             log.warning("%s", error.message)
             self._forget(held.shared)
             return None
-        step = 64 * self._token_bytes
+        step = CHUNK_TOKENS * self._token_bytes
         chunks = [data[at : at + step] for at in range(0, len(data), step)] if step else []
         return Rows(chunks, node.n_tokens, self._token_bytes), checkpoint
 
@@ -198,7 +200,7 @@ class DiskTier:
     def detach(self) -> None:
         """Leave the tree, which goes on without this tier; what is on its way is still written. ``close`` may follow
         on any thread."""
-        self._detached = True
+        self._is_detached = True
         for node in list(self._tree.nodes()):
             if isinstance(node.disk, DiskRows):
                 node.disk = None
@@ -222,14 +224,11 @@ class DiskTier:
         self._thread.join()
         self._is_over = True
         self._answer_waiting()
-        if not self._detached:
+        if not self._is_detached:
             self.ensure_free(0, time.monotonic_ns())
         self.store.close()
 
     # -- the writer thread --------------------------------------------------------------------------------------
-
-    _detached = False
-    _is_over = False  # the writer has ended: what comes is answered by who brings it
 
     def _run(self) -> None:
         while True:
@@ -282,7 +281,7 @@ class DiskTier:
                 self.last_error, self.is_failing = result, True
                 return
             record, self.is_failing = result, False
-            if self._detached:
+            if self._is_detached:
                 return
             if is_wanted:
                 self._attach(record)
@@ -298,7 +297,7 @@ class DiskTier:
         """Every node on the record's path learns that the disk has it."""
         now = time.monotonic_ns()
         if record.start > 0:
-            self._tree.insert(record.namespace, record.tokens[: 4 * record.start], now)
+            self._tree.insert(record.namespace, record.tokens[: TOKEN_BYTES * record.start], now)
         end = self._tree.insert(record.namespace, record.tokens, now)
         shared = _Shared(record)
         if record.has_checkpoint and isinstance(end.disk, DiskRows) and not end.disk.has_checkpoint:
