@@ -329,6 +329,7 @@ class FakeEngine:
         assert kv.host.used <= kv.host.budget
         for slot, runs in enumerate(self.running):
             assert runs == self.core.slots[slot].is_open
+            assert self.core.slots[slot].tokens or kv.tree.end_of(slot) is None, f"slot {slot} holds nothing"
         for node in kv.tree.nodes():
             path = unpack(node.tokens())
             assert node.children or not node.is_bare

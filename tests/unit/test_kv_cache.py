@@ -75,6 +75,46 @@ def test_rows_are_put_behind_what_the_slot_still_holds() -> None:
     engine.check()
 
 
+def test_a_copy_goes_on_from_host_memory_in_the_middle_of_a_stretch() -> None:
+    """A request computes what host memory has as well, because that was dear to read; then it is not any more."""
+    engine = FakeEngine(n_slots=2)
+    engine.ask(text(1, 300), 0)
+    engine.kv.evict_retained(300, engine.running)
+    engine.core.costs["restore"] = 1e9
+    running = engine.admit(text(1, 300))
+    assert running.reuse == 0
+    engine.compute(running.slot, 150)
+    engine.core.costs["restore"] = 0.0
+    place = engine.admit(text(1, 300))
+    assert (place.source, place.reuse, engine.cells.n_restored) == (KvSource.COPY, 299, 149)
+    engine.check()
+
+
+def test_what_is_copied_stays_where_it_is_meanwhile() -> None:
+    engine = FakeEngine(n_slots=3, host_bytes=0)
+    for seed in (1, 2, 3):
+        engine.ask(text(seed, 100), 0)
+    first = next(slot for slot in range(3) if engine.core.slots[slot].tokens == text(1, 100))
+    node = engine.kv.tree.end_of(first)
+    assert node is not None
+    node.pinned_until_ns = 1 << 62  # so it cannot be cut, and the copy needs another slot
+    place = engine.admit([*text(1, 100)[:60], 7, 7])
+    assert (place.source, place.reuse) == (KvSource.COPY, 60)
+    assert text(1, 100) in [slot.tokens for slot in engine.core.slots]
+    engine.check()
+
+
+def test_a_short_window_is_cut_and_kept_where_it_was_cut() -> None:
+    engine = FakeEngine("window", n_slots=1)
+    trunk = text(1, 44)[:30]
+    engine.ask(text(1, 44), 0)
+    assert engine.ask([*trunk, *text(2, 10)], 0).reuse == 30
+    engine.ask(text(9, 60), 0)
+    place = engine.ask([*trunk, *text(3, 15)], 0)
+    assert (place.source, place.reuse) == (KvSource.HOST, 30)
+    engine.check()
+
+
 def test_another_namespace_shares_nothing() -> None:
     engine = FakeEngine()
     engine.ask(text(1, 100))
