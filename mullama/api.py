@@ -329,7 +329,7 @@ class Engine(CoreEngine):
         for number, prompt in enumerate(prompts):
             try:
                 requests.append(request := self._request(prompt, options))
-                self._check(request)
+                self._intake.check(request)
             except InvalidRequest as error:
                 error.message = f"prompt {number} of {len(prompts)}: {error.message}"
                 error.args = (error.message,)

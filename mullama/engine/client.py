@@ -46,6 +46,16 @@ class SyncGeneration(Generation, Protocol):
     def __next__(self) -> Delta: ...
 
 
+class Speaker(Protocol):
+    """Puts the text of one request into another model's tokens (see ``Request.translate``)."""
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]: ...
+
+    def bytes_alone(self, data: bytes) -> list[int]: ...
+
+    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
+
+
 class KvClient(Protocol):
     """The KV cache of an engine. What is awaited is done at a step boundary."""
 

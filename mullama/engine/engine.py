@@ -31,9 +31,11 @@ from mullama.engine.memory import report as memory
 from mullama.engine.parts import EngineParts
 from mullama.engine.planning.control import PlanningControl
 from mullama.engine.planning.policy_host import IDLE_LIMIT_NS, PolicyHost
+from mullama.engine.planning.steps import Steps
 from mullama.engine.requests import handover
 from mullama.engine.requests.chat_text import ChatText, ControlTokens
-from mullama.engine.requests.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
+from mullama.engine.requests.generation import AsyncGeneration, Inbox, SyncGeneration
+from mullama.engine.requests.intake import Intake
 from mullama.engine.requests.reader import Reader
 from mullama.engine.requests.sequences import LiveSequence, Sequences
 from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens
@@ -43,27 +45,20 @@ from mullama.engine.weights.control import WeightControl
 from mullama.engine.weights.loras import Adapters
 from mullama.engine.weights.sleeping import Sleep
 from mullama.errors import (
-    ContextLengthExceeded,
     EngineDead,
-    InvalidRequest,
-    ModelNotLoaded,
     MullamaError,
-    QueueFull,
     ShuttingDown,
 )
 from mullama.kv import audit
 from mullama.kv.cache import KvCache
-from mullama.kv.choice import ESTIMATES
 from mullama.kv.eviction import registry as kv_registry
 from mullama.kv.eviction.guarded import GuardedPolicy
-from mullama.kv.index.tree import pack
 from mullama.machine.cores import usable_threads
 from mullama.machine.ways import words_of
 from mullama.observe.process_memory import give_back_heap
 from mullama.plugins.arguments import parse_args
-from mullama.scheduling import Costs, EngineState, Plan, SeqView, registry
-from mullama.scheduling import kv_budget as budget
-from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams, SeqState
+from mullama.scheduling import registry
+from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
 
 log = logging.getLogger("mullama.engine")
 
@@ -75,9 +70,6 @@ T = TypeVar("T")
 STALLED_SECONDS = 30.0  # no step for so long, with work to do: not ready
 GIL_SWITCH_SECONDS = 0.0005  # what the engine waits at most for a busy event loop
 IDLE_AUDIT_S = 1.0  # without work before the KV cache's bookkeeping is compared with llama.cpp's
-BESIDE_S = 0.2  # another engine that computed so lately wants the cores as well
-SHARED_PREFILL = 128  # tokens: about 0.2 s of a small model on two cores
-PRESSURE_STEPS = 64  # steps that eviction under KV pressure makes room for
 
 
 class Engine:
@@ -140,12 +132,13 @@ class Engine:
         self.kv = KvControl(parts)
         self.planning = PlanningControl(parts)
         self.weights = WeightControl(parts)
+        self._intake = Intake(parts)
+        self._steps = Steps(parts)
         if config.shadow_scheduler:
             self._policy.shadow = self.planning.make_shadow(config.shadow_scheduler, None)
         self._tokenizer = Tokenizer(lambda: parts.model)
         self._control_tokens: tuple[Model, ControlTokens] | None = None  # of which model; found for the first chat
         self._audited = -1  # version of the KV cache that was audited last
-        self._estimated = (-1, -1)  # version of the KV cache, and arrivals, when the queue was last looked up in it
         self._idle = False
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         try:
@@ -238,15 +231,7 @@ class Engine:
                 text, add_special=add_special, parse_special=parse_special, most=most, between=between
             )
         except TooManyTokens as error:
-            raise self._too_long(error.n, at_least=not error.is_all) from None
-
-    def _too_long(self, n: int, *, at_least: bool = False) -> ContextLengthExceeded:
-        return ContextLengthExceeded(
-            f"the prompt has {'at least ' if at_least else ''}{n} tokens; one request may use {self.info.n_ctx}, "
-            "completion included",
-            param="prompt",
-            n_tokens=n,
-        )
+            raise self._intake.too_long(error.n, at_least=not error.is_all) from None
 
     def bytes_alone(self, data: bytes) -> list[int]:
         """The token of each byte, as for a character that has only begun; nothing when the vocabulary lacks one."""
@@ -293,7 +278,7 @@ class Engine:
         self._reader.attach_loop(loop)
         handle = next(self._handles)
         generation = AsyncGeneration(request.id, handle, self._request_cancel, loop)
-        self._enqueue(request, generation)
+        self._intake.enqueue(request, generation)
         return generation
 
     def submit_sync(self, request: Request) -> SyncGeneration:
@@ -305,67 +290,12 @@ class Engine:
         self._reader.attach_thread()
         handle = next(self._handles)
         inbox = Inbox(request.id, handle, self._request_cancel)
-        self._enqueue(request, inbox)
+        self._intake.enqueue(request, inbox)
         return SyncGeneration(inbox)
-
-    def _enqueue(self, request: Request, generation: BaseGeneration) -> None:
-        prepared = self._check(request)
-        room = self.info.n_ctx - len(request.prompt)
-        view = SeqView(
-            id=generation.handle,
-            state=SeqState.WAITING,
-            prompt_tokens=len(request.prompt),
-            prefill_left=len(request.prompt),
-            max_tokens=self._most_tokens(request, room),
-            arrival_ns=request.arrival_ns or time.monotonic_ns(),
-            priority=request.priority,
-            user=request.user,
-            slo_ms=request.slo_ms,
-            preempt=request.preempt,
-            state_ns=time.monotonic_ns(),
-        )
-        seq = LiveSequence(view, request, key=pack(request.prompt), prepared=prepared)
-        with self._commands.lock:
-            self._commands.check_alive()
-            if self._parts.takes_none:
-                raise ModelNotLoaded(f"'{self.info.name}' is asleep; wake it first", param="model")
-            # A request that a slot is free for does not wait.
-            n_waiting = self._parts.n_posted + self._seqs.n_queued
-            if n_waiting >= self.config.max_queue + self._seqs.slots.count(0):
-                raise QueueFull(
-                    f"{n_waiting} requests are waiting, the limit is {self.config.max_queue}", retry_after=1
-                )
-            adapters = self._loras.choose(seq, request)
-            self._parts.n_posted += 1
-            self._reader.add(generation, request.sampling.stop, adapters)
-            self._commands.post(lambda: self._add(seq))
-
-    def _most_tokens(self, request: Request, room: int) -> int:
-        """Tokens that a request may generate. One that shifts has no room to keep to, but without a limit of its own
-        it may generate a context's worth."""
-        asked = request.sampling.max_tokens
-        if request.context_shift:
-            return asked or self.info.n_ctx
-        return min(asked or room, room)
 
     def prepare(self, sampling: SamplingParams) -> Sampling:
         """What is dear about opening a request, done ahead in any thread (see EngineClient.prepare)."""
-        return Sampling(self.model, sampling)
-
-    def _check(self, request: Request) -> Sampling:
-        n = len(request.prompt)
-        if n == 0:
-            raise InvalidRequest("the prompt is empty: it must have at least one token", param="prompt")
-        if n > self.info.n_ctx - 1:
-            raise self._too_long(n)
-        if min(request.prompt) < 0 or max(request.prompt) >= self.info.n_vocab:
-            raise InvalidRequest(f"a token id is outside the vocabulary (0 to {self.info.n_vocab - 1})", param="prompt")
-        if request.context_shift and not self.info.can_shift:
-            raise InvalidRequest(f"'{self.info.name}' cannot shift its context", param="context_policy")
-        _check_fields(request)
-        if isinstance(request.prepared, Sampling) and request.prepared.model is self.model:
-            return request.prepared
-        return self.prepare(request.sampling)
+        return self._intake.prepare(sampling)
 
     def _request_cancel(self, handle: int) -> None:
         self._commands.post_quietly(lambda: self._seqs.cancel(handle))
@@ -437,7 +367,7 @@ class Engine:
         """
         same = self.weights.is_same_vocab(other.weights)
         travellers = self.call(
-            lambda: handover.leave(
+            lambda: handover.depart(
                 self._core, self._seqs, self._reader, other, other.info.n_ctx - 1, same_vocab=same
             )
         ).result()  # fmt: skip
@@ -502,8 +432,8 @@ class Engine:
         self._kv.close(keep=self._commands.failure is None)
         self._changes.close()
         self._core.close()
-        self._loras.close(list(self._seqs.live.values()))
-        self._seqs.let_go()
+        self._seqs.close()
+        self._loras.close()
         self.model.close()
         give_back_heap()
 
@@ -531,7 +461,7 @@ class Engine:
                 if self._seqs:
                     self._step()
                 elif self._changes.active is None:
-                    self._sleep()
+                    self._wait_for_work()
         except BaseException as error:
             log.exception("the engine of '%s' stopped", self.info.name)
             with self._commands.lock:
@@ -545,7 +475,7 @@ class Engine:
                 self._changes.active.abort(EngineDead(f"the engine of '{self.info.name}' stopped meanwhile"))
             self._commands.end()
 
-    def _sleep(self, until_ns: int = 0) -> None:
+    def _wait_for_work(self, until_ns: int = 0) -> None:
         """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
         self._core.refresh_page(self._parts.n_waiting)
@@ -573,26 +503,26 @@ class Engine:
 
     def _step(self) -> None:
         """Plan, preempt, admit, run, follow."""
-        state = self._state()
+        state = self._steps.state()
         plan = self._policy.plan(state)
         planned_ns = time.monotonic_ns() - state.now_ns
         steps = plan.repeat
         fresh = bool(plan.preempt)
-        is_limited = self._parts.kv_tokens < self._core.n_slots * self._core.n_ctx
-        cells = 0
-        if is_limited:
-            plan, cells = self._fit_budget(plan)
+        fitted = None
+        if self._steps.is_limited:
+            fitted = self._steps.fit(plan)
+            plan = fitted.plan
         for handle, how in plan.preempt.items():
             self._seqs.preempt(handle, how)
-        if is_limited:
-            steps = self._make_room(plan, cells)
+        if fitted is not None:
+            steps = self._steps.make_room(fitted)
         for handle in plan.tokens:
-            if self._seqs.views[handle].is_queued and not self._waits_for_prefix(handle, plan):
+            if self._seqs.views[handle].is_queued and not self._steps.waits_for_prefix(handle, plan):
                 self._seqs.start(handle)
                 fresh = True
         self._seqs.close_holes()
         self._seqs.collect()  # a sequence that could not be moved has ended
-        decode, prefill = self._shape(plan)
+        decode, prefill = self._steps.shape(plan)
         self._core.note_plan(planned_ns, self._parts.n_waiting, len(decode), sum(n for _, n in prefill))
         swap = self._changes.active
         if swap is not None:
@@ -603,108 +533,8 @@ class Engine:
             self._seqs.collect()
         elif self._seqs:
             now = time.monotonic_ns()  # not for ever: whoever leaves all idle is asked again, and found out
-            self._sleep(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
-
-    def _state(self) -> EngineState:
-        self._estimate()
-        core, governor = self._core, self._core.governor
-        n_decoding = sum(view.state is SeqState.DECODE for view in self._seqs.views.values())
-        costs = Costs(
-            prefill_token_ns=governor.cost(core.n_batch) / core.n_batch,
-            decode_step_ns=governor.cost(max(n_decoding, 1)),
-            swap_token_ns=self._seqs.move_ns_per_byte * self._parts.token_bytes,
-        )
-        return EngineState(
-            now_ns=time.monotonic_ns(),
-            step=core.steps_done(),
-            free_slots=self._seqs.slots.count(0),
-            max_prefill=self._max_prefill(),
-            n_slots=core.n_slots,
-            free_cells=self._parts.kv_tokens - self._seqs.cells_running(),
-            costs=costs,
-        )
-
-    def _max_prefill(self) -> int:
-        """Prompt tokens of one step: fewer while somebody waits for its end, another engine or a change of weights."""
-        core = self._core
-        if self._changes.active is not None or core.turns.busy_beside(core.seat, BESIDE_S):
-            return min(core.n_batch, SHARED_PREFILL)
-        return core.n_batch
-
-    def _fit_budget(self, plan: Plan) -> tuple[Plan, int]:
-        """Cut the plan to the KV budget. Returns it and the cells that it needs on top of the used ones."""
-        views = self._seqs.views
-        fitted = budget.fit_or_go_on(plan, views, self._parts.kv_tokens, self._core.n_batch)
-        for handle in fitted.preempt:
-            fitted.plan.preempt[handle] = views[handle].preempt
-        return fitted.plan, fitted.cells
-
-    def _make_room(self, plan: Plan, cells: int) -> int:
-        """Give up retained prefixes, also those of whom the plan preempted. Returns the steps it may be repeated."""
-        n_decode = max(len(plan.tokens), 1)
-        wanted = cells + n_decode * PRESSURE_STEPS
-        free = self._parts.kv_tokens - self._seqs.cells_running() - self._seqs.cells_retained()
-        if free < wanted:
-            free += self._seqs.evict_retained(wanted - free)
-        steps = max(1, free // n_decode)
-        return min(plan.repeat, steps) if plan.repeat else steps
-
-    def _shape(self, plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
-        """The plan as the core takes it: slots that decode, and prompt chunks (slot, tokens)."""
-        decode: list[int] = []
-        prefill: list[tuple[int, int]] = []
-        for handle, n in plan.tokens.items():
-            seq = self._seqs.live.get(handle)
-            if seq is None or seq.slot < 0:
-                continue  # it could not be started
-            if seq.view.state is SeqState.DECODE:
-                decode.append(seq.slot)
-            else:
-                n = min(n, seq.view.prefill_left)
-                if seq.borders:
-                    n = min(n, max(seq.borders[0] - seq.view.cells, 1))
-                prefill.append((seq.slot, n))
-        return decode, prefill
-
-    def _waits_for_prefix(self, handle: int, plan: Plan) -> bool:
-        """Whether another request is computing the prefix that this one needs: then it is computed once."""
-        seq = self._seqs.live[handle]
-        if seq.parked is not None:
-            return False
-        _, later, slot = self._kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
-        # Only while it gets on: a policy that leaves it out must not leave two requests waiting.
-        return later > 0 and self._seqs.slots[slot] in plan.tokens
-
-    def _estimate(self) -> None:
-        """Tell the policy what the next ones in the queue will have to compute, as far as the KV cache changed."""
-        known = (self._kv.version, self._seqs.n_added)
-        if not self._seqs.n_queued or known == self._estimated:
-            return
-        self._estimated = known
-        queued = (seq for seq in self._seqs.live.values() if seq.view.state is SeqState.WAITING)
-        for seq in itertools.islice(queued, ESTIMATES):
-            now, later, _ = self._kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
-            seq.view.expect(max(now, later))
+            self._wait_for_work(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
 
     def _ended(self, seq: LiveSequence) -> None:
-        self._loras.ended(seq)
+        self._loras.ended(seq.adapters)
         self._policy.ended(seq)
-
-    def _add(self, seq: LiveSequence) -> None:
-        with self._commands.lock:
-            self._parts.n_posted -= 1
-            self._seqs.add(seq)
-        self._policy.arrived(seq.view)
-
-
-def _check_fields(request: Request) -> None:
-    """What a policy and the page are told of a request. Raises InvalidRequest."""
-    priority, user, slo_ms = request.priority, request.user, request.slo_ms
-    if isinstance(priority, bool) or not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
-        raise InvalidRequest(
-            f"priority must be a whole number from {-(1 << 31)} to {(1 << 31) - 1}, got {priority!r}", param="priority"
-        )
-    if user is not None and not isinstance(user, str):
-        raise InvalidRequest(f"user must be a text, got {user!r}", param="user")
-    if slo_ms is not None and (isinstance(slo_ms, bool) or not isinstance(slo_ms, int | float) or not slo_ms > 0):
-        raise InvalidRequest(f"slo_ms must be a number of milliseconds above 0, got {slo_ms!r}", param="slo_ms")

@@ -206,7 +206,7 @@ def test_a_request_that_the_core_refuses_leaves_the_books_right(
     prompt = tokens(1, 240)[:40] + tokens(2, 20)
     bad = Request("bad", prompt, greedy(4, logit_bias=((1 << 20, 1.0),)))
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "_check", lambda request: None)  # else it would be refused before
+        patched.setattr(engine._intake, "check", lambda request: None)  # else it would be refused before
         (generation,) = submit(engine, bad)
     list(generation)
     assert generation.finish.reason is FinishReason.ERROR

@@ -305,7 +305,7 @@ def test_whatever_stops_an_engine_is_reported_and_the_next_request_loads_it_anew
         def ends() -> None:
             raise SystemExit("on purpose")
 
-        engines[0]._post_quietly(ends)
+        engines[0]._commands.post_quietly(ends)
         for generation in generations:
             async for _ in generation:
                 pass

@@ -1,6 +1,6 @@
 """Sequences that leave one engine and go on in another, whose model may speak another vocabulary. None is dropped.
 
-On the old engine's thread ``leave`` takes them out of their slots, text and sampler and all; on the new one's
+On the old engine's thread ``depart`` takes them out of their slots, text and sampler and all; on the new one's
 ``arrive`` puts them in the queue, where they are computed again. What the new model's context does not hold stays
 with the old engine to its end.
 """
@@ -11,8 +11,9 @@ import codecs
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from mullama.engine.client import Speaker
 from mullama.engine.requests.reader import Reader, Reading
 from mullama.engine.requests.sequences import LiveSequence, Sequences
 from mullama.errors import MullamaError
@@ -27,16 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("mullama.engine")
 
 
-class Speaker(Protocol):
-    """What is needed of an engine."""
-
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]: ...
-
-    def bytes_alone(self, data: bytes) -> list[int]: ...
-
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
-
-
 @dataclass(slots=True)
 class Traveller:
     """A request between two engines, with what it was when it left."""
@@ -48,7 +39,7 @@ class Traveller:
     tokens: list[int] | None  # prompt and answer so far in it; None: as they were
 
 
-def leave(
+def depart(
     core: Core, seqs: Sequences, reader: Reader, speaker: Speaker, room: int, *, same_vocab: bool
 ) -> list[Traveller]:
     """Take out every sequence that ``room`` tokens hold, in order of arrival. On the thread of the old engine.
@@ -113,7 +104,7 @@ def arrive(
     """Queue them, in their order. On the thread of the engine they come to."""
     for one in travellers:
         handle = next_handle()
-        seq = _seated(one, handle)
+        seq = _renewed(one, handle)
         reader.adopt(handle, one.reading)
         try:
             if one.parked is not None:
@@ -129,7 +120,7 @@ def arrive(
         one.reading.generation.belongs_to(handle, cancel)
 
 
-def _seated(one: Traveller, handle: int) -> LiveSequence:
+def _renewed(one: Traveller, handle: int) -> LiveSequence:
     """The sequence as the new engine knows it."""
     old = one.seq
     request: Request = dataclasses.replace(old.request, prompt=one.prompt)
