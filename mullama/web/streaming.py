@@ -17,7 +17,7 @@ import orjson
 
 from mullama.types import Finish
 from mullama.web.context import shift_member
-from mullama.web.direct import DirectBody, Diverting, Sink
+from mullama.web.direct import DirectBody, Sink, diverts
 from mullama.web.errors import as_mullama_error
 from mullama.web.generations import Event, Group, events_of
 from mullama.web.usage import profile_fields, usage
@@ -193,7 +193,7 @@ class EventStream:
     def _open_direct(self) -> None:
         if self._body is not None:
             for index, generation in enumerate(self._group.generations):
-                if isinstance(generation, Diverting):
+                if diverts(generation):
                     generation.sink = self._sink(index, self._body)
 
     def _sink(self, index: int, body: DirectBody) -> Sink:
@@ -281,7 +281,7 @@ class EventStream:
         """Stop whatever still runs for this stream. Idempotent."""
         self._ended = True
         for generation in self._group.generations:
-            if isinstance(generation, Diverting):
+            if diverts(generation):
                 generation.sink = None
         self._silence.close()
         self._source.close()
