@@ -69,8 +69,11 @@ class EngineClient(Protocol):
         Raises ContextLengthExceeded as soon as there are surely more than ``most``, InvalidRequest.
         """
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
+    def detokenize(self, tokens: Sequence[int], *, only_whole: bool = False) -> str:
+        """Text of token ids, malformed UTF-8 replaced by U+FFFD.
+
+        ``only_whole``: a character that has only begun where the tokens end is left out, as at the end of a stream.
+        """
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         """The prompt of a chat, by the model's template (ChatML when it has none).

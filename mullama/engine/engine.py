@@ -7,6 +7,7 @@ append commands, set its interrupt flag, or read the instrumentation page.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import dataclasses
 import functools
 import itertools
@@ -70,6 +71,7 @@ GIL_SWITCH_SECONDS = 0.0005  # what the engine waits at most for a busy event lo
 IDLE_AUDIT_S = 1.0  # without work before the KV cache's bookkeeping is compared with llama.cpp's
 BESIDE_S = 0.2  # another engine that computed so lately wants the cores as well
 SHARED_PREFILL = 128  # tokens: about 0.2 s of a small model on two cores
+AHEAD_BYTES = 4 << 20  # of KV that are copied to host memory before their slot is needed: about a millisecond
 PRESSURE_STEPS = 64  # steps that eviction under KV pressure makes room for
 
 
@@ -219,9 +221,11 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._check_open()
         return self._tokenizer.bytes_alone(data) if data else []
 
-    def detokenize(self, tokens: SequenceOf[int]) -> str:
-        """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
+    def detokenize(self, tokens: SequenceOf[int], *, only_whole: bool = False) -> str:
+        """Text of token ids, malformed UTF-8 replaced by U+FFFD (see EngineClient.detokenize)."""
         self._check_open()
+        if only_whole:
+            return codecs.getincrementaldecoder("utf-8")("replace").decode(self.model.detokenize_bytes(tokens))
         return self.model.detokenize(tokens)
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
@@ -533,6 +537,8 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
     def _sleep(self, until_ns: int = 0) -> None:
         """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
+        if not self._seqs and not self._commands:
+            self._kv.store_ahead(self._seqs.running(), AHEAD_BYTES)
         self._core.refresh_page(self._n_waiting())
         start = time.monotonic_ns()
         with self._wait:

@@ -262,6 +262,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "gate.scan": lambda: mullama._core.gate.scan([1.0, 3.0, 2.0]) == 1,
     "gate.StopText": lambda: StopText(["x"]) is not None,
     "gate.StopText.ended_by": lambda t: t.ended_by == -1,
+    "gate.StopText.begin": lambda t: t.begin("é".encode()[:1]) is None,
     "gate.StopText.push": lambda t: t.push(b"abc") == (b"abc", -1),
     "gate.StopText.flush": lambda t: t.flush() == b"",
     "parking.Parked": lambda c: isinstance(parked(c), Parked),

@@ -21,6 +21,7 @@ from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, Sam
 
 BOS = 1
 N_VOCAB = 1000
+HALF = 999  # the first byte of a character
 N_CTX = 4096
 
 
@@ -148,8 +149,9 @@ class FakeEngine:
             raise ContextLengthExceeded(f"the prompt has at least {most + 1} tokens", param="prompt", n_tokens=most + 1)
         return tokens
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        return "".join(map(chr, tokens))
+    def detokenize(self, tokens: Sequence[int], *, only_whole: bool = False) -> str:
+        text = "".join("\ufffd" if token == HALF else chr(token) for token in tokens)
+        return text.removesuffix("\ufffd") if only_whole else text
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         self.rendered = json.loads(messages_json)

@@ -1,4 +1,4 @@
-"""What a short request costs the event loop, in calls: times would depend on the machine, and calls are what is added."""
+"""What a short request costs the event loop, in calls: times depend on the machine, and calls are what is added."""
 
 from __future__ import annotations
 
