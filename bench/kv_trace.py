@@ -23,10 +23,10 @@ from bench import common
 from bench.belady import Units, optimum
 from bench.common import progress
 from mullama.errors import MullamaError
-from mullama.kv import registry
-from mullama.kv.eviction import EvictionPolicy
-from mullama.kv.tier import HostTier
-from mullama.kv.tree import PrefixTree, pack
+from mullama.kv.eviction import registry
+from mullama.kv.eviction.policy import EvictionPolicy
+from mullama.kv.index.tree import PrefixTree, pack
+from mullama.kv.tiers.host_tier import HostTier
 from mullama.workload.base import TraceRequest
 from mullama.workload.traces import mooncake
 

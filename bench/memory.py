@@ -18,8 +18,8 @@ from typing import Any
 
 from mullama import Engine
 from mullama.config import ServeConfig
-from mullama.models.estimate import estimate
-from mullama.observe import memory as system
+from mullama.models.files.estimate import estimate
+from mullama.observe import process_memory as system
 
 PARALLEL = 4
 WORDS = 80

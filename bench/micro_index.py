@@ -25,9 +25,9 @@ if __package__ in (None, ""):  # started as a file; last on the path, so that th
 from bench import common
 from bench.common import progress
 from bench.kv_trace import BOUNDLESS, Rows
-from mullama.kv import registry
-from mullama.kv.tier import HostTier
-from mullama.kv.tree import PrefixTree, pack
+from mullama.kv.eviction import registry
+from mullama.kv.index.tree import PrefixTree, pack
+from mullama.kv.tiers.host_tier import HostTier
 
 VOCABULARY = 49152
 WANTED_US = 300.0

@@ -36,8 +36,8 @@ if __package__ in (None, ""):
 from bench import common
 from mullama import abi
 from mullama.config import ServeConfig
-from mullama.engine.generation import AsyncGeneration
-from mullama.engine.reader import Reader
+from mullama.engine.requests.generation import AsyncGeneration
+from mullama.engine.requests.reader import Reader
 from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Request, SamplingParams
 from mullama.web.server import Server, bind

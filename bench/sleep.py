@@ -46,7 +46,7 @@ def first_token_ms(engine: Any, prompt: list[int]) -> tuple[float, int]:
 def measure(model: Path, level: str, n_chats: int, rounds: int, folder: str) -> dict[str, Any]:
     from mullama import Engine
     from mullama.config import ServeConfig
-    from mullama.observe import memory as system
+    from mullama.observe import process_memory as system
 
     config = ServeConfig(ctx_size=2048, parallel=4, kv_disk_dir=folder if level == "disk" else "")
     found: dict[str, list[float]] = {name: [] for name in ("fall", "wake", "first", "rss_awake", "rss_asleep")}

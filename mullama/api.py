@@ -27,7 +27,7 @@ from typing import Any, NoReturn, TypeVar, Unpack, cast, get_type_hints, overloa
 
 from mullama.config import ServeConfig, load_config
 from mullama.engine.engine import Engine as CoreEngine
-from mullama.engine.generation import SyncGeneration
+from mullama.engine.requests.generation import SyncGeneration
 from mullama.errors import ConfigError, InvalidRequest, QueueFull
 from mullama.types import (
     Finish,

@@ -68,7 +68,10 @@ def said(error: BaseException, *, most: int = 300) -> str:
 
 
 def subject_of(record: logging.LogRecord) -> str:
-    return record.name.removeprefix("mullama.")
+    """Its room and its file, without the folders between: ``web.generations``."""
+    room, _, inner = record.name.removeprefix("mullama.").partition(".")
+    file = inner.rpartition(".")[2]
+    return f"{room}.{file}" if file else room
 
 
 class TextLines(logging.Formatter):

@@ -53,7 +53,7 @@ class Room:
 
 
 class SeqState(enum.StrEnum):
-    """Where a sequence is in its life; the legal moves are in engine/lifecycle.py."""
+    """Where a sequence is in its life; the legal moves are in engine/requests/lifecycle.py."""
 
     WAITING = "waiting"
     PREFILL = "prefill"

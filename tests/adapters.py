@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tiny
 
-from mullama.models import gguf
+from mullama.models.files import gguf
 
 TARGETS = ("attn_q.weight", "attn_v.weight", "ffn_up.weight")
 

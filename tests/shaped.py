@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tiny
 
-from mullama.models import gguf
+from mullama.models.files import gguf
 
 _writer = tiny._writer
 _types = tiny._constants.GGMLQuantizationType

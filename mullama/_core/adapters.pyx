@@ -9,7 +9,7 @@
 llama.cpp applies adapters to a context, so that one decode has one set: the loop groups sequences by their sets.
 
 SAFETY: llama.cpp trusts the file in much (types of metadata, shapes that only a decode meets). What is not known to be
-sound is opened in a process of its own first: models/adapters.py.
+sound is opened in a process of its own first: models/files/lora_file.py.
 """
 
 cimport cython

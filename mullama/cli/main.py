@@ -15,28 +15,16 @@ import click
 
 from mullama.errors import ConfigError, MachineUnfit, MullamaError
 
-#: In the order ``mullama --help`` shows them; each is the module ``mullama.cli.NAME``.
-COMMANDS = (
-    *(
-        "serve",
-        "ps",
-        "swap",
-        "sleep",
-        "wake",
-        "lora",
-        "run",
-        "pull",
-        "list",
-        "show",
-        "fit",
-        "quantize",
-        "cp",
-        "du",
-        "verify",
-        "rm",
-    ),
-    *("schedulers", "compare", "simulate", "calibrate", "doctor", "version"),
-)
+#: The commands in the order ``mullama --help`` shows them, by the folder of ``mullama.cli`` that has ``NAME.py``.
+FOLDERS = {
+    "server.": ("serve", "ps", "swap", "sleep", "wake", "lora"),
+    "talk.": ("run",),
+    "store.": ("pull", "list", "show", "fit", "quantize", "cp", "du", "verify", "rm"),
+    "research.": ("schedulers", "compare", "simulate", "calibrate"),
+}
+MODULES = {name: f"mullama.cli.{folder}{name}" for folder, names in FOLDERS.items() for name in names}
+MODULES |= {"doctor": "mullama.cli.server.doctor", "version": "mullama.cli.version"}
+COMMANDS = tuple(MODULES)
 
 
 class Commands(click.Group):
@@ -48,7 +36,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return cast(click.Command, importlib.import_module(f"mullama.cli.{name}").command)
+        return cast(click.Command, importlib.import_module(MODULES[name]).command)
 
 
 def _print_version(context: click.Context, param: click.Parameter, value: bool) -> None:

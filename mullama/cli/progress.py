@@ -82,7 +82,7 @@ class _Display:
 
 
 class PullProgress(_Display):
-    """A ``mullama.models.sources.Progress`` for the time inside ``with``: each file's bytes, speed and time left."""
+    """A ``Progress`` of ``mullama.models.sources.base`` inside ``with``: each file's bytes, speed and time left."""
 
     def _pace(self, done: float, total: float, now: float) -> str:
         began, first = self._step_began

@@ -1,6 +1,6 @@
 """The sampling settings of ``mullama run``: its flags, and what /set takes. Imports nothing heavy.
 
-The ranges are those of the HTTP API (``mullama.web.sampling.RANGES``).
+The ranges are those of the HTTP API (``mullama.web.openai.sampling.RANGES``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SETTINGS: dict[str, tuple[type[int] | type[float], str]] = {
 
 def parse_setting(name: str, value: str | float) -> tuple[str, int | float]:
     """A setting by its name (``top-k`` or ``top_k``) and its text or number. Raises InvalidRequest."""
-    from mullama.web.sampling import check_range
+    from mullama.web.openai.sampling import check_range
 
     key = name.replace("-", "_").lower()
     if key not in SETTINGS:

@@ -27,21 +27,21 @@ from typing import Any, TypeVar, cast
 from mullama import abi
 from mullama._core import TEXT, Core, Model, Sampling, system_info
 from mullama.config import ServeConfig
-from mullama.engine import fits, loading, memory, sizing
-from mullama.engine.adapters import Adapters
 from mullama.engine.background import NICE_URGENT, in_background
-from mullama.engine.chat_text import ChatText, ControlTokens
-from mullama.engine.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
-from mullama.engine.kvaccess import KvMethods
-from mullama.engine.kvcache import KvCache
-from mullama.engine.policy import IDLE_LIMIT_NS, PolicyHost
-from mullama.engine.policyaccess import PolicyMethods
-from mullama.engine.reader import Reader
-from mullama.engine.sequences import LiveSequence, Sequences
-from mullama.engine.sleep import Sleep
-from mullama.engine.tokenizing import Tokenizer, TooManyTokens
-from mullama.engine.weightaccess import WeightMethods
-from mullama.engine.weights import Weights
+from mullama.engine.memory import fits, sizing
+from mullama.engine.memory import report as memory
+from mullama.engine.planning.control import PolicyMethods
+from mullama.engine.planning.policy_host import IDLE_LIMIT_NS, PolicyHost
+from mullama.engine.requests.chat_text import ChatText, ControlTokens
+from mullama.engine.requests.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
+from mullama.engine.requests.reader import Reader
+from mullama.engine.requests.sequences import LiveSequence, Sequences
+from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens
+from mullama.engine.weights import load as loading
+from mullama.engine.weights.change import Weights
+from mullama.engine.weights.control import WeightMethods
+from mullama.engine.weights.loras import Adapters
+from mullama.engine.weights.sleeping import Sleep
 from mullama.errors import (
     ContextLengthExceeded,
     EngineDead,
@@ -51,18 +51,24 @@ from mullama.errors import (
     QueueFull,
     ShuttingDown,
 )
-from mullama.kv import registry as kv_registry
+from mullama.kv.cache import KvCache
 from mullama.kv.choice import ESTIMATES
-from mullama.kv.guarded import GuardedPolicy
-from mullama.kv.tree import pack
+from mullama.kv.control import KvMethods
+from mullama.kv.eviction import registry as kv_registry
+from mullama.kv.eviction.guarded import GuardedPolicy
+from mullama.kv.index.tree import pack
 from mullama.machine.cores import usable_threads
 from mullama.machine.ways import words_of
-from mullama.observe.memory import give_back_heap
-from mullama.scheduling import Costs, EngineState, Plan, SeqView, budget, registry
-from mullama.scheduling.arguments import parse_args
+from mullama.observe.process_memory import give_back_heap
+from mullama.plugins.arguments import parse_args
+from mullama.scheduling import Costs, EngineState, Plan, SeqView, registry
+from mullama.scheduling import kv_budget as budget
 from mullama.types import ModelInfo, Request, SamplingParams, SeqState
 
 log = logging.getLogger("mullama.engine")
+
+#: What clients call a special token, and its name in a model's metadata.
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 T = TypeVar("T")
 
@@ -199,12 +205,20 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def prompt_tokens(
-        self, text: str, *, most: int | None = None, between: Callable[[], None] | None = None
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = True,
+        most: int | None = None,
+        between: Callable[[], None] | None = None,
     ) -> list[int]:
         """The tokens of a prompt, worked out in pieces (see EngineClient.prompt_tokens)."""
         self._check_open()
         try:
-            return self._tokenizer.tokenize(text, most=most, between=between)
+            return self._tokenizer.tokenize(
+                text, add_special=add_special, parse_special=parse_special, most=most, between=between
+            )
         except TooManyTokens as error:
             raise self._too_long(error.n, at_least=not error.is_all) from None
 
@@ -221,12 +235,29 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._check_open()
         return self._tokenizer.bytes_alone(data) if data else []
 
-    def detokenize(self, tokens: SequenceOf[int], *, only_whole: bool = False) -> str:
+    def detokenize(self, tokens: SequenceOf[int], *, special: bool = False, only_whole: bool = False) -> str:
         """Text of token ids, malformed UTF-8 replaced by U+FFFD (see EngineClient.detokenize)."""
         self._check_open()
         if only_whole:
-            return codecs.getincrementaldecoder("utf-8")("replace").decode(self.model.detokenize_bytes(tokens))
-        return self.model.detokenize(tokens)
+            data = self.model.detokenize_bytes(tokens, special=special)
+            return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+        return self.model.detokenize(tokens, special=special)
+
+    def pieces(self, tokens: SequenceOf[int]) -> list[bytes]:
+        """The bytes of each token (see EngineClient.pieces)."""
+        self._check_open()
+        return [self.model.piece(token, special=True) for token in tokens]
+
+    def vocabulary(self) -> dict[str, Any]:
+        """The special tokens and the template (see EngineClient.vocabulary)."""
+        self._check_open()
+        model = self.model
+        found: dict[str, Any] = {"chat_template": model.chat_template()}
+        for name, key in SPECIAL_TOKENS.items():
+            token = model.metadata().get(f"tokenizer.ggml.{key}_token_id", "")
+            known = token.isdecimal() and int(token) < model.n_vocab
+            found[name] = model.piece(int(token), special=True).decode("utf-8", "replace") if known else None
+        return found
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         """The prompt of a chat; tokenise it with ``add_special=True``. Raises InvalidRequest."""

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mullama.errors import ModelLoadError
-from mullama.machine import choice as choices
-from mullama.machine.choice import Choice
+from mullama.machine import way_choice as choices
 from mullama.machine.cores import usable_threads
 from mullama.machine.remembered import ATTENTION_WEIGHTS, OfType, Remembered, Weights, timed_shape
 from mullama.machine.trials import ATTENTION, LAYOUTS
+from mullama.machine.way_choice import Choice
 
 log = logging.getLogger("mullama.machine")
 

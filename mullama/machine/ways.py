@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mullama.machine import choice as choices
 from mullama.machine import kernels
-from mullama.machine.choice import Choice
+from mullama.machine import way_choice as choices
 from mullama.machine.remembered import OfType, Remembered
 from mullama.machine.trials import TIMED
+from mullama.machine.way_choice import Choice
 
 
 def ways_report(root: Path | None = None) -> list[dict[str, Any]]:

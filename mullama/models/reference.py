@@ -189,7 +189,7 @@ def with_quant(reference: Reference, quant: str) -> Reference:
 
     Raises ConfigError for what cannot be the name of a quantisation.
     """
-    from mullama.models.sources import SOURCES, load_source
+    from mullama.models.sources.base import SOURCES, load_source
 
     quant = check_quant(quant)
     if reference.is_local:
@@ -212,7 +212,7 @@ def local_reference(path: Path) -> Reference:
 
 
 def _source_reference(scheme: str, location: str) -> Reference:
-    from mullama.models.sources import load_source
+    from mullama.models.sources.base import load_source
 
     location = load_source(scheme).normalise(location)
     return Reference(key=f"{scheme}:{location}", source=scheme, locations=(location,))
@@ -220,7 +220,7 @@ def _source_reference(scheme: str, location: str) -> Reference:
 
 def _source_name(reference: Reference, filename: str) -> str | None:
     """The name that a source gives its model, where it has an opinion."""
-    from mullama.models.sources import SOURCES, load_source
+    from mullama.models.sources.base import SOURCES, load_source
 
     if reference.is_local or not SOURCES.has(reference.source):
         return None
@@ -230,7 +230,7 @@ def _source_name(reference: Reference, filename: str) -> str | None:
 
 def _has_source(text: str) -> bool:
     """Whether the text is ``SCHEME:...`` of a source that exists."""
-    from mullama.models.sources import SOURCES
+    from mullama.models.sources.base import SOURCES
 
     scheme = _SCHEME.fullmatch(text)
     # One letter is a drive of Windows.

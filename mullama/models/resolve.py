@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mullama.errors import ReferenceNotFound
-from mullama.models import gguf
+from mullama.models.files import gguf
 from mullama.models.reference import ModelSpec, Reference, check_quant, parse_spec
-from mullama.models.selection import quant_of
-from mullama.models.sources import Progress
-from mullama.models.store import Entry, Store, no_progress
+from mullama.models.sources.base import Progress
+from mullama.models.sources.selection import quant_of
+from mullama.models.store.store import Entry, Store, no_progress
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ A block's hash is the first 8 bytes (big-endian, unsigned) of SHA-256(parent's 8
 in the machine's byte order). The parent of a first block is 8 zero bytes, or in a namespace of its own (cache salt,
 adapters) the first 8 bytes of SHA-256(namespace).
 
-Events come in order, and rest on the law of ``kv/tree.py``: KV is of use only with all that comes before it. So an
-event that [start, end) is held says that [0, end) is, and one that it is gone says that what continued it is gone.
+Events come in order, and rest on the law of ``kv/index/tree.py``: KV is of use only with all that comes before it. So
+an event that [start, end) is held says that [0, end) is, and one that it is gone says that what continued it is gone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from collections.abc import Iterator
 import msgspec
 
 from mullama.kv.events import KvEvent, KvEventKind
-from mullama.kv.namespaces import short_namespace
-from mullama.kv.tree import TOKEN_BYTES, unpack
+from mullama.kv.index.namespaces import short_namespace
+from mullama.kv.index.tree import TOKEN_BYTES, unpack
 
 HASH_BYTES = 8
 

@@ -1,9 +1,9 @@
 """Scheduling policies: small classes that decide, by name. ``_core`` carries out."""
 
+from mullama.plugins.parameters import Param, Policy
 from mullama.scheduling.base import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
 from mullama.scheduling.batching import Batching
 from mullama.scheduling.fcfs import Fcfs
-from mullama.scheduling.params import Param, Policy
 from mullama.scheduling.registry import SCHEDULERS, create, describe, describe_all, is_builtin, names_code
 
 __all__ = [

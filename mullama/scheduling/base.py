@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 from mullama.errors import PluginError
 from mullama.files import counted
-from mullama.plugins import shown
+from mullama.plugins.groups import shown
 from mullama.types import Preempt, SeqState
 
 RUNNING = (SeqState.PREFILL, SeqState.DECODE)

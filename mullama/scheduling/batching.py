@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from mullama.plugins.parameters import Param, Policy
 from mullama.scheduling.base import EngineState, Plan, SeqView
-from mullama.scheduling.params import Param, Policy
 from mullama.types import Preempt, SeqState
 
 # PERF: a global name costs a third of an enum's attribute.

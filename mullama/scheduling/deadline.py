@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+from mullama.plugins.parameters import Param
 from mullama.scheduling.base import EngineState, SeqView
 from mullama.scheduling.batching import COMMON, Batching
-from mullama.scheduling.params import Param
 
 
 class Deadline(Batching):

@@ -6,9 +6,9 @@ import heapq
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from mullama.plugins.parameters import Param
 from mullama.scheduling.base import EngineState, Plan, SeqView
 from mullama.scheduling.batching import COMMON, DECODE, METHOD, PREEMPTED, PREFILL, WAITING, Batching
-from mullama.scheduling.params import Param
 
 #: Tenants remembered; beyond that the idle ones with the least service are forgotten. They come back as new ones.
 TENANTS_KEPT = 4096

@@ -6,9 +6,9 @@ from typing import Any, Protocol, cast
 
 from mullama.errors import InvalidRequest, PluginError
 from mullama.logs import said
-from mullama.plugins import is_fault
+from mullama.plugins.groups import is_fault
+from mullama.plugins.user_code import is_path, load_object
 from mullama.scheduling.base import SeqView
-from mullama.scheduling.loading import is_path, load_object
 
 
 class Predictor(Protocol):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from mullama.plugins.parameters import Param
 from mullama.scheduling.base import EngineState, Plan, SeqView
 from mullama.scheduling.batching import METHOD
-from mullama.scheduling.params import Param
 from mullama.scheduling.priority import EVER_NS, Priority
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from mullama.plugins.parameters import Param
 from mullama.scheduling.base import SeqView
 from mullama.scheduling.batching import COMMON, Batching
-from mullama.scheduling.params import Param
 
 AGEING = Param(
     "ageing_s",

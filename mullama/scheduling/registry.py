@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from mullama.plugins import PluginGroup
+from mullama.plugins.foreign import Seam
+from mullama.plugins.groups import PluginGroup
+from mullama.plugins.policy_groups import PolicyGroup, names_code
 from mullama.scheduling.base import Scheduler
-from mullama.scheduling.foreign import Seam
-from mullama.scheduling.policy_group import PolicyGroup, names_code
 
 __all__ = ["BUILTINS", "SCHEDULERS", "create", "describe", "describe_all", "is_builtin", "is_foreign", "names_code"]
 

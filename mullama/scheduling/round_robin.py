@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+from mullama.plugins.parameters import Param
 from mullama.scheduling.base import EngineState, Plan, SeqView
 from mullama.scheduling.batching import COMMON, DECODE, METHOD, PREEMPTED, PREFILL, Batching
-from mullama.scheduling.params import Param
 
 
 class RoundRobin(Batching):

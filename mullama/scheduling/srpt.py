@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from mullama.errors import PluginError
+from mullama.plugins.parameters import Param
 from mullama.scheduling.base import EngineState, Plan, SeqView
 from mullama.scheduling.batching import COMMON, METHOD, PREEMPTED, PREFILL, Batching
-from mullama.scheduling.params import Param
 from mullama.scheduling.predictors import create_predictor
 
 #: A prompt token against a generated one, until the engine has measured both.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from mullama.errors import ModelBusy
 from mullama.logs import said
 from mullama.serving.budget import Budget
-from mullama.serving.eviction import Largest, Lru, ModelPolicy, ModelView
+from mullama.serving.model_eviction import Largest, Lru, ModelPolicy, ModelView
 from mullama.serving.states import ModelState, Served
 
 log = logging.getLogger(__name__)

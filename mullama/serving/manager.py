@@ -37,9 +37,9 @@ from mullama.errors import (
 )
 from mullama.files import counted
 from mullama.serving.budget import Budget
-from mullama.serving.eviction import POLICIES, ModelPolicy
 from mullama.serving.idle import IdleMethods
 from mullama.serving.making_room import RoomMethods
+from mullama.serving.model_eviction import POLICIES, ModelPolicy
 from mullama.serving.states import Lease, ModelState, Resident, Served
 from mullama.types import Room, SleepLevel
 

@@ -17,7 +17,7 @@ from mullama.errors import ConfigError, MachineUnfit, MullamaError
 from mullama.home import NOWHERE, default_root, expand, need_home
 from mullama.machine.folders import Folder, look, page_folder
 from mullama.machine.report import machine_report
-from mullama.models.store import Store
+from mullama.models.store.store import Store
 
 
 @dataclass(slots=True)
@@ -88,9 +88,9 @@ def folder_findings(config: ServeConfig, folders: dict[str, Folder], found: Find
 
 def _model(text: str, config: ServeConfig, folder: Folder, found: Findings) -> None:
     """Whether a model is here, or there is room to fetch it; and whether memory holds it."""
-    from mullama.models.pulling import check_space
     from mullama.models.reference import parse_spec
     from mullama.models.resolve import in_quant
+    from mullama.models.store.pulling import check_space
 
     store = Store()
     try:
@@ -122,7 +122,7 @@ def _model(text: str, config: ServeConfig, folder: Folder, found: Findings) -> N
 def _fits(path: Path, config: ServeConfig, name: str) -> None:
     """Raises MemoryTooSmall, and ModelLoadError for what is no model."""
     try:
-        from mullama.engine import fits
+        from mullama.engine.memory import fits
     except MachineUnfit:  # of the libraries; told already
         return
     fits.header_of(path)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mullama.errors import InvalidRequest, PermissionDenied, ReferenceNotFound
-from mullama.models.entry import Entry
-from mullama.models.probe import check_model
-from mullama.models.quantize import check_type, quantize_variant
+from mullama.models.child.probe import check_model
+from mullama.models.quantizing import check_type, quantize_variant
 from mullama.models.reference import aliases, parse_spec
 from mullama.models.resolve import resolve_model
-from mullama.models.selection import quant_of
-from mullama.models.store import Store
+from mullama.models.sources.selection import quant_of
+from mullama.models.store.entry import Entry
+from mullama.models.store.store import Store
 
 #: (what is being done, done, in all)
 Progress = Callable[[str, int, int | None], None]

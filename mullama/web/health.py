@@ -7,7 +7,7 @@ import orjson
 
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
-from mullama.web.request import Request
+from mullama.web.http.request import Request
 from mullama.web.security import Access
 
 

@@ -19,8 +19,8 @@ import falcon.asgi
 
 from mullama.config import ServeConfig
 from mullama.errors import AuthenticationError, ConfigError, PermissionDenied, UnsupportedMediaType
-from mullama.web.listening import is_loopback, unix_path
-from mullama.web.request import Request
+from mullama.web.http.listening import is_loopback, unix_path
+from mullama.web.http.request import Request
 
 log = logging.getLogger(__name__)
 

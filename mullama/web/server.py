@@ -24,15 +24,15 @@ from typing import Any, TypeVar
 import uvicorn
 
 from mullama.config import ServeConfig
+from mullama.serving.hot_swap import Swaps
 from mullama.serving.manager import ModelManager
-from mullama.serving.swap import Swaps
-from mullama.web import connections
 from mullama.web.app import create_app
-from mullama.web.connections import Limits
-from mullama.web.listening import BACKLOG, Listener, bind, is_loopback, url_of
-from mullama.web.protocol import Protocol
+from mullama.web.http import connections
+from mullama.web.http.connections import Limits
+from mullama.web.http.listening import BACKLOG, Listener, bind, is_loopback, url_of
+from mullama.web.http.protocol import Protocol
+from mullama.web.http.request_log import RequestLog
 from mullama.web.reload import Reload
-from mullama.web.request_log import RequestLog
 from mullama.web.services import Services
 
 __all__ = ["Server", "bind", "run_server", "url_of"]

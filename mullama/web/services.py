@@ -14,13 +14,13 @@ from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
 from mullama.errors import ClientLeft, InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
+from mullama.serving.hot_swap import Swaps
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
-from mullama.serving.swap import Swaps
 from mullama.types import SamplingParams
-from mullama.web.listening import is_loopback
+from mullama.web.http.listening import is_loopback
+from mullama.web.http.request import Request, read_body, until_disconnect
 from mullama.web.profile_log import ProfileLog
-from mullama.web.request import Request, read_body, until_disconnect
 from mullama.web.security import Security
 from mullama.web.work import Errand, Workers
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from mullama.errors import ClientLeft, ShuttingDown
-from mullama.web.request import Receive, until_disconnect
+from mullama.web.http.request import Receive, until_disconnect
 
 T = TypeVar("T")
 

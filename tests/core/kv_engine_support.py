@@ -14,10 +14,10 @@ import numpy.typing as npt
 from core_support import greedy
 
 from mullama.engine.engine import Engine
-from mullama.engine.generation import BaseGeneration
+from mullama.engine.requests.generation import BaseGeneration
 from mullama.kv.choice import KvCosts
 from mullama.kv.events import KvEvent, KvEventKind, KvTier
-from mullama.kv.tree import unpack
+from mullama.kv.index.tree import unpack
 from mullama.types import FinishReason, Profile, Request
 
 Array = npt.NDArray[Any]

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mullama._core import Model
-from mullama.engine.chat_text import ChatText, ControlTokens
 from mullama.engine.engine import Engine
-from mullama.engine.tokenizing import Tokenizer
+from mullama.engine.requests.chat_text import ChatText, ControlTokens
+from mullama.engine.requests.tokenizing import Tokenizer
 from mullama.errors import ContextLengthExceeded
 
 CONTROL = {tiny.BOS, tiny.EOS, tiny.IM_START, tiny.IM_END}

@@ -61,7 +61,7 @@ DAMAGE = """
 import sys
 from pathlib import Path
 from mullama.config import ServeConfig
-from mullama.engine.loading import load_model
+from mullama.engine.weights.load import load_model
 from mullama.errors import ModelLoadError
 good, kind, path = Path(sys.argv[1]).read_bytes(), sys.argv[2], Path(sys.argv[3])
 n = len(good)

@@ -14,9 +14,9 @@ import pytest
 
 from mullama import child
 from mullama.errors import ModelLoadError
-from mullama.models import probe
-from mullama.models.digests import hash_file
-from mullama.models.probe import ProbeResult, Verdicts, check_model
+from mullama.models.child import probe
+from mullama.models.child.probe import ProbeResult, Verdicts, check_model
+from mullama.models.store.digests import hash_file
 
 LONG = pytest.mark.skipif(not os.environ.get("MULLAMA_LONG"), reason="takes minutes; set MULLAMA_LONG=1")
 

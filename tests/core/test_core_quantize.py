@@ -22,10 +22,10 @@ import tiny
 
 from mullama._core import Model
 from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError, StoreError
-from mullama.models import gguf
-from mullama.models.probe import check_model
-from mullama.models.quantize import find_variant, quantize_variant, source_of
-from mullama.models.store import Store
+from mullama.models.child.probe import check_model
+from mullama.models.files import gguf
+from mullama.models.quantizing import find_variant, quantize_variant, source_of
+from mullama.models.store.store import Store
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_the_child_ends_with_its_parent(tmp_path: Path, plain: Path) -> None:
     code = (
         "import sys, time\n"
         "from mullama import child\n"
-        "process = child.start('mullama.models.probe_child', [sys.argv[1], str(8 << 30), '60', '5'])\n"
+        "process = child.start('mullama.models.child.probe_child', [sys.argv[1], str(8 << 30), '60', '5'])\n"
         "import os, signal\n"
         "process.stdout.readline()\n"
         "process.send_signal(signal.SIGSTOP)\n"

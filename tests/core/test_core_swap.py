@@ -15,9 +15,9 @@ from core_support import Driver, greedy, sampled
 
 from mullama import abi
 from mullama._core import Carrier, Cells, Context, Core, Model
-from mullama.engine import handover
-from mullama.engine.sequences import LiveSequence
-from mullama.engine.tokenizing import Tokenizer
+from mullama.engine.requests import handover
+from mullama.engine.requests.sequences import LiveSequence
+from mullama.engine.requests.tokenizing import Tokenizer
 from mullama.errors import InvalidRequest
 from mullama.scheduling import SeqView
 from mullama.types import Request, SeqState

@@ -12,7 +12,7 @@ import pytest
 
 from mullama._core import Model
 from mullama.errors import MullamaError
-from mullama.models import gguf
+from mullama.models.files import gguf
 
 CHILD = """
 import json, sys

@@ -1,4 +1,4 @@
-"""How far two models are apart (divergence.pyx), and what a swap's report says of it (engine/comparing.py)."""
+"""How far two models are apart (divergence.pyx), and what a swap's report says of it (engine/weights/comparing.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from weights_support import requests, run, say
 
 from mullama._core import Context, Divergence, Model, gate
-from mullama.engine import comparing
 from mullama.engine.engine import Engine
+from mullama.engine.weights import comparing
 from mullama.errors import InvalidRequest
 from mullama.types import Room
 

@@ -12,8 +12,8 @@ from core_support import greedy
 from homes import home
 from weights_support import PROMPTS, Streams, begins_alike, run
 
-from mullama.engine.adapters import Adapters
 from mullama.engine.engine import Engine
+from mullama.engine.weights.loras import Adapters
 from mullama.errors import AdapterMismatch, BadModelFile, ModelBusy, ModelLoadError, NeedsAnotherEngine
 from mullama.types import LoraUse, Preempt, Request, Room
 
@@ -148,7 +148,7 @@ def test_what_the_adapters_do_not_fit_is_refused(
     def mismatch(path: Path, base: Path) -> None:
         raise AdapterMismatch(f"{path}: it changes a tensor which the model does not have")
 
-    monkeypatch.setattr("mullama.engine.adapters.check_adapter", mismatch)
+    monkeypatch.setattr("mullama.engine.weights.loras.check_adapter", mismatch)
     with pytest.raises(ModelBusy, match=r"'a' does not fit the new weights.*unload it first"):
         engine.swap_weights(twin)
     assert texts(engine) == plain

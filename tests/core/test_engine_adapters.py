@@ -14,7 +14,6 @@ from core_support import greedy
 from homes import home
 from kv_engine_support import Answer, ask, submit
 
-from mullama.engine import kvview
 from mullama.engine.engine import Engine
 from mullama.errors import (
     AdapterBusy,
@@ -24,8 +23,9 @@ from mullama.errors import (
     ConfigError,
     InvalidRequest,
 )
-from mullama.kv.namespaces import adapters_key
-from mullama.kv.tree import namespace_of, pack
+from mullama.kv import report as kvview
+from mullama.kv.index.namespaces import adapters_key
+from mullama.kv.index.tree import namespace_of, pack
 from mullama.types import LoraUse, Preempt, Request
 
 TEXT = "all that we have to do here and there and in the others of her"

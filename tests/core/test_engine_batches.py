@@ -16,8 +16,8 @@ import pytest
 from core_support import greedy
 
 from mullama.api import Engine
-from mullama.engine.kvaccess import KvAccess
 from mullama.errors import ContextLengthExceeded, InvalidRequest, QueueFull
+from mullama.kv.control import KvAccess
 from mullama.types import FinishReason, Request, SamplingParams
 
 PROMPTS = [f"PROMPT NUMBER {i} " * (1 + i % 3) for i in range(23)]

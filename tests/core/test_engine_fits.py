@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mullama.config import ServeConfig
-from mullama.engine import fits, loading, sizing
 from mullama.engine.engine import Engine
-from mullama.engine.sizing import DEFAULT_CTX, DEFAULT_PARALLEL, Sizes
+from mullama.engine.memory import fits, sizing
+from mullama.engine.memory.sizing import DEFAULT_CTX, DEFAULT_PARALLEL, Sizes
+from mullama.engine.weights import load as loading
 from mullama.errors import MemoryTooSmall, ModelLoadError
 from mullama.machine import memory as machine_memory
-from mullama.models.estimate import Estimate, estimate
+from mullama.models.files.estimate import Estimate, estimate
 
 PLENTY = 1 << 50
 

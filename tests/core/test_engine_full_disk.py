@@ -14,9 +14,9 @@ import pytest
 from kv_engine_support import EXACT, one, tokens
 
 from mullama._core import Core, Model
-from mullama.engine import kvdisk
 from mullama.engine.engine import Engine
 from mullama.errors import DiskFull, ModelLoadError
+from mullama.kv.tiers import disk_tier as kvdisk
 
 PROMPT = tokens(1, 100)
 HOST_BYTES = [0, 1 << 26]

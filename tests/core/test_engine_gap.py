@@ -11,9 +11,11 @@ import pytest
 from core_support import greedy
 from weights_support import PROMPTS, Streams, begins_alike, request, requests, run, say, wait_for_tokens
 
-from mullama.engine import fits, gap, loading
 from mullama.engine.engine import Engine
-from mullama.engine.gap import Needs, decide
+from mullama.engine.memory import fits
+from mullama.engine.weights import change_with_gap as gap
+from mullama.engine.weights import load as loading
+from mullama.engine.weights.change_with_gap import Needs, decide
 from mullama.errors import (
     EngineDead,
     InvalidRequest,
@@ -24,7 +26,7 @@ from mullama.errors import (
     ShuttingDown,
 )
 from mullama.machine import memory
-from mullama.models.estimate import Estimate
+from mullama.models.files.estimate import Estimate
 from mullama.types import FinishReason, GapMode, KvMode, Preempt, Request, Room
 
 ROOM = Room(beside=0, alone=1 << 40)  # a budget that holds one only

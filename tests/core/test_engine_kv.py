@@ -33,7 +33,7 @@ from tiny import WINDOW
 from mullama import abi
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
-from mullama.kv.tier import LEAST_STORED
+from mullama.kv.tiers.host_tier import LEAST_STORED
 
 Make = Callable[..., Engine]
 Tiny = Callable[..., Path]

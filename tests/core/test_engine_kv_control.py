@@ -27,7 +27,7 @@ from kv_engine_support import (
 from mullama.engine.engine import Engine
 from mullama.errors import InvalidRequest
 from mullama.kv.events import KvEventKind, KvTier
-from mullama.kv.tree import pack
+from mullama.kv.index.tree import pack
 
 Make = Callable[..., Engine]
 Tiny = Callable[..., Path]

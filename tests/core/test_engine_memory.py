@@ -82,7 +82,7 @@ def test_a_preempted_request_has_its_kv_in_host_memory(make_engine: Callable[...
     next(generation)
 
     def preempt() -> tuple[dict[str, Any], Any]:
-        from mullama.engine import memory
+        from mullama.engine.memory import report as memory
 
         (handle,) = [handle for handle in engine._seqs.slots if handle]
         engine._seqs.preempt(handle, Preempt.SWAP)
@@ -147,7 +147,7 @@ import json, sys
 from kv_engine_support import request
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
-from mullama.observe import memory as system
+from mullama.observe import process_memory as system
 
 path, n_ctx = sys.argv[1], int(sys.argv[2])
 engine = Engine.load(path, config=ServeConfig(ctx_size=n_ctx, parallel=4, page_dir=sys.argv[3]))

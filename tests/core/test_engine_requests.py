@@ -14,7 +14,7 @@ from core_support import greedy
 
 from mullama import abi
 from mullama.engine.engine import Engine
-from mullama.engine.generation import BaseGeneration
+from mullama.engine.requests.generation import BaseGeneration
 from mullama.errors import ComputeFailed, ContextLengthExceeded, InvalidRequest, QueueFull
 from mullama.types import Finish, FinishReason, Request, SamplingParams
 

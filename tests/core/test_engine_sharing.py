@@ -15,8 +15,10 @@ from kv_engine_support import ask
 
 from mullama._core import Model
 from mullama.config import ServeConfig
-from mullama.engine import fits, loading, sharing
 from mullama.engine.engine import Engine
+from mullama.engine.memory import fits
+from mullama.engine.weights import load as loading
+from mullama.engine.weights import sharing
 from mullama.errors import LoadCancelled, MemoryTooSmall, ModelLoadError
 from mullama.types import LoraUse, Request
 

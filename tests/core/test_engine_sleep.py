@@ -120,7 +120,7 @@ def test_what_cannot_be(make_engine: Callable[..., Engine], tiny_model: Any, tmp
 
 
 def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], monkeypatch: Any) -> None:
-    from mullama.engine import loading
+    from mullama.engine.weights import load as loading
 
     engine = make_engine()
     say(engine, PROMPT)
@@ -138,7 +138,8 @@ def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], 
 
 
 def test_a_wake_that_does_not_fit_loads_nothing(make_engine: Callable[..., Engine], monkeypatch: Any) -> None:
-    from mullama.engine import fits, loading
+    from mullama.engine.memory import fits
+    from mullama.engine.weights import load as loading
     from mullama.machine import memory
 
     engine = make_engine()

@@ -13,7 +13,7 @@ from core_support import greedy, sampled
 from weights_support import PROMPTS, Streams, begins_alike, request, requests, run, say, wait_for_tokens
 
 from mullama.engine.engine import Engine
-from mullama.engine.weights import why_unsound
+from mullama.engine.weights.change import why_unsound
 from mullama.errors import (
     EngineDead,
     InvalidRequest,

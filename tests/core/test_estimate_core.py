@@ -13,7 +13,7 @@ from shaped import Shape
 
 from mullama._core import Context, Model
 from mullama.errors import MemoryTooSmall
-from mullama.models.estimate import Estimate, check_fits, estimate
+from mullama.models.files.estimate import Estimate, check_fits, estimate
 
 LONG = pytest.mark.skipif(not os.environ.get("MULLAMA_LONG"), reason="takes a gigabyte; set MULLAMA_LONG=1")
 

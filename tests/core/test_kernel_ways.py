@@ -17,12 +17,12 @@ from mullama.engine.engine import Engine
 from mullama.errors import ModelLoadError
 from mullama.machine import kernels as charge
 from mullama.machine import trial_child, trials, ways
-from mullama.machine.choice import choose
 from mullama.machine.remembered import Remembered
 from mullama.machine.trials import LAYOUTS, TOLERANCE, WAYS, Found, Task
-from mullama.models import gguf
-from mullama.models.gguf import TENSOR_TYPES
-from mullama.models.matrices import NEVER_WEIGHTS, matrices
+from mullama.machine.way_choice import choose
+from mullama.models.files import gguf
+from mullama.models.files.gguf import TENSOR_TYPES
+from mullama.models.files.matrices import NEVER_WEIGHTS, matrices
 from mullama.types import Request
 
 Q4_0, Q8_0, Q4_K = 2, 8, 12

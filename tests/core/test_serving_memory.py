@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from homes import home
 
-from mullama.cli.serving import make_manager
+from mullama.cli.server.serving import make_manager
 from mullama.config import ServeConfig
-from mullama.engine import fits
+from mullama.engine.memory import fits
 from mullama.errors import MemoryTooSmall
 from mullama.machine import memory as machine_memory
-from mullama.models import probe
+from mullama.models.child import probe
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
 

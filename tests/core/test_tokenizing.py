@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mullama._core import Model
 from mullama.engine.engine import Engine
-from mullama.engine.tokenizing import Tokenizer, TooManyTokens, _border_of, pieces
+from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens, _border_of, pieces
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 
 PROSE = "the king and her horse, it is said, were in all of it; you know. 12 of 34\n\nIt's  two spaces\tand a tab "

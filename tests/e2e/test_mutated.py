@@ -21,7 +21,7 @@ from mutating import VALID, Mutant, mutant
 from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
-from mullama.web.lifecycle import ACTIONS
+from mullama.web.internal.model_routes import ACTIONS
 from mullama.web.services import Services
 
 from .support import NAME, ServerProcess

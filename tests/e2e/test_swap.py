@@ -18,7 +18,7 @@ import damage
 import httpx
 import pytest
 
-from mullama.models.estimate import estimate
+from mullama.models.files.estimate import estimate
 
 from .support import COMPLETIONS, ServerProcess, clean_env, mullama, wait_until
 

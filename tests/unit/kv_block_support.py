@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
-from mullama.kv.tree import pack
+from mullama.kv.index.tree import pack
 
 Path = tuple[bytes, tuple[int, ...]]  # namespace, tokens
 

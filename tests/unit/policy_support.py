@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mullama.scheduling import Batching, Costs, EngineState, Plan, Scheduler, SeqView, check_plan, create
-from mullama.scheduling.budget import fit
+from mullama.scheduling.kv_budget import fit
 from mullama.types import Preempt, SeqState
 
 MS = 1_000_000

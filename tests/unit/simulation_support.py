@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mullama.simulation import CostModel, Grid
-from mullama.simulation.costs import padded
+from mullama.simulation.cost_model.costs import padded
 from mullama.types import SamplingParams
 from mullama.workload.base import TraceRequest, Workload
 

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mullama.errors import AdapterMismatch, BadModelFile, ModelLoadError, PermissionDenied
-from mullama.kv.namespaces import adapters_key
-from mullama.kv.tree import namespace_of
-from mullama.models import gguf
-from mullama.models.adapters import check_adapter, compare
-from mullama.models.probe import ProbeResult
-from mullama.serving.adapters import find_adapter
+from mullama.kv.index.namespaces import adapters_key
+from mullama.kv.index.tree import namespace_of
+from mullama.models.child.probe import ProbeResult
+from mullama.models.files import gguf
+from mullama.models.files.lora_file import check_adapter, compare
+from mullama.serving.lora_files import find_adapter
 
 SCALES = st.floats(-1000, 1000, width=32)
 SETS = st.lists(st.tuples(st.sampled_from(["a" * 64, "b" * 64, "c" * 64]), SCALES), max_size=4)
@@ -93,7 +93,7 @@ def test_control_characters_do_not_reach_a_message(base: Path, tmp_path: Path) -
 
 def test_any_damage_is_a_clear_error(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits flipped anywhere in the header: the file is refused in one line, or it is sound and goes to the child."""
-    from mullama.models import adapters as checks
+    from mullama.models.files import lora_file as checks
 
     monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(checks, "probe", lambda *_, **__: ProbeResult(ok=True, finite=True))
@@ -115,7 +115,7 @@ def test_any_damage_is_a_clear_error(base: Path, tmp_path: Path, monkeypatch: py
 def test_the_child_is_asked_once_a_file_and_model(
     base: Path, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mullama.models import adapters as checks
+    from mullama.models.files import lora_file as checks
 
     asked: list[tuple[Path, Path]] = []
     results = [ProbeResult(ok=True, finite=True)]

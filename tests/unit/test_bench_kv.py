@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from bench import kv_trace, micro_index
 from bench.belady import NEVER, Reading, Units, next_reads, optimum
 from bench.kv_trace import MIB, Prompt, Rows, best, percent, prompts_of, replay, result_table, size_name
-from mullama.kv.registry import BUILTINS, create
-from mullama.kv.tree import pack, unpack
+from mullama.kv.eviction.registry import BUILTINS, create
+from mullama.kv.index.tree import pack, unpack
 from mullama.workload.base import TraceRequest
 
 # -- the optimum ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mullama.scheduling import Plan, SeqView, budget
+from mullama.scheduling import Plan, SeqView
+from mullama.scheduling import kv_budget as budget
 from mullama.types import Preempt, SeqState
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mullama.engine.chat_text import ChatText, ControlTokens, Part
+from mullama.engine.requests.chat_text import ChatText, ControlTokens, Part
 from mullama.errors import InvalidRequest
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|end|>", "[INST]", "</s>", "<s>", "§"]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from cli_support import FakeEngine
 
-from mullama.cli.chat import ChatSession
 from mullama.cli.interrupt import on_interrupt
-from mullama.cli.repl import COMMANDS, Repl, gauge
 from mullama.cli.settings import SETTINGS, parse_setting
+from mullama.cli.talk.chat import ChatSession
+from mullama.cli.talk.repl import COMMANDS, Repl, gauge
 from mullama.errors import ComputeFailed, ContextLengthExceeded, EngineDead, InvalidRequest
 from mullama.types import FinishReason, SamplingParams
 

@@ -21,7 +21,7 @@ from mullama.cli.main import COMMANDS, main
 from mullama.cli.options import flag_name
 from mullama.config import options
 from mullama.errors import ComputeFailed, ConfigError, LoadCancelled, ModelLoadError
-from mullama.models import pypi
+from mullama.models.sources import pypi
 
 ROOT = Path(__file__).parents[2]
 
@@ -143,7 +143,7 @@ def test_version_and_its_lightness() -> None:
     code = (
         "import sys; from mullama.cli.main import main; status = main(['version', '--json']); "
         "heavy = {'rich', 'prompt_toolkit', 'falcon', 'uvicorn', 'filelock', 'platformdirs', 'numpy', 'asyncio',"
-        " 'importlib.metadata', 'mullama.models.store', 'mullama._core'} & set(sys.modules); "
+        " 'importlib.metadata', 'mullama.models.store.store', 'mullama._core'} & set(sys.modules); "
         "sys.exit(f'heavy: {heavy}' if heavy else status)"
     )
     done = subprocess.run(
@@ -184,6 +184,20 @@ def test_pull_list_show_rm(run: Run, home: Path) -> None:
     status, out, _ = run("rm", "mine")
     assert (status, out) == (0, "removed mine, 960 B freed\n")
     assert one_line(run("rm", "mine")[2])
+
+
+def test_a_file_with_anything_under_any_key_is_shown(run: Run, tmp_path: Path) -> None:
+    """Found by fuzzing: a list where a name belongs was a traceback."""
+    odd = {"general.architecture": ["a"], "general.license": [1, 2], "tokenizer.chat_template": [1]}
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(
+        make_gguf({**odd, "[1 × string: 'a'].context_length": float("nan"), "tokenizer.ggml.tokens": "text"})
+    )
+    status, out, _ = run("show", str(path), "--json")
+    shown = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert status == 0 and shown["architecture"] == {"type": "string", "count": 1, "head": ["a"]}
+    assert shown["license"]["head"] == [1, 2] and shown["vocabulary"] is None
+    assert run("show", str(path))[0] == 0
 
 
 def test_json_everywhere(run: Run, home: Path) -> None:
@@ -445,7 +459,7 @@ class Web:
         self.events: list[str] = []
         self.error: Exception | None = None
         self.config: Any = None
-        server, serving = types.ModuleType("mullama.web.server"), types.ModuleType("mullama.cli.serving")
+        server, serving = types.ModuleType("mullama.web.server"), types.ModuleType("mullama.cli.server.serving")
         web = self
 
         class Socket:
@@ -487,7 +501,7 @@ class Web:
         serving.make_manager = lambda config: Models()  # type: ignore[attr-defined]
         serving.make_swaps = lambda config, models: None  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "mullama.web.server", server)
-        monkeypatch.setitem(sys.modules, "mullama.cli.serving", serving)
+        monkeypatch.setitem(sys.modules, "mullama.cli.server.serving", serving)
 
 
 @pytest.fixture

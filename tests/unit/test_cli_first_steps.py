@@ -19,7 +19,7 @@ from mullama.config import DEFAULT_MODEL, GROUPS, ServeConfig, load_config, opti
 from mullama.errors import ConfigError
 from mullama.files import count_of, counted, parse_size
 from mullama.machine.neighbours import Neighbours
-from mullama.models.store import Store
+from mullama.models.store.store import Store
 from mullama.scheduling.base import wanting
 
 Run = Callable[..., tuple[int, str, str]]
@@ -126,7 +126,7 @@ def test_a_question_goes_to_the_default_model(run: Run, engines: list[Any], monk
         asked.append(text)
         raise ConfigError("stop here")
 
-    monkeypatch.setattr("mullama.cli.loading.find_model", found)
+    monkeypatch.setattr("mullama.cli.load_progress.find_model", found)
     for question in ("why is the sky blue?", "sum = 1 + 1, right?", "a/b or c"):
         assert "stop here" in run("run", question)[2]
     assert asked == [DEFAULT_MODEL] * 3

@@ -11,8 +11,8 @@ import pytest
 from mullama.cli import progress as module
 from mullama.cli.main import COMMANDS, cli
 from mullama.cli.progress import HashProgress, LoadProgress, PullProgress
-from mullama.cli.repl import COMMANDS as CHAT_COMMANDS
 from mullama.cli.table import human_size
+from mullama.cli.talk.repl import COMMANDS as CHAT_COMMANDS
 from mullama.config import options
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")

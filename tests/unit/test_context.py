@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mullama.config import options
 from mullama.errors import ConfigError, ContextLengthExceeded, InvalidRequest
-from mullama.web.context import (
+from mullama.web.openai.context import (
     NOTHING,
     SYSTEM_ROLES,
     ContextPolicy,

@@ -15,11 +15,11 @@ from shaped import Shape
 
 from mullama.errors import ConfigError, ModelLoadError
 from mullama.machine.processor import parse_cpuinfo
-from mullama.models import estimate as module
-from mullama.models import gguf
-from mullama.models.estimate import estimate, fit, token_bytes
-from mullama.models.gguf import Header, Summary
-from mullama.models.shape import check_sense, shape_of
+from mullama.models.files import estimate as module
+from mullama.models.files import gguf
+from mullama.models.files.estimate import estimate, fit, token_bytes
+from mullama.models.files.gguf import Header, Summary
+from mullama.models.files.shape import check_sense, shape_of
 
 
 def header(arch: str = "llama", **more: Any) -> Header:
@@ -261,6 +261,27 @@ def test_sense(key: str, value: Any, is_fine: bool) -> None:
     else:
         with pytest.raises(ModelLoadError, match=r"^file\.gguf: .* damaged"):
             check_sense(found, "file.gguf")
+
+
+@pytest.mark.parametrize("tokens", ["a text", 7, 1.5, True])
+def test_a_vocabulary_that_is_no_array_counts_nothing(tokens: Any) -> None:
+    """Found by fuzzing: a text has a ``count`` too, which is a function."""
+    found = header("llama", context_length=64)
+    found.metadata["tokenizer.ggml.tokens"] = tokens
+    found.metadata["tokenizer.ggml.bos_token_id"] = 5
+    check_sense(found, "m")
+    assert shape_of(found).n_vocab == 0 and found.count("tokenizer.ggml.tokens") is None
+    assert estimate(found, n_ctx=256).output == 0
+
+
+def test_what_a_damaged_file_calls_its_architecture_steers_no_terminal() -> None:
+    for change in ({"block_count": -1}, {"attention__head_count": [-1] * 4}):
+        with pytest.raises(ModelLoadError) as caught:
+            shape_of(header("a\n\x1b[31m" + "x" * 500, **change), "m")
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 200
+    with pytest.raises(ModelLoadError) as caught:
+        check_sense(header("a\nb", context_length=0), "m")
+    assert str(caught.value).isprintable()
 
 
 def test_arrays_of_layers_are_read_whole(tmp_path: Path) -> None:

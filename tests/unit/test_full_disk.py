@@ -22,9 +22,9 @@ from models_support import FakePip, make_gguf, make_wheel
 from mullama.cli.progress import LoadProgress
 from mullama.errors import DiskFull, StoreError
 from mullama.files import disk_errors, write_text
-from mullama.models import pypi
 from mullama.models.reference import parse_reference
-from mullama.models.store import Store
+from mullama.models.sources import pypi
+from mullama.models.store.store import Store
 from mullama.types import Finish, FinishReason, Profile
 from mullama.web.profile_log import ProfileLog
 
@@ -200,7 +200,7 @@ def test_a_log_that_is_full_stops_no_load() -> None:
 
 
 def test_the_writer_of_kv_tells_the_log_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
-    from mullama.engine import kvdisk
+    from mullama.kv.tiers import disk_tier as kvdisk
 
     tier = kvdisk.DiskTier.__new__(kvdisk.DiskTier)
     tier._told = (0.0, "")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from mullama import abi
-from mullama.engine.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
-from mullama.engine.reader import Reader, profile_of
+from mullama.engine.requests.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
+from mullama.engine.requests.reader import Reader, profile_of
 from mullama.errors import ComputeFailed, EngineDead
 from mullama.types import Delta, Finish, FinishReason, Profile
 

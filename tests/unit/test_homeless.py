@@ -13,11 +13,11 @@ from models_support import make_gguf
 from mullama import home
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError, MullamaError
-from mullama.models.local import LocalSource
-from mullama.models.probe import Verdicts
+from mullama.models.child.probe import Verdicts
 from mullama.models.reference import parse_spec
-from mullama.models.store import Store
-from mullama.scheduling.loading import load_object
+from mullama.models.sources.local import LocalSource
+from mullama.models.store.store import Store
+from mullama.plugins.user_code import load_object
 from mullama.web.profile_log import ProfileLog
 
 #: What such a container lacks: the id's entry in the user database, HOME, a temporary folder.

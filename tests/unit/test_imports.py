@@ -39,16 +39,16 @@ PURE = [
     "mullama.kv.placement",
     "mullama.engine",
     "mullama.engine.client",
-    "mullama.engine.lifecycle",
-    "mullama.engine.sizing",
-    "mullama.engine.generation",
-    "mullama.engine.reader",
-    "mullama.engine.snapshot",
+    "mullama.engine.requests.lifecycle",
+    "mullama.engine.memory.sizing",
+    "mullama.engine.requests.generation",
+    "mullama.engine.requests.reader",
+    "mullama.engine.planning.report",
     "mullama.serving",
-    "mullama.serving.eviction",
+    "mullama.serving.model_eviction",
     "mullama.serving.manager",
     "mullama.serving.states",
-    "mullama.serving.swap",
+    "mullama.serving.hot_swap",
 ]
 
 

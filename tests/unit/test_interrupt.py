@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from mullama.cli import loading
+from mullama.cli import load_progress as loading
 from mullama.errors import LoadCancelled
 
 PRELUDE = """

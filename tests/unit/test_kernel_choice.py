@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_support import Q4_K, Q8_0, SHAPE, right, wrong
 
-from mullama.machine.choice import LAYOUT_GAIN, STEADY_GAIN, Choice, choose
 from mullama.machine.trials import CLASSES, LAYOUTS, TIMED, WAYS, Found
+from mullama.machine.way_choice import LAYOUT_GAIN, STEADY_GAIN, Choice, choose
 
 IN_FILE = tuple(way for way in WAYS if way not in LAYOUTS)
 

@@ -13,9 +13,9 @@ from kernel_support import Q4_0, Q4_K, Q8_0, Trials, right, tried, weights, wron
 
 from mullama.errors import ModelLoadError
 from mullama.machine import kernels, remembered, trials, ways
-from mullama.machine.choice import Choice
 from mullama.machine.remembered import Weights
 from mullama.machine.trials import ATTENTION, TIMED, WAYS, Found, Task
+from mullama.machine.way_choice import Choice
 
 assert tried is not None  # a fixture
 

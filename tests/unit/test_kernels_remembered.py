@@ -21,7 +21,6 @@ from kernel_support import Q4_0, Q4_K, Q8_0, Trials, right, tried, weights, wron
 
 from mullama import faults
 from mullama.machine import processor, remembered
-from mullama.machine.choice import choose
 from mullama.machine.remembered import (
     BUSY_S,
     MOST_SHAPES,
@@ -33,6 +32,7 @@ from mullama.machine.remembered import (
     timed_shape,
 )
 from mullama.machine.trials import WAYS
+from mullama.machine.way_choice import choose
 
 assert tried is not None  # a fixture
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kv_block_support import Router, World
 
 from mullama.kv.events import KvEvent, KvEventKind, KvTier
-from mullama.kv.namespaces import short_namespace
-from mullama.kv.tree import pack
+from mullama.kv.index.namespaces import short_namespace
+from mullama.kv.index.tree import pack
 from mullama.observe.kv_blocks import AllBlocksCleared, BlockIndex, BlockStored, EventBatch
 
 NAMESPACES = (b"", b"salt")

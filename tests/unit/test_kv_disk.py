@@ -24,9 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama.errors import StoreError
-from mullama.kv import disk
-from mullama.kv.disk import UNFINISHED, UNREADABLE, DiskStore, load_secret
-from mullama.kv.records import (
+from mullama.kv.tiers import disk_store as disk
+from mullama.kv.tiers.disk_records import (
     _FIELDS,
     _MAGIC,
     ALTERED,
@@ -40,6 +39,7 @@ from mullama.kv.records import (
     Identity,
     Layout,
 )
+from mullama.kv.tiers.disk_store import UNFINISHED, UNREADABLE, DiskStore, load_secret
 
 SECRET = b"a secret of the tests"
 IDENTITY = Identity(
@@ -95,6 +95,21 @@ def scanned(folder: Path, **options: Any) -> tuple[list[DiskRecord], dict[str, i
         return list(store.scan()), dict(store.skipped)
     finally:
         store.close()
+
+
+def test_numbers_that_make_no_sense_are_no_record_even_under_our_seal(tmp_path: Path) -> None:
+    """Found by fuzzing: no tokens, a start behind the end, nothing in it."""
+    store = open_store(tmp_path)
+    sealer = store._sealer
+    odd = [(0, 0, 0, None), (5, 3, 0, None), (2, 2, 0, None), (0, 1, 257, None)]
+    for n, (start, end, namespace, checkpoint) in enumerate(odd):
+        layout = Layout(start, end, namespace, IDENTITY.token_bytes, checkpoint)
+        seals = bytes(max(layout.seals_bytes, 0))
+        file = sealer.pack(layout, bytes(namespace), path_of(end), seals) + bytes(1000)
+        (home_of(tmp_path) / f"{n:032x}.kv").write_bytes(file[: layout.n_bytes])
+    assert list(store.scan()) == []
+    assert store.skipped == {NO_RECORD: len(odd)}
+    store.close()
 
 
 # -- round trips
@@ -510,8 +525,8 @@ def test_a_scan_spares_what_this_process_is_writing(
 _WRITER = """
 import itertools, os, sys, time
 from pathlib import Path
-from mullama.kv.disk import DiskStore
-from mullama.kv.records import Identity
+from mullama.kv.tiers.disk_store import DiskStore
+from mullama.kv.tiers.disk_records import Identity
 
 store = DiskStore(Path(sys.argv[1]), 1 << 30, Identity(**eval(sys.argv[2])), secret=bytes.fromhex(sys.argv[3]))
 if sys.argv[4] == "half":
@@ -805,7 +820,7 @@ def test_a_key_whose_maker_was_killed_is_made_again(tmp_path: Path) -> None:
 def test_processes_that_start_at_once_make_one_key(tmp_path: Path) -> None:
     """Each is slow where it matters: after it has seen that there is no key."""
     code = (
-        "import sys, time; from pathlib import Path; from mullama.kv import disk\n"
+        "import sys, time; from pathlib import Path; from mullama.kv.tiers import disk_store as disk\n"
         "make = disk._make_key\n"
         "disk._make_key = lambda path: (time.sleep(0.2), make(path))\n"
         "print('ready', flush=True); sys.stdin.readline(); print(disk.load_secret(Path(sys.argv[1])).hex())"

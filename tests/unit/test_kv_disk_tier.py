@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from test_kv_disk import IDENTITY
 
-from mullama.engine import kvdisk
-from mullama.engine.kvdisk import DiskRows, DiskTier
-from mullama.kv.disk import DiskStore
-from mullama.kv.eviction import Entry
-from mullama.kv.payload import Rows
-from mullama.kv.policies.lru import Lru
-from mullama.kv.tree import Node, PrefixTree, pack
+from mullama.kv.eviction.lru import Lru
+from mullama.kv.eviction.policy import Entry
+from mullama.kv.index.payload import Rows
+from mullama.kv.index.tree import Node, PrefixTree, pack
+from mullama.kv.tiers import disk_tier as kvdisk
+from mullama.kv.tiers.disk_store import DiskStore
+from mullama.kv.tiers.disk_tier import DiskRows, DiskTier
 
 TOKENS = 40
 

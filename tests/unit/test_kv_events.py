@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
-from mullama.kv.namespaces import short_namespace
+from mullama.kv.index.namespaces import short_namespace
 
 
 def event(seq: int) -> KvEvent:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mullama.kv.ghosts import Ghosts
-from mullama.kv.payload import Ghost
-from mullama.kv.tree import pack
+from mullama.kv.index.ghosts import Ghosts
+from mullama.kv.index.payload import Ghost
+from mullama.kv.index.tree import pack
 
 paths = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mullama.kv.payload import Checkpoint, Ghost, Rows
+from mullama.kv.index.payload import Checkpoint, Ghost, Rows
 
 
 @st.composite

@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from kv_support import leaves, put_path
 
 from mullama.errors import InvalidRequest, PluginError
-from mullama.kv.eviction import Entry, EvictionPolicy
-from mullama.kv.guarded import GuardedPolicy
-from mullama.kv.policies import cost as cost_module
-from mullama.kv.policies.cost import Cost
-from mullama.kv.policies.lru import Lru
-from mullama.kv.policies.turns import Turns
-from mullama.kv.registry import (
+from mullama.kv.eviction import cost as cost_module
+from mullama.kv.eviction.cost import Cost
+from mullama.kv.eviction.guarded import GuardedPolicy
+from mullama.kv.eviction.lru import Lru
+from mullama.kv.eviction.policy import Entry, EvictionPolicy
+from mullama.kv.eviction.registry import (
     BUILTINS,
     KV_POLICIES,
     create,
@@ -35,9 +34,10 @@ from mullama.kv.registry import (
     names,
     names_code,
 )
-from mullama.kv.tier import HostTier
-from mullama.kv.tree import PrefixTree, pack
-from mullama.scheduling.params import Param, Policy
+from mullama.kv.eviction.turns import Turns
+from mullama.kv.index.tree import PrefixTree, pack
+from mullama.kv.tiers.host_tier import HostTier
+from mullama.plugins.parameters import Param, Policy
 
 MS = 1_000_000
 PAGE = ROOT / "docs" / "kv-eviction.md"
@@ -333,7 +333,7 @@ def test_parameters_are_checked() -> None:
         create("cost", {"attention": -1})
 
 
-@pytest.mark.parametrize("spec", ["nonsense", "", "LRU", "mullama.kv.policies.lru"])
+@pytest.mark.parametrize("spec", ["nonsense", "", "LRU", "mullama.kv.eviction.lru"])
 def test_an_unknown_name_gets_the_valid_ones(spec: str) -> None:
     with pytest.raises(
         InvalidRequest, match=r"no KV policy '.*'; there are lru, lfu, fifo, cost, turns, and FILE"
@@ -393,7 +393,7 @@ def test_a_class_with_everything_is_used_as_it_is(mine: Path) -> None:
 
 def test_declared_parameters_without_evicted(mine: Path) -> None:
     mine.write_text(
-        "from mullama.scheduling.params import Param, Policy\n"
+        "from mullama.plugins.parameters import Param, Policy\n"
         "class Mine(Policy):\n"
         "    PARAMS = (Param('knob', 1, 'turns', 0),)\n"
         "    def score(self, entry, now_ns): return self.knob\n"
@@ -407,7 +407,7 @@ def test_declared_parameters_without_evicted(mine: Path) -> None:
 
 def test_a_subclass_of_a_builtin(mine: Path) -> None:
     mine.write_text(
-        "from mullama.kv.policies.cost import Cost\n"
+        "from mullama.kv.eviction.cost import Cost\n"
         "class Mine(Cost):\n"
         "    def score(self, entry, now_ns): return super().score(entry, now_ns) + (entry.start == 0)\n"
     )

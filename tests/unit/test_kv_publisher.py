@@ -19,7 +19,7 @@ from test_kv_blocks import SPACES, operations, sizes
 
 from mullama.errors import ConfigError
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
-from mullama.kv.tree import pack
+from mullama.kv.index.tree import pack
 from mullama.observe import kv_publisher
 from mullama.observe.kv_publisher import KvPublisher
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from mullama.kv.payload import Ghost
-from mullama.kv.reasons import miss_reason
-from mullama.kv.tree import Match, PrefixTree, pack
+from mullama.kv.index.miss_reasons import miss_reason
+from mullama.kv.index.payload import Ghost
+from mullama.kv.index.tree import Match, PrefixTree, pack
 
 
 @pytest.mark.parametrize(

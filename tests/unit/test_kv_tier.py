@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from kv_support import FakeCheckpoint, FakeRows, check_tier, leaves, put_path
 
-from mullama.kv.eviction import Entry, EvictionPolicy
-from mullama.kv.guarded import GuardedPolicy
-from mullama.kv.registry import create
-from mullama.kv.tier import GRAIN, HostTier
-from mullama.kv.tree import Node, PrefixTree, pack, unpack
+from mullama.kv.eviction.guarded import GuardedPolicy
+from mullama.kv.eviction.policy import Entry, EvictionPolicy
+from mullama.kv.eviction.registry import create
+from mullama.kv.index.tree import Node, PrefixTree, pack, unpack
+from mullama.kv.tiers.host_tier import GRAIN, HostTier
 
 # Scores that never change while nothing happens to a stretch: who must go first is known from outside.
 ORDERS: dict[str, Callable[[Node], float]] = {

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from kv_support import FakeCheckpoint, FakeRows, check_tree
 
-from mullama.kv.tree import PrefixTree, common, pack, unpack
+from mullama.kv.index.tree import PrefixTree, common, pack, unpack
 
 Path = tuple[bytes, tuple[int, ...]]  # namespace, tokens
 

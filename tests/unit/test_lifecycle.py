@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from mullama.engine import lifecycle
+from mullama.engine.requests import lifecycle
 from mullama.types import SeqState
 
 LEGAL = {

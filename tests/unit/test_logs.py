@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from mullama import logs
 from mullama.config import ENV_PREFIX, OTHER_VARIABLES, options, unknown_variables
 from mullama.errors import PluginError
-from mullama.kv.guarded import GuardedPolicy
-from mullama.scheduling.loading import load_object
+from mullama.kv.eviction.guarded import GuardedPolicy
+from mullama.plugins.user_code import load_object
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} (DEBUG|INFO|WARNING|ERROR) (\S+): (.*)")
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from models_support import METADATA, make_gguf
 
 from mullama.machine.remembered import Weights, timed_shape
-from mullama.models import gguf
-from mullama.models.gguf import TENSOR_TYPES, Header, Tensor
-from mullama.models.matrices import LONGEST_ROW, NEVER_WEIGHTS, matrices
+from mullama.models.files import gguf
+from mullama.models.files.gguf import TENSOR_TYPES, Header, Tensor
+from mullama.models.files.matrices import LONGEST_ROW, NEVER_WEIGHTS, matrices
 
 F32, Q8_0, Q4_K, Q8_1, I32 = 0, 8, 12, 9, 26
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mullama.observe import memory
-from mullama.observe.memory import Mapping, Pages
+from mullama.observe import process_memory as memory
+from mullama.observe.process_memory import Mapping, Pages
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells it")
 PAGE = mmap.PAGESIZE

@@ -15,11 +15,11 @@ from hub_support import Hub, LocalServer, Registry, Reply, Seen, file_reply
 from models_support import METADATA, make_gguf
 
 from mullama.faults import POINTS, VARIABLE, crash_point
-from mullama.models import policy
-from mullama.models.entry import Entry
 from mullama.models.reference import parse_reference
-from mullama.models.store import Store
-from mullama.models.upkeep import verify
+from mullama.models.sources import private_addresses as policy
+from mullama.models.store.entry import Entry
+from mullama.models.store.store import Store
+from mullama.models.store.upkeep import verify
 
 ROOT = Path(__file__).parents[2]
 PULL_POINTS = [point for point in POINTS if point.startswith("pull:")]
@@ -30,10 +30,10 @@ DONE = {"pull:after-ref"}
 _PULL = """
 import sys
 from pathlib import Path
-from mullama.models import sources
-from mullama.models.local import LocalSource
+from mullama.models.sources import base as sources
+from mullama.models.sources.local import LocalSource
 from mullama.models.reference import parse_reference
-from mullama.models.store import Store
+from mullama.models.store.store import Store
 
 class Copied(LocalSource):
     def normalise(self, location): return location

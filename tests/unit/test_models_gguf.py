@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models_support import METADATA, TENSORS, gguf_string, make_gguf
 
 from mullama.errors import ModelLoadError
-from mullama.models import gguf
+from mullama.models.files import gguf
 
 VENDORED = Path(__file__).parents[2] / "vendor" / "llama.cpp" / "gguf-py" / "gguf" / "constants.py"
 GOOD = make_gguf()
@@ -244,3 +244,10 @@ def _seconds(path: Path) -> float:
     start = time.perf_counter()
     gguf.check(path)
     return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("number", ["one", 1.5, [1, 2]])
+def test_a_part_whose_number_is_none_is_refused(write: Any, number: Any) -> None:
+    """Found by fuzzing."""
+    with pytest.raises(ModelLoadError, match=r"^m: damaged GGUF header: split.no is '"):
+        gguf.check(write(make_gguf({**METADATA, "split.count": 2, "split.no": number})), label="m")

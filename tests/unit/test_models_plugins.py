@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from mullama.errors import PluginError, ReferenceNotFound
-from mullama.models.local import LocalSource
 from mullama.models.reference import parse_reference
-from mullama.models.sources import SOURCES, load_source
-from mullama.models.store import Store
-from mullama.plugins import PluginGroup
+from mullama.models.sources.base import SOURCES, load_source
+from mullama.models.sources.local import LocalSource
+from mullama.models.store.store import Store
+from mullama.plugins.groups import PluginGroup
 
 GROUP = "mullama.test_group"
 
@@ -20,7 +20,7 @@ GROUP = "mullama.test_group"
 def install(folder: Path, package: str, group: str, **names: str) -> None:
     """A package as pip would install it: one module, and metadata with entry points."""
     (folder / f"{package}.py").write_text(
-        "from mullama.models.local import LocalSource\n"
+        "from mullama.models.sources.local import LocalSource\n"
         "class Mine(LocalSource):\n"
         "    def normalise(self, location): return location\n"
         "    def locate(self, reference): return None\n"

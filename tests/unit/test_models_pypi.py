@@ -13,10 +13,10 @@ import pytest
 from models_support import FakePip, make_gguf, make_wheel
 
 from mullama.errors import MullamaError, ReferenceNotFound, StoreError
-from mullama.models import pypi
-from mullama.models.pypi import PypiSource, _Watch, parse_location, run_pip
 from mullama.models.reference import Reference
-from mullama.models.sources import Sink
+from mullama.models.sources import pypi
+from mullama.models.sources.base import Sink
+from mullama.models.sources.pypi import PypiSource, _Watch, parse_location, run_pip
 
 DATA = make_gguf()
 

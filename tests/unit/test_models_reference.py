@@ -199,7 +199,7 @@ def test_an_alias_keeps_its_name_in_another_quant() -> None:
 
 
 def test_every_alias_is_understood_by_its_source() -> None:
-    from mullama.models.sources import load_source
+    from mullama.models.sources.base import load_source
 
     assert len(aliases()) >= 20
     for name, reference in aliases().items():

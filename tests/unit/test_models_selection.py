@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mullama.errors import ReferenceNotFound
-from mullama.models.selection import PREFERRED, Candidate, bits_of, choose, quant_of
+from mullama.models.sources.selection import PREFERRED, Candidate, bits_of, choose, quant_of
 
 
 def pick(names: list[str], **wish: object) -> list[str]:

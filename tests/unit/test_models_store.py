@@ -20,11 +20,11 @@ import pytest
 from models_support import FakePip, make_gguf, make_wheel
 
 from mullama.errors import ConfigError, ModelLoadError, ReferenceNotFound, StoreError
-from mullama.models import pypi
 from mullama.models.reference import Reference, aliases, parse_reference
 from mullama.models.resolve import resolve_model
-from mullama.models.sources import Progress, Sink
-from mullama.models.store import Store, default_root, named
+from mullama.models.sources import pypi
+from mullama.models.sources.base import Progress, Sink
+from mullama.models.store.store import Store, default_root, named
 
 DATA = make_gguf()
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -111,12 +111,13 @@ _COLD = """
 import sys, time
 from pathlib import Path
 from mullama.models.reference import Reference
-from mullama.models.store import Store
+from mullama.models.store.store import Store
 store, reference = Store(Path(sys.argv[1])), Reference(key="tiny:1", source="pypi", locations=("x",))
 start = time.perf_counter()
 store.resolve(reference)
 print(time.perf_counter() - start)
-print({"subprocess", "zipfile", "importlib.metadata", "mullama.models.pypi", "filelock"} & set(sys.modules) or "")
+heavy = {"subprocess", "zipfile", "importlib.metadata", "mullama.models.sources.pypi", "filelock"}
+print(heavy & set(sys.modules) or "")
 """
 
 
@@ -382,7 +383,9 @@ def test_one_who_waits_is_told(store: Store, index: Path, monkeypatch: pytest.Mo
 _KILLED = """
 import sys, time
 from pathlib import Path
-from mullama.models import local, sources, store
+from mullama.models.sources import local
+from mullama.models.sources import base as sources
+from mullama.models.store import store
 from mullama.models.reference import Reference
 
 class Slow(local.LocalSource):

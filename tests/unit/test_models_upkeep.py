@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from models_support import METADATA, FakePip, make_gguf, make_wheel
 
 from mullama.errors import ConfigError, ModelLoadError, ReferenceNotFound, StoreError
-from mullama.models import digests, gguf, pypi
-from mullama.models.digests import Digests, digest_of
-from mullama.models.entry import Entry, is_plain_name, set_digest
+from mullama.models.files import gguf
 from mullama.models.reference import Reference, parse_reference
 from mullama.models.resolve import resolve_model
-from mullama.models.store import Store, named
-from mullama.models.upkeep import entry_of, usage, verify
+from mullama.models.sources import pypi
+from mullama.models.store import digests
+from mullama.models.store.digests import Digests, digest_of
+from mullama.models.store.entry import Entry, is_plain_name, set_digest
+from mullama.models.store.store import Store, named
+from mullama.models.store.upkeep import entry_of, usage, verify
 
 DATA = make_gguf()
 SHA = hashlib.sha256(DATA).hexdigest()

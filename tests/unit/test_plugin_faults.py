@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from mullama.engine.planner import Planner
-from mullama.engine.policy import PolicyHost
+from mullama.engine.planning.planner import Planner
+from mullama.engine.planning.policy_host import PolicyHost
 from mullama.errors import PluginError
-from mullama.kv import registry as kv_registry
-from mullama.plugins import MOST_PARAMS, PluginGroup, publish
+from mullama.kv.eviction import registry as kv_registry
+from mullama.plugins.groups import MOST_PARAMS, PluginGroup, publish
 from mullama.scheduling import EngineState, Plan, SeqView, check_plan, create, own_plan, registry
-from mullama.simulation.shadow import ShadowPolicy
+from mullama.simulation.shadow_policy import ShadowPolicy
 from mullama.types import Preempt, SeqState
 
 NOT_WHOLE: list[Any] = [-1, 10**30, "x", None, float("inf"), float("nan"), 1.0, True, 1j, [1], 1 << 63]
@@ -194,7 +194,7 @@ def test_views_read_what_was_published(host: Callable[[Any], PolicyHost]) -> Non
 def test_parameters_that_a_policy_changes_are_published_by_its_own_thread(
     host: Callable[[Any], PolicyHost], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mullama.engine.planner.PUBLISH_S", 0.0)
+    monkeypatch.setattr("mullama.engine.planning.planner.PUBLISH_S", 0.0)
 
     class Learns(Mine):
         n = 0

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from models_support import make_gguf
 
 from mullama.errors import ModelLoadError
-from mullama.models import probe
-from mullama.models.probe import ProbeResult, Verdicts, check_model
+from mullama.models.child import probe
+from mullama.models.child.probe import ProbeResult, Verdicts, check_model
 
 
 def told(*records: object) -> bytes:

@@ -17,10 +17,11 @@ from mullama import child
 from mullama.cli.main import main
 from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError, StoreError
 from mullama.machine import memory
-from mullama.models import gguf, quantize
-from mullama.models.entry import Entry
-from mullama.models.quantize import Source, quantize_variant, source_of, variant_key
-from mullama.models.store import Store
+from mullama.models import quantizing as quantize
+from mullama.models.files import gguf
+from mullama.models.quantizing import Source, quantize_variant, source_of, variant_key
+from mullama.models.store.entry import Entry
+from mullama.models.store.store import Store
 
 Fake = Callable[[str], None]
 

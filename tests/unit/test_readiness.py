@@ -14,7 +14,7 @@ from mullama.cli.main import main
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError, MachineUnfit
 from mullama.machine import folders
-from mullama.models import pulling
+from mullama.models.store import pulling
 from mullama.serving import readiness
 
 

@@ -22,8 +22,8 @@ from mullama.errors import (
     QueueFull,
     ShuttingDown,
 )
-from mullama.serving.eviction import POLICIES, ModelView
 from mullama.serving.manager import ModelManager
+from mullama.serving.model_eviction import POLICIES, ModelView
 from mullama.serving.states import ModelState, Served
 
 # -- names

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from serving_support import TIMEOUT, Engine, World, play, settle, until
 
 from mullama.errors import ModelBusy, ModelNotLoaded, ShuttingDown
-from mullama.serving.eviction import ModelView
+from mullama.serving.model_eviction import ModelView
 from mullama.serving.states import ModelState
 
 

@@ -20,8 +20,8 @@ from mullama.errors import (
     NeedsAnotherEngine,
     ReferenceNotFound,
 )
+from mullama.serving.hot_swap import SwapRecord, Swaps
 from mullama.serving.states import ModelState
-from mullama.serving.swap import SwapRecord, Swaps
 from mullama.serving.targets import Target
 from mullama.types import Room
 

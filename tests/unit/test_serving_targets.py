@@ -9,7 +9,7 @@ import pytest
 from models_support import make_gguf
 
 from mullama.errors import PermissionDenied, ReferenceNotFound
-from mullama.models.store import Store
+from mullama.models.store.store import Store
 from mullama.serving import targets
 from mullama.serving.targets import find_target, known_digest
 

@@ -13,8 +13,8 @@ import pytest
 from simulation_support import costs
 
 from bench import simulator_error
-from mullama.cli import calibrate
 from mullama.cli.main import main
+from mullama.cli.research import calibrate
 from mullama.errors import ModelLoadError
 from mullama.machine.neighbours import Neighbours
 from mullama.simulation import read_costs, write_costs
@@ -154,7 +154,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         progress("measuring", 1, 2)
         return costs(about=ABOUT)
 
-    monkeypatch.setattr("mullama.cli.loading.find_model", lambda reference: reference)
+    monkeypatch.setattr("mullama.cli.load_progress.find_model", lambda reference: reference)
     monkeypatch.setattr(calibrate, "_measure", measure)
     monkeypatch.setattr(calibrate, "LOOK_S", 0.0)
     monkeypatch.setattr(Neighbours, "busy", lambda self: 0.1)

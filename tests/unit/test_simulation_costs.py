@@ -16,9 +16,9 @@ from simulation_support import MS, FakeCore, costs
 
 from mullama.errors import ConfigError
 from mullama.simulation import CostModel, Grid, read_costs, write_costs
-from mullama.simulation.costs import padded
-from mullama.simulation.fitting import fit, line, positive_line
-from mullama.simulation.gauge import Gauge, plan_levels, row_counts
+from mullama.simulation.cost_model.costs import padded
+from mullama.simulation.cost_model.fitting import fit, line, positive_line
+from mullama.simulation.cost_model.gauge import Gauge, plan_levels, row_counts
 
 # -- tables -------------------------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ def test_lines() -> None:
 
 
 def test_nothing_measured() -> None:
-    from mullama.simulation.gauge import Measured
+    from mullama.simulation.cost_model.gauge import Measured
 
     with pytest.raises(ValueError, match="samples of decodes and of prompt chunks"):
         fit(Measured())

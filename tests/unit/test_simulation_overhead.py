@@ -11,7 +11,7 @@ from cli_support import model_info
 from simulation_support import MS, plain
 
 from mullama.errors import ComputeFailed
-from mullama.simulation.overhead import OverheadGauge
+from mullama.simulation.cost_model.overhead import OverheadGauge
 from mullama.types import Delta, Finish, FinishReason, Profile, Request
 
 DECODE, STEP, TOKEN, PLAN, GREEDY = 4 * MS, 50_000, 6_000, 200_000, 20_000

@@ -17,7 +17,7 @@ from mullama.errors import PluginError
 from mullama.scheduling import Costs, EngineState, Fcfs, Plan, SeqView, registry
 from mullama.simulation import SimConfig
 from mullama.simulation.differences import differences
-from mullama.simulation.shadow import KEPT, Finished, ShadowPolicy, copy_view
+from mullama.simulation.shadow_policy import KEPT, Finished, ShadowPolicy, copy_view
 from mullama.types import Preempt, SeqState
 
 STATE = EngineState(now_ns=1000, step=7, free_slots=2, max_prefill=512, n_slots=4)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mullama.engine.sizing import (
+from mullama.engine.memory.sizing import (
     DEFAULT_CTX,
     DEFAULT_PARALLEL,
     fit_gpu_layers,

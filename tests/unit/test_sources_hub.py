@@ -17,7 +17,7 @@ from models_support import METADATA, make_gguf
 from mullama.errors import ReferenceNotFound, StoreError
 from mullama.models.reference import parse_reference, parse_spec
 from mullama.models.resolve import resolve_model
-from mullama.models.store import Store
+from mullama.models.store.store import Store
 
 REPO = "Qwen/Qwen2.5-7B-Instruct-GGUF"
 STEM = "qwen2.5-7b-instruct"
@@ -253,7 +253,7 @@ def test_names(hub: Hub, store: Store) -> None:
 
 
 def test_two_quants_of_one_repository_share_nothing_but_the_name(hub: Hub, store: Store) -> None:
-    from mullama.models.upkeep import usage, verify
+    from mullama.models.store.upkeep import usage, verify
 
     first, second = store.pull(parse_reference(REPO)), store.pull(parse_reference(f"{REPO}:Q4_K_M"))
     third = store.pull(parse_reference(f"{REPO}:Q8_0"))

@@ -13,9 +13,10 @@ from hub_support import LocalServer, Registry
 from models_support import make_gguf
 
 from mullama.errors import ReferenceNotFound, StoreError
-from mullama.models import download, policy
 from mullama.models.reference import parse_reference, parse_spec
-from mullama.models.store import Store
+from mullama.models.sources import download
+from mullama.models.sources import private_addresses as policy
+from mullama.models.store.store import Store
 
 DATA = make_gguf(tensors=[("token_embd.weight", (32, 4000), 8, 4000 * 34)])
 TEMPLATE = "{{ range .Messages }}{{ .Content }}{{ end }}"

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from models_support import METADATA, TENSORS, make_gguf
 
 from mullama.errors import PrivateAddress, ReferenceNotFound, StoreError
-from mullama.models import download, net, policy
-from mullama.models.download import Fetcher
-from mullama.models.net import CheckedBackend, is_public, make_client
 from mullama.models.reference import parse_reference
-from mullama.models.store import Store
+from mullama.models.sources import download, net
+from mullama.models.sources import private_addresses as policy
+from mullama.models.sources.download import Fetcher
+from mullama.models.sources.net import CheckedBackend, is_public, make_client
+from mullama.models.store.store import Store
 
 DATA = make_gguf(tensors=[("token_embd.weight", (32, 4000), 8, 4000 * 34)])
 SHA = hashlib.sha256(DATA).hexdigest()

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mullama.web import connections
-from mullama.web.connections import FALTERING, Limits
+from mullama.web.http import connections
+from mullama.web.http.connections import FALTERING, Limits
 
 SCRIPT = """
 import resource, sys

@@ -13,9 +13,9 @@ import pytest
 from docs_support import ROOT, blocks, names
 
 from mullama.config import ServeConfig
-from mullama.web.context import ContextPolicy
+from mullama.web.openai.context import ContextPolicy
 from mullama.web.services import Services
-from mullama.web.streaming import ChunkFormat, EventStream
+from mullama.web.stream.events import ChunkFormat, EventStream
 
 from .conftest import Client, Live, Result
 from .fake_engine import BOS, FakeEngine

@@ -13,11 +13,11 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from mullama.errors import ComputeFailed
 from mullama.types import Finish, FinishReason, Profile
-from mullama.web.direct import DirectBody
-from mullama.web.generations import Group, Merged
-from mullama.web.schemas import options_of, parse_chat
+from mullama.web.openai.schemas import options_of, parse_chat
 from mullama.web.services import Services
-from mullama.web.streaming import PING, ChunkFormat, EventStream
+from mullama.web.stream.direct import DirectBody
+from mullama.web.stream.events import PING, ChunkFormat, EventStream
+from mullama.web.stream.generations import Group, Merged
 
 from .conftest import Live, parse_events
 from .fake_engine import FakeEngine

@@ -11,9 +11,9 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from mullama.web import fields
-from mullama.web.fields import BOTH, CHAT, FIELDS, TEXT, Verdict
-from mullama.web.schemas import ChatBody, CompletionBody
+from mullama.web.openai import fields
+from mullama.web.openai.fields import BOTH, CHAT, FIELDS, TEXT, Verdict
+from mullama.web.openai.schemas import ChatBody, CompletionBody
 
 from .conftest import Client
 from .fake_engine import FakeEngine
@@ -143,7 +143,7 @@ def test_a_refusal_says_what_there_is_instead(client: Client) -> None:
 
 def test_the_page_is_made_from_the_table() -> None:
     text = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
-    assert fields.page() in text, "run: python -m mullama.web.fields docs/api.md"
+    assert fields.page() in text, "run: python -m mullama.web.openai.fields docs/api.md"
     assert text.count(fields.BEGIN) == text.count(fields.END) == 1
     for one in FIELDS:
         assert f"`{one.name}`" in fields.page() and set(one.endpoints) <= set(BOTH)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mullama.web.half_closed import HalfClosed, has_no_owner, is_gone
-from mullama.web.protocol import MAX_HEAD
+from mullama.web.http.half_closed import HalfClosed, has_no_owner, is_gone
+from mullama.web.http.protocol import MAX_HEAD
 
 from .conftest import Client, Live, parse_events
 from .fake_engine import FakeEngine

@@ -19,9 +19,9 @@ from mullama.config import ServeConfig, load_config
 from mullama.errors import ConfigError, DiskFull
 from mullama.observe.kv_blocks import AllBlocksCleared, BlockRemoved, BlockStored
 from mullama.serving.manager import ModelManager
-from mullama.web import kv_schemas
 from mullama.web.app import create_app
-from mullama.web.kv import DEFAULT_NODES, MAX_NODES
+from mullama.web.internal import kv_schemas
+from mullama.web.internal.kv_routes import DEFAULT_NODES, MAX_NODES
 from mullama.web.security import salt_of, tenant_of
 from mullama.web.services import LARGE_TEXT, Services
 
@@ -404,7 +404,7 @@ def test_the_page_lists_the_fields_of_bodies() -> None:
 
 def test_the_page_lists_the_fields_of_nodes() -> None:
     """Of the real engine, read from its source: no compiled code here."""
-    source = (ROOT / "mullama" / "engine" / "kvview.py").read_text(encoding="utf-8")
+    source = (ROOT / "mullama" / "kv" / "report.py").read_text(encoding="utf-8")
     (tree,) = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "tree"]
     dicts = [node for node in ast.walk(tree) if isinstance(node, ast.Dict)]
     keys = [ast.literal_eval(key) for key in max(dicts, key=lambda one: len(one.keys)).keys if key is not None]

@@ -15,12 +15,12 @@ from docs_support import ROOT, names
 
 from mullama.config import ServeConfig
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
-from mullama.kv.namespaces import short_namespace
-from mullama.kv.tree import pack
-from mullama.web import kv_events
-from mullama.web.kv_events import KvEventStream
+from mullama.kv.index.namespaces import short_namespace
+from mullama.kv.index.tree import pack
+from mullama.web.internal import kv_event_routes as kv_events
+from mullama.web.internal.kv_event_routes import KvEventStream
 from mullama.web.services import Services
-from mullama.web.streaming import PING
+from mullama.web.stream.events import PING
 
 from .conftest import Live
 from .fake_engine import FakeEngine

@@ -22,9 +22,9 @@ from mullama.errors import (
     NeedsAnotherEngine,
     ReferenceNotFound,
 )
+from mullama.serving.hot_swap import Swaps
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
-from mullama.serving.swap import Swaps
 from mullama.serving.targets import Target
 from mullama.web.app import create_app
 from mullama.web.services import Services

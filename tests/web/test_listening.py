@@ -16,7 +16,7 @@ import pytest
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError
 from mullama.serving.manager import ModelManager
-from mullama.web.listening import Listener, bind, is_loopback, plain_host, unix_path, url_of
+from mullama.web.http.listening import Listener, bind, is_loopback, plain_host, unix_path, url_of
 from mullama.web.server import Server, run_server
 from mullama.web.services import Services
 
@@ -83,7 +83,7 @@ def test_a_port_that_is_taken_at_one_address_of_a_name() -> None:
 
 
 def test_without_ipv6_the_other_address_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mullama.web import listening
+    from mullama.web.http import listening
 
     plain = listening._listen
 

@@ -8,8 +8,8 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import AdapterBusy, AdapterMismatch, NeedsAnotherEngine
+from mullama.serving.hot_swap import Swaps
 from mullama.serving.manager import ModelManager
-from mullama.serving.swap import Swaps
 from mullama.serving.targets import Target
 from mullama.types import LoraUse
 from mullama.web.app import create_app

@@ -6,8 +6,8 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import EngineDead
-from mullama.observe import memory as system
-from mullama.observe.memory import ProcessMemory
+from mullama.observe import process_memory as system
+from mullama.observe.process_memory import ProcessMemory
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
 from mullama.web.services import Services

@@ -9,9 +9,9 @@ import pytest
 
 from mullama.errors import InvalidRequest, QueueFull
 from mullama.serving.manager import ModelManager
-from mullama.web import generations
-from mullama.web.schemas import MAX_CHOICES
+from mullama.web.openai.schemas import MAX_CHOICES
 from mullama.web.services import FEW_BIASES, Services
+from mullama.web.stream import generations
 
 from .conftest import Client
 from .fake_engine import FakeEngine

@@ -14,14 +14,15 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import QueueFull, StoreError
-from mullama.models import background, policy
-from mullama.models.background import Pulls
 from mullama.models.reference import parse_reference
-from mullama.models.sources import SOURCES, Fetched, FetchedFile, Job
-from mullama.models.store import Store
-from mullama.web import pull as pull_module
-from mullama.web.pull import PullStream, Speed, Watch
-from mullama.web.streaming import PING
+from mullama.models.sources import private_addresses as policy
+from mullama.models.sources.base import SOURCES, Fetched, FetchedFile, Job
+from mullama.models.store import background_pulls as background
+from mullama.models.store.background_pulls import Pulls
+from mullama.models.store.store import Store
+from mullama.web.internal import pull_routes as pull_module
+from mullama.web.internal.pull_routes import PullStream, Speed, Watch
+from mullama.web.stream.events import PING
 
 from .conftest import Client
 
@@ -63,7 +64,7 @@ class Controlled:
 
 
 def background_hash(path: Path) -> str:
-    from mullama.models.digests import hash_file
+    from mullama.models.store.digests import hash_file
 
     return hash_file(path)
 

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import logging
 import re
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mullama.config import ServeConfig
 from mullama.errors import ModelLoadError, MullamaError
-from mullama.kv.tree import namespace_of
-from mullama.models import gguf
-from mullama.models.entry import is_plain_name
+from mullama.kv.index.tree import namespace_of
+from mullama.models.files import gguf
 from mullama.models.reference import parse_spec
-from mullama.models.store import Store
+from mullama.models.store.entry import is_plain_name
+from mullama.models.store.store import Store
+from mullama.serving.manager import ModelManager
 from mullama.web import security
+from mullama.web.app import create_app
+from mullama.web.services import Services
 
 from .conftest import Client, Live
 from .fake_engine import FakeEngine
@@ -67,6 +72,10 @@ FILES: dict[str, bytes] = {
     "CVE-2026-27940 sizes whose padded sum wraps": header(
         2, 0, tensor(((1 << 62) - 8,)) + tensor(((1 << 62) - 8,), offset=((1 << 64) - 32)) + bytes(64)
     ),
+    "CVE-2025-66959 a key whose length would take all memory": header(0, 1, struct.pack("<Q", 1 << 40) + bytes(64)),
+    "CVE-2025-66960 a text whose length is negative as an int64": header(
+        0, 1, text(b"a") + struct.pack("<IQ", 8, 1 << 63) + bytes(64)
+    ),
     "CVE-2026-7482 a tensor beyond the end of the file": header(1, 0, tensor((4,), offset=1 << 20) + bytes(64)),
 }
 
@@ -78,6 +87,19 @@ def test_a_file_that_lies_is_refused(tmp_path: Path, number: str) -> None:
     with pytest.raises(ModelLoadError) as caught:
         gguf.check(path, label="m")
     assert "\n" not in str(caught.value)
+
+
+def test_cve_2025_49847_a_token_longer_than_an_int32(tmp_path: Path) -> None:
+    """llama.cpp: its length became negative, and so the room it was copied into was always enough."""
+    length = (1 << 31) + 8
+    path = tmp_path / "m.gguf"
+    for before in (0, 5):  # the first tokens are kept, the others passed over
+        pair = text(b"tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, before + 1) + text(b"a") * before
+        with path.open("wb") as file:
+            file.write(header(0, 1, pair + struct.pack("<Q", length)))
+            file.truncate(file.tell() + length + 64)  # sparse: it takes no room
+        with pytest.raises(ModelLoadError, match=f"a text of {length} bytes"):
+            gguf.check(path, label="m")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +134,10 @@ def test_cve_2024_39721_a_device_is_no_model() -> None:
         ("CVE-2026-34756 n", {"n": 10_000_000}),
         ("CVE-2026-34756 n negative", {"n": -1}),
         ("CVE-2026-21869 a negative count", {"max_tokens": -2}),
+        ("CVE-2026-21869 a negative n_discard", {"n_discard": -1}),
+        ("CVE-2026-2069 a grammar of nested repetitions", {"grammar": 'root ::= ("a"*)*'}),
+        ("CVE-2025-62164 a prompt as embeddings", {"prompt_embeds": "AAAA", "best_of": 1}),
+        ("CVE-2025-62372 embeddings of another shape", {"prompt_embeds": ["AAAA", "AA"], "best_of": 1}),
         ("CVE-2025-48942 a schema that is none", {"response_format": {"type": "json_schema", "json_schema": {"x": 1}}}),
         ("CVE-2025-48943 an expression that is none", {"guided_regex": "[", "response_format": {"type": "regex"}}),
         ("CVE-2025-48944 a tool whose pattern is none", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
@@ -162,10 +188,58 @@ def test_cve_2025_59425_keys_are_compared_in_constant_time() -> None:
     assert not re.search(r"(api_key|admin_key|given)\s*(==|!=|in)\s*(self\._)?(api|admin|key)", source)
 
 
+def test_cve_2025_46570_times_tell_nobody_what_another_has_sent() -> None:
+    """vLLM: whether a prefix was cached by another user showed in the time to the first token. Each key has its own."""
+    prompts = {}
+    for key in ("alice-key", "bob-key"):
+        engine = FakeEngine()
+        services = Services(ServeConfig(api_key=["alice-key", "bob-key"]), ModelManager([("fake", engine)]))
+        client = Client(create_app(services.config, services.models, services), services)
+        assert client.post(V1, CHAT, headers={"Authorization": f"Bearer {key}"}).status == 200
+        prompts[key] = (engine.requests[0].prompt, engine.requests[0].cache_salt)
+        services.close()
+    assert prompts["alice-key"][0] == prompts["bob-key"][0]
+    assert prompts["alice-key"][1] != prompts["bob-key"][1]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/x.png", "http://169.254.169.254/", "file:///etc/passwd"])
+def test_cve_2025_6242_and_2026_24779_no_request_makes_the_server_ask_another(
+    client: Client, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    """vLLM: the address of a picture was fetched, from wherever it led."""
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the server opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", never)
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    content = [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": url}}]
+    assert client.post(V1, {"messages": [{"role": "user", "content": content}]}).status == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"2\r\n{}XX0\r\n\r\n",  # two bytes where the end of a chunk belongs
+        b"2;\nignored\r\n{}\r\n0\r\n\r\n",
+        b"0x2\r\n{}\r\n0\r\n\r\n",
+        b"+2\r\n{}\r\n0\r\n\r\n",
+    ],
+)
+def test_cve_2025_43859_a_chunk_that_is_none_hides_no_request(live: Callable[..., Live], body: bytes) -> None:
+    """h11, which uvicorn can use: a proxy and the server could disagree on where a request ends. Ours is llhttp."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    hidden = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", live().port), timeout=30) as client:
+        client.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + body + hidden)
+        received = b""
+        while data := client.recv(65536):
+            received += data
+    assert received == b"" or (received.startswith(b"HTTP/1.1 400") and received.count(b"HTTP/1.1 ") == 1)
+
+
 def test_cve_2025_48956_a_head_without_an_end(live: Callable[..., Live]) -> None:
     """vLLM: a header of gigabytes was kept in memory."""
-    import socket
-
     port = live().port
     with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")

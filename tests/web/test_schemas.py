@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from mullama.errors import InvalidRequest, MullamaError
 from mullama.serving.manager import ModelManager
 from mullama.types import SamplingParams
-from mullama.web import sampling
-from mullama.web.schemas import (
+from mullama.web.openai import sampling
+from mullama.web.openai.schemas import (
     ChatBody,
     CompletionBody,
     Options,

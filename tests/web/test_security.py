@@ -10,7 +10,7 @@ from mullama.config import ServeConfig
 from mullama.errors import ConfigError
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
-from mullama.web.listening import is_loopback
+from mullama.web.http.listening import is_loopback
 from mullama.web.security import host_name
 from mullama.web.services import Services
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mullama.errors import ComputeFailed, QueueFull
-from mullama.web.generations import Merged
 from mullama.web.services import Services
-from mullama.web.streaming import PING, Silence, event_json
+from mullama.web.stream.events import PING, Silence, event_json
+from mullama.web.stream.generations import Merged
 
 from .conftest import Client
 from .fake_engine import FakeEngine, FakeGeneration

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mullama.types import Finish, FinishReason, LoraUse, Profile, WeightSpan
-from mullama.web.usage import profile_fields, total
+from mullama.web.openai.usage import profile_fields, total
 
 #: A value other than the default for every field of a profile.
 GIVEN: dict[str, Any] = {

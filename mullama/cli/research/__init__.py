@@ -1,0 +1,1 @@
+"""Commands that measure, simulate and compare policies."""

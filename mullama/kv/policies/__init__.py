@@ -1,1 +1,0 @@
-"""The built-in eviction policies, one file each; ``mullama.kv.registry`` makes them by name."""

@@ -1,0 +1,1 @@
+"""Where cached KV lies when no slot holds it: host memory, and files on disk."""

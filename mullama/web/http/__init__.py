@@ -1,0 +1,1 @@
+"""HTTP as it is spoken: the protocol, connections, where the server listens, what stands before every route."""

@@ -1,0 +1,1 @@
+"""The OpenAI API: chat, completions, models; their schemas, fields and responses."""

@@ -1,0 +1,178 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import falcon.asgi
+import msgspec
+
+from mullama.engine.client import EngineClient
+from mullama.engine.requests.handover import Speaker
+from mullama.errors import ContextLengthExceeded, InvalidRequest
+from mullama.serving.states import Lease
+from mullama.web.http.request import Request
+from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
+from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_turns, policy_for, without
+from mullama.web.openai.responding import new_id, respond
+from mullama.web.openai.schemas import ChatCall, Message, Options, keep_alive_of, options_of, parse_chat
+from mullama.web.security import Access
+from mullama.web.services import FEW_BIASES, LARGE_TEXT, Services
+from mullama.web.stream.generations import Group, Reply
+
+#: A chat with more messages is counted in blocks first.
+MANY_MESSAGES = 2048
+BLOCK_MESSAGES = 256
+
+
+class ChatCompletions:
+    access = Access.CLIENT
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
+        services = self._services
+        call = await services.parse(req, partial(parse_chat, models=services.models))
+        lease = await services.lease(req, call.model)
+        try:
+            group, options, dropped = await self._begin(req, call, lease)
+        except ContextLengthExceeded as error:
+            lease.release()
+            raise error.about("messages", "the chat") from None
+        except BaseException:
+            lease.release()
+            raise
+        await respond(req, resp, services, group, options, is_chat=True, choice=_choice, dropped=[dropped])
+
+    async def _begin(self, req: Request, call: ChatCall, lease: Lease) -> tuple[Group, Options, Dropped | None]:
+        """The prompt, and its generations. The group takes over the lease."""
+        services, engine = self._services, lease.engine
+        errand = services.errand(req)
+        named = check_named(call.model, call.named, engine)
+        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
+        options = await errand.run(has_many, partial(options_of, call.body, engine.info))
+        keep_alive_s = keep_alive_of(call.body)
+        prepared = await services.prepared(errand, engine, options.sampling)
+        info = engine.info
+        policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
+        room = Room(info.n_ctx, options.sampling.max_tokens)
+        is_large = len(call.messages_json) > LARGE_TEXT
+        pace = errand.checkpoint if is_large else None
+        whole = await errand.run(is_large, partial(_whole, engine, call, policy, room, pace))
+        prompt, n_whole = (whole, len(whole)) if isinstance(whole, list) else ([], whole)
+        dropped = None
+        if policy.truncates and n_whole > room.wanted:
+            prompt, dropped = await errand.run(
+                True, partial(_cut, engine, call, prompt, n_whole, policy, room, errand.checkpoint)
+            )
+        group = Group(
+            services,
+            lease,
+            request_id=new_id("chatcmpl"),
+            model=SEPARATOR.join((call.model, *named)),
+            endpoint="chat.completions",
+            prompts=[prompt],
+            options=options.of_tenant(req.tenant),
+            prepared=prepared,
+            arrival_ns=req.arrival_ns,
+            context_shift=policy is ContextPolicy.SHIFT,
+            lora=uses_of(named, call.body.lora),
+            translate=partial(_translated, messages_json=_messages_json(call, dropped)),
+        )
+        await group.submit()
+        services.keep_alive(call.model, keep_alive_s)  # of a request that was not refused
+        return group, options, dropped
+
+
+def _prompt(engine: EngineClient, messages_json: bytes, most: int | None, pace: Callable[[], None] | None) -> list[int]:
+    # render_chat leaves out a BOS that the vocabulary adds by itself.
+    return engine.prompt_tokens(engine.render_chat(messages_json), most=most, between=pace)
+
+
+def _messages_json(call: ChatCall, dropped: Dropped | None) -> bytes:
+    """The messages that became the prompt."""
+    return call.messages_json if dropped is None else msgspec.json.encode(without(call.messages, dropped.span))
+
+
+def _whole(
+    engine: EngineClient, call: ChatCall, policy: ContextPolicy, room: Room, pace: Callable[[], None] | None
+) -> list[int] | int:
+    """The prompt of a chat. One that surely does not fit, and has many messages: how many tokens it has at least.
+
+    Raises ContextLengthExceeded where the policy does not cut it.
+    """
+    if len(call.messages) > MANY_MESSAGES and pace is not None:
+        n_least = _least(engine, call.messages, pace)
+        if n_least > room.limit:
+            if policy.truncates:
+                return n_least
+            raise ContextLengthExceeded(
+                f"the prompt has at least {n_least} tokens; one request may use {room.n_ctx}, completion included",
+                param="messages",
+                n_tokens=n_least,
+            )
+    return _prompt(engine, call.messages_json, None if policy.truncates else room.limit, pace)
+
+
+def _least(engine: EngineClient, messages: Sequence[Message], pace: Callable[[], None]) -> int:
+    """Tokens that a chat surely has: counted block by block, less what the template puts around each.
+
+    A template is one piece of work however long its chat is, and cannot be stopped; those of blocks can, in between.
+    0 where the template does not take blocks.
+    """
+    try:
+        around = len(_prompt(engine, msgspec.json.encode(messages[:1]), None, pace))
+        n = 0
+        for at in range(0, len(messages), BLOCK_MESSAGES):
+            pace()
+            block = msgspec.json.encode(messages[at : at + BLOCK_MESSAGES])
+            n += max(len(_prompt(engine, block, None, pace)) - around, 0)
+        return n
+    except InvalidRequest:  # "roles must alternate", say
+        return 0
+
+
+def _translated(speaker: Speaker, messages_json: bytes) -> list[int]:
+    """The prompt as another model takes it, to which a swap moves the request."""
+    return speaker.tokenize(speaker.render_chat(messages_json), add_special=True, parse_special=True)
+
+
+def _cut(
+    engine: EngineClient,
+    call: ChatCall,
+    whole: list[int],
+    n_whole: int,
+    policy: ContextPolicy,
+    room: Room,
+    pace: Callable[[], None],
+) -> tuple[list[int], Dropped | None]:
+    """The prompt of the chat less what ``policy`` drops, and what that is. Raises ContextLengthExceeded."""
+
+    def prompt_of(messages: Sequence[Message], most: int | None = None) -> list[int]:
+        return _prompt(engine, msgspec.json.encode(messages), most, pace)
+
+    def fits(messages: Sequence[Message]) -> bool:
+        try:
+            prompt_of(messages, room.wanted)
+        except ContextLengthExceeded:
+            return False
+        return True
+
+    span = drop_turns(call.messages, lambda kept: len(prompt_of(kept)), policy, room, n_whole=n_whole, fits=fits)
+    if not span:
+        return whole, None
+    prompt = prompt_of(without(call.messages, span))
+    return prompt, Dropped(policy, n_whole, len(prompt), span, is_chat=True)
+
+
+def _choice(index: int, reply: Reply) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": reply.text},
+        "logprobs": None,
+        "finish_reason": reply.finish.reason,
+    }

@@ -1,0 +1,413 @@
+"""The bodies of ``/v1/chat/completions`` and ``/v1/completions``: their fields, and what is wrong with them.
+
+msgspec checks the types while it decodes; the ranges are in ``sampling.py``, and what is refused or ignored is in
+``fields.py``. Fields that nobody knows are ignored. Every
+``parse_*`` may run in a thread and raises InvalidRequest or ModelNotFound with ``param`` naming the field.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from mullama.errors import InvalidRequest
+from mullama.serving.durations import parse_duration
+from mullama.serving.manager import ModelManager
+from mullama.types import ModelInfo, Preempt, SamplingParams
+from mullama.web.internal.lora_routes import LoraBody, split_name
+from mullama.web.openai import sampling
+from mullama.web.openai.context import ContextPolicy, policy_of
+from mullama.web.openai.fields import CHAT, TEXT, refuse_unbuilt
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MAX_SALT = 256  # characters
+MAX_CHOICES = 1024  # prompts times n, in one request
+
+S = TypeVar("S")
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's; refused
+
+
+class ResponseFormat(msgspec.Struct):
+    type: str = "text"
+
+
+class GenerationBody(msgspec.Struct, kw_only=True):
+    """What both endpoints take. None (also JSON's null) leaves a default in place."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repeat_penalty: float | None = None
+    repetition_penalty: float | None = None
+    repeat_last_n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: str | list[str] | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    logit_bias: dict[str, float] | list[Any] | None = None
+    user: str | None = None
+    priority: int | None = None
+    slo_ms: float | None = None
+    preempt: str | None = None
+    cache_salt: str | None = None
+    context_policy: str | None = None
+    lora: list[LoraBody] | None = None
+    keep_alive: float | str | None = None
+    response_format: ResponseFormat | None = None
+
+
+class ContentPart(msgspec.Struct):
+    type: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """A message; its other fields go to the chat template as they came."""
+
+    role: str | UnsetType = UNSET
+    content: str | list[ContentPart] | UnsetType | None = UNSET
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    function_call: dict[str, Any] | None = None
+    reasoning_content: str | None = None
+
+
+class SchedulerChange(msgspec.Struct):
+    """PUT (with ``policy``) and PATCH (without) of /internal/scheduler."""
+
+    policy: str | None = None
+    params: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class ChatBody(GenerationBody, kw_only=True):
+    messages: list[Message] | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
+
+
+class CompletionBody(GenerationBody, kw_only=True):
+    prompt: str | list[str | int | list[int]] | None = None
+    echo: bool | None = None
+    logprobs: int | bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+@dataclass(slots=True, frozen=True)
+class Options:
+    """What a request asks for, checked, whatever its endpoint."""
+
+    sampling: SamplingParams
+    n: int
+    stream: bool
+    include_usage: bool
+    user: str | None
+    priority: int
+    slo_ms: float | None
+    preempt: Preempt
+    cache_salt: str | None
+    context_policy: ContextPolicy | None  # None: the server's
+    tenant: str | None = None  # whom the API key names
+
+    def of_tenant(self, tenant: str | None) -> Options:
+        """The same for a client that its API key tells from others: it is the user where the request names none."""
+        return self if tenant is None else replace(self, tenant=tenant, user=tenant if self.user is None else self.user)
+
+    def of_choice(self, index: int) -> SamplingParams:
+        """The sampling of choice ``index`` of a prompt: its seed follows the request's."""
+        seed = self.sampling.seed
+        if index == 0 or seed is None:
+            return self.sampling
+        return replace(self.sampling, seed=(seed + index) % sampling.SEED_MODULUS)
+
+
+@dataclass(slots=True, frozen=True)
+class ChatCall:
+    model: str  # the served name
+    body: ChatBody
+    messages: list[Message]
+    messages_json: bytes  # the same, encoded
+    named: tuple[str, ...] = ()  # adapters in the name of the model
+
+
+@dataclass(slots=True, frozen=True)
+class CompletionCall:
+    model: str  # the served name
+    body: CompletionBody
+    named: tuple[str, ...] = ()  # adapters in the name of the model
+
+
+_chat_decoder = msgspec.json.Decoder(ChatBody)
+_completion_decoder = msgspec.json.Decoder(CompletionBody)
+_scheduler_decoder = msgspec.json.Decoder(SchedulerChange)
+
+
+def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
+    """All that can be checked before the model is loaded. Raises InvalidRequest, ModelNotFound."""
+    body = decode_body(_chat_decoder, data)
+    model, named = split_name(body.model, models)
+    _refuse_unsupported(body)
+    refuse_unbuilt(data, CHAT)
+    _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
+    _refuse(any(kind != "text" for kind in body.modalities or ()), "modalities", "anything but text")
+    messages = normalise(body.messages)
+    return ChatCall(model, body, messages, msgspec.json.encode(messages), named)
+
+
+def parse_scheduler_change(data: bytes) -> SchedulerChange:
+    return decode_body(_scheduler_decoder, data)
+
+
+def parse_completion(data: bytes, models: ModelManager) -> CompletionCall:
+    """All that can be checked before the model is loaded. Raises InvalidRequest, ModelNotFound."""
+    body = decode_body(_completion_decoder, data)
+    model, named = split_name(body.model, models)
+    _refuse_unsupported(body)
+    refuse_unbuilt(data, TEXT)
+    _refuse(body.best_of is not None and body.best_of != (body.n or 1), "best_of", "best_of other than n")
+    return CompletionCall(model, body, named)
+
+
+def completion_prompts(body: CompletionBody, options: Options, info: ModelInfo) -> list[str | list[int]]:
+    """The prompts of a completion, checked for the model that answers. Raises InvalidRequest."""
+    prompts = _prompts(body.prompt, info)
+    if len(prompts) * options.n > MAX_CHOICES:
+        raise InvalidRequest(f"prompt: prompts times n must be at most {MAX_CHOICES}", param="prompt")
+    return prompts
+
+
+def options_of(body: GenerationBody, info: ModelInfo) -> Options:
+    """What the request asks of the model that answers. Raises InvalidRequest."""
+    for name in ("n", "priority", "slo_ms"):
+        sampling.check_range(name, getattr(body, name))
+    values = sampling.sampler_values(body, info)
+    if body.dry_sequence_breakers is not None:
+        values["dry_sequence_breakers"] = sampling.breakers(body.dry_sequence_breakers)
+    params = SamplingParams(
+        **values,
+        stop=sampling.stop_strings(body.stop),
+        seed=sampling.seed_of(body.seed),
+        logit_bias=sampling.logit_biases(body.logit_bias, info),
+        ignore_eos=bool(body.ignore_eos),
+    )
+    return Options(
+        sampling=params,
+        n=1 if body.n is None else body.n,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        user=body.user,
+        priority=body.priority or 0,
+        slo_ms=body.slo_ms,
+        preempt=_preempt(body.preempt),
+        cache_salt=salt_text("cache_salt", body.cache_salt, MAX_SALT),
+        context_policy=policy_of(body.context_policy, can_shift=info.can_shift),
+    )
+
+
+def keep_alive_of(body: GenerationBody) -> float | None:
+    """Seconds for which the request wants its model to stay loaded; None: it does not say. Raises InvalidRequest."""
+    return None if body.keep_alive is None else parse_duration(body.keep_alive)
+
+
+def _preempt(value: str | None) -> Preempt:
+    try:
+        return Preempt(value or Preempt.AUTO)
+    except ValueError:
+        raise InvalidRequest(f"preempt: it must be one of {', '.join(Preempt)}", param="preempt") from None
+
+
+def salt_text(field: str, text: str | None, limit: int) -> str | None:
+    """A text that keeps cached KV apart. Raises InvalidRequest for an empty one and one that is too long."""
+    if text is not None and not 0 < len(text) <= limit:
+        raise InvalidRequest(f"{field}: it must have 1 to {limit} characters", param=field)
+    return text
+
+
+def _refuse(asked: bool, field: str, what: str) -> None:
+    if asked:
+        raise InvalidRequest(f"{field}: this server does not support {what} yet; leave the field out", param=field)
+
+
+def _refuse_unsupported(body: GenerationBody) -> None:
+    """What would change the answer is refused rather than ignored."""
+    continuous = body.stream_options is not None and body.stream_options.continuous_usage_stats
+    _refuse(bool(continuous), "stream_options.continuous_usage_stats", "the usage in every chunk")
+    kind = body.response_format.type if body.response_format else "text"
+    _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
+
+
+def normalise(messages: list[Message] | None) -> list[Message]:
+    """Check every message and join its content parts to one text (with newlines, as llama-server and vLLM do)."""
+    if not messages:
+        raise InvalidRequest("messages: it must be a list with at least one message", param="messages")
+    for i, message in enumerate(messages):
+        role, content = message.role, message.content
+        if role is UNSET or role not in ROLES:
+            got = "the role is missing" if role is UNSET else f"{role[:40]!r} is not a role"
+            field = f"messages[{i}].role"
+            raise InvalidRequest(f"{field}: {got}; it must be one of {', '.join(ROLES)}", param=field)
+        if isinstance(content, list):
+            message.content = "\n".join([_part(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)])
+        elif not isinstance(content, str) and role != "assistant":
+            field = f"messages[{i}].content"
+            raise InvalidRequest(f"{field}: it is missing; it must be a text or a list of text parts", param=field)
+        elif content is UNSET:
+            message.content = None
+    return messages
+
+
+def _part(part: ContentPart, field: str) -> str:
+    if part.type != "text":
+        got = "missing" if part.type is UNSET else repr(part.type[:40])
+        raise InvalidRequest(f"{field}.type: it is {got}, but this model takes text only", param=f"{field}.type")
+    if part.text is UNSET:
+        raise InvalidRequest(f"{field}.text: it is missing; it must be a string", param=f"{field}.text")
+    return part.text
+
+
+def _prompts(prompt: str | list[str | int | list[int]] | None, info: ModelInfo) -> list[str | list[int]]:
+    """One entry a prompt: a text, or token ids that are in the vocabulary."""
+    if prompt is None:
+        raise InvalidRequest("prompt: it is missing; it must be a text or a list of token ids", param="prompt")
+    if isinstance(prompt, str):
+        return [prompt]
+    kinds = set(map(type, prompt))
+    if len(kinds) != 1:
+        wrong = "is empty" if not kinds else "mixes texts and token ids"
+        raise InvalidRequest(f"prompt: the list {wrong}; it must hold only texts or only token ids", param="prompt")
+    if kinds == {int}:
+        tokens: list[int] = prompt  # type: ignore[assignment]
+        sampling.check_tokens(tokens, "prompt", info)
+        return [tokens]
+    for i, one in enumerate(prompt):
+        if isinstance(one, list):
+            if not one:
+                raise InvalidRequest(f"prompt[{i}]: it holds no token", param=f"prompt[{i}]")
+            sampling.check_tokens(one, f"prompt[{i}]", info)
+    return prompt  # type: ignore[return-value]
+
+
+def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
+    """Raises InvalidRequest with ``param`` set when a field has the wrong type."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if not data.strip(b" \t\r\n"):
+        raise InvalidRequest("the body is empty; it must be a JSON object")
+    try:
+        if not data.isascii():
+            data.decode()  # msgspec does not look into strings that it skips
+        return decoder.decode(data)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not valid UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise InvalidRequest("the body is JSON nested too deeply") from None
+    except msgspec.ValidationError as error:
+        return _with_whole_numbers(decoder, data, error)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {_half_a_pair(data) or error}") from None
+
+
+#: Members that hold what is the client's own, which stays as it came.
+_AS_THEY_CAME = ("messages", "tools", "functions", "tool_choice", "response_format")
+
+
+def _with_whole_numbers(decoder: msgspec.json.Decoder[S], data: bytes, error: msgspec.ValidationError) -> S:
+    """The body of a client that writes whole numbers as ``3.0`` or ``3e0`` (PHP, Lua). PERF: looked at only when the
+    body was refused as it is, with ``error``. Raises InvalidRequest where it has other faults.
+    """
+    try:
+        body = msgspec.json.decode(data)
+        if isinstance(body, dict):
+            body = {name: value if name in _AS_THEY_CAME else _whole(value) for name, value in body.items()}
+        whole: S = msgspec.convert(body, decoder.type)
+        return whole
+    except msgspec.ValidationError as fault:
+        raise _type_error(str(fault)) from None
+    except (msgspec.DecodeError, RecursionError):
+        raise _type_error(str(error)) from None
+
+
+def _whole(value: Any) -> Any:
+    """The same with an int for every float that is one."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 1 << 63 else value
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _whole(one) for name, one in value.items()}
+    return value
+
+
+#: A surrogate pair, or half of one; JSON's escapes of a character beyond U+FFFF.
+_SURROGATES = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+
+
+def _half_a_pair(data: bytes) -> str | None:
+    """What to say where the reason is half a surrogate pair: a character that was cut in two."""
+    for found in _SURROGATES.finditer(data):
+        before = data[max(0, found.start() - 1000) : found.start()]
+        is_escape = (len(before) - len(before.rstrip(b"\\"))) % 2 == 0  # and not an escaped backslash
+        if is_escape and found[1] is None:
+            half = found[0].decode()
+            return f"{half} at byte {found.start()} is half a surrogate pair, which alone is no character"
+    return None
+
+
+_AT_PATH = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", re.DOTALL)
+_EXPECTED = re.compile(r"^Expected `(?P<wanted>[^`]*)`, got `(?P<got>[^`]*)`$")
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+
+
+def _type_error(text: str) -> InvalidRequest:
+    """msgspec's message in the words of JSON: "Expected `int`, got `str` - at `$.n`" names the field ``n``."""
+    match = _AT_PATH.match(text)
+    what, path = (match["what"], match["path"]) if match else (text, None)
+    param = path.replace("[...]", "") if path else None
+    expected = _EXPECTED.match(what)
+    if expected:
+        wanted = [_WORDS.get(word, word) for word in expected["wanted"].split(" | ") if word != "null"]
+        what = f"expected {' or '.join(wanted)}, got {_WORDS.get(expected['got'], expected['got'])}"
+    return InvalidRequest(f"{param or 'the body'}: {what}", param=param)

@@ -1,0 +1,1 @@
+"""From the generations of a request to the bytes of its response."""

@@ -1,0 +1,296 @@
+"""Server-sent events: one stream of chunks for one request.
+
+The hot path is ``EventStream._sink`` where the server offers a direct way to the client (``direct.py``), else
+``__anext__``: one JSON encoding of the new text between two constants.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import falcon.asgi
+import orjson
+
+from mullama.types import Finish
+from mullama.web.error_responses import as_mullama_error
+from mullama.web.openai.context import shift_member
+from mullama.web.openai.usage import profile_fields, usage
+from mullama.web.stream.direct import DirectBody, Sink, diverts
+from mullama.web.stream.generations import Event, Group, events_of
+
+#: A comment alone: a blank line behind it would end an event without data, which some clients take for a broken one.
+PING = b": ping\n"
+DONE = b"data: [DONE]\n\n"
+
+#: Ends of lines for Python's ``str.splitlines``, and so for clients that split a stream with it (such as httpx's
+#: ``iter_lines``), but not for JSON or server-sent events. The controls among them are escaped in any JSON.
+_LINE_ENDS = re.compile(b"\xc2\x85|\xe2\x80[\xa8\xa9]")
+
+
+def event_json(value: object) -> bytes:
+    """The JSON of ``value`` for an event: no client's idea of a line ends within it."""
+    data = orjson.dumps(value)
+    if data.isascii() or _LINE_ENDS.search(data) is None:
+        return data
+    return _LINE_ENDS.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), data)
+
+
+class ChunkFormat:
+    """The bytes of a stream's chunks; all that is constant is made once (PERF).
+
+    ``echoes`` are the texts a completion repeats before its own, one a choice; None for a chat, whose choices open
+    with the role. ``only_first`` are further members of the stream's first chunk, whatever that is.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        created: int,
+        is_chat: bool,
+        include_usage: bool,
+        echoes: Sequence[str] | None = None,
+        only_first: dict[str, Any] | None = None,
+    ) -> None:
+        kind = "chat.completion.chunk" if is_chat else "text_completion"
+        head = event_json({"id": group.id, "object": kind, "created": created, "model": group.model})
+        self._is_chat = is_chat
+        self._echoes = echoes
+        self._head = b"data: " + head[:-1] + b',"choices":['
+        self._first_head = b"data: " + head[:-1] + _members(only_first or {}) + b',"choices":['
+        self._end = b'],"usage":null' if include_usage else b"]"
+        body = b'{"index":%d,"delta":{"content":' if is_chat else b'{"index":%d,"text":'
+        self._text_heads = [self._head + body % i for i in range(len(group.generations))]
+        ending = b'},"logprobs":null,"finish_reason":null}' if is_chat else b',"logprobs":null,"finish_reason":null}'
+        self._text_tail = ending + self._end + b"}\n\n"
+
+    @property
+    def is_first_special(self) -> bool:
+        return self._first_head != self._head
+
+    def first(self, data: bytes) -> bytes:
+        """The same chunks with the members that the stream's first one has beyond the others'."""
+        return self._first_head + data.removeprefix(self._head)
+
+    def text(self, index: int, text: str) -> bytes:
+        return self._text_heads[index] + event_json(text) + self._text_tail
+
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        """What comes before and after a text's JSON."""
+        return self._text_heads[index], self._text_tail
+
+    def opening(self, index: int) -> bytes:
+        """What comes before the first text of a choice: the role, or the echoed prompt; may be empty."""
+        if self._is_chat:
+            choice = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+            return self._head + choice % index + self._end + b"}\n\n"
+        return self.text(index, self._echoes[index]) if self._echoes else b""
+
+    def finish(self, index: int, reason: str, extra: dict[str, Any]) -> bytes:
+        """The chunk with the finish reason; ``extra`` are further members of the chunk."""
+        text: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
+        choice = event_json({"index": index, **text, "logprobs": None, "finish_reason": reason})
+        return self._head + choice + self._end + _members(extra) + b"}\n\n"
+
+    def usage(self, usage: dict[str, Any], extra: dict[str, Any]) -> bytes:
+        return self._head + b"]" + _members({"usage": usage, **extra}) + b"}\n\n"
+
+
+def _members(extra: dict[str, Any]) -> bytes:
+    """Further members of an open JSON object."""
+    return b"," + event_json(extra)[1:-1] if extra else b""
+
+
+class Silence:
+    """Ends a wait that lasts longer than ``seconds``: ``with silence: await …`` is then simply left.
+
+    What is awaited must lose nothing when it is cancelled. ``is_waiting`` says whether the wait goes on; who breaks the
+    silence without ending it sets ``since`` to the loop's time. PERF: one timer a stream, moved only when it fires,
+    where ``asyncio.timeout`` would set and cancel one for every token.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.since = 0.0
+        self.is_waiting = False
+        self._fired = False
+        self._cancelling = 0
+
+    def __enter__(self) -> None:
+        if self._task is None:
+            self._task = asyncio.current_task()
+            self._timer = self._loop.call_later(self._seconds, self._check)
+        self.since = self._loop.time()
+        self.is_waiting = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self.is_waiting = False
+        if not self._fired:
+            return False
+        self._fired = False
+        assert self._task is not None
+        # As in asyncio.timeout: a cancellation from elsewhere at the same time goes on.
+        still_cancelled = self._task.uncancel() > self._cancelling
+        return kind is asyncio.CancelledError and not still_cancelled
+
+    def _check(self) -> None:
+        assert self._task is not None
+        left = self.since + self._seconds - self._loop.time() if self.is_waiting else self._seconds
+        if left <= 0.001:
+            self._fired = True
+            self._cancelling = self._task.cancelling()
+            self._task.cancel()
+            left = self._seconds
+        self._timer = self._loop.call_later(left, self._check)
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class EventStream:
+    """The body of a streaming response: an async iterator of bytes that Falcon closes in a ``finally``.
+
+    An error after the start can no longer change the status: it is sent as an event, and the stream ends there.
+    With ``body``, text that comes while the iterator waits is written there, and the wait goes on.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        chunks: ChunkFormat,
+        *,
+        include_usage: bool,
+        with_profile: bool,
+        ping_seconds: float,
+        body: DirectBody | None = None,
+    ) -> None:
+        self._group = group
+        self._chunks = chunks
+        self._include_usage = include_usage
+        self._with_profile = with_profile
+        self._silence = Silence(ping_seconds)
+        self._source = events_of(group)
+        self._opened = [False] * len(group.generations)
+        self._finishes: list[Finish | None] = [None] * len(group.generations)
+        self._running = len(group.generations)
+        self._ended = False
+        self._body = body
+        # A first chunk that is not like the others goes the ordinary way, and only then the direct one is opened.
+        self._is_begun = not chunks.is_first_special
+        if self._is_begun:
+            self._open_direct()
+
+    def _open_direct(self) -> None:
+        if self._body is not None:
+            for index, generation in enumerate(self._group.generations):
+                if diverts(generation):
+                    generation.sink = self._sink(index, self._body)
+
+    def _sink(self, index: int, body: DirectBody) -> Sink:
+        """What takes a choice's text while the iterator waits; the law is in ``direct.py``.
+
+        PERF: the function that is returned is all that runs for a token of a flowing stream.
+        """
+        silence, source, opened = self._silence, self._source, self._opened
+        dumps, now = event_json, asyncio.get_running_loop().time
+        head, tail = self._chunks.around_text(index)
+        write_first = body.writer(self._chunks.opening(index) + head, tail)
+        write_later = body.writer(head, tail)
+
+        def take(text: str) -> bool:
+            if source.queued or not silence.is_waiting:
+                return False
+            if not text:
+                return True  # it is held back
+            write = write_later if opened[index] else write_first
+            if not write(dumps(text)):
+                return False
+            opened[index] = True
+            silence.since = now()
+            return True
+
+        return take
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """The next events, as many as are there; never empty."""
+        while not self._ended:
+            try:
+                events: list[Event] | None = None
+                with self._silence:
+                    events = await self._source.next()
+                if events is None:
+                    return PING
+                if self._group.disconnected:
+                    break
+                data = self._encode(events)
+                if data:
+                    return data if self._is_begun else self._begin(data)
+            except Exception as error:  # logged by as_mullama_error, and the client is told
+                self._ended = True
+                self._group.cancel()
+                return b"data: " + event_json(as_mullama_error(error).to_openai()) + b"\n\n"
+        raise StopAsyncIteration
+
+    def _begin(self, data: bytes) -> bytes:
+        self._is_begun = True
+        self._open_direct()
+        return self._chunks.first(data)
+
+    def _encode(self, events: list[Event]) -> bytes:
+        """Raises the error of a generation that failed."""
+        out = []
+        for index, delta in events:
+            if delta is not None and not delta.text:
+                continue  # its text is held back
+            if not self._opened[index]:
+                self._opened[index] = True
+                out.append(self._chunks.opening(index))
+            out.append(self._chunks.text(index, delta.text) if delta is not None else self._finish(index))
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def _finish(self, index: int) -> bytes:
+        """The chunk that ends a choice; after the last choice also the usage chunk and the end of the stream."""
+        finish = self._group.finished(self._group.generations[index])
+        self._finishes[index] = finish
+        self._running -= 1
+        context = shift_member([finish.profile.context_shifted])
+        if self._running:
+            return self._chunks.finish(index, finish.reason, context)
+        self._ended = True
+        finishes = [one for one in self._finishes if one is not None]
+        profile = profile_fields(finishes) if self._with_profile else {}
+        if not self._include_usage:
+            return self._chunks.finish(index, finish.reason, context | profile) + DONE
+        counts = usage(self._group.prompt_lengths, self._group.n, finishes)
+        return self._chunks.finish(index, finish.reason, context) + self._chunks.usage(counts, profile) + DONE
+
+    async def close(self) -> None:
+        """Stop whatever still runs for this stream. Idempotent."""
+        self._ended = True
+        for generation in self._group.generations:
+            if diverts(generation):
+                generation.sink = None
+        self._silence.close()
+        self._source.close()
+        self._group.close()
+
+
+def start_stream(resp: falcon.asgi.Response, stream: AsyncIterator[bytes]) -> None:
+    """Make ``stream`` the response's body. From here on Falcon closes it."""
+    resp.content_type = "text/event-stream; charset=utf-8"
+    resp.set_header("Cache-Control", "no-cache")
+    resp.set_header("X-Accel-Buffering", "no")  # nginx would hold the tokens back
+    resp.stream = stream
