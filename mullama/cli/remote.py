@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mullama.errors import MullamaError
-from mullama.web.listening import unix_path
+from mullama.web.http.listening import unix_path
 
 if TYPE_CHECKING:
     import httpx

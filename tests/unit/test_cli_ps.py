@@ -86,9 +86,11 @@ def answering(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remot
         thread.start()
         monkeypatch.setenv("MULLAMA_URL", server.url)
         monkeypatch.delenv("MULLAMA_ADMIN_KEY", raising=False)
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_ps_is_a_table(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
