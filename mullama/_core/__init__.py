@@ -23,7 +23,7 @@ kernels   ways of computing products of weights: which there are, trying and tim
 """
 
 # ruff: noqa: E402 - the checks come first
-from mullama import instructions, libraries
+from mullama.installation import instructions, libraries
 
 instructions.check()
 libraries.check()
