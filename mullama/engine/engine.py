@@ -136,6 +136,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._takes_none = False  # it sleeps, or falls asleep; under the lock
         self._n_posted = 0  # submitted, not taken by the engine thread yet; under the lock
         self._audited = -1  # version of the KV cache that was audited last
+        self._has_ended = False  # a request has, since it was last looked what goes next
         self._estimated = (-1, -1)  # version of the KV cache, and arrivals, when the queue was last looked up in it
         self._tables_bytes = 0  # what loading took beside the buffers
         self._idle = False
@@ -568,7 +569,8 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
     def _sleep(self, until_ns: int = 0) -> None:
         """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
-        if not self._seqs and not self._commands:
+        if self._has_ended and not self._seqs and not self._commands:
+            self._has_ended = False
             self._kv.store_ahead(self._seqs.running(), AHEAD_BYTES)
         self._core.refresh_page(self._n_waiting())
         start = time.monotonic_ns()
@@ -712,6 +714,7 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
             seq.view.expect(max(now, later))
 
     def _ended(self, seq: LiveSequence) -> None:
+        self._has_ended = True
         self._adapters.ended(seq)
         self._policy.ended(seq)
 
