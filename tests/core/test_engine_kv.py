@@ -296,7 +296,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_what_goes_next_is_in_host_memory_before_its_turn(make_engine: Make) -> None:
     engine = make_engine(parallel=2, kv_host_bytes=1 << 26, **EXACT)
-    token_bytes = engine._token_bytes
+    token_bytes = engine._kv.cells.token_bytes
     first = one(engine, tokens(1, 40))
     assert in_host_memory(engine) == 0, "a slot is free: nobody has to go"
     one(engine, tokens(2, 40))
