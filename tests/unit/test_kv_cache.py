@@ -302,6 +302,20 @@ def test_freeing_without_copying() -> None:
     engine.check()
 
 
+def test_what_goes_next_is_copied_ahead_where_that_pushes_nothing_out() -> None:
+    engine = FakeEngine(n_slots=2, host_bytes=150 * ROW)
+    engine.ask(text(1, 100), 0)
+    assert engine.kv.store_ahead(engine.running, 1 << 20) == 0  # a slot is empty
+    engine.ask(text(2, 80), 0)
+    assert engine.kv.store_ahead(engine.running, 99 * ROW) == 0  # too much at once
+    assert engine.kv.store_ahead(engine.running, 100 * ROW) == 100
+    assert engine.kv.store_ahead(engine.running, 100 * ROW) == 0  # it is there
+    engine.check()
+    assert engine.ask(text(3, 50), 0).lost == 0
+    assert engine.kv.store_ahead(engine.running, 1 << 20) == 0  # 80 more do not fit beside it
+    assert engine.kv.host.used == 100 * ROW
+
+
 def test_drop_leaves_what_runs() -> None:
     engine = FakeEngine()
     running = engine.admit(text(1, 60))
