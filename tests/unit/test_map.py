@@ -24,7 +24,6 @@ KNOWN_CIRCLES = {
     "mullama.engine.requests.sequences",
 }
 KNOWN_CUT = {
-    "mullama.kv.find:KvFinder",
     "mullama.serving.idle:IdleMethods",
     "mullama.serving.making_room:RoomMethods",
     "mullama._core.machine:Machine",

@@ -7,7 +7,7 @@ from mullama.plugins.foreign import Seam
 from mullama.plugins.groups import PluginGroup
 from mullama.plugins.policy_groups import PolicyGroup, names_code
 
-__all__ = ["BUILTINS", "KV_POLICIES", "create", "describe", "describe_all", "is_builtin", "names", "names_code"]
+__all__ = ["BUILTINS", "GROUP", "KV_POLICIES", "create", "names_code"]
 
 BUILTINS = {
     "lru": "mullama.kv.eviction.lru:Lru",
@@ -19,10 +19,7 @@ BUILTINS = {
 
 KV_POLICIES = PluginGroup("mullama.kv_policies", "KV policy", BUILTINS)
 
-_GROUP: PolicyGroup[EvictionPolicy] = PolicyGroup(
+GROUP: PolicyGroup[EvictionPolicy] = PolicyGroup(
     KV_POLICIES, BUILTINS, Seam("KV policy", ("score",), optional=("evicted",), param="kv_policy")
 )
-
-#: See the methods of these names. Of a user's class only ``score`` is needed.
-is_builtin, names, create = _GROUP.is_builtin, _GROUP.names, _GROUP.create
-describe, describe_all = _GROUP.describe, _GROUP.describe_all
+create = GROUP.create  # of a user's class only ``score`` is needed
