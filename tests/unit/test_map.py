@@ -31,7 +31,7 @@ KNOWN_CUT = {
     "mullama._core.slots:Slots",
 }
 KNOWN_FOLDERS = {"mullama/_core"}
-KNOWN_NAMES = {"context", "kernels", "lora", "quantize", "sampling", "swap", "wake"}
+KNOWN_NAMES = {"kernels", "lora", "quantize", "sampling", "swap", "wake"}
 
 
 # -- imports ------------------------------------------------------------------------------------------------------
