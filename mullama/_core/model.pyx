@@ -18,7 +18,7 @@ from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError
 
 cdef extern from "log_sink.h" namespace "mullama" nogil:
     cppclass LogSink:
-        int print_level
+        void set_print_level "print_level.store" (int level)
         string take_errors() except +
         @staticmethod
         LogSink & instance()
@@ -56,7 +56,7 @@ def init_backend():
 def set_log_level(level):
     """Print llama.cpp's own lines of this level and above to stderr: 'debug', 'info', 'warning', 'error' or 'none'."""
     levels = {"none": 0, "debug": 1, "info": 2, "warning": 3, "error": 4}
-    LogSink.instance().print_level = levels[level]
+    LogSink.instance().set_print_level(levels[level])
 
 
 def chat_template_names():

@@ -57,6 +57,19 @@ def test_what_is_refused_at_once(
     assert complete(engine, "HELLO")[1].reason is FinishReason.LENGTH
 
 
+def test_a_prompt_that_ends_within_a_character(make_engine: Callable[..., Engine]) -> None:
+    """The tiny model's tokens are bytes: a list of ids may end anywhere."""
+    engine = make_engine()
+    begun = "caf\xe9".encode()[:-1]
+    rest, other = ("\xe9".encode()[1], ord("s"))
+    assert engine.detokenize(list(begun), only_whole=True) == "caf"
+    assert engine.detokenize(list(begun)) == "caf\ufffd"
+    for token, shown in ((rest, "\xe9"), (other, "s")):
+        params = greedy(1, logit_bias=((token, 1000.0),))
+        text = "".join(delta.text for delta in engine.submit_sync(request(begun, params)))
+        assert engine.detokenize(list(begun), only_whole=True) + text == f"caf{shown}"
+
+
 def test_a_bias_of_no_token_is_refused_and_nothing_else(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     with pytest.raises(InvalidRequest, match="outside the vocabulary"):
@@ -132,7 +145,7 @@ def test_holes_are_closed(make_engine: Callable[..., Engine]) -> None:
             pass
         slots: list[int] = []
         while slots != [0, 1, 2]:
-            running = engine.scheduler_snapshot()["running"]
+            running = engine.planning.snapshot()["running"]
             assert len(running) >= 3, "the long ones ended before the hole was closed"
             slots = sorted(item["slot"] for item in running)
             await asyncio.sleep(0)
@@ -204,9 +217,9 @@ def test_two_hundred_requests_a_third_cancelled(
 
     async def go() -> tuple[list[tuple[str, int, Finish]], dict[str, Any], int, dict[str, Any]]:
         results = await asyncio.gather(*[one(number) for number in range(len(prompts))])
-        before = await engine.kv_snapshot()
-        freed = await engine.drop_retained()
-        return list(results), before, freed, await engine.kv_snapshot()
+        before = await engine.kv.asnapshot()
+        freed = (await engine.kv.adrop())["cells_freed"]
+        return list(results), before, freed, await engine.kv.asnapshot()
 
     results, before, freed, after = asyncio.run(go())
     for number, (_, n, finish) in enumerate(results):

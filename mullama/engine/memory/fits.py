@@ -13,8 +13,8 @@ import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mullama._core import devices
 from mullama.config import ServeConfig
 from mullama.engine.memory import sizing
 from mullama.engine.memory.sizing import Sizes
@@ -89,6 +89,14 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = 
     return sizes
 
 
+def token_bytes_of(path: str | Path, config: ServeConfig) -> int:
+    """KV that one more token of context takes in each slot; 0 where it is free, or nobody can say."""
+    try:
+        return token_bytes(header_of(path), config.kv_type_k, config.kv_type_v)
+    except ModelLoadError:
+        return 0
+
+
 def _less_shared(needs: Estimate, path: str | Path, config: ServeConfig) -> Estimate:
     """Without the weights, where they are loaded already."""
     return replace(needs, weights_mapped=0, weights_copied=0) if sharing.is_loaded(path, config) else needs
@@ -153,6 +161,13 @@ def _adapter_bytes(config: ServeConfig, header: Header) -> int:
             continue
         found += sum(tensor.size or 0 for tensor in own.tensors)
     return found
+
+
+def devices() -> list[dict[str, Any]]:
+    """What llama.cpp could compute on."""
+    from mullama import _core
+
+    return _core.devices()
 
 
 def _has_gpu() -> bool:

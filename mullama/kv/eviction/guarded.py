@@ -12,13 +12,14 @@ from typing import Any
 from mullama.kv.eviction.lru import Lru
 from mullama.kv.eviction.policy import Entry, EvictionPolicy
 from mullama.logs import said
+from mullama.plugins.fallback import replaced
 from mullama.plugins.groups import Published, publish, shown
 
 log = logging.getLogger("mullama.kv")
 
 SLOW_S = 0.05  # a call that takes longer holds everybody up
-MOST_SLOW = 3  # such calls in a row, and it goes
-MOST_S = 1.0  # or one such call
+MAX_SLOW = 3  # such calls in a row, and it goes
+MAX_S = 1.0  # or one such call
 
 
 class GuardedPolicy:
@@ -36,7 +37,7 @@ class GuardedPolicy:
         self.spec = spec
         self._facts = publish(policy, "KV policy", spec)
         self._slow = 0  # calls in a row that took longer than SLOW_S
-        self.fallback: dict[str, Any] | None = None  # "from", "reason", "unix_time"
+        self.fallback: dict[str, Any] | None = None
         self.on_fallback: Callable[[], None] | None = None
 
     def score(self, entry: Entry, now_ns: int) -> float:
@@ -61,7 +62,7 @@ class GuardedPolicy:
         """False: it held everybody up, and lru is in charge now. A busy machine may stop any call for a while."""
         spent = time.monotonic() - began
         self._slow = self._slow + 1 if spent > SLOW_S else 0
-        if spent <= MOST_S and self._slow < MOST_SLOW:
+        if spent <= MAX_S and self._slow < MAX_SLOW:
             return True
         self._fall_back(f"{what}() took {spent:.3f} s, and everybody waits for it")
         return False
@@ -87,8 +88,7 @@ class GuardedPolicy:
     def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
         if self.fallback is not None:
             raise RuntimeError(f"lru, the last resort, is broken: {reason}")
-        log.error("KV policy '%s' is replaced by lru: %s", self.spec, reason, exc_info=error)
-        self.fallback = {"from": self.spec, "reason": reason, "unix_time": round(time.time(), 3)}
+        self.fallback = replaced(log, "KV policy", self.spec, Lru.name, reason, error)
         self.policy = Lru()
         self.spec = Lru.name
         self._facts = Published(Lru.name, {})
