@@ -1,6 +1,6 @@
 """Tests under sanitizers: ``make asan`` and ``make tsan`` call it with the Python of a build that has them.
 
-    sanitized.py asan|tsan [-j N] [--poison] [FILE…] [-- PYTEST OPTIONS]
+    sanitized.py asan|tsan [-j N] [FILE…] [-- PYTEST OPTIONS]
 
 Each file is a process of its own, so that a finding, which ends the process, hides nothing of the other files. A report
 counts whoever wrote it, also a child whose end its test expects. Options of the environment (ASAN_OPTIONS, …) win.
@@ -55,7 +55,7 @@ class Sanitizer:
     prefix: tuple[str, ...] = ()
 
 
-def sanitizer(name: str, *, poison: bool) -> Sanitizer:
+def sanitizer(name: str) -> Sanitizer:
     """The one of a build: ``asan`` has undefined behaviour with it."""
     if name == "tsan":
         options: dict[str, object] = {
@@ -73,10 +73,12 @@ def sanitizer(name: str, *, poison: bool) -> Sanitizer:
         "handle_segv": 0,
         "handle_sigbus": 0,
         "handle_sigfpe": 0,
+        # What relies on zeroes shows, and what reads what it gave back.
         "malloc_fill_byte": 0xA5,
+        "max_malloc_fill_size": 1 << 30,
+        "free_fill_byte": 0x5A,
+        "max_free_fill_size": 1 << 30,
     }
-    if poison:
-        address |= {"max_malloc_fill_size": 1 << 30, "max_free_fill_size": 1 << 30, "free_fill_byte": 0x5A}
     undefined: dict[str, object] = {
         "suppressions": HERE / "ubsan.supp",
         "halt_on_error": 1,
@@ -127,7 +129,6 @@ def run(name: str, file: str, chosen: Sanitizer, extra: list[str]) -> tuple[bool
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["asan", "tsan"])
-    parser.add_argument("--poison", action="store_true", help="fill all memory that is given out or given back")
     parser.add_argument("-j", "--jobs", type=int, default=1, help="files at a time; some want a gigabyte or two")
     parser.add_argument("files", nargs="*")
     given = sys.argv[1:]
@@ -142,7 +143,7 @@ def main() -> int:
     if sys.prefix == sys.base_prefix:
         raise SystemExit("this changes the Python that runs it: start it by make asan or make tsan")
     (packages / "mullama-unlimited.pth").write_text(UNLIMITED)
-    chosen = sanitizer(options.name, poison=options.poison)
+    chosen = sanitizer(options.name)
     start, failed = time.monotonic(), []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         running = [pool.submit(run, options.name, file, chosen, extra) for file in files]
