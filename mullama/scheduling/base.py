@@ -18,6 +18,7 @@ from mullama.types import Preempt, SeqState
 
 RUNNING = (SeqState.PREFILL, SeqState.DECODE)
 QUEUED = (SeqState.WAITING, SeqState.PREEMPTED)
+IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
 
 
 @dataclass(slots=True)
@@ -158,9 +159,23 @@ def _preempt(seq_id: object, how: object) -> Preempt:
     raise PluginError(f"sequence {seq_id} can be preempted by {', '.join(Preempt)}, the plan says {shown(repr, how)}")
 
 
-def wanting(n: int) -> str:
-    """How many sequences want to compute, in words."""
-    return f"{counted(n, 'sequence')} {'wants' if n == 1 else 'want'} to compute"
+class Patience:
+    """How long a policy may leave everything idle while work waits."""
+
+    def __init__(self) -> None:
+        self._idle_since = 0
+
+    def check(self, plan: Plan, n_seqs: int, now_ns: int) -> None:
+        """Raise PluginError for a plan that leads nowhere. ``n_seqs`` sequences want to compute."""
+        if plan.tokens or not n_seqs:
+            self._idle_since = 0
+            return
+        self._idle_since = self._idle_since or now_ns
+        waiting = f"{counted(n_seqs, 'sequence')} {'wants' if n_seqs == 1 else 'want'} to compute"
+        if plan.until_ns <= now_ns:
+            raise PluginError(f"the plan is empty while {waiting}")
+        if now_ns - self._idle_since > IDLE_LIMIT_NS:
+            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {waiting}")
 
 
 def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> None:

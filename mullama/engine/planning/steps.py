@@ -8,7 +8,7 @@ import time
 from mullama.engine.parts import EngineParts
 from mullama.kv.choice import ESTIMATES
 from mullama.scheduling import Costs, EngineState, Plan
-from mullama.scheduling.kv_budget import PRESSURE_STEPS, Fitted, fit_or_go_on
+from mullama.scheduling.kv_budget import Fitted, fit_or_go_on
 from mullama.types import SeqState
 
 BESIDE_S = 0.2  # another engine that computed so lately wants the cores as well
@@ -65,23 +65,16 @@ class Steps:
             seq.view.expect(max(now, later))
 
     def fit(self, plan: Plan) -> Fitted:
-        """Cut the plan to the KV budget."""
-        views = self._parts.seqs.views
-        fitted = fit_or_go_on(plan, views, self._parts.kv_tokens, self._parts.core.n_batch)
-        for handle in fitted.preempt:
-            fitted.plan.preempt[handle] = views[handle].preempt
-        return fitted
+        """The plan, cut to the KV budget."""
+        return fit_or_go_on(plan, self._parts.seqs.views, self._parts.kv_tokens, self._parts.core.n_batch)
 
     def make_room(self, fitted: Fitted) -> int:
         """Give up retained prefixes, also those of whom the plan preempted. Returns the steps it may be repeated."""
-        plan, parts, seqs = fitted.plan, self._parts, self._parts.seqs
-        n_decode = max(len(plan.tokens), 1)
-        wanted = fitted.cells + n_decode * PRESSURE_STEPS
-        free = parts.kv_tokens - seqs.cells_running() - seqs.cells_retained()
-        if free < wanted:
-            free += seqs.evict_retained(wanted - free)
-        steps = max(1, free // n_decode)
-        return min(plan.repeat, steps) if plan.repeat else steps
+        seqs = self._parts.seqs
+        free = self._parts.kv_tokens - seqs.cells_running() - seqs.cells_retained()
+        if free < fitted.wanted:
+            free += seqs.evict_retained(fitted.wanted - free)
+        return fitted.steps(free)
 
     def waits_for_prefix(self, handle: int, plan: Plan) -> bool:
         """Whether another request is computing the prefix that this one needs: then it is computed once."""
