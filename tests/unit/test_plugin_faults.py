@@ -234,7 +234,7 @@ def test_parameters_that_cannot_be_shown_are_refused(params: Any) -> None:
         publish(Bad(), "scheduler", "mine")
     one = PolicyHost(create("fcfs"), "fcfs", own_thread=False, timeout_ms=100)
     with pytest.raises(PluginError):
-        one.swap(Bad(), "mine", own_thread=True)
+        one.change(Bad(), "mine", own_thread=True)
     assert (one.name, one.fallback) == ("fcfs", None), "the one before stays"
 
 

@@ -96,7 +96,7 @@ class PlanningControl:
 
     def _set_policy(self, policy: Scheduler, spec: str, facts: Published) -> dict[str, Any]:
         own_thread = registry.is_foreign(spec, facts.params)
-        n = self._policy.swap(policy, spec, own_thread=own_thread, facts=facts)
+        n = self._policy.change(policy, spec, own_thread=own_thread, facts=facts)
         return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": n}
 
     def _configure(self, params: Mapping[str, Any]) -> dict[str, Any]:
