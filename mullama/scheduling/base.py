@@ -159,6 +159,11 @@ def _preempt(seq_id: object, how: object) -> Preempt:
     raise PluginError(f"sequence {seq_id} can be preempted by {', '.join(Preempt)}, the plan says {shown(repr, how)}")
 
 
+def wanting(n: int) -> str:
+    """How many sequences want to compute, in words."""
+    return f"{counted(n, 'sequence')} {'wants' if n == 1 else 'want'} to compute"
+
+
 class Patience:
     """How long a policy may leave everything idle while work waits."""
 
@@ -171,11 +176,10 @@ class Patience:
             self._idle_since = 0
             return
         self._idle_since = self._idle_since or now_ns
-        waiting = f"{counted(n_seqs, 'sequence')} {'wants' if n_seqs == 1 else 'want'} to compute"
         if plan.until_ns <= now_ns:
-            raise PluginError(f"the plan is empty while {waiting}")
+            raise PluginError(f"the plan is empty while {wanting(n_seqs)}")
         if now_ns - self._idle_since > IDLE_LIMIT_NS:
-            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {waiting}")
+            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {wanting(n_seqs)}")
 
 
 def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> None:
