@@ -40,9 +40,9 @@ class Traveller:
 
 
 def depart(
-    core: Core, seqs: Sequences, reader: Reader, speaker: Speaker, room: int, *, same_vocab: bool
+    core: Core, seqs: Sequences, reader: Reader, speaker: Speaker, n_ctx: int, *, same_vocab: bool
 ) -> list[Traveller]:
-    """Take out every sequence that ``room`` tokens hold, in order of arrival. On the thread of the old engine.
+    """Take out every sequence that a context of ``n_ctx`` tokens can go on with, in order of arrival. On the thread of the old engine.
 
     One with LoRA adapters stays: the other engine does not have them.
     """
@@ -55,7 +55,7 @@ def depart(
         except MullamaError as error:
             log.warning("a request stays with the old model: %s", error.message)
             continue
-        if translated.n >= room:
+        if translated.n >= n_ctx - 1:
             continue
         if seq.slot >= 0:
             seqs.preempt(handle, Preempt.RECOMPUTE, insist=True)
