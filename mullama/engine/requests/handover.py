@@ -42,7 +42,7 @@ class Traveller:
 def depart(
     core: Core, seqs: Sequences, reader: Reader, speaker: Speaker, n_ctx: int, *, same_vocab: bool
 ) -> list[Traveller]:
-    """Take out every sequence that a context of ``n_ctx`` tokens can go on with, in order of arrival. On the thread of the old engine.
+    """Take out every sequence that can go on in ``n_ctx`` tokens, in order of arrival. On the thread of the old engine.
 
     One with LoRA adapters stays: the other engine does not have them.
     """
