@@ -61,8 +61,8 @@ class Steps:
         self._estimated = known
         queued = (seq for seq in seqs.live.values() if seq.view.state is SeqState.WAITING)
         for seq in itertools.islice(queued, ESTIMATES):
-            now, later, _ = kv.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
-            seq.view.expect(max(now, later))
+            foreseen = kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+            seq.view.expect(max(foreseen.now, foreseen.later))
 
     def fit(self, plan: Plan) -> Fitted:
         """The plan, cut to the KV budget."""
@@ -81,9 +81,9 @@ class Steps:
         parts, seq = self._parts, self._parts.seqs.live[handle]
         if seq.parked is not None:
             return False
-        _, later, slot = parts.kv.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+        foreseen = parts.kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
         # Only while it gets on: a policy that leaves it out must not leave two requests waiting.
-        return later > 0 and parts.seqs.slots[slot] in plan.tokens
+        return foreseen.later > 0 and parts.seqs.slots[foreseen.slot] in plan.tokens
 
     def shape(self, plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
         """The plan as the core takes it: slots that decode, and prompt chunks (slot, tokens)."""

@@ -246,10 +246,7 @@ class Weights:
         """Other weights take the steps from now on, on KV of those before or on none. Engine thread."""
         if with_kv:
             self.kv.note_mixed()
-        if self.kv.disk is not None:
-            self.kv.disk.detach()
-            self.left_disk, self.kv.disk = self.kv.disk, None
-        self.kv.version += 1
+        self.left_disk = self.kv.detach_disk() or self.left_disk
         on_commit(with_kv)
 
     def swap(
@@ -458,7 +455,7 @@ class Weights:
             store = None
 
         def join() -> None:
-            self.kv.disk = None if store is None else loading.join_disk_store(store, self.kv, self._post)
+            self.kv.attach_disk(None if store is None else loading.join_disk_store(store, self.kv, self._post))
 
         call(join).result()
 
