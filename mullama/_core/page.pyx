@@ -18,6 +18,7 @@ from mullama.abi cimport *
 
 cdef extern from "page_write.h" namespace "mullama" nogil:
     void publish[Block](Block * out, const Block & values)
+    void publish_word(uint64_t * out, uint64_t value)
     void publish_event(mullama_event * ring, uint32_t n_events, uint64_t index, const mullama_event & event)
     ctypedef struct FieldInfo:
         const char * block
@@ -142,7 +143,7 @@ cdef class Page:
                 pass
             self.path = ""
         if self.header is not NULL:
-            self.header.closed_ns = time.monotonic_ns()
+            publish_word(&self.header.closed_ns, time.monotonic_ns())
             self.header = NULL
         if self.file is not None:
             os.close(self.file)
