@@ -10,6 +10,8 @@ import pytest
 
 from .support import NAME, ServerProcess
 
+#: The client's newest version does not name it any more.
+GREEDY = {"temperature": 0}
 FRUIT: list[anthropic.types.MessageParam] = [{"role": "user", "content": "Name a fruit."}]
 
 
@@ -32,7 +34,7 @@ def said(server: ServerProcess, n_tokens: int) -> str:
 
 
 def test_messages(server: ServerProcess, claude: anthropic.Anthropic) -> None:
-    message = claude.messages.create(model=NAME, max_tokens=12, messages=FRUIT, temperature=0)
+    message = claude.messages.create(model=NAME, max_tokens=12, messages=FRUIT, extra_body=GREEDY)
     (block,) = message.content
     assert isinstance(block, anthropic.types.TextBlock) and block.text == said(server, 12)
     assert message.stop_reason == "max_tokens" and message.role == "assistant" and message.model == NAME
@@ -42,7 +44,7 @@ def test_messages(server: ServerProcess, claude: anthropic.Anthropic) -> None:
 
 
 def test_messages_streamed(server: ServerProcess, claude: anthropic.Anthropic) -> None:
-    with claude.messages.stream(model=NAME, max_tokens=12, messages=FRUIT, temperature=0) as stream:
+    with claude.messages.stream(model=NAME, max_tokens=12, messages=FRUIT, extra_body=GREEDY) as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
     assert text == said(server, 12)
@@ -51,7 +53,9 @@ def test_messages_streamed(server: ServerProcess, claude: anthropic.Anthropic) -
 
 def test_a_stop_sequence(server: ServerProcess, claude: anthropic.Anthropic) -> None:
     word = said(server, 12).split()[1]
-    message = claude.messages.create(model=NAME, max_tokens=12, messages=FRUIT, temperature=0, stop_sequences=[word])
+    message = claude.messages.create(
+        model=NAME, max_tokens=12, messages=FRUIT, stop_sequences=[word], extra_body=GREEDY
+    )
     assert message.stop_reason == "stop_sequence" and message.stop_sequence == word
 
 
