@@ -36,7 +36,7 @@ from mullama.web.llama_server.server_state import Props, Slots
 from mullama.web.llama_server.tokens import ApplyTemplate, Detokenize, Tokenize, TokenizerInfo
 from mullama.web.openai.chat_completions import ChatCompletions
 from mullama.web.openai.completions import Completions
-from mullama.web.openai.context import ContextPolicy, default_policy
+from mullama.web.openai.context_policy import ContextPolicy, default_policy
 from mullama.web.openai.listing import ModelDetail, ModelList
 from mullama.web.security import Security
 from mullama.web.services import Services

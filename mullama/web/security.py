@@ -67,7 +67,7 @@ class Security:
         for name in config.allowed_host:
             if "/" in name:
                 raise ConfigError(
-                    f"--allowed-host: '{name}' is no host name; leave out http:// and paths", param="allowed_host"
+                    f"--allowed-host: '{name}' is not a host name; leave out http:// and paths", param="allowed_host"
                 )
         names = [host_name(name.removeprefix("*")) if name != "*" else name for name in config.allowed_host]
         self._domains = tuple(name for name in names if name.startswith("."))

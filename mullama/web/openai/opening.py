@@ -12,7 +12,7 @@ from mullama.engine.client import EngineClient
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
-from mullama.web.openai.context import ContextPolicy, Dropped, Room, policy_for
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
 from mullama.web.stream.generations import Group
@@ -63,7 +63,7 @@ class Opening:
         self.errand = errand
         self.options = options
         self.policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
-        self.room = Room(info.n_ctx, options.sampling.max_tokens)
+        self.limits = PromptLimits(info.n_ctx, options.sampling.max_tokens)
         self._services = services
         self._req = req
         self._call = call
