@@ -14,9 +14,6 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 from mullama._core.adapters cimport same_set, use_set
 
-cdef enum:
-    MAX_PIECE = 512
-
 # A shorter idle time says too little of what others do.
 cdef uint64_t IDLE_LOOK_NS = 200 * 1000 * 1000
 

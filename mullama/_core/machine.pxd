@@ -14,9 +14,13 @@ from mullama._core.page cimport Page
 from mullama.abi cimport *
 
 
+cdef enum:
+    MAX_PIECE = 512  # bytes of a sane token's text
+
 cdef extern from "text.h" namespace "mullama" nogil:
     cppclass TextGate:
         vector[string] stops
+        void begin(const string & prompt_end)
         int push(const char * piece, size_t n, cbool check_stops, string & released)
         int flush(string & released)
     size_t utf8_incomplete_tail(const string & s)

@@ -158,6 +158,7 @@ cdef class Slots(Machine):
         s.top_k_first = chain.top_k_first
         s.bias.swap(bias)
         s.gate.stops.swap(stops)
+        self.begin_text(s)
         if s.chain is not NULL:
             with nogil:
                 accept_all(s.chain, s.tokens, chain.look_back)
@@ -187,6 +188,20 @@ cdef class Slots(Machine):
         if s.state == MULLAMA_SLOT_DONE:
             self.clear_slot(slot)
             self.publish()
+
+    cdef void begin_text(self, Slot * s) noexcept nogil:
+        """Tell the gate how the prompt ends: a list of token ids may end in the middle of a character."""
+        cdef string end
+        cdef char piece[MAX_PIECE]
+        cdef size_t i = s.tokens.size()
+        cdef int32_t n
+        while i > 0 and end.size() < 3:  # more of a character cannot be there without its last byte
+            i -= 1
+            n = llama_token_to_piece(self.model.vocab, s.tokens[i], piece, MAX_PIECE, 0, False)
+            if n <= 0:
+                break  # a control token, behind which a character begins
+            end.insert(0, piece, n)
+        s.gate.begin(end)
 
     cdef void finish(self, Slot * s, int slot, uint32_t reason, int stop_index, int error) noexcept nogil:
         """End a request: let its last text out and hand over its row, whole, with the finish record.
@@ -303,21 +318,23 @@ cdef class Slots(Machine):
         cdef size_t n_a = 0, n_b = 0
         cdef bint ok = True
         cdef int i
+        cdef bint a_moved = self.move_rows(a, b), b_moved = not a_moved and self.move_rows(b, a)
         with nogil:
-            if self.slots[a].n_past > 0:
+            if self.slots[a].n_past > 0 and not a_moved:
                 n_a = llama_state_seq_get_size(self.ctx, a)
                 if self.state_a.size() < n_a:
                     self.state_a.resize(n_a)
                 n_a = llama_state_seq_get_data(self.ctx, self.state_a.data(), n_a, a)
                 ok = ok and n_a > 0
-            if self.slots[b].n_past > 0:
+            if self.slots[b].n_past > 0 and not b_moved:
                 n_b = llama_state_seq_get_size(self.ctx, b)
                 if self.state_b.size() < n_b:
                     self.state_b.resize(n_b)
                 n_b = llama_state_seq_get_data(self.ctx, self.state_b.data(), n_b, b)
                 ok = ok and n_b > 0
-            self.cut(a, 0)
-            self.cut(b, 0)
+            if not a_moved and not b_moved:
+                self.cut(a, 0)
+                self.cut(b, 0)
             if n_a > 0:
                 ok = llama_state_seq_set_data(self.ctx, self.state_a.data(), n_a, b) == n_a and ok
             if n_b > 0:
@@ -331,11 +348,29 @@ cdef class Slots(Machine):
         for i in (a, b):
             if self.slots[i].open():
                 self.slots[i].row.moves += 1
+        if a_moved or b_moved:
+            n_a = self.context.token_bytes * max(self.slots[a].n_past, self.slots[b].n_past)
         self.counters.kv_moves += 1
         self.counters.kv_move_bytes += n_a + n_b
         self.counters.kv_move_ns += now_ns() - start
         self.site(MULLAMA_SITE_MOVE, a, self.slots[a].handle, b, n_a + n_b)
         return n_a + n_b
+
+    cdef bint move_rows(self, int src, int dst) except -1:
+        """Move the KV of a slot to one that holds none, row by row: half the work of writing and reading its state.
+
+        False, and nothing has changed: one of them is not so, or the KV cannot be had by the row.
+        """
+        cdef int n = self.slots[src].n_past
+        cdef bint ok
+        if not n or self.slots[dst].n_past or self.unified or self.context.needs_checkpoint \
+                or not self.context.token_bytes:
+            return False
+        with nogil:
+            self.cut(dst, 0)
+            ok = llama_cells_carry_rows(self.ctx, src, self.ctx, dst, 0, 0, n)
+            self.cut(src if ok else dst, 0)
+        return ok
 
     cdef void lose(self, int slot) noexcept nogil:
         """The KV of a slot is gone: its request fails, a retained prefix is forgotten."""

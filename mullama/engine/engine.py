@@ -7,6 +7,7 @@ append commands, set its interrupt flag, or read the instrumentation page.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import dataclasses
 import functools
 import itertools
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mullama import abi
-from mullama._core import TEXT, Core, Model, Sampling, system_info
+from mullama._core import TEXT, Cells, Core, Model, Sampling, system_info
 from mullama.config import ServeConfig
 from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.commands import Commands
@@ -30,7 +31,7 @@ from mullama.engine.memory import fits, sizing
 from mullama.engine.memory import report as memory
 from mullama.engine.parts import EngineParts
 from mullama.engine.planning.control import PlanningControl
-from mullama.engine.planning.policy_host import IDLE_LIMIT_NS, PolicyHost
+from mullama.engine.planning.policy_host import PolicyHost
 from mullama.engine.planning.steps import Steps
 from mullama.engine.requests import handover
 from mullama.engine.requests.chat_text import ChatText, ControlTokens
@@ -49,6 +50,7 @@ from mullama.errors import (
     MullamaError,
     ShuttingDown,
 )
+from mullama.kv import audit
 from mullama.kv.cache import KvCache
 from mullama.kv.eviction import registry as kv_registry
 from mullama.kv.eviction.guarded import GuardedPolicy
@@ -57,6 +59,7 @@ from mullama.machine.ways import words_of
 from mullama.observe.process_memory import give_back_heap
 from mullama.plugins.arguments import parse_args
 from mullama.scheduling import registry
+from mullama.scheduling.base import IDLE_LIMIT_NS
 from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
 
 log = logging.getLogger("mullama.engine")
@@ -69,6 +72,7 @@ T = TypeVar("T")
 STALLED_SECONDS = 30.0  # no step for so long, with work to do: not ready
 GIL_SWITCH_SECONDS = 0.0005  # what the engine waits at most for a busy event loop
 IDLE_AUDIT_S = 1.0  # without work before the KV cache's bookkeeping is compared with llama.cpp's
+AHEAD_BYTES = 4 << 20  # of KV that are copied to host memory before their slot is needed: about a millisecond
 
 
 class Engine:
@@ -86,8 +90,8 @@ class Engine:
             kv_registry.create(config.kv_policy, parse_args(config.kv_policy_arg, "kv_policy_arg")), config.kv_policy
         )
         host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_swap_bytes()
-        self._kv = KvCache(core, host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
-        token_bytes = self._kv.cells.token_bytes or sizing.kv_bytes_per_token(model.metadata())
+        self._kv = KvCache(core, Cells(core), host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
+        token_bytes = self._kv.cells.token_bytes or fits.token_bytes_of(model.path, config)
         self._reader = Reader(core, TEXT, token_bytes)
         self._reader.kernels = words_of(info.kernels)
         self._handles = itertools.count(1)
@@ -139,9 +143,10 @@ class Engine:
         self._control_tokens: tuple[Model, ControlTokens] | None = None  # of which model; found for the first chat
         self._audited = -1  # version of the KV cache that was audited last
         self._idle = False
+        self._has_ended = False  # a request has, since it was last looked what goes next
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         try:
-            self._kv.disk = loading.open_disk_tier(model, core, self._kv, config, commands.post_quietly)
+            self._kv.attach_disk(loading.open_disk_tier(model, core, self._kv, config, commands.post_quietly))
         except BaseException:
             self._policy.close()
             core.close()
@@ -237,9 +242,12 @@ class Engine:
         self._commands.check_open()
         return self._tokenizer.bytes_alone(data) if data else []
 
-    def detokenize(self, tokens: SequenceOf[int], *, special: bool = False) -> str:
-        """Text of token ids, malformed UTF-8 replaced by U+FFFD. ``special``: control tokens are spelled out."""
+    def detokenize(self, tokens: SequenceOf[int], *, special: bool = False, only_whole: bool = False) -> str:
+        """Text of token ids, malformed UTF-8 replaced by U+FFFD (see EngineClient.detokenize)."""
         self._commands.check_open()
+        if only_whole:
+            data = self.model.detokenize_bytes(tokens, special=special)
+            return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
         return self.model.detokenize(tokens, special=special)
 
     def pieces(self, tokens: SequenceOf[int]) -> list[bytes]:
@@ -477,6 +485,9 @@ class Engine:
     def _wait_for_work(self, until_ns: int = 0) -> None:
         """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
+        if self._has_ended and not self._seqs and not self._commands:
+            self._has_ended = False
+            self._kv.store_ahead(self._seqs.running(), AHEAD_BYTES)
         self._core.refresh_page(self._parts.n_waiting)
         start = time.monotonic_ns()
         with self._commands.lock:
@@ -497,7 +508,7 @@ class Engine:
     def _audit(self) -> None:
         """Nothing to do for a while: look whether tree, slots and llama.cpp's cells agree about the KV."""
         self._audited = self._kv.version
-        for difference in self._kv.audit():
+        for difference in audit.differences(self._kv):
             log.error("KV cache of '%s': %s", self.info.name, difference)
 
     def _step(self) -> None:
@@ -535,5 +546,6 @@ class Engine:
             self._wait_for_work(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
 
     def _ended(self, seq: LiveSequence) -> None:
+        self._has_ended = True
         self._loras.ended(seq.adapters)
         self._policy.ended(seq)

@@ -125,8 +125,9 @@ class Scheduler(Protocol):
         """The policy's parameters and their values."""
 
 
-MOST_REPEAT = (1 << 31) - 1
-MOST_NS = (1 << 63) - 1
+MAX_REPEAT = (1 << 31) - 1
+MAX_NS = (1 << 63) - 1
+IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
 
 
 def own_plan(plan: object) -> Plan:
@@ -163,9 +164,27 @@ def wanting(n: int) -> str:
     return f"{counted(n, 'sequence')} {'wants' if n == 1 else 'want'} to compute"
 
 
+class Progress:
+    """Whether the plans of a policy get anywhere."""
+
+    def __init__(self) -> None:
+        self._idle_since = 0
+
+    def check(self, plan: Plan, now_ns: int, n_wanting: int) -> None:
+        """After each plan. Raises PluginError for an empty one that wants no time to pass, or too many in a row."""
+        if plan.tokens or not n_wanting:
+            self._idle_since = 0
+            return
+        self._idle_since = self._idle_since or now_ns
+        if plan.until_ns <= now_ns:
+            raise PluginError(f"the plan is empty while {wanting(n_wanting)}")
+        if now_ns - self._idle_since > IDLE_LIMIT_NS:
+            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {wanting(n_wanting)}")
+
+
 def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> None:
     """Raise PluginError, saying what is wrong, unless the engine can carry out ``plan``, of a user an ``own_plan``."""
-    for name, value, most in (("repeat", plan.repeat, MOST_REPEAT), ("until_ns", plan.until_ns, MOST_NS)):
+    for name, value, most in (("repeat", plan.repeat, MAX_REPEAT), ("until_ns", plan.until_ns, MAX_NS)):
         if type(value) is not int or not 0 <= value <= most:
             raise PluginError(f"the plan's {name} is {shown(repr, value)}; it must be a whole number from 0 to {most}")
     admitted = 0

@@ -39,7 +39,7 @@ from mullama.web.ollama.answers import Answers
 from mullama.web.ollama.models import Copy, Delete, Pull, Running, Show, Tags, Unbuilt, Version
 from mullama.web.openai.chat_completions import ChatCompletions
 from mullama.web.openai.completions import Completions
-from mullama.web.openai.context import ContextPolicy, default_policy
+from mullama.web.openai.context_policy import ContextPolicy, default_policy
 from mullama.web.openai.listing import ModelDetail, ModelList
 from mullama.web.security import Security
 from mullama.web.services import Services

@@ -67,7 +67,7 @@ class Security:
         for name in config.allowed_host:
             if "/" in name:
                 raise ConfigError(
-                    f"--allowed-host: '{name}' is no host name; leave out http:// and paths", param="allowed_host"
+                    f"--allowed-host: '{name}' is not a host name; leave out http:// and paths", param="allowed_host"
                 )
         names = [host_name(name.removeprefix("*")) if name != "*" else name for name in config.allowed_host]
         self._domains = tuple(name for name in names if name.startswith("."))
@@ -117,7 +117,7 @@ class Security:
     ) -> None:
         access = getattr(resource, "access", Access.OPERATOR)  # what forgets to say so is shown to nobody else
         req.spell_error = getattr(resource, "spell_error", None)
-        given = _key(req)
+        given = _key(req) if self._api_keys or self._admin_key else b""
         is_client = self._is_client(given)
         is_admin = _same(given, self._admin_key)
         if self._admin_key:
@@ -145,7 +145,7 @@ class Security:
 
     def _is_client(self, given: bytes) -> bool:
         # Every key is compared, so that the time taken does not tell which one was nearly right.
-        return sum(_same(given, key) for key in self._api_keys) > 0
+        return sum([_same(given, key) for key in self._api_keys]) > 0
 
     def _why_nobody(self) -> str:
         """Why nobody at all is an operator of this server."""

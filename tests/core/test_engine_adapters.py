@@ -23,7 +23,7 @@ from mullama.errors import (
     ConfigError,
     InvalidRequest,
 )
-from mullama.kv import report as kvview
+from mullama.kv import control as kvcontrol
 from mullama.kv.index.namespaces import adapters_key
 from mullama.kv.index.tree import namespace_of, pack
 from mullama.types import LoraUse, Preempt, Request
@@ -148,8 +148,8 @@ def test_kv_on_disk_is_found_by_the_same_adapter_only(
 
     def save() -> dict[str, int]:
         tokens = list(long.encode())
-        disk_tier.hand_over(lambda: kvview.save(engine._kv, disk_tier, namespace, tokens))
-        return kvview.saved(engine._kv, disk_tier, namespace, tokens, 0)
+        disk_tier.hand_over(lambda: kvcontrol.save(engine._kv, disk_tier, namespace, tokens))
+        return kvcontrol.saved(engine._kv, disk_tier, namespace, tokens, 0)
 
     assert engine.call(save).result()["bytes"] > 0
     engine.close()
@@ -357,7 +357,7 @@ def _spoil(tensors: dict[str, Any], name: str) -> None:
         (
             lambda f, t: f(1, change=lambda x: x.update({"x.weight": next(iter(x.values()))})),
             BadModelFile,
-            "no part of a LoRA",
+            "not part of a LoRA",
         ),
         (
             lambda f, t: f(1, change=lambda x: x.update({k: v * float("nan") for k, v in x.items()})),

@@ -20,11 +20,7 @@ from mullama.machine.processor import processor
 from mullama.models.files import gguf
 from mullama.models.files.gguf import Header, Tensor
 from mullama.models.files.shape import Shape, shape_of
-
-#: Types that the cells of a KV cache may have, and bytes of a block of 32 values.
-CELL_TYPES = {
-    "f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18,
-}  # fmt: skip
+from mullama.types import CELL_TYPES
 
 _PLAIN_CELLS = ("f32", "f16", "bf16")
 
@@ -166,7 +162,7 @@ class Fit:
     fits: bool  # whether that is no more than is free
 
 
-MOST_PARALLEL = 256  # llama_max_parallel_sequences()
+MAX_PARALLEL = 256  # llama_max_parallel_sequences()
 
 
 def fit(
@@ -195,7 +191,7 @@ def fit(
             Fit(
                 kv_type=kv_type,
                 n_ctx=largest(lambda n: total(n * _PAD, n_parallel) <= free, most_ctx // _PAD, _PAD),
-                n_parallel=largest(lambda n: total(n_ctx, n) <= free, MOST_PARALLEL, 1),
+                n_parallel=largest(lambda n: total(n_ctx, n) <= free, MAX_PARALLEL, 1),
                 total=total(n_ctx, n_parallel),
                 fits=total(n_ctx, n_parallel) <= free,
             )
@@ -345,7 +341,7 @@ def _compute(
 
 def _cell(name: str) -> int:
     if name not in CELL_TYPES:
-        raise ConfigError(f"'{name}' is no type of KV cells; there are {', '.join(CELL_TYPES)}")
+        raise ConfigError(f"'{name}' is not a type of KV cells; there are {', '.join(CELL_TYPES)}")
     return CELL_TYPES[name]
 
 

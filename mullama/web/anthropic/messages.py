@@ -22,7 +22,7 @@ from mullama.web.openai.usage import profile_fields
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 from mullama.web.stream.direct import direct_body
-from mullama.web.stream.events import EventStream, event_json, start_stream
+from mullama.web.stream.event_stream import EventStream, event_json, start_stream
 from mullama.web.stream.generations import Group
 
 _TYPES = {

@@ -18,6 +18,12 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 SpellError = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 
+async def on_disconnect(receive: Receive, then: Callable[[], None]) -> None:
+    """Call ``then`` when the client leaves."""
+    await until_disconnect(receive)
+    then()
+
+
 async def until_disconnect(receive: Receive) -> None:
     """Wait until the client is gone (or has been answered: uvicorn reports both the same way)."""
     while (await receive())["type"] != "http.disconnect":

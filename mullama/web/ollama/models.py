@@ -19,7 +19,7 @@ import orjson
 from mullama import __version__
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest, ModelBusy, MullamaError, ReferenceNotFound
-from mullama.models.reference import parse_spec
+from mullama.models.parse import parse_spec
 from mullama.models.sources.private_addresses import allow_private
 from mullama.models.store.background_pulls import Pulls
 from mullama.models.store.entry import Entry
@@ -35,7 +35,7 @@ from mullama.web.openai.opening import with_lease
 from mullama.web.openai.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.events import event_json, start_stream
+from mullama.web.stream.event_stream import event_json, start_stream
 
 FOREVER = "9999-12-31T23:59:59Z"
 

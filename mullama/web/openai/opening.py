@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
-from mullama.web.openai.context import ContextPolicy, Dropped, Room, policy_for
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
 from mullama.web.stream.generations import Group
@@ -61,7 +61,7 @@ async def with_lease(services: Services, req: Request, model: str, begin: Callab
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}-{secrets.token_hex(16)}"
 
 
 class Opening:
@@ -84,7 +84,7 @@ class Opening:
         self.errand = errand
         self.options = options
         self.policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
-        self.room = Room(info.n_ctx, options.sampling.max_tokens)
+        self.limits = PromptLimits(info.n_ctx, options.sampling.max_tokens)
         self._services = services
         self._req = req
         self._call = call
