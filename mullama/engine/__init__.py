@@ -1,4 +1,4 @@
-"""The engine: one thread a model, commands in, records out.
+"""The engine: one thread a model, commands in, records out. Internal.
 
 engine      the thread, its step, and what a model can be asked for
 client      what the rooms above may ask (protocols; no compiled code)

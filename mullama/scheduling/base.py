@@ -18,7 +18,6 @@ from mullama.types import Preempt, SeqState
 
 RUNNING = (SeqState.PREFILL, SeqState.DECODE)
 QUEUED = (SeqState.WAITING, SeqState.PREEMPTED)
-IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
 
 
 @dataclass(slots=True)
@@ -128,6 +127,7 @@ class Scheduler(Protocol):
 
 MAX_REPEAT = (1 << 31) - 1
 MAX_NS = (1 << 63) - 1
+IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
 
 
 def own_plan(plan: object) -> Plan:
@@ -164,22 +164,22 @@ def wanting(n: int) -> str:
     return f"{counted(n, 'sequence')} {'wants' if n == 1 else 'want'} to compute"
 
 
-class Patience:
-    """How long a policy may leave everything idle while work waits."""
+class Progress:
+    """Whether the plans of a policy get anywhere."""
 
     def __init__(self) -> None:
         self._idle_since = 0
 
-    def check(self, plan: Plan, n_seqs: int, now_ns: int) -> None:
-        """Raise PluginError for a plan that leads nowhere. ``n_seqs`` sequences want to compute."""
-        if plan.tokens or not n_seqs:
+    def check(self, plan: Plan, now_ns: int, n_wanting: int) -> None:
+        """After each plan. Raises PluginError for an empty one that wants no time to pass, or too many in a row."""
+        if plan.tokens or not n_wanting:
             self._idle_since = 0
             return
         self._idle_since = self._idle_since or now_ns
         if plan.until_ns <= now_ns:
-            raise PluginError(f"the plan is empty while {wanting(n_seqs)}")
+            raise PluginError(f"the plan is empty while {wanting(n_wanting)}")
         if now_ns - self._idle_since > IDLE_LIMIT_NS:
-            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {wanting(n_seqs)}")
+            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {wanting(n_wanting)}")
 
 
 def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> None:

@@ -13,13 +13,13 @@ from mullama.errors import ConfigError, PluginError
 from mullama.logs import said
 from mullama.plugins.groups import is_fault
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
-from mullama.scheduling.base import Patience
+from mullama.scheduling.base import Progress
 from mullama.scheduling.kv_budget import Fitted, fit_or_go_on
 from mullama.simulation.cost_model.costs import BUCKET, CostModel
 from mullama.simulation.cost_model.timing import StepCosts
 from mullama.simulation.feed import SECOND, Feed
-from mullama.simulation.records import EVER, Override, SimConfig, Simulated
-from mullama.simulation.simulated_sequences import Sequences, SimSequence
+from mullama.simulation.records import EVER, Override, SimConfig, SimSequence, Simulated
+from mullama.simulation.simulated_sequences import Sequences
 from mullama.types import SeqState
 from mullama.workload.base import Outcome, TraceRequest, Workload
 
@@ -71,7 +71,7 @@ class Simulator:
         self._admit_ns, self._deliver_ns = round(costs.admit_ns), round(costs.deliver_ns)
         self._policy_costs: dict[tuple[int, int], Costs] = {}
         self._last_tokens: dict[int, int] = {}
-        self._patience = Patience()
+        self._progress = Progress()
 
     def _check_fit(self, workload: Workload) -> None:
         for index, request in enumerate(workload.all_requests()):
@@ -203,7 +203,7 @@ class Simulator:
             raise self._broken(f"plan() raised {said(error)}") from error
         try:
             check_plan(plan, self._seqs.views, state)
-            self._patience.check(plan, len(self._seqs.views), self.now)
+            self._progress.check(plan, self.now, len(self._seqs.views))
         except PluginError as error:
             raise self._broken(error.message) from None
         counters = self.result.counters

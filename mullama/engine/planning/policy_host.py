@@ -20,7 +20,7 @@ from mullama.logs import said
 from mullama.plugins.fallback import replaced
 from mullama.plugins.groups import Published, publish
 from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
-from mullama.scheduling.base import Patience
+from mullama.scheduling.base import Progress
 from mullama.types import SeqState
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class PolicyHost:
         self.spec = spec
         self._asked: tuple[EngineState, int] | None = None
         self._version = 0  # of what the policy was told
-        self._patience = Patience()
+        self._progress = Progress()
         self._planner = Planner(policy, spec) if own_thread else None
 
     @property
@@ -152,7 +152,7 @@ class PolicyHost:
                 if not isinstance(plan, Plan):
                     raise PluginError(f"plan() returned {type(plan).__name__}, not a Plan")
                 check_plan(plan, self.views, state)
-                self._patience.check(plan, len(self.views), state.now_ns)
+                self._progress.check(plan, state.now_ns, len(self.views))
                 return plan
             except BaseException as error:
                 if type(self.policy) is Fcfs and self._planner is None:

@@ -31,6 +31,7 @@ from mullama.engine.weights.change_with_gap import Gap, decide, needs_of, same_s
 from mullama.engine.weights.comparing import Compared, in_report, not_comparable, texts_of, try_to_compare
 from mullama.engine.weights.loras import Twins, close_twins
 from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine, StoreError
+from mullama.observe.process_memory import give_back_heap
 from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
@@ -279,7 +280,10 @@ class Weights:
                         "kl: memory does not hold both weights, so they cannot be compared", param="kl"
                     )
                 return self._swap_with_gap(path, label, way, host, began)
-            return in_background(lambda: self._swap(path, label, kv, host, kl))
+            try:
+                return in_background(lambda: self._swap(path, label, kv, host, kl))
+            finally:
+                give_back_heap()  # of the weights that went: a vocabulary alone is tens of megabytes of small blocks
 
     def _swap(self, path: str | Path, label: str, kv: KvMode, host: Host, kl: bool) -> SwapReport:
         began = time.monotonic_ns()
@@ -399,6 +403,7 @@ class Weights:
             found = host.call(gap.run).result()
         finally:
             substitute.close()
+            give_back_heap()
         total_ms = (time.monotonic_ns() - began) / 1e6
         pause_ns, first_ns = self._first_step(found.moved + found.recomputed, began)
         self._reopen_disk(host.call)
