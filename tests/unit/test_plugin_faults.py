@@ -224,7 +224,9 @@ BAD_PARAMS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("params", [*BAD_PARAMS, {"x": "y" * MAX_PARAMS}], ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(
+    "params", [*BAD_PARAMS, {"x": "y" * MAX_PARAMS}], ids=lambda value: repr(value).partition(" at 0x")[0][:30]
+)
 def test_parameters_that_cannot_be_shown_are_refused(params: Any) -> None:
     class Bad(Mine):
         def params(self) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mullama.engine.client import PlanningClient
 from mullama.engine.parts import EngineParts
 from mullama.engine.planning import report
 from mullama.errors import InvalidRequest, ModelBusy
@@ -25,7 +26,7 @@ def _make(spec: str, params: Mapping[str, Any] | None) -> tuple[Scheduler, Publi
     return policy, publish(policy, "scheduler", spec)
 
 
-class PlanningControl:
+class PlanningControl(PlanningClient):
     """Changes are made on the engine thread, between two steps. The ``a`` methods are what PlanningClient says."""
 
     def __init__(self, parts: EngineParts) -> None:

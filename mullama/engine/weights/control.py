@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mullama.engine.client import WeightsClient
 from mullama.engine.parts import EngineParts
 from mullama.engine.weights import comparing
 from mullama.engine.weights import load as loading
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Choice = TypeVar("Choice", KvMode, GapMode, SleepLevel)
 
 
-class WeightControl:
+class WeightControl(WeightsClient):
     """What blocks is not for an event loop's thread. WeightsClient says more of what is not explained here."""
 
     def __init__(self, parts: EngineParts) -> None:
