@@ -285,9 +285,3 @@ class PluginError(MullamaError):
 
     code = "plugin_error"
     for_clients = "a plugin of the server failed; the server's log says why"
-
-
-class AbiMismatch(MullamaError):
-    """An instrumentation page was written by an incompatible version."""
-
-    code = "abi_mismatch"

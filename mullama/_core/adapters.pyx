@@ -90,11 +90,6 @@ cdef class Adapter:
         self.n_host_bytes, twin.n_host_bytes = twin.n_host_bytes, self.n_host_bytes
         self.n_matrices, twin.n_matrices = twin.n_matrices, self.n_matrices
 
-    @property
-    def n_sets(self):
-        """Sets that hold it: those of sequences, and the one that a context has."""
-        return max(self.lora.use_count() - 1, 0)
-
     def close(self):
         """Free it. Idempotent. Raises RuntimeError while a set holds it (see Core.drop_adapters)."""
         if self.lora.use_count() > 1:

@@ -109,9 +109,6 @@ class TurnTable {
         return false;
     }
 
-    // Whether somebody else wants to compute. No lock: a late answer does no harm.
-    bool contended() const { return n_waiting > 0; }
-
     // What a seat may expect. False: nobody has it.
     bool share(int id, double weight, int priority) {
         std::lock_guard<std::mutex> hold(lock);
@@ -167,7 +164,7 @@ class TurnTable {
     std::map<int, std::unique_ptr<TurnSeat>> seats;
     int holder = 0; // 0: nobody
     int last_id;
-    std::atomic<int> n_waiting{0};
+    int n_waiting = 0;
     uint64_t tickets = 0;
     double floor = 0.0;
 };

@@ -1,13 +1,14 @@
+"""The turn among the engines of a process. Its table (arbiter.h) is C++ with a lock of its own.
+
+nogil code: engine threads have the table's address from their Core, which keeps the Arbiter. ``renew`` exchanges the
+table in a child process alone, where no engine thread of the parent runs, and never frees the one before.
+"""
+
 from libc.stdint cimport uint64_t
 from libcpp cimport bool as cbool
 from libcpp.memory cimport unique_ptr
 from libcpp.vector cimport vector
 
-
-cdef extern from "clock.h" namespace "mullama" nogil:
-    cppclass Flag:
-        void set(int v)
-        int get()
 
 cdef extern from "arbiter.h" namespace "mullama" nogil:
     cppclass SeatUse:
@@ -20,10 +21,6 @@ cdef extern from "arbiter.h" namespace "mullama" nogil:
         TurnTable(int taken)
         int taken()
         int join() except +
-        void leave(int id)
-        cbool acquire(int id, const Flag & stop)
-        void release(int id, uint64_t used_ns)
-        cbool contended()
         cbool busy_beside(int id, uint64_t ns)
         cbool share(int id, double weight, int priority)
         vector[SeatUse] uses() except +
@@ -33,6 +30,3 @@ cdef extern from "arbiter.h" namespace "mullama" nogil:
 
 cdef class Arbiter:
     cdef unique_ptr[TurnTable] table
-
-    cdef bint acquire(self, int seat, const Flag & stop) noexcept nogil
-    cdef void release(self, int seat, uint64_t used_ns) noexcept nogil

@@ -30,12 +30,6 @@ cdef class Arbiter:
         self.table.reset(new TurnTable(old.taken()))
         self.table.get().set_policy(old.get_policy())
 
-    cdef bint acquire(self, int seat, const Flag & stop) noexcept nogil:
-        return self.table.get().acquire(seat, stop)
-
-    cdef void release(self, int seat, uint64_t used_ns) noexcept nogil:
-        self.table.get().release(seat, used_ns)
-
     @property
     def policy(self):
         """Name of the policy in charge."""
@@ -46,11 +40,6 @@ cdef class Arbiter:
         if name not in POLICIES:
             raise InvalidRequest(f"the arbiter has no policy '{name}'; there are {', '.join(POLICIES)}", param="policy")
         self.table.get().set_policy(POLICIES.index(name))
-
-    @property
-    def contended(self):
-        """Whether an engine waits for its turn."""
-        return self.table.get().contended()
 
     def busy_beside(self, int seat, double seconds):
         """Whether another engine has computed within the last ``seconds``."""

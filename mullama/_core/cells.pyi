@@ -1,7 +1,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mullama._core.loop import Core
+from mullama._core.core import Core
 
 CHUNK_TOKENS: int
 

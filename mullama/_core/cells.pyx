@@ -12,7 +12,9 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint64_t
 
 from mullama._core.llama cimport *
-from mullama._core.loop cimport Core, Slot, now_ns
+from mullama._core.clock cimport now_ns
+from mullama._core.core cimport Core
+from mullama._core.slots cimport Slot
 from mullama.abi cimport *
 
 cdef enum:
@@ -29,21 +31,23 @@ cdef class Cells:
 
     def __init__(self, Core core not None):
         self.core = core
+        self.slots = &core.slots
+        self.out = &core.out
         facts = core.model.facts()
         self.needs_checkpoint = facts["is_recurrent"] or facts["is_hybrid"] or facts["n_swa"] > 0
-        self.token_bytes = llama_cells_token_bytes(core.ctx, 0)
+        self.token_bytes = llama_cells_token_bytes(core.slots.ctx, 0)
         self.has_rows = self.token_bytes > 0
 
     @property
     def can_store(self):
         """Whether KV can leave the context in parts: its rows can be read, or all there is are checkpoints."""
         self.core.check_slot(0)
-        return self.has_rows or llama_cells_n_caches(self.core.ctx) == 0
+        return self.has_rows or llama_cells_n_caches(self.slots.ctx) == 0
 
     cdef int check_rows(self, int slot, int p0, int p1) except -1:
         self.core.check_slot(slot)
-        if not 0 <= p0 < p1 <= self.core.slots[slot].n_past:
-            raise ValueError(f"slot {slot} holds KV of [0, {self.core.slots[slot].n_past}), not of [{p0}, {p1})")
+        if not 0 <= p0 < p1 <= self.slots.at(slot).n_past:
+            raise ValueError(f"slot {slot} holds KV of [0, {self.slots.at(slot).n_past}), not of [{p0}, {p1})")
         return 0
 
     def save(self, int slot, int p0, int p1):
@@ -65,14 +69,14 @@ cdef class Cells:
             chunk = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> (self.token_bytes * (end - at)))
             out = PyBytes_AS_STRING(chunk)
             with nogil:
-                ok = llama_cells_get_rows(self.core.ctx, 0, slot, at, end, out)
+                ok = llama_cells_get_rows(self.slots.ctx, 0, slot, at, end, out)
             if not ok:
                 raise RuntimeError(f"llama.cpp does not hold the tokens [{at}, {end}) of slot {slot}")
             chunks.append(chunk)
             at = end
-        self.core.counters.kv_store_bytes += self.token_bytes * (p1 - p0)
-        self.core.counters.kv_store_ns += now_ns() - start
-        self.core.site(MULLAMA_SITE_STORE, slot, self.core.slots[slot].handle, p1 - p0, self.token_bytes * (p1 - p0))
+        self.out.counters.kv_store_bytes += self.token_bytes * (p1 - p0)
+        self.out.counters.kv_store_ns += now_ns() - start
+        self.out.site(MULLAMA_SITE_STORE, slot, self.slots.at(slot).handle, p1 - p0, self.token_bytes * (p1 - p0))
         return chunks
 
     def extend(self, int slot, tokens, chunks, *, bytes checkpoint=None):
@@ -82,7 +86,7 @@ cdef class Cells:
         go on from exactly here. When something does not fit, the slot is as it was, or empty.
         """
         self.core.check_slot(slot)
-        cdef Slot * s = &self.core.slots[slot]
+        cdef Slot * s = self.slots.at(slot)
         cdef int at = s.n_past, start = s.n_past, n
         cdef const uint8_t * data
         cdef size_t size = 0
@@ -94,8 +98,8 @@ cdef class Cells:
         for token in tokens:
             if not 0 <= token < self.core.model.n_vocab:
                 raise ValueError(f"token id {token} is outside the vocabulary")
-        if n_new < 1 or start + n_new > self.core.n_ctx:
-            raise ValueError(f"slot {slot} has {start} of {self.core.n_ctx} tokens: {n_new} more do not fit")
+        if n_new < 1 or start + n_new > self.slots.n_ctx:
+            raise ValueError(f"slot {slot} has {start} of {self.slots.n_ctx} tokens: {n_new} more do not fit")
         sizes = [len(chunk) for chunk in chunks]
         if self.has_rows and (sum(sizes) != n_new * self.token_bytes or any(one % self.token_bytes for one in sizes)):
             raise ValueError(f"{sum(sizes)} bytes are not the rows of {n_new} tokens")
@@ -106,7 +110,7 @@ cdef class Cells:
                 data = <const uint8_t *> PyBytes_AS_STRING(chunk)
                 n = len(chunk) // self.token_bytes
                 with nogil:
-                    ok = llama_cells_put_rows(self.core.ctx, 0, slot, at, at + n, data)
+                    ok = llama_cells_put_rows(self.slots.ctx, 0, slot, at, at + n, data)
                 if not ok:
                     break
                 at += n
@@ -115,32 +119,24 @@ cdef class Cells:
         if ok and checkpoint is not None:
             data = <const uint8_t *> PyBytes_AS_STRING(checkpoint)
             size = len(checkpoint)
-            ok = llama_state_seq_set_data_ext(self.core.ctx, data, size, slot,
+            ok = llama_state_seq_set_data_ext(self.slots.ctx, data, size, slot,
                                               LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) == size
         if not ok:
             self.lose_from(slot, start)
             return False
         for token in tokens:
             s.tokens.push_back(token)
-        self.retain(slot, at)
+        self.slots.retain(slot, at)
         size += self.token_bytes * n_new
-        self.core.counters.kv_restore_bytes += size
-        self.core.counters.kv_restore_ns += now_ns() - began
-        self.core.site(MULLAMA_SITE_RESTORE, slot, 0, n_new, size)
+        self.out.counters.kv_restore_bytes += size
+        self.out.counters.kv_restore_ns += now_ns() - began
+        self.out.site(MULLAMA_SITE_RESTORE, slot, 0, n_new, size)
         return True
-
-    cdef int retain(self, int slot, int n_past) except -1:
-        """A slot holds KV of its first tokens, and no request."""
-        cdef Slot * s = &self.core.slots[slot]
-        s.n_past = n_past
-        s.state = MULLAMA_SLOT_RETAINED
-        s.last_used = self.core.counters.steps
-        return 0
 
     cdef int lose_from(self, int slot, int n) except -1:
         """Take back what a failed ``extend`` put behind the first ``n`` tokens; all of them where that cannot be."""
-        if self.needs_checkpoint or n == 0 or not self.core.cut(slot, n):
-            self.core.clear_slot(slot)
+        if self.needs_checkpoint or n == 0 or not self.slots.cut(slot, n):
+            self.slots.clear(slot)
         return 0
 
     def copy(self, int src, int dst, int n):
@@ -150,67 +146,67 @@ cdef class Cells:
         """
         self.check_rows(src, 0, n)
         self.core.check_slot(dst)
-        cdef Slot * s = &self.core.slots[dst]
+        cdef Slot * s = self.slots.at(dst)
         if s.state != MULLAMA_SLOT_FREE or src == dst:
             raise RuntimeError(f"slot {dst} is not free")
-        if self.needs_checkpoint and n != self.core.slots[src].n_past:
+        if self.needs_checkpoint and n != self.slots.at(src).n_past:
             raise ValueError("this model's KV can be copied as a whole only")
         cdef uint64_t start = now_ns()
         cdef size_t size = 0
+        cdef uint8_t * state
         cdef bint ok = True
         if self.core.unified and not self.needs_checkpoint:
-            llama_memory_seq_cp(self.core.mem, src, dst, 0, n)  # the cells are shared
+            llama_memory_seq_cp(self.slots.mem, src, dst, 0, n)  # the cells are shared
         elif self.needs_checkpoint or not self.has_rows:
             with nogil:  # as a whole, whatever it is made of
-                size = llama_state_seq_get_size(self.core.ctx, src)
-                if self.core.state_a.size() < size:
-                    self.core.state_a.resize(size)
-                ok = llama_state_seq_get_data(self.core.ctx, self.core.state_a.data(), size, src) == size \
-                    and llama_state_seq_set_data(self.core.ctx, self.core.state_a.data(), size, dst) == size
-            if ok and n < self.core.slots[src].n_past:
-                ok = llama_memory_seq_rm(self.core.mem, dst, n, -1)
+                size = llama_state_seq_get_size(self.slots.ctx, src)
+                state = self.slots.staging(size)
+                ok = llama_state_seq_get_data(self.slots.ctx, state, size, src) == size \
+                    and llama_state_seq_set_data(self.slots.ctx, state, size, dst) == size
+            if ok and n < self.slots.at(src).n_past:
+                ok = llama_memory_seq_rm(self.slots.mem, dst, n, -1)
         else:
             with nogil:
-                ok = llama_cells_carry_rows(self.core.ctx, src, self.core.ctx, dst, 0, 0, n)
+                ok = llama_cells_carry_rows(self.slots.ctx, src, self.slots.ctx, dst, 0, 0, n)
             size = self.token_bytes * n
         if not ok:
-            self.core.clear_slot(dst)
+            self.slots.clear(dst)
             return False
-        s.tokens.assign(self.core.slots[src].tokens.begin(), self.core.slots[src].tokens.begin() + n)
-        self.retain(dst, n)
-        self.core.counters.kv_copy_bytes += size
-        self.core.counters.kv_copy_ns += now_ns() - start
-        self.core.site(MULLAMA_SITE_COPY, dst, self.core.slots[src].handle, src, n)
+        s.tokens.assign(self.slots.at(src).tokens.begin(), self.slots.at(src).tokens.begin() + n)
+        self.slots.retain(dst, n)
+        self.out.counters.kv_copy_bytes += size
+        self.out.counters.kv_copy_ns += now_ns() - start
+        self.out.site(MULLAMA_SITE_COPY, dst, self.slots.at(src).handle, src, n)
         return True
 
     def trim(self, int slot, int n):
         """Cut what a slot retains to its first ``n`` tokens. Returns those left: 0 where that cannot be done."""
         self.core.check_slot(slot)
-        cdef Slot * s = &self.core.slots[slot]
+        cdef Slot * s = self.slots.at(slot)
         if s.state != MULLAMA_SLOT_RETAINED or n < 0:
             raise ValueError(f"slot {slot} retains nothing that could be cut to {n} tokens")
         if n < s.n_past:
-            if self.can_cut(slot, n) and self.core.cut(slot, n):
+            if self.can_cut(slot, n) and self.slots.cut(slot, n):
                 s.n_past = n
                 s.tokens.resize(n)
             else:
-                self.core.clear_slot(slot)
+                self.slots.clear(slot)
         return s.n_past
 
     def can_cut(self, int slot, int n):
         """Whether a slot could go on from its first ``n`` tokens."""
         self.core.check_slot(slot)
-        cdef Slot * s = &self.core.slots[slot]
+        cdef Slot * s = self.slots.at(slot)
         cdef llama_pos pos_min
         if n < 1 or n > s.n_past:
             return False
         if n == s.n_past:
             return True
-        if not self.core.can_trim:
+        if not self.core.context.can_trim:
             return False
-        if self.core.n_swa > 0:
-            pos_min = llama_memory_seq_pos_min(self.core.mem, slot)
-            return pos_min == 0 or pos_min < n - self.core.n_swa
+        if self.core.context.n_swa > 0:
+            pos_min = llama_memory_seq_pos_min(self.slots.mem, slot)
+            return pos_min == 0 or pos_min < n - self.core.context.n_swa
         return True
 
     def checkpoint(self, int slot):
@@ -218,12 +214,12 @@ cdef class Cells:
         self.core.check_slot(slot)
         cdef size_t n
         cdef uint8_t * out
-        if not self.needs_checkpoint or self.core.slots[slot].n_past == 0:
+        if not self.needs_checkpoint or self.slots.at(slot).n_past == 0:
             return b""
-        n = llama_state_seq_get_size_ext(self.core.ctx, slot, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+        n = llama_state_seq_get_size_ext(self.slots.ctx, slot, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
         found = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> n)
         out = <uint8_t *> PyBytes_AS_STRING(found)
-        if llama_state_seq_get_data_ext(self.core.ctx, out, n, slot, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) != n:
+        if llama_state_seq_get_data_ext(self.slots.ctx, out, n, slot, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) != n:
             raise RuntimeError(f"llama.cpp does not hand out the state of slot {slot}")
         return found
 
@@ -233,8 +229,8 @@ cdef class Cells:
         cdef llama_cells_layer at
         cdef int i
         found = []
-        for i in range(llama_cells_n_layers(self.core.ctx, 0)):
-            if llama_cells_layer_at(self.core.ctx, 0, i, &at):
+        for i in range(llama_cells_n_layers(self.slots.ctx, 0)):
+            if llama_cells_layer_at(self.slots.ctx, 0, i, &at):
                 found.append({
                     "layer": at.layer,
                     "type_k": ggml_type_name(<ggml_type> at.type_k).decode(),

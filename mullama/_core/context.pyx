@@ -37,12 +37,14 @@ cdef class Context:
         if not 1 <= n_slots <= <int> llama_max_parallel_sequences():
             raise ModelLoadError(f"parallel must be 1 to {llama_max_parallel_sequences()}, got {n_slots}",
                                  param="parallel")
-        if not 32 <= n_batch <= 1 << 14 or not 16 <= n_ctx <= 1 << 24:
-            raise ModelLoadError("n_batch must be 32 to 16384, n_ctx 16 to 16777216")
+        if not 32 <= n_batch <= 1 << 14:
+            raise ModelLoadError(f"n_batch must be 32 to 16384, got {n_batch}", param="batch_size")
+        if not 16 <= n_ctx <= 1 << 24:
+            raise ModelLoadError(f"n_ctx must be 16 to 16777216, got {n_ctx}", param="ctx_size")
         cdef ggml_type k_type = cell_type(type_k, "kv_type_k")
         cdef ggml_type v_type = cell_type(type_v, "kv_type_v")
         if unified_cells and not 256 <= unified_cells <= 1 << 28:
-            raise ModelLoadError("unified_cells must be 256 to 268435456")
+            raise ModelLoadError(f"unified_cells must be 256 to 268435456, got {unified_cells}", param="kv_tokens")
         self.wanted = {"n_slots": n_slots, "n_ctx": n_ctx, "n_batch": n_batch, "flash_attn": flash_attn,
                        "type_k": type_k, "type_v": type_v, "unified_cells": unified_cells, "reference": reference}
         self.model = model

@@ -13,7 +13,7 @@ from libcpp.vector cimport vector
 
 from mullama._core.context cimport Context
 from mullama._core.llama cimport *
-from mullama._core.machine cimport Guard, guarded_decode
+from mullama._core.compute cimport Guard, guarded_decode
 from mullama.errors import ComputeFailed, InvalidRequest
 
 cdef class Divergence:

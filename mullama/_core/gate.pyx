@@ -1,4 +1,5 @@
-"""Parts of the core alone, for tests: the gate that text passes, the scans of a row of logits, and how far two are."""
+"""For tests only: parts of the core alone, which no other module uses in this form. The gate that text passes, the
+scans of a row of logits, how far two rows are apart, and the reading of the machine's load."""
 
 from libc.stdint cimport int32_t, uint64_t
 from libcpp cimport bool as cbool
@@ -7,8 +8,9 @@ from libcpp.vector cimport vector
 
 from mullama._core.divergence cimport kl_divergence
 from mullama._core.llama cimport *
-from mullama._core.loop cimport TextGate, scan_argmax, scan_top_k
-from mullama._core.machine cimport NeighbourLoad, OwnCores
+from mullama._core.clock cimport NeighbourLoad, OwnCores
+from mullama._core.loop cimport scan_argmax, scan_top_k
+from mullama._core.slots cimport TextGate
 
 
 cdef class StopText:

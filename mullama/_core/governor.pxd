@@ -1,37 +1,42 @@
+"""The thread governor. Its numbers are a C++ object (governor.h), which knows nothing of Python.
+
+nogil code: the engine thread has the address of ``state``, which is a part of the Governor and lives as long. A Core
+exchanges both at once, on the engine thread, between two runs (Core.go_on_with).
+"""
+
 from libc.stdint cimport uint64_t
+from libcpp cimport bool as cbool
+from libcpp.memory cimport unique_ptr
+
+cimport cython
 
 
+cdef extern from "governor.h" namespace "mullama" nogil:
+    cdef enum:
+        FIRST_LARGE_SHAPE "mullama::Governor::FIRST_LARGE_SHAPE"
+        N_SHAPES "mullama::Governor::N_SHAPES"
+    cppclass GovernorView "mullama::Governor::View":
+        int threads, n_cores
+        uint64_t changes
+        cbool on_trial
+        double neighbours
+        double cost[65][16]
+    cppclass GovernorState "mullama::Governor":
+        GovernorState(int n_max, cbool fixed, int n_cores) except +
+        int n_max
+        cbool fixed
+        int threads_for(int n_tokens)
+        double expected(int n_tokens)
+        uint64_t allowance(int n_tokens)
+        void wake(double cores, uint64_t now)
+        void record(int n_tokens, int on, uint64_t ns, cbool aborted, uint64_t now)
+        cbool wants_look(uint64_t now)
+        void look(double cores, uint64_t now)
+        void set_cores(int n)
+        double cost(int n_tokens)
+        GovernorView view()
+
+
+@cython.final
 cdef class Governor:
-    cdef readonly int n_max            # most threads it may choose
-    cdef readonly int threads          # what it has settled on
-    cdef public int n_cores            # cores that these threads and neighbours share
-    cdef readonly bint fixed
-    cdef readonly unsigned long long changes
-    cdef readonly double neighbours    # cores that others use; -1: unknown
-    # [threads][shape] ns a decode (small shapes) or ns a token (large ones); 0: unknown
-    cdef double quiet[65][16]          # outliers left out: what a decode should cost
-    cdef double recent[65][16]         # everything: what it costs now
-    cdef int outliers[65][16]          # in a row
-    cdef uint64_t next_look_ns
-    cdef int crowded_looks             # looks in a row that wanted fewer threads
-    cdef int free_looks                # looks in a row that allowed more
-    cdef int trial                     # thread count on trial, 0: none
-    cdef int trial_left                # decodes of the trial still to come
-    cdef int trial_from                # the count to go back to
-    cdef uint64_t hold_until_ns        # no trial of more threads before
-    cdef uint64_t hold_down_until_ns   # no trial of fewer before
-    cdef uint64_t hold_up_ns
-    cdef uint64_t last_abort_ns
-    cdef uint64_t hold_down_ns
-
-    cdef int choose(self, int n_tokens) noexcept nogil
-    cdef int room(self, double cores) noexcept nogil
-    cdef double expected(self, int n_tokens, int threads) noexcept nogil
-    cdef double single_bound(self, int n_tokens) noexcept nogil
-    cdef uint64_t allowance(self, int n_tokens) noexcept nogil
-    cdef void measured(self, int n_tokens, int threads, uint64_t ns, bint aborted, uint64_t now) noexcept nogil
-    cdef void awake(self, double cores, uint64_t now) noexcept nogil
-    cdef bint wants_look(self, uint64_t now) noexcept nogil
-    cdef void look(self, double cores, uint64_t now) noexcept nogil
-    cdef void start_trial(self, int threads) noexcept nogil
-    cdef void end_trial(self, bint keep, uint64_t now) noexcept nogil
+    cdef unique_ptr[GovernorState] state  # made once, never exchanged

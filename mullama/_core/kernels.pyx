@@ -65,12 +65,6 @@ def layouts():
     return [name.decode() for name in layout_names()]
 
 
-def type_names():
-    """Names of the types of weights by their numbers in a file, in capitals as they are usually written."""
-    return {i: ggml_type_name(<ggml_type> i).decode().upper() for i in range(<int> GGML_TYPE_COUNT)
-            if ggml_blck_size(<ggml_type> i) > 0}
-
-
 def set_kernel(int kind, int log2_columns, str kernel):
     """Products of this type with ``2**log2_columns`` columns and more, up to the next power of two, go this way."""
     init_backend()

@@ -11,7 +11,6 @@ cdef extern from "ggml.h" nogil:
         int n_threads
         uint32_t poll
         cbool paused
-    ggml_threadpool_params ggml_threadpool_params_default(int n_threads)
     ctypedef cbool (*ggml_abort_callback)(void * data) noexcept
     ctypedef enum ggml_type:
         GGML_TYPE_F16
@@ -39,10 +38,6 @@ cdef extern from "ggml-backend.h" nogil:
     void ggml_backend_load_all_from_path(const char * dir_path)
 
 cdef extern from "pool.h" namespace "mullama" nogil:
-    ggml_threadpool_t pool_new(ggml_threadpool_params * params)
-    void pool_free(ggml_threadpool_t pool)
-    void pool_pause(ggml_threadpool_t pool)
-    void pool_resume(ggml_threadpool_t pool)
     int process_id()
 
 cdef extern from "llama.h" nogil:
@@ -138,7 +133,6 @@ cdef extern from "llama.h" nogil:
     const char * llama_print_system_info()
     size_t llama_max_devices()
     size_t llama_max_parallel_sequences()
-    cbool llama_supports_gpu_offload()
 
     llama_model_params llama_model_default_params()
     llama_context_params llama_context_default_params()
@@ -148,9 +142,7 @@ cdef extern from "llama.h" nogil:
     void llama_model_free(llama_model * model)
     llama_context * llama_init_from_model(llama_model * model, llama_context_params params) except +
     void llama_free(llama_context * ctx)
-    void llama_attach_threadpool(llama_context * ctx, ggml_threadpool_t pool, ggml_threadpool_t pool_batch)
     void llama_detach_threadpool(llama_context * ctx)
-    void llama_set_abort_callback(llama_context * ctx, ggml_abort_callback callback, void * data)
     const llama_model * llama_get_model(const llama_context * ctx)
     void llama_set_n_threads(llama_context * ctx, int32_t n_threads, int32_t n_threads_batch)
 

@@ -407,11 +407,6 @@ cdef class Model:
         found.sort(key=lambda one: -one[0])
         return [(text, left, right) for size, text, left, right in found if size]
 
-    def is_eog(self, int token):
-        """Whether a token ends generation."""
-        self.check_token(token)
-        return llama_vocab_is_eog(self.vocab, token)
-
     def check_token(self, token, param=None):
         """Raise InvalidRequest unless ``token`` is an id of this vocabulary. Returns it as an int."""
         self.check()

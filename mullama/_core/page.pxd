@@ -1,6 +1,7 @@
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+"""The memory of an instrumentation page. No code without the GIL has a Page: it is given the blocks (output.pxd)."""
 
-from mullama.abi cimport mullama_counters, mullama_event, mullama_header, mullama_row
+from mullama._core.output cimport PageBlocks
+from mullama.abi cimport mullama_header
 
 
 cdef class Page:
@@ -9,12 +10,4 @@ cdef class Page:
     cdef readonly str path           # "" for a private page
     cdef object file                 # its descriptor, which holds the lock; None for a private page
     cdef mullama_header * header
-    cdef mullama_counters * counters
-    cdef mullama_row * rows
-    cdef mullama_event * events
-    cdef uint32_t n_rows
-    cdef uint32_t n_events
-
-    cdef void put_counters(self, const mullama_counters & values) noexcept nogil
-    cdef void put_row(self, uint32_t index, const mullama_row & values) noexcept nogil
-    cdef void put_event(self, uint64_t index, const mullama_event & event) noexcept nogil
+    cdef PageBlocks blocks             # what is written; none once it is closed

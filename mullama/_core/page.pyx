@@ -1,6 +1,6 @@
 """The writing side of the instrumentation page (layout and law: abi.h; reading side: abi.py)."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint32_t
 from libc.string cimport memset
 
 import errno
@@ -17,8 +17,6 @@ from mullama.abi cimport *
 
 
 cdef extern from "page_write.h" namespace "mullama" nogil:
-    void publish[Block](Block * out, const Block & values)
-    void publish_event(mullama_event * ring, uint32_t n_events, uint64_t index, const mullama_event & event)
     ctypedef struct FieldInfo:
         const char * block
         const char * name
@@ -112,20 +110,10 @@ cdef class Page:
         header.created_ns = time.monotonic_ns()
         header.magic = MULLAMA_ABI_MAGIC  # last: a reader that sees it may read the rest
         self.header = header
-        self.counters = <mullama_counters *> (base + counters_at)
-        self.rows = <mullama_row *> (base + rows_at)
-        self.events = <mullama_event *> (base + events_at)
-        self.n_rows = n_rows
-        self.n_events = n_events
-
-    cdef void put_counters(self, const mullama_counters & values) noexcept nogil:
-        publish[mullama_counters](self.counters, values)
-
-    cdef void put_row(self, uint32_t index, const mullama_row & values) noexcept nogil:
-        publish[mullama_row](&self.rows[index], values)
-
-    cdef void put_event(self, uint64_t index, const mullama_event & event) noexcept nogil:
-        publish_event(self.events, self.n_events, index, event)
+        self.blocks.counters = <mullama_counters *> (base + counters_at)
+        self.blocks.rows = <mullama_row *> (base + rows_at)
+        self.blocks.events = <mullama_event *> (base + events_at)
+        self.blocks.n_events = n_events
 
     def buffer(self):
         """The page as a read-only memoryview, for mullama.abi.Reader."""
@@ -148,9 +136,7 @@ cdef class Page:
             os.close(self.file)
             self.file = None
         if self.view is not None:
-            self.counters = NULL
-            self.rows = NULL
-            self.events = NULL
+            self.blocks = PageBlocks()
             self.view.release()
             self.view = None
             try:

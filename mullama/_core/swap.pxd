@@ -1,7 +1,7 @@
 from mullama._core.context cimport Context
 from mullama._core.governor cimport Governor
 from mullama._core.llama cimport *
-from mullama._core.loop cimport Core
+from mullama._core.core cimport Core
 
 
 cdef class Carrier:

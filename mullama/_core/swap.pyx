@@ -15,11 +15,13 @@ from libc.stdint cimport uint8_t, uint64_t
 from libcpp.vector cimport vector
 
 from mullama._core.context cimport Context
-from mullama._core.governor cimport Governor
+from mullama._core.governor cimport GovernorState
 from mullama._core.llama cimport *
-from mullama._core.loop cimport Core, now_ns
+from mullama._core.clock cimport now_ns
+from mullama._core.compute cimport Compute, Trial
+from mullama._core.core cimport Core
 from mullama.abi cimport *
-from mullama.errors import ComputeFailed, InvalidRequest
+from mullama.errors import ComputeFailed
 
 cdef enum:
     WARM_DECODES = 2    # on one thread, and on all
@@ -29,17 +31,16 @@ cdef class Carrier:
     """The change of a Core's context to ``target``. One at a time. Raises InvalidRequest when their shapes differ."""
 
     def __init__(self, Core core not None, Context target not None):
-        if core.target is not None:
-            raise InvalidRequest("the weights are being changed already")
-        if target.ctx is NULL or core.ctx is NULL:
+        core.check_unchanging()
+        if target.ctx is NULL or core.is_vacant:
             raise RuntimeError("a context was closed")
         core.context.check_place(target)
         self.core = core
         self.target = target
-        self.governor = Governor(core.governor.n_max, core.governor.fixed, core.governor.n_cores)
+        self.governor = core.governor.twin()
         self.committed = False
         self.is_clear = True
-        core.attach(target.ctx)
+        core.compute.attach(target.ctx)
         core.target = target
 
     def warm(self):
@@ -47,27 +48,35 @@ cdef class Carrier:
 
         They show what these weights cost on one thread and on all. Raises ModelLoadError when they fail.
         """
-        cdef int i = self.warmed
-        cdef bint single = not self.governor.fixed and i < WARM_DECODES
-        if i >= (WARM_DECODES if self.governor.fixed else 2 * WARM_DECODES):
-            return False
-        self.core.resume_pool()
+        cdef GovernorState * governor = self.governor.state.get()
+        cdef Compute * compute = &self.core.compute
+        cdef llama_context * ctx = self.target.ctx
+        cdef int n_decodes = WARM_DECODES if governor.fixed else 2 * WARM_DECODES
+        cdef int i = self.warmed, threads = 1
         cdef uint64_t start
-        if not self.core.take_turn():
+        cdef bint got_turn
+        cdef Trial got
+        if i >= n_decodes:
+            return False
+        if governor.fixed or i >= WARM_DECODES:
+            threads = governor.n_max
+        compute.resume()
+        with nogil:
+            got_turn = compute.take_turn()
+        if not got_turn:
             return False
         start = now_ns()
         if i % WARM_DECODES == 0:
             self.clear()
-        try:
-            if self.core.try_threads(self.target.ctx, self.governor, 1 if single else self.governor.n_max,
-                                     i % WARM_DECODES, 1, i % WARM_DECODES > 0):
-                self.warmed += 1
-            else:
-                self.warmed = 2 * WARM_DECODES  # somebody takes a core: the governor knows
-        finally:
-            self.core.turns.release(self.core.seat, now_ns() - start)
-            self.is_clear = False
-        return self.warmed < (WARM_DECODES if self.governor.fixed else 2 * WARM_DECODES)
+        with nogil:
+            got = compute.try_threads(ctx, governor[0], threads, i % WARM_DECODES, 1, i % WARM_DECODES > 0)
+            compute.give_turn(now_ns() - start)
+        self.is_clear = False
+        if got == Trial.failed:
+            raise self.core.first_decode_failed()
+        # Given up: somebody takes a core, and the governor knows.
+        self.warmed = i + 1 if got == Trial.done else n_decodes
+        return self.warmed < n_decodes
 
     cdef void clear(self) noexcept:
         """Empty the target of what ``warm`` left in it."""
@@ -78,71 +87,63 @@ cdef class Carrier:
     def commit(self, *, bint with_kv=True, bint by_copy=False):
         """Let the new weights take the next step. Returns (running sequences, bytes of KV that they go on with).
 
-        Without ``with_kv`` no slot may hold anything. ``by_copy``: also where nothing had to be copied. Raises
-        ComputeFailed when llama.cpp does not take the KV over: then the old weights stay in charge, and ``abandon``
-        should follow.
+        Without ``with_kv`` no slot may hold anything. ``by_copy``, for tests: also where nothing had to be copied.
+        Raises ComputeFailed when llama.cpp does not take the KV over: then the old weights stay in charge, and
+        ``abandon`` should follow.
         """
         cdef Core core = self.core
         cdef uint64_t start = now_ns()
-        cdef int i, n_running = 0
+        cdef int i, n_running = core.slots.n_open()
         cdef size_t n_bytes = 0
         if self.committed:
             raise RuntimeError("the new weights are in charge already")
         self.clear()
         for i in range(core.n_slots):
-            if core.slots[i].open():
-                n_running += 1
-            if not with_kv and core.slots[i].n_past > 0:
+            if not with_kv and core.slots.at(i).n_past > 0:
                 raise RuntimeError(f"slot {i} still holds KV of the old weights")
-            if core.slots[i].n_past > 0:
+            if core.slots.at(i).n_past > 0:
                 n_bytes += self.bytes_of(i)
-        if with_kv and (by_copy or not llama_memory_exchange(core.ctx, self.target.ctx)):
+        if with_kv and (by_copy or not llama_memory_exchange(core.slots.ctx, self.target.ctx)):
             self.copy_all() if core.unified else self.copy_each()
         self.committed = True
-        core.reused_before += llama_perf_context(core.ctx).n_reused
-        llama_detach_threadpool(core.ctx)
+        core.lose_context()
         self.old = core.context
         core.target = None
-        core.governor = self.governor
-        core.take_on(self.target)
-        core.counters.weight_swaps += 1
-        core.counters.weight_swap_bytes += n_bytes
-        core.counters.weight_swap_ns += now_ns() - start
-        if n_running > 0 or (not with_kv and core.busy_since != 0):
-            core.switched_ns = core.busy_since if core.busy_since != 0 else start
-        core.site(MULLAMA_SITE_WEIGHTS, -1, 0, n_running, n_bytes)
-        core.publish()
+        core.go_on_with(self.target, self.governor)
+        if n_running > 0 or (not with_kv and core.compute.busy_since != 0):
+            core.compute.set_switched(core.compute.busy_since if core.compute.busy_since != 0 else start)
+        core.note_weights(start, n_bytes, True)
         return n_running, n_bytes
 
     cdef size_t bytes_of(self, int slot) noexcept:
         """KV of a slot."""
         if self.core.context.token_bytes == 0 or self.core.context.needs_checkpoint:
-            return llama_state_seq_get_size(self.core.ctx, slot)
-        return self.core.slots[slot].n_past * self.core.context.token_bytes
+            return llama_state_seq_get_size(self.core.slots.ctx, slot)
+        return self.core.slots.at(slot).n_past * self.core.context.token_bytes
 
     cdef bint copy_each(self) except -1:
         """Every slot's KV, as llama.cpp saves it."""
         cdef Core core = self.core
         cdef int i
         cdef size_t size
+        cdef uint8_t * state
         for i in range(core.n_slots):
-            if core.slots[i].n_past == 0:
+            if core.slots.at(i).n_past == 0:
                 continue
-            size = llama_state_seq_get_size(core.ctx, i)
-            if core.state_a.size() < size:
-                core.state_a.resize(size)
-            if llama_state_seq_get_data(core.ctx, core.state_a.data(), size, i) != size \
-                    or llama_state_seq_set_data(self.target.ctx, core.state_a.data(), size, i) != size:
+            size = llama_state_seq_get_size(core.slots.ctx, i)
+            state = core.slots.staging(size)
+            if llama_state_seq_get_data(core.slots.ctx, state, size, i) != size \
+                    or llama_state_seq_set_data(self.target.ctx, state, size, i) != size:
                 raise ComputeFailed(f"the KV of slot {i} could not be copied to the new weights")
         return True
 
     cdef bint copy_all(self) except -1:
         """The whole memory, with the cells that sequences share."""
         cdef Core core = self.core
-        cdef size_t size = llama_state_get_size(core.ctx)
+        cdef size_t size = llama_state_get_size(core.slots.ctx)
         cdef vector[uint8_t] state
         state.resize(size)
-        size = llama_state_get_data(core.ctx, state.data(), size)
+        size = llama_state_get_data(core.slots.ctx, state.data(), size)
         if size == 0 or llama_state_set_data(self.target.ctx, state.data(), size) != size:
             raise ComputeFailed("the KV could not be copied to the new weights")
         return True

@@ -2,7 +2,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libcpp.vector cimport vector
 
 from mullama._core.context cimport Context
-from mullama._core.loop cimport Core
+from mullama._core.core cimport Core
 
 
 cdef class Vacancy:

@@ -1,5 +1,5 @@
 from mullama._core.context import Context
-from mullama._core.loop import Core
+from mullama._core.core import Core
 
 class Vacancy:
     core: Core

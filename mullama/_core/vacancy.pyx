@@ -14,9 +14,10 @@ from libc.stdint cimport uint64_t
 from mullama._core.context cimport Context
 from mullama._core.governor cimport Governor
 from mullama._core.llama cimport *
-from mullama._core.loop cimport Core, now_ns
+from mullama._core.clock cimport now_ns
+from mullama._core.core cimport Core
 from mullama.abi cimport *
-from mullama.errors import ComputeFailed, InvalidRequest
+from mullama.errors import ComputeFailed
 
 
 cdef class Vacancy:
@@ -25,10 +26,9 @@ cdef class Vacancy:
     def __init__(self, Core core not None):
         """Save the KV of all slots. Raises InvalidRequest while a Carrier is at work, ComputeFailed, MemoryError."""
         core.check_slot(0)
-        if core.target is not None:
-            raise InvalidRequest("the weights are being changed already")
+        core.check_unchanging()
         self.core = core
-        self.held_ns = core.busy_since if core.busy_since != 0 else now_ns()
+        self.held_ns = core.compute.busy_since if core.compute.busy_since != 0 else now_ns()
         self.states.resize(core.n_slots)
         self.save()
 
@@ -37,22 +37,22 @@ cdef class Vacancy:
         cdef int i
         cdef size_t size
         for i in range(core.n_slots):
-            if core.slots[i].n_past == 0:
+            if core.slots.at(i).n_past == 0:
                 continue
             if core.unified:  # cells may be shared: all or nothing
-                size = llama_state_get_size(core.ctx)
+                size = llama_state_get_size(core.slots.ctx)
                 self.states[0].resize(size)
                 with nogil:
-                    size = llama_state_get_data(core.ctx, self.states[0].data(), size)
+                    size = llama_state_get_data(core.slots.ctx, self.states[0].data(), size)
                 self.states[0].resize(size)
                 self.n_bytes = size
                 if size == 0:
                     raise ComputeFailed("the KV could not be saved")
                 return True
-            size = llama_state_seq_get_size(core.ctx, i)
+            size = llama_state_seq_get_size(core.slots.ctx, i)
             self.states[i].resize(size)
             with nogil:
-                size = llama_state_seq_get_data(core.ctx, self.states[i].data(), size, i)
+                size = llama_state_seq_get_data(core.slots.ctx, self.states[i].data(), size, i)
             if size == 0 or size != self.states[i].size():
                 raise ComputeFailed(f"the KV of slot {i} could not be saved")
             self.n_bytes += size
@@ -64,13 +64,9 @@ cdef class Vacancy:
         if self.has_left:
             raise RuntimeError("the context has been left already")
         core.pause()
-        core.reused_before += llama_perf_context(core.ctx).n_reused
-        llama_detach_threadpool(core.ctx)
+        core.lose_context()
         self.has_left = True
-        core.ctx = NULL
-        core.mem = NULL
         core.context.release()
-        core.in_charge.reset()  # adapters may go now
         core.publish()
         return core.context
 
@@ -86,35 +82,27 @@ cdef class Vacancy:
         cdef Core core = self.core
         cdef Governor governor
         cdef uint64_t start = now_ns()
-        cdef int i, n_running = 0
         if not self.has_left or self.is_over or context.ctx is NULL:
             raise RuntimeError("this core is not vacant, or the context was closed")
         core.context.check_place(context)
-        governor = Governor(core.governor.n_max, core.governor.fixed, core.governor.n_cores)
-        core.attach(context.ctx)
+        governor = core.governor.twin()
+        core.compute.attach(context.ctx)
         try:
-            core.resume_pool()
-            core.warm_up(context.ctx, governor, True)
+            core.compute.resume()
+            core.warm_up(context, governor, True)
             self.restore(context)
         except BaseException:
             core.pause()
             llama_detach_threadpool(context.ctx)
             raise
         self.is_over = True
-        core.governor = governor
-        core.take_on(context)
-        for i in range(core.n_slots):
-            n_running += core.slots[i].open()
+        core.go_on_with(context, governor)
         if is_swap:
-            core.counters.weight_swaps += 1
-            core.counters.weight_swap_bytes += self.n_bytes
-            core.counters.weight_swap_ns += now_ns() - start
-            core.switched_ns = since_ns
-        core.site(MULLAMA_SITE_WEIGHTS, -1, 0, n_running, self.n_bytes)
+            core.compute.set_switched(since_ns)
+        core.note_weights(start, self.n_bytes, is_swap)
         self.states.clear()
         self.states.shrink_to_fit()
-        core.publish()
-        return n_running
+        return core.slots.n_open()
 
     cdef bint restore(self, Context context) except -1:
         cdef Core core = self.core

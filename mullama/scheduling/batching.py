@@ -13,15 +13,16 @@ from typing import Any, ClassVar
 
 from mullama.plugins.parameters import Param, Policy
 from mullama.scheduling.base import EngineState, Plan, SeqView
+from mullama.scheduling.kv_budget import HEADROOM
 from mullama.types import Preempt, SeqState
 
 # PERF: a global name costs a third of an enum's attribute.
 WAITING, PREFILL, DECODE, PREEMPTED = SeqState.WAITING, SeqState.PREFILL, SeqState.DECODE, SeqState.PREEMPTED
 AUTO = Preempt.AUTO
 
-#: Steps that all running sequences must have cells for before another is admitted: without them a sequence that lost
-#: its cells would come back at once and push out the next one.
-HEADROOM = 33
+#: Steps that all running sequences must have cells for before another is admitted: the next one, and those that the
+#: budget keeps for them. Without them a sequence that lost its cells would come back at once and push out the next one.
+GROWTH = 1 + HEADROOM
 
 PREFILL_BUDGET = Param("prefill_budget", 512, "most prompt tokens a step", minimum=1)
 MAX_RUNNING = Param("max_running", 0, "most sequences that run at once; 0: as many as there are slots", minimum=0)
@@ -222,4 +223,4 @@ class _Door:
 def _growth(seq: SeqView) -> int:
     """Cells that a sequence needs within the next steps."""
     left = seq.max_tokens - seq.generated
-    return seq.prefill_left + (left if left < HEADROOM else HEADROOM)
+    return seq.prefill_left + (left if left < GROWTH else GROWTH)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,9 +61,9 @@ class Machine:
         start = self.now
         retry = False
         while True:
-            threads = 1 if retry else self.governor.pick()
+            threads = 1 if retry else self.governor.threads_for()
             assert 1 <= threads <= self.governor.n_max
-            allowance = 0 if retry else self.governor.allow(n_tokens)
+            allowance = 0 if retry else self.governor.allowance(n_tokens)
             ns = int(self.cost(n_tokens, threads) * MS)
             if allowance and ns > allowance:
                 self.now += allowance
@@ -75,7 +77,7 @@ class Machine:
             break
         if self.now >= self.next_look:
             self.next_look = self.now + LOOK
-            self.governor.see(self.neighbours, int(self.now))
+            self.governor.look(self.neighbours, int(self.now))
         return self.now - start
 
     def run(self, seconds: float, n_tokens: int = 1) -> list[int]:
@@ -215,7 +217,7 @@ def test_fixed_never_changes() -> None:
 def test_one_core_has_no_choice() -> None:
     governor = Governor(1)
     assert governor.fixed
-    assert governor.pick() == 1 and governor.allow(1) == 0
+    assert governor.threads_for() == 1 and governor.allowance(1) == 0
 
 
 @pytest.mark.parametrize(("asked", "got"), [(0, 1), (-5, 1), (1, 1), (64, 64), (65, 64), (512, 64)])
@@ -259,6 +261,20 @@ def test_the_snapshot_says_what_it_knows(machine: Machine) -> None:
     assert Governor(2).snapshot()["neighbour_cores"] is None
 
 
+def test_what_others_see_is_of_one_moment(tmp_path: Path) -> None:
+    """The event loop asks for a snapshot while the engine thread decides, without the GIL."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source = Path(__file__).with_name("governor_views.cpp")
+    folder = Path(__file__).parents[2] / "mullama" / "_core"
+    program = tmp_path / "views"
+    build = [compiler, "-std=c++17", "-O2", "-pthread", "-I", str(folder), str(source), "-o", str(program)]
+    subprocess.run(build, check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 events = st.lists(
     st.one_of(
         st.tuples(st.just("decode"), st.integers(1, 600), st.integers(0, 10_000 * MS), st.booleans()),
@@ -277,14 +293,14 @@ def test_whatever_happens_the_choice_is_in_range(
     now = 0
     for kind, n_tokens, value, aborted in history:
         now += 50 * MS
-        threads = governor.pick()
+        threads = governor.threads_for()
         assert 1 <= threads <= n_max
         assert fixed is False or threads == n_max
-        assert governor.allow(max(n_tokens, 1)) >= 0
+        assert governor.allowance(max(n_tokens, 1)) >= 0
         if kind == "look":
-            governor.see(value, now)
+            governor.look(value, now)
         else:
-            may_abort = governor.allow(n_tokens) > 0
+            may_abort = governor.allowance(n_tokens) > 0
             governor.record(n_tokens, threads, int(value), now, aborted=aborted and may_abort)
     snapshot = governor.snapshot()
     assert 1 <= snapshot["threads"] <= n_max

@@ -79,7 +79,8 @@ def test_exchange_of_a_running_with_a_retained(core: Driver) -> None:
     core.finish_all()
     assert core.outputs[handle].tokens == expected
     whole = first.prompt + first.tokens
-    assert core.core.match([*whole, 65]) == (1, len(whole) - 1), "the retained prefix moved along"
+    assert core.core.retained(1)[0] == len(whole) - 1, "the retained prefix moved along"
+    assert core.core.slot_info(1)[3] == whole[:-1]
 
 
 @pytest.mark.parametrize(("a", "b"), [(-1, 0), (0, 4), (4, 0), (99, 99)])
@@ -88,7 +89,7 @@ def test_slots_out_of_range(core: Driver, a: int, b: int) -> None:
         core.core.exchange(a, b)
     calls: list[Callable[[int], object]] = [
         core.core.retained, core.core.slot_info, core.core.cancel, core.core.close_slot, core.core.evict,
-        core.core.cell_map, core.core.state_bytes, core.core.inject_nan, core.core.gap_cost_ns,
+        core.core.cell_runs, core.core.state_bytes, core.core.inject_nan, core.core.gap_cost_ns,
         lambda slot: core.core.open(slot, 1, [65], greedy(1)), lambda slot: core.core.run([slot], []),
         lambda slot: core.core.run([], [(slot, 1)]),
     ]  # fmt: skip
@@ -361,15 +362,13 @@ def test_more_than_a_batch_is_refused(make_core: Callable[..., Driver], model: M
     driver.finish_all(chunk=32)
 
 
-def test_the_cell_map(core: Driver) -> None:
+def test_cells_are_told_as_runs(core: Driver) -> None:
     core.open("ABCDE", greedy(10), slot=2)
     core.prefill()
-    cell_map = core.core.cell_map(2)
-    assert len(cell_map) == core.core.cells()["size"]
-    assert sorted(pos for pos, owner in cell_map if owner == 2) == [0, 1, 2, 3, 4]
-    assert all((pos, owner) == (-1, -1) for pos, owner in cell_map if owner != 2)
-    assert core.core.cell_map(1) == [(-1, -1)] * core.core.cells()["size"]
-    assert core.core.cell_map(2, 1) == [] and core.core.cell_map(2, -1) == []
+    size = core.core.cells()["size"]
+    assert core.core.cell_runs(2) == [(0, 5, 2), (5, size - 5, -1)]
+    assert core.core.cell_runs(1) == [(0, size, -1)]
+    assert core.core.cell_runs(2, 1) == [] and core.core.cell_runs(2, -1) == []
     core.finish_all()
 
 

@@ -92,10 +92,6 @@ class FakeCore:
     def drain_records(self) -> list[Any]:
         return []
 
-    def match(self, prompt: Sequence[int]) -> tuple[int, int]:
-        self.now += ADMIT // 2
-        return -1, 0
-
     def open(self, slot: int, handle: int, prompt: Sequence[int], params: SamplingParams, *, reuse: int = 0) -> None:
         own = self.slots[slot]
         assert own.state in ("free", "retained")
@@ -105,7 +101,7 @@ class FakeCore:
         if reuse < own.n_past and not self.can_trim:
             reuse = 0
         self.slots[slot] = FakeSlot(list(prompt), params, reuse, "prefill")
-        self.now += ADMIT // 2
+        self.now += ADMIT
 
     def slot_fill(self, slot: int) -> tuple[int, int]:
         return self.slots[slot].n_past, len(self.slots[slot].prompt)

@@ -34,9 +34,6 @@ KNOWN_CUT = {
     "mullama.kv.find:KvFinder",
     "mullama.serving.idle:IdleMethods",
     "mullama.serving.making_room:RoomMethods",
-    "mullama._core.machine:Machine",
-    "mullama._core.parking:Parking",
-    "mullama._core.slots:Slots",
 }
 KNOWN_FOLDERS = {"mullama", "mullama/_core"}
 KNOWN_NAMES = {"context", "events", "kernels", "lora", "priority", "quantize", "sampling", "swap", "wake"}

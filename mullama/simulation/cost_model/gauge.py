@@ -36,7 +36,6 @@ class CoreLike(Protocol):
     n_ctx: int
     n_batch: int
 
-    def match(self, prompt: Sequence[int]) -> tuple[int, int]: ...
     def open(
         self, slot: int, handle: int, prompt: Sequence[int], params: SamplingParams, *, reuse: int = 0
     ) -> None: ...
@@ -179,7 +178,6 @@ class Gauge:
         prompt = self._tokens[:n_tokens]
         self._handle += 1
         start = self._clock()
-        self._core.match(prompt)
         self._core.open(slot, self._handle, prompt, params, reuse=reuse)
         self.measured.admit_ns.append(self._clock() - start)
         self._cells[slot], _ = self._core.slot_fill(slot)  # less where the model's memory cannot be cut
