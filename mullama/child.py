@@ -1,6 +1,6 @@
-"""Running a part of the work in a process of its own: one that may crash, hang or be killed without harm.
+"""Work that must do no harm: in a process of its own, which may crash, hang or be killed; in a thread that steps back.
 
-Used where llama.cpp cannot be trusted with the server's life (a new file) or cannot be stopped (quantising).
+A process is for what llama.cpp cannot be trusted with (a new file) and what cannot be stopped (quantising).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,6 +65,16 @@ def become_child(niceness: int) -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.environ.get(_PARENT) not in (None, str(os.getppid())):  # it ended before the call
             os._exit(1)
+
+
+def step_back(nice: int) -> None:
+    """Run this thread at a lower priority from now on, so that it takes no core from running decodes.
+
+    On Linux a thread cannot raise it again; elsewhere nothing happens, because priorities belong to processes there.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 def yield_to_other_sessions(niceness: int) -> None:

@@ -24,7 +24,7 @@ What runs without the GIL and knows nothing of Python is C++: output.h, compute.
 """
 
 # ruff: noqa: E402 - the checks come first
-from mullama import instructions, libraries
+from mullama.installation import instructions, libraries
 
 instructions.check()
 libraries.check()

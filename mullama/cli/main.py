@@ -41,9 +41,10 @@ class Commands(click.Group):
 
 def _print_version(context: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        from mullama.cli.version import llama_commit, mullama_version
+        from mullama.cli.version import llama_commit
+        from mullama.installation import VERSION
 
-        click.echo(f"mullama {mullama_version() or 'unknown'} (llama.cpp {(llama_commit() or 'unknown')[:9]})")
+        click.echo(f"mullama {VERSION} (llama.cpp {(llama_commit() or 'unknown')[:9]})")
         context.exit()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mullama.cli.options import echo_json, json_option
+from mullama.installation import VERSION
 
 
 @click.command(short_help="Print the version.")
@@ -16,7 +17,7 @@ from mullama.cli.options import echo_json, json_option
 def command(as_json: bool) -> None:
     """Print the versions of mullama, its llama.cpp, and Python."""
     versions = {
-        "mullama": mullama_version(),
+        "mullama": VERSION,
         "llama.cpp": llama_commit(),
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
@@ -26,21 +27,6 @@ def command(as_json: bool) -> None:
         return
     for name, version in versions.items():
         click.echo(f"{name:<10} {version or 'unknown'}")
-
-
-def mullama_version() -> str | None:
-    import mullama
-
-    version = getattr(mullama, "__version__", None)
-    if version is None:
-        # Only when it is needed: importlib.metadata costs more than everything else here.
-        from importlib import metadata
-
-        try:
-            return metadata.version("mullama")
-        except metadata.PackageNotFoundError:
-            return None
-    return str(version)
 
 
 def llama_commit() -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from mullama.priority import step_back
+from mullama.child import step_back
 
 T = TypeVar("T")
 

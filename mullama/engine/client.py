@@ -62,15 +62,28 @@ class EngineClient(Protocol):
         """Token ids of a text. The GIL is released while it works. Raises InvalidRequest for lone surrogates."""
 
     def prompt_tokens(
-        self, text: str, *, most: int | None = None, between: Callable[[], None] | None = None
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = True,
+        most: int | None = None,
+        between: Callable[[], None] | None = None,
     ) -> list[int]:
         """What ``tokenize`` gives, worked out in pieces; ``between`` is called from one to the next.
 
         Raises ContextLengthExceeded as soon as there are surely more than ``most``, InvalidRequest.
         """
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids, malformed UTF-8 replaced by U+FFFD. ``special``: control tokens are spelled out."""
+
+    def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        """The bytes of each token, of control tokens their names. A piece may be a part of a character."""
+
+    def vocabulary(self) -> dict[str, Any]:
+        """``bos_token``, ``eos_token``, ``unk_token``, ``pad_token`` (their text, None where there is none) and
+        ``chat_template``, the source of the template in use."""
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         """The prompt of a chat, by the model's template (ChatML when it has none).

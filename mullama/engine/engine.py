@@ -66,6 +66,9 @@ from mullama.types import ModelInfo, Request, SamplingParams, SeqState
 
 log = logging.getLogger("mullama.engine")
 
+#: What clients call a special token, and its name in a model's metadata.
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
 T = TypeVar("T")
 
 STALLED_SECONDS = 30.0  # no step for so long, with work to do: not ready
@@ -200,12 +203,20 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         return self.model.tokenize(text, add_special=add_special, parse_special=parse_special)
 
     def prompt_tokens(
-        self, text: str, *, most: int | None = None, between: Callable[[], None] | None = None
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = True,
+        most: int | None = None,
+        between: Callable[[], None] | None = None,
     ) -> list[int]:
         """The tokens of a prompt, worked out in pieces (see EngineClient.prompt_tokens)."""
         self._check_open()
         try:
-            return self._tokenizer.tokenize(text, most=most, between=between)
+            return self._tokenizer.tokenize(
+                text, add_special=add_special, parse_special=parse_special, most=most, between=between
+            )
         except TooManyTokens as error:
             raise self._too_long(error.n, at_least=not error.is_all) from None
 
@@ -222,10 +233,26 @@ class Engine(KvMethods, PolicyMethods, WeightMethods):
         self._check_open()
         return self._tokenizer.bytes_alone(data) if data else []
 
-    def detokenize(self, tokens: SequenceOf[int]) -> str:
-        """Text of token ids, malformed UTF-8 replaced by U+FFFD."""
+    def detokenize(self, tokens: SequenceOf[int], *, special: bool = False) -> str:
+        """Text of token ids, malformed UTF-8 replaced by U+FFFD. ``special``: control tokens are spelled out."""
         self._check_open()
-        return self.model.detokenize(tokens)
+        return self.model.detokenize(tokens, special=special)
+
+    def pieces(self, tokens: SequenceOf[int]) -> list[bytes]:
+        """The bytes of each token (see EngineClient.pieces)."""
+        self._check_open()
+        return [self.model.piece(token, special=True) for token in tokens]
+
+    def vocabulary(self) -> dict[str, Any]:
+        """The special tokens and the template (see EngineClient.vocabulary)."""
+        self._check_open()
+        model = self.model
+        found: dict[str, Any] = {"chat_template": model.chat_template()}
+        for name, key in SPECIAL_TOKENS.items():
+            token = model.metadata().get(f"tokenizer.ggml.{key}_token_id", "")
+            known = token.isdecimal() and int(token) < model.n_vocab
+            found[name] = model.piece(int(token), special=True).decode("utf-8", "replace") if known else None
+        return found
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         """The prompt of a chat; tokenise it with ``add_special=True``. Raises InvalidRequest."""

@@ -8,7 +8,7 @@ import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mullama import instructions
+from mullama.installation import instructions
 
 CPUINFO = Path("/proc/cpuinfo")
 

@@ -6,8 +6,8 @@ import platform
 import sys
 from typing import Any
 
-from mullama import __version__, instructions, libraries
 from mullama.errors import MachineUnfit
+from mullama.installation import VERSION, instructions, libraries
 from mullama.machine import cgroups, memory
 from mullama.machine.cores import cores
 from mullama.machine.folders import Folder
@@ -82,7 +82,7 @@ def _build() -> dict[str, Any]:
     record, carried = instructions.build_record(), instructions.carried()
     used = record.get("instructions", [])
     return {
-        "mullama": __version__,
+        "mullama": VERSION,
         "python": platform.python_version(),
         **{name: record.get(name) for name in ("compiler", "build_type", "c_flags", "cxx_flags", "cpu_flags")},
         "core_flags": record.get("core_flags"),

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mullama import instructions, libraries
 from mullama.config import DEFAULT_MODEL, ServeConfig
 from mullama.errors import ConfigError, MachineUnfit, MullamaError
 from mullama.home import NOWHERE, default_root, expand, need_home
+from mullama.installation import instructions, libraries
 from mullama.machine.folders import Folder, look, page_folder
 from mullama.machine.report import machine_report
 from mullama.models.store.store import Store

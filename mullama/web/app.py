@@ -32,6 +32,8 @@ from mullama.web.internal.memory_routes import MemoryView
 from mullama.web.internal.model_routes import ArbiterView, ModelActions, ModelTable, SwapViews
 from mullama.web.internal.pull_routes import ModelPull
 from mullama.web.internal.scheduler_routes import SchedulerView, ShadowScheduler
+from mullama.web.llama_server.server_state import Props, Slots
+from mullama.web.llama_server.tokens import ApplyTemplate, Detokenize, Tokenize, TokenizerInfo
 from mullama.web.openai.chat_completions import ChatCompletions
 from mullama.web.openai.completions import Completions
 from mullama.web.openai.context import ContextPolicy, default_policy
@@ -57,11 +59,18 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.req_options.strip_url_path_trailing_slash = True
     add_error_handlers(app)
 
-    app.add_route("/v1/chat/completions", ChatCompletions(services))
+    for prefix in ("/v1", ""):  # llama-server answers without the prefix as well
+        app.add_route(f"{prefix}/chat/completions", ChatCompletions(services))
+        app.add_route(f"{prefix}/models", ModelList(models, services))
+        app.add_route(f"{prefix}/health", Health())
+        app.add_route(f"{prefix}/tokenize", Tokenize(services))
+        app.add_route(f"{prefix}/detokenize", Detokenize(services))
     app.add_route("/v1/completions", Completions(services))
-    app.add_route("/v1/models", ModelList(models, services))
     app.add_route("/v1/models/{model_id:path}", ModelDetail(models))
-    app.add_route("/health", Health())
+    app.add_route("/apply-template", ApplyTemplate(services))
+    app.add_route("/tokenizer_info", TokenizerInfo(services))
+    app.add_route("/props", Props(models))
+    app.add_route("/slots", Slots(models))
     app.add_route("/ready", Ready(models))
     app.add_route("/internal/models", ModelTable(services))
     app.add_route("/internal/models/{name:path}", ModelActions(services))

@@ -162,7 +162,7 @@ def test_a_verdict_of_another_version_does_not_count(
     tiny_model: Callable[..., Path], tmp_path: Path, children: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_model(tiny_model(), root=tmp_path)
-    monkeypatch.setattr(probe, "__version__", "9.9")
+    monkeypatch.setattr(probe, "VERSION", "9.9")
     check_model(tiny_model(), root=tmp_path)
     assert len(children) == 2
 

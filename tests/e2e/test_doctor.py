@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import mullama
-from mullama.instructions import library_folder
+from mullama.installation.instructions import library_folder
 
 from .support import clean_env, run_mullama
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mullama import instructions
+from mullama.installation import instructions
 
 from .support import clean_env
 
@@ -34,7 +34,9 @@ BUILDS = {
 LONG = pytest.mark.skipif(not os.environ.get("MULLAMA_LONG"), reason="compiles everything; set MULLAMA_LONG=1")
 pytestmark = pytest.mark.skipif(QEMU is None, reason="qemu-x86_64 (qemu-user) is not installed")
 
-CARRIED = "import json; from mullama import instructions; print(json.dumps(sorted(instructions.carried())))"
+CARRIED = (
+    "import json; from mullama.installation import instructions; print(json.dumps(sorted(instructions.carried())))"
+)
 ANSWERS = """
 import json, sys
 from mullama import Engine

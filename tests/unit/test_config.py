@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from mullama.cli.config_docs import configuration_page
 from mullama.config import ServeConfig, default_of, load_config, option_type, options
-from mullama.config_docs import configuration_page
 from mullama.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -147,7 +147,7 @@ def test_lists_are_not_shared() -> None:
 
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == configuration_page(), (
-        "run: python -m mullama.config_docs docs/configuration.md"
+        "run: python -m mullama.cli.config_docs docs/configuration.md"
     )
 
 

@@ -226,21 +226,7 @@ def test_the_table_is_the_lifecycle() -> None:
     assert {(row[0], row[1]) for row in rows} == edges_of_the_code()
 
 
-BASE = {
-    "types",
-    "errors",
-    "faults",
-    "instructions",
-    "libraries",
-    "files",
-    "home",
-    "child",
-    "priority",
-    "config",
-    "config_docs",
-    "logs",
-    "abi",
-}
+BASE = {"types", "errors", "faults", "installation", "files", "home", "child", "config", "logs", "abi"}
 
 
 def room_of(module: str) -> str | None:

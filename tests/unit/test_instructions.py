@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mullama import instructions
 from mullama.errors import MachineUnfit
-from mullama.instructions import SETS, Ask, carried_by, missing
+from mullama.installation import instructions
+from mullama.installation.instructions import SETS, Ask, carried_by, missing
 
 EVERYTHING = 0xFFFFFFFF
 AVX, AVX512, AMX = 0x7, 0xE7, 0x600E7  # what a system saves: SSE's registers, and those

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mullama import instructions, libraries
 from mullama.errors import MachineUnfit
+from mullama.installation import instructions, libraries
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"

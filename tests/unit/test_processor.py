@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mullama import instructions
 from mullama.cli.server.doctor import sections
+from mullama.installation import instructions
 from mullama.machine import processor as module
 from mullama.machine.processor import Tiles, amx_tiles, parse_cpuinfo, processor
 from mullama.machine.report import machine_report, provenance

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from models_support import make_gguf
 
-from mullama import abi, instructions, libraries
+from mullama import abi
 from mullama.cli.main import main
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError, MachineUnfit
+from mullama.installation import instructions, libraries
 from mullama.machine import folders
 from mullama.models.store import pulling
 from mullama.serving import readiness

@@ -141,15 +141,34 @@ class FakeEngine:
         return ([BOS] if add_special else []) + [ord(c) % N_VOCAB for c in text]
 
     def prompt_tokens(
-        self, text: str, *, most: int | None = None, between: Callable[[], None] | None = None
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = True,
+        most: int | None = None,
+        between: Callable[[], None] | None = None,
     ) -> list[int]:
-        tokens = self.tokenize(text)
+        tokens = self.tokenize(text, add_special=add_special, parse_special=parse_special)
         if most is not None and len(tokens) > most:
             raise ContextLengthExceeded(f"the prompt has at least {most + 1} tokens", param="prompt", n_tokens=most + 1)
         return tokens
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        return "".join(map(chr, tokens))
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        return "".join(chr(token) for token in tokens if special or token != BOS)
+
+    def pieces(self, tokens: Sequence[int]) -> list[bytes]:
+        """Half of a character for the tokens from 900 on."""
+        return [b"\xc3" if token >= 900 else chr(token).encode() for token in tokens]
+
+    def vocabulary(self) -> dict[str, Any]:
+        return {
+            "bos_token": chr(BOS),
+            "eos_token": None,
+            "unk_token": None,
+            "pad_token": None,
+            "chat_template": "{{x}}",
+        }
 
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
         self.rendered = json.loads(messages_json)

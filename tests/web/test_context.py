@@ -13,9 +13,10 @@ import pytest
 from docs_support import ROOT, blocks, names
 
 from mullama.config import ServeConfig
+from mullama.web.openai.chunks import ChunkFormat
 from mullama.web.openai.context import ContextPolicy
 from mullama.web.services import Services
-from mullama.web.stream.events import ChunkFormat, EventStream
+from mullama.web.stream.events import EventStream
 
 from .conftest import Client, Live, Result
 from .fake_engine import BOS, FakeEngine
@@ -310,7 +311,7 @@ def test_the_direct_path_opens_behind_the_first_chunk(services: Services, engine
     async def go() -> None:
         group, door = await group_of(services, engine, n), Door()
         chunks = ChunkFormat(group, created=0, is_chat=True, include_usage=False, only_first={"context": {"a": 1}})
-        stream = EventStream(group, chunks, include_usage=False, with_profile=False, ping_seconds=9.0, body=door)
+        stream = EventStream(group, chunks, ping_seconds=9.0, body=door)
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0)
         engine.generations[-1].deliver("1", 1)

@@ -13,10 +13,11 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from mullama.errors import ComputeFailed
 from mullama.types import Finish, FinishReason, Profile
+from mullama.web.openai.chunks import ChunkFormat
 from mullama.web.openai.schemas import options_of, parse_chat
 from mullama.web.services import Services
 from mullama.web.stream.direct import DirectBody
-from mullama.web.stream.events import PING, ChunkFormat, EventStream
+from mullama.web.stream.events import PING, EventStream
 from mullama.web.stream.generations import Group, Merged
 
 from .conftest import Live, parse_events
@@ -237,7 +238,7 @@ def test_nothing_overtakes_a_declined_text(services: Services, engine: FakeEngin
     async def go() -> bytes:
         group, door = await group_of(services, engine, n), Door()
         chunks = ChunkFormat(group, created=0, is_chat=True, include_usage=False)
-        stream = EventStream(group, chunks, include_usage=False, with_profile=False, ping_seconds=9.0, body=door)
+        stream = EventStream(group, chunks, ping_seconds=9.0, body=door)
         out = door.sent
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.01)
@@ -272,7 +273,7 @@ def test_a_closed_stream_takes_no_more(services: Services, engine: FakeEngine) -
     async def go() -> None:
         group, door = await group_of(services, engine, 2), Door()
         chunks = ChunkFormat(group, created=0, is_chat=True, include_usage=False)
-        stream = EventStream(group, chunks, include_usage=False, with_profile=False, ping_seconds=9.0, body=door)
+        stream = EventStream(group, chunks, ping_seconds=9.0, body=door)
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0)
         waiting.cancel()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mullama import libraries
 from mullama.config import ServeConfig
+from mullama.installation import libraries
 from mullama.serving.readiness import look_around
 from mullama.web.app import create_app
 from mullama.web.services import Services

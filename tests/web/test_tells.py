@@ -47,8 +47,10 @@ class Telling(FakeEngine):
         return self.arbiter_policy, self.share
 
     def scheduler_snapshot(self) -> dict[str, Any]:
-        own = {"id": "cmpl-bob", "user": "bob-user", "tenant": tenant_of(b"bob-key"), "slot": 1}
-        other = {"id": "cmpl-alice", "user": "alice-user", "tenant": tenant_of(b"alice-key"), "slot": 0}
+        names = ("prompt_tokens", "prompt_tokens_done", "kv_cache_hit", "tokens_left", "completion_tokens")
+        done = dict(zip(names, (9, 9, 4, 5, 2), strict=True))
+        own = {"id": "cmpl-bob", "user": "bob-user", "tenant": tenant_of(b"bob-key"), "slot": 1, **done}
+        other = {"id": "cmpl-alice", "user": "alice-user", "tenant": tenant_of(b"alice-key"), "slot": 0, **done}
         return {
             "policy": "fair",
             "params": {"weights": "weight of alice-user"},

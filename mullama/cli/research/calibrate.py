@@ -115,8 +115,9 @@ def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress
 def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
     from datetime import UTC, datetime
 
-    from mullama.cli.version import llama_commit, mullama_version
+    from mullama.cli.version import llama_commit
     from mullama.compare.provenance import commit
+    from mullama.installation import VERSION
     from mullama.machine.cores import usable_threads
     from mullama.machine.report import provenance
 
@@ -137,7 +138,7 @@ def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "flash_attn": config.flash_attn,
         "computing": engine.computing(),
-        "version": mullama_version(),
+        "version": VERSION,
         "commit": commit(),
         "llama_cpp": llama_commit(),
     }

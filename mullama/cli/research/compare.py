@@ -205,9 +205,10 @@ def _measure(
 def _provenance(engine: Engine, config: ServeConfig) -> dict[str, Any]:
     from datetime import UTC, datetime
 
-    from mullama.cli.version import llama_commit, mullama_version
+    from mullama.cli.version import llama_commit
     from mullama.compare.provenance import commit
     from mullama.config import default_of, options
+    from mullama.installation import VERSION
     from mullama.machine.report import provenance
 
     changed = {
@@ -216,7 +217,7 @@ def _provenance(engine: Engine, config: ServeConfig) -> dict[str, Any]:
         if not option.metadata.get("secret") and getattr(config, option.name) != default_of(option)
     }
     return {
-        "version": mullama_version(),
+        "version": VERSION,
         "commit": commit(),
         "llama_cpp": llama_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

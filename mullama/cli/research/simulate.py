@@ -187,14 +187,14 @@ def _provenance(costs: CostModel, cost_file: Path, config: SimConfig) -> dict[st
     """As compare has it; machine, model, llama.cpp and date are those of the calibration."""
     from dataclasses import asdict
 
-    from mullama.cli.version import mullama_version
     from mullama.compare.provenance import commit
+    from mullama.installation import VERSION
 
     about = costs.about
     model = about.get("model") if isinstance(about.get("model"), dict) else {}
     machine = about.get("machine") if isinstance(about.get("machine"), dict) else {}
     return {
-        "version": mullama_version(),
+        "version": VERSION,
         "commit": commit(),
         "llama_cpp": about.get("llama_cpp"),
         "date": about.get("date"),

@@ -69,11 +69,12 @@ def _serve(params: dict[str, Any], on_ready: Callable[[], None]) -> None:
 
 def _summary(models: ModelManager, config: ServeConfig) -> None:
     """What is served, in a line each: what one looks for first when something is slow or refused."""
-    from mullama.cli.version import llama_commit, mullama_version
+    from mullama.cli.version import llama_commit
+    from mullama.installation import VERSION
     from mullama.machine.cores import usable_threads
     from mullama.machine.ways import words_of
 
-    log.info("mullama %s, llama.cpp %s", mullama_version() or "unknown", (llama_commit() or "unknown")[:12])
+    log.info("mullama %s, llama.cpp %s", VERSION, (llama_commit() or "unknown")[:12])
     for served in models.all():
         engine = served.engine
         if engine is None:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mullama.priority import step_back
+from mullama.child import step_back
 from mullama.scheduling import EngineState, Plan, SeqView, registry
 from mullama.simulation import SimConfig
 from mullama.simulation.shadow_policy import Finished, ShadowPolicy

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mullama import __version__, child
+from mullama import child
 from mullama.errors import ModelLoadError, StoreError
 from mullama.home import default_root
+from mullama.installation import VERSION
 from mullama.machine import kernels
 from mullama.models.files import gguf
 from mullama.models.files.matrices import matrices
@@ -272,4 +273,4 @@ def _identity(path: Path, digest: str | None) -> list[list[int]] | str:
 def _versions() -> list[str | int]:
     from mullama._core import llama_cpp_version
 
-    return [FORMAT, __version__, llama_cpp_version()]
+    return [FORMAT, VERSION, llama_cpp_version()]

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mullama.child import step_back
 from mullama.errors import PullCancelled, QueueFull, StoreError
 from mullama.models.reference import Reference
 from mullama.models.store.entry import Entry
 from mullama.models.store.store import Store
-from mullama.priority import step_back
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 import falcon.asgi
 import orjson
 
-from mullama import libraries
 from mullama.config import ServeConfig
+from mullama.installation import libraries
 from mullama.machine.report import machine_report
 from mullama.serving.manager import ModelManager
 from mullama.serving.readiness import Findings, folder_findings, folders_of

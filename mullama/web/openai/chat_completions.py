@@ -14,13 +14,13 @@ from mullama.engine.requests.handover import Speaker
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
-from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_turns, policy_for, without
-from mullama.web.openai.responding import new_id, respond
-from mullama.web.openai.schemas import ChatCall, Message, Options, keep_alive_of, options_of, parse_chat
+from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_turns, without
+from mullama.web.openai.opening import Opened, Opening, with_lease
+from mullama.web.openai.responding import respond
+from mullama.web.openai.schemas import ChatCall, Message, parse_chat
 from mullama.web.security import Access
-from mullama.web.services import FEW_BIASES, LARGE_TEXT, Services
-from mullama.web.stream.generations import Group, Reply
+from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.stream.generations import Reply
 
 #: A chat with more messages is counted in blocks first.
 MANY_MESSAGES = 2048
@@ -37,29 +37,18 @@ class ChatCompletions:
         """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
         services = self._services
         call = await services.parse(req, partial(parse_chat, models=services.models))
-        lease = await services.lease(req, call.model)
-        try:
-            group, options, dropped = await self._begin(req, call, lease)
-        except ContextLengthExceeded as error:
-            lease.release()
-            raise error.about("messages", "the chat") from None
-        except BaseException:
-            lease.release()
-            raise
-        await respond(req, resp, services, group, options, is_chat=True, choice=_choice, dropped=[dropped])
+        opened = await open_chat(services, req, call)
+        await respond(req, resp, services, opened, is_chat=True, choice=_choice)
 
-    async def _begin(self, req: Request, call: ChatCall, lease: Lease) -> tuple[Group, Options, Dropped | None]:
-        """The prompt, and its generations. The group takes over the lease."""
-        services, engine = self._services, lease.engine
-        errand = services.errand(req)
-        named = check_named(call.model, call.named, engine)
-        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
-        options = await errand.run(has_many, partial(options_of, call.body, engine.info))
-        keep_alive_s = keep_alive_of(call.body)
-        prepared = await services.prepared(errand, engine, options.sampling)
-        info = engine.info
-        policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
-        room = Room(info.n_ctx, options.sampling.max_tokens)
+
+async def open_chat(
+    services: Services, req: Request, call: ChatCall, *, endpoint: str = "chat.completions", id_prefix: str = "chatcmpl"
+) -> Opened:
+    """The prompt of a chat, and its generations. Raises what ``ChatCompletions`` raises."""
+
+    async def begin(lease: Lease) -> Opened:
+        opening = await Opening.of(services, req, call, lease)
+        errand, engine, policy, room = opening.errand, opening.engine, opening.policy, opening.room
         is_large = len(call.messages_json) > LARGE_TEXT
         pace = errand.checkpoint if is_large else None
         whole = await errand.run(is_large, partial(_whole, engine, call, policy, room, pace))
@@ -69,23 +58,14 @@ class ChatCompletions:
             prompt, dropped = await errand.run(
                 True, partial(_cut, engine, call, prompt, n_whole, policy, room, errand.checkpoint)
             )
-        group = Group(
-            services,
-            lease,
-            request_id=new_id("chatcmpl"),
-            model=SEPARATOR.join((call.model, *named)),
-            endpoint="chat.completions",
-            prompts=[prompt],
-            options=options.of_tenant(req.tenant),
-            prepared=prepared,
-            arrival_ns=req.arrival_ns,
-            context_shift=policy is ContextPolicy.SHIFT,
-            lora=uses_of(named, call.body.lora),
-            translate=partial(_translated, messages_json=_messages_json(call, dropped)),
-        )
-        await group.submit()
-        services.keep_alive(call.model, keep_alive_s)  # of a request that was not refused
-        return group, options, dropped
+        translate = partial(_translated, messages_json=_messages_json(call, dropped))
+        group = await opening.submit([prompt], id_prefix=id_prefix, endpoint=endpoint, translate=translate)
+        return Opened(group, opening.options, [dropped])
+
+    try:
+        return await with_lease(services, req, call.model, begin)
+    except ContextLengthExceeded as error:
+        raise error.about("messages", "the chat") from None
 
 
 def _prompt(engine: EngineClient, messages_json: bytes, most: int | None, pace: Callable[[], None] | None) -> list[int]:

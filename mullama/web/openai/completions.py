@@ -12,20 +12,13 @@ from mullama.engine.client import EngineClient
 from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
-from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_tokens, policy_for, without
-from mullama.web.openai.responding import new_id, respond
-from mullama.web.openai.schemas import (
-    CompletionCall,
-    Options,
-    completion_prompts,
-    keep_alive_of,
-    options_of,
-    parse_completion,
-)
+from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_tokens, without
+from mullama.web.openai.opening import Opened, Opening, with_lease
+from mullama.web.openai.responding import respond
+from mullama.web.openai.schemas import CompletionCall, completion_prompts, parse_completion
 from mullama.web.security import Access
-from mullama.web.services import FEW_BIASES, LARGE_TEXT, Services
-from mullama.web.stream.generations import Group, Reply
+from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.stream.generations import Reply
 
 
 class Completions:
@@ -38,64 +31,42 @@ class Completions:
         """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
         services = self._services
         call = await services.parse(req, partial(parse_completion, models=services.models))
-        lease = await services.lease(req, call.model)
-        try:
-            group, options, echoes, dropped = await self._begin(req, call, lease)
-        except BaseException:
-            lease.release()
-            raise
+        opened = await open_completion(services, req, call)
 
         def choice(index: int, reply: Reply) -> dict[str, Any]:
             return {
                 "index": index,
-                "text": (echoes[index] if echoes else "") + reply.text,
+                "text": (opened.echoes[index] if opened.echoes else "") + reply.text,
                 "logprobs": None,
                 "finish_reason": reply.finish.reason,
             }
 
-        await respond(req, resp, services, group, options, is_chat=False, choice=choice, echoes=echoes, dropped=dropped)
+        await respond(req, resp, services, opened, is_chat=False, choice=choice)
 
-    async def _begin(
-        self, req: Request, call: CompletionCall, lease: Lease
-    ) -> tuple[Group, Options, list[str] | None, list[Dropped | None]]:
-        """The prompts, and their generations. The group takes over the lease."""
-        services, engine = self._services, lease.engine
-        errand = services.errand(req)
-        named = check_named(call.model, call.named, engine)
-        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
-        options = await errand.run(has_many, partial(options_of, call.body, engine.info))
-        keep_alive_s = keep_alive_of(call.body)
-        prepared = await services.prepared(errand, engine, options.sampling)
-        asked = completion_prompts(call.body, options, engine.info)
-        info = engine.info
-        policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
-        room = Room(info.n_ctx, options.sampling.max_tokens)
+
+async def open_completion(
+    services: Services, req: Request, call: CompletionCall, *, endpoint: str = "completions", id_prefix: str = "cmpl"
+) -> Opened:
+    """The prompts of a completion, and their generations. Raises what ``Completions`` raises."""
+
+    async def begin(lease: Lease) -> Opened:
+        opening = await Opening.of(services, req, call, lease)
+        errand, engine, policy, room = opening.errand, opening.engine, opening.policy, opening.room
+        asked = completion_prompts(call.body, opening.options, engine.info)
         size = sum(len(prompt) for prompt in asked)
         pace = errand.checkpoint if size > LARGE_TEXT else None
         most = None if policy.truncates else room.limit
         prompts = await errand.run(size > LARGE_TEXT, partial(_tokens, engine, asked, most, pace))
         echoes = None
         if call.body.echo:
-            echoes = await errand.run(size > LARGE_TEXT, partial(_echoes, engine, asked, options.n))
+            echoes = await errand.run(size > LARGE_TEXT, partial(_echoes, engine, asked, opening.options.n))
         dropped: list[Dropped | None] = []
         if policy.truncates and any(len(prompt) > room.wanted for prompt in prompts):
             prompts, dropped = await errand.run(True, partial(_cut, engine, prompts, policy, room))
-        group = Group(
-            services,
-            lease,
-            request_id=new_id("cmpl"),
-            model=SEPARATOR.join((call.model, *named)),
-            endpoint="completions",
-            prompts=prompts,
-            options=options.of_tenant(req.tenant),
-            prepared=prepared,
-            arrival_ns=req.arrival_ns,
-            context_shift=policy is ContextPolicy.SHIFT,
-            lora=uses_of(named, call.body.lora),
-        )
-        await group.submit()
-        services.keep_alive(call.model, keep_alive_s)  # of a request that was not refused
-        return group, options, echoes, dropped
+        group = await opening.submit(prompts, id_prefix=id_prefix, endpoint=endpoint)
+        return Opened(group, opening.options, dropped, echoes)
+
+    return await with_lease(services, req, call.model, begin)
 
 
 def _tokens(

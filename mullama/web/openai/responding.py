@@ -1,10 +1,9 @@
-"""What chat and completions share: a new id, and the response of a group, streamed or whole."""
+"""What chat and completions share: the response of a group, streamed or whole."""
 
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import falcon.asgi
@@ -12,17 +11,14 @@ import orjson
 
 from mullama.web.http.request import Request
 from mullama.web.http.request_log import note_group
-from mullama.web.openai.context import Dropped, context_member, shift_member
-from mullama.web.openai.schemas import Options
+from mullama.web.openai.chunks import ChunkFormat
+from mullama.web.openai.context import context_member, shift_member
+from mullama.web.openai.opening import Opened
 from mullama.web.openai.usage import profile_fields, usage
 from mullama.web.services import Services
 from mullama.web.stream.direct import direct_body
-from mullama.web.stream.events import ChunkFormat, EventStream, start_stream
-from mullama.web.stream.generations import Group, Reply
-
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+from mullama.web.stream.events import EventStream, start_stream
+from mullama.web.stream.generations import Reply
 
 
 def wants_profile(req: Request) -> bool:
@@ -33,19 +29,16 @@ async def respond(
     req: Request,
     resp: falcon.asgi.Response,
     services: Services,
-    group: Group,
-    options: Options,
+    opened: Opened,
     *,
     is_chat: bool,
     choice: Callable[[int, Reply], dict[str, Any]],
-    echoes: Sequence[str] | None = None,
-    dropped: Sequence[Dropped | None] = (),
 ) -> None:
     """Answer with the group's choices; it is closed here, or by the stream. Raises the error of a generation.
 
-    ``dropped`` has one entry a prompt, or none at all: what was taken out of it, which the response says. It says too
-    what the engine dropped to go on when the context was full.
+    The response says what was taken out of its prompts, and what the engine dropped to go on when the context was full.
     """
+    group, options, dropped = opened.group, opened.options, opened.dropped
     streaming = False
     note_group(req, group)
     try:
@@ -60,18 +53,12 @@ async def respond(
                 created=created,
                 is_chat=is_chat,
                 include_usage=options.include_usage,
-                echoes=echoes,
+                with_profile=wants_profile(req),
+                echoes=opened.echoes,
                 only_first=context,
             )
-            stream = EventStream(
-                group,
-                chunks,
-                include_usage=options.include_usage,
-                with_profile=wants_profile(req),
-                ping_seconds=services.ping_seconds,
-                body=direct_body(req.scope),
-            )
-            start_stream(resp, stream)
+            body = direct_body(req.scope)
+            start_stream(resp, EventStream(group, chunks, ping_seconds=services.ping_seconds, body=body))
             streaming = True
             return
         replies = await group.collect()
@@ -80,7 +67,7 @@ async def respond(
         if any(shifted):
             context = shift_member(shifted)
             resp.set_header("X-Context-Dropped", str(sum(shifted)))
-        body = {
+        answer = {
             "id": group.id,
             "object": "chat.completion" if is_chat else "text_completion",
             "created": created,
@@ -90,8 +77,8 @@ async def respond(
             **context,
         }
         if wants_profile(req):
-            body |= profile_fields(finishes)
-        resp.data = orjson.dumps(body)
+            answer |= profile_fields(finishes)
+        resp.data = orjson.dumps(answer)
     finally:
         if not streaming:
             group.close()

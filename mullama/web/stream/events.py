@@ -1,4 +1,4 @@
-"""Server-sent events: one stream of chunks for one request.
+"""One stream of chunks for one request, in the words of any API.
 
 The hot path is ``EventStream._sink`` where the server offers a direct way to the client (``direct.py``), else
 ``__anext__``: one JSON encoding of the new text between two constants.
@@ -10,21 +10,21 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import falcon.asgi
 import orjson
 
+from mullama.errors import MullamaError
 from mullama.types import Finish
 from mullama.web.error_responses import as_mullama_error
-from mullama.web.openai.context import shift_member
-from mullama.web.openai.usage import profile_fields, usage
 from mullama.web.stream.direct import DirectBody, Diverting, Sink
 from mullama.web.stream.generations import Event, Group, events_of
 
 #: A comment alone: a blank line behind it would end an event without data, which some clients take for a broken one.
 PING = b": ping\n"
-DONE = b"data: [DONE]\n\n"
+#: The media type of server-sent events.
+EVENTS = "text/event-stream; charset=utf-8"
 
 #: Ends of lines for Python's ``str.splitlines``, and so for clients that split a stream with it (such as httpx's
 #: ``iter_lines``), but not for JSON or server-sent events. The controls among them are escaped in any JSON.
@@ -39,70 +39,27 @@ def event_json(value: object) -> bytes:
     return _LINE_ENDS.sub(lambda end: b"\\u%04x" % ord(end[0].decode()), data)
 
 
-class ChunkFormat:
-    """The bytes of a stream's chunks; all that is constant is made once (PERF).
+class StreamFormat(Protocol):
+    """The bytes of a stream in the words of one API; all that is constant is made once (PERF)."""
 
-    ``echoes`` are the texts a completion repeats before its own, one a choice; None for a chat, whose choices open
-    with the role. ``only_first`` are further members of the stream's first chunk, whatever that is.
-    """
+    ping: bytes  # sent when there was nothing to say for a while; empty: nothing is
+    is_first_special: bool  # the stream's first piece is not like the others: ``first`` makes it
 
-    def __init__(
-        self,
-        group: Group,
-        *,
-        created: int,
-        is_chat: bool,
-        include_usage: bool,
-        echoes: Sequence[str] | None = None,
-        only_first: dict[str, Any] | None = None,
-    ) -> None:
-        kind = "chat.completion.chunk" if is_chat else "text_completion"
-        head = event_json({"id": group.id, "object": kind, "created": created, "model": group.model})
-        self._is_chat = is_chat
-        self._echoes = echoes
-        self._head = b"data: " + head[:-1] + b',"choices":['
-        self._first_head = b"data: " + head[:-1] + _members(only_first or {}) + b',"choices":['
-        self._end = b'],"usage":null' if include_usage else b"]"
-        body = b'{"index":%d,"delta":{"content":' if is_chat else b'{"index":%d,"text":'
-        self._text_heads = [self._head + body % i for i in range(len(group.generations))]
-        ending = b'},"logprobs":null,"finish_reason":null}' if is_chat else b',"logprobs":null,"finish_reason":null}'
-        self._text_tail = ending + self._end + b"}\n\n"
-
-    @property
-    def is_first_special(self) -> bool:
-        return self._first_head != self._head
-
-    def first(self, data: bytes) -> bytes:
-        """The same chunks with the members that the stream's first one has beyond the others'."""
-        return self._first_head + data.removeprefix(self._head)
-
-    def text(self, index: int, text: str) -> bytes:
-        return self._text_heads[index] + event_json(text) + self._text_tail
-
-    def around_text(self, index: int) -> tuple[bytes, bytes]:
-        """What comes before and after a text's JSON."""
-        return self._text_heads[index], self._text_tail
+    def first(self, data: bytes) -> bytes: ...
 
     def opening(self, index: int) -> bytes:
-        """What comes before the first text of a choice: the role, or the echoed prompt; may be empty."""
-        if self._is_chat:
-            choice = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-            return self._head + choice % index + self._end + b"}\n\n"
-        return self.text(index, self._echoes[index]) if self._echoes else b""
+        """What comes before the first text of a choice; may be empty."""
 
-    def finish(self, index: int, reason: str, extra: dict[str, Any]) -> bytes:
-        """The chunk with the finish reason; ``extra`` are further members of the chunk."""
-        text: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-        choice = event_json({"index": index, **text, "logprobs": None, "finish_reason": reason})
-        return self._head + choice + self._end + _members(extra) + b"}\n\n"
+    def text(self, index: int, text: str) -> bytes: ...
 
-    def usage(self, usage: dict[str, Any], extra: dict[str, Any]) -> bytes:
-        return self._head + b"]" + _members({"usage": usage, **extra}) + b"}\n\n"
+    def around_text(self, index: int) -> tuple[bytes, bytes]:
+        """What comes before and after a text's JSON in ``text``."""
 
+    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
+        """What ends a choice. ``ended``: after the last one those of all choices; then it ends the stream as well."""
 
-def _members(extra: dict[str, Any]) -> bytes:
-    """Further members of an open JSON object."""
-    return b"," + event_json(extra)[1:-1] if extra else b""
+    def error(self, error: MullamaError) -> bytes:
+        """What a client is told when the stream ends in the middle."""
 
 
 class Silence:
@@ -167,17 +124,13 @@ class EventStream:
     def __init__(
         self,
         group: Group,
-        chunks: ChunkFormat,
+        chunks: StreamFormat,
         *,
-        include_usage: bool,
-        with_profile: bool,
         ping_seconds: float,
         body: DirectBody | None = None,
     ) -> None:
         self._group = group
         self._chunks = chunks
-        self._include_usage = include_usage
-        self._with_profile = with_profile
         self._silence = Silence(ping_seconds)
         self._source = events_of(group)
         self._opened = [False] * len(group.generations)
@@ -232,7 +185,9 @@ class EventStream:
                 with self._silence:
                     events = await self._source.next()
                 if events is None:
-                    return PING
+                    if self._chunks.ping:
+                        return self._chunks.ping
+                    continue
                 if self._group.disconnected:
                     break
                 data = self._encode(events)
@@ -241,7 +196,7 @@ class EventStream:
             except Exception as error:  # logged by as_mullama_error, and the client is told
                 self._ended = True
                 self._group.cancel()
-                return b"data: " + event_json(as_mullama_error(error).to_openai()) + b"\n\n"
+                return self._chunks.error(as_mullama_error(error))
         raise StopAsyncIteration
 
     def _begin(self, data: bytes) -> bytes:
@@ -262,20 +217,13 @@ class EventStream:
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _finish(self, index: int) -> bytes:
-        """The chunk that ends a choice; after the last choice also the usage chunk and the end of the stream."""
+        """What ends a choice, and after the last one the stream. Raises the error of a generation that failed."""
         finish = self._group.finished(self._group.generations[index])
         self._finishes[index] = finish
         self._running -= 1
-        context = shift_member([finish.profile.context_shifted])
-        if self._running:
-            return self._chunks.finish(index, finish.reason, context)
-        self._ended = True
-        finishes = [one for one in self._finishes if one is not None]
-        profile = profile_fields(finishes) if self._with_profile else {}
-        if not self._include_usage:
-            return self._chunks.finish(index, finish.reason, context | profile) + DONE
-        counts = usage(self._group.prompt_lengths, self._group.n, finishes)
-        return self._chunks.finish(index, finish.reason, context) + self._chunks.usage(counts, profile) + DONE
+        self._ended = not self._running
+        ended = [one for one in self._finishes if one is not None] if self._ended else None
+        return self._chunks.finish(index, finish, ended)
 
     async def close(self) -> None:
         """Stop whatever still runs for this stream. Idempotent."""
@@ -288,9 +236,9 @@ class EventStream:
         self._group.close()
 
 
-def start_stream(resp: falcon.asgi.Response, stream: AsyncIterator[bytes]) -> None:
+def start_stream(resp: falcon.asgi.Response, stream: AsyncIterator[bytes], media_type: str = EVENTS) -> None:
     """Make ``stream`` the response's body. From here on Falcon closes it."""
-    resp.content_type = "text/event-stream; charset=utf-8"
+    resp.content_type = media_type
     resp.set_header("Cache-Control", "no-cache")
     resp.set_header("X-Accel-Buffering", "no")  # nginx would hold the tokens back
     resp.stream = stream

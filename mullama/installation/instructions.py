@@ -12,6 +12,7 @@ import ctypes
 import functools
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,9 +103,7 @@ CPUID_LIBRARY = {"Darwin": "libmullama-cpuid.dylib", "Windows": "mullama-cpuid.d
 
 def library_folder() -> Path:
     """Where the shared libraries of this installation lie, or should: ``mullama/lib``."""
-    import mullama
-
-    found = [Path(folder) / "lib" for folder in mullama.__path__]  # an editable install has two folders
+    found = [Path(folder) / "lib" for folder in sys.modules["mullama"].__path__]  # an editable install has two folders
     return next((folder for folder in found if folder.is_dir()), found[-1])
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from ``ServeConfig``: ``python -m mullama.config_docs docs/configuration.md``."""
+"""Writes docs/configuration.md from ``ServeConfig``: ``python -m mullama.cli.config_docs docs/configuration.md``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mullama.config import ENV_PREFIX, default_of, option_type, options
 
 _INTRO = f"""# Configuration
 
-<!-- Made by `python -m mullama.config_docs docs/configuration.md` from mullama/config.py; do not edit. -->
+<!-- Made by `python -m mullama.cli.config_docs docs/configuration.md` from mullama/config.py; do not edit. -->
 
 Every option of `mullama serve` can be given in three ways. A flag wins over the environment, the environment over
 the file, the file over the default.

@@ -14,8 +14,8 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from mullama import instructions
 from mullama.errors import MachineUnfit
+from mullama.installation import instructions
 
 BUILD_AGAIN = "install mullama again (docs/building.md, Troubleshooting)"
 

@@ -1,0 +1,220 @@
+"""Tokens and templates, as clients of llama-server, vLLM and lm-eval ask for them.
+
+``POST /tokenize``, ``/detokenize``, ``/apply-template``; ``GET /tokenizer_info``. One answer has the members of both
+makers: ``content`` is llama-server's word for what vLLM calls ``prompt``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import falcon.asgi
+import msgspec
+import orjson
+
+from mullama.engine.client import EngineClient
+from mullama.errors import InvalidRequest
+from mullama.serving.states import Lease
+from mullama.web.http.request import Request
+from mullama.web.openai.sampling import check_tokens
+from mullama.web.openai.schemas import Message, decode_body, normalise
+from mullama.web.security import Access
+from mullama.web.services import LARGE_TEXT, Services
+
+T = TypeVar("T")
+#: To be called between two pieces of work in a thread; None on the event loop.
+Pace = Callable[[], None] | None
+
+MAX_PARTS = 4096  # of a ``content`` that is a list
+LARGE_TOKENS = 500  # token ids above which the text of them is made in the pool
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    """``content`` (llama-server), or ``prompt`` or ``messages`` (vLLM). None leaves a maker's default in place."""
+
+    model: str | None = None
+    content: str | list[str | int] | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special: bool | None = None
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None
+    with_pieces: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    tools: list[Any] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    model: str | None = None
+    tokens: list[int] | None = None
+
+
+class TemplateBody(msgspec.Struct, kw_only=True):
+    model: str | None = None
+    messages: list[Message] | None = None
+    add_generation_prompt: bool | None = None
+    tools: list[Any] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+
+
+_tokenize_decoder = msgspec.json.Decoder(TokenizeBody)
+_detokenize_decoder = msgspec.json.Decoder(DetokenizeBody)
+_template_decoder = msgspec.json.Decoder(TemplateBody)
+
+
+class _Route:
+    access = Access.CLIENT
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def _with_model(
+        self, req: Request, name: str | None, size: int, limit: int, work: Callable[[Pace, Lease], T]
+    ) -> T:
+        """``work`` with the model, in the pool where ``size`` is above ``limit``. Raises ModelNotFound."""
+        services = self._services
+        lease = await services.lease(req, services.models.get(name).name)
+        try:
+            errand = services.errand(req)
+            is_large = size > limit
+            return await errand.run(is_large, partial(work, errand.checkpoint if is_large else None, lease))
+        finally:
+            lease.release()
+
+
+class Tokenize(_Route):
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """The tokens of a text or a chat. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
+        body = await self._services.parse(req, _parse_tokenize)
+        messages = None if body.messages is None else msgspec.json.encode(normalise(body.messages))
+        text = body.content if body.content is not None else body.prompt
+        size = len(messages or ()) + (sum(map(_size, text)) if isinstance(text, list) else len(text or ""))
+        resp.data = await self._with_model(req, body.model, size, LARGE_TEXT, partial(_tokenized, body, messages))
+
+
+class Detokenize(_Route):
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """The text of tokens, control tokens spelled out. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
+        body = await self._services.parse(req, partial(decode_body, _detokenize_decoder))
+        if body.tokens is None:
+            raise InvalidRequest("tokens: it is missing; it must be a list of token ids", param="tokens")
+        tokens = body.tokens
+
+        def work(_: Pace, lease: Lease) -> bytes:
+            check_tokens(tokens, "tokens", lease.engine.info)
+            text = lease.engine.detokenize(tokens, special=True)
+            return orjson.dumps({"content": text, "prompt": text})
+
+        resp.data = await self._with_model(req, body.model, len(tokens), LARGE_TOKENS, work)
+
+
+class ApplyTemplate(_Route):
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """The prompt of a chat as text. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
+        body = await self._services.parse(req, partial(decode_body, _template_decoder))
+        _refuse_unbuilt(body)
+        messages = msgspec.json.encode(normalise(body.messages))
+
+        def work(_: Pace, lease: Lease) -> bytes:
+            return orjson.dumps({"prompt": str(_rendered(lease.engine, messages, body.add_generation_prompt))})
+
+        resp.data = await self._with_model(req, body.model, len(messages), LARGE_TEXT, work)
+
+
+class TokenizerInfo(_Route):
+    async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """What a client's own tokenizer would know: special tokens, the template. ``?model=``. Raises ModelNotFound."""
+
+        def work(_: Pace, lease: Lease) -> bytes:
+            known, info = lease.engine.vocabulary(), lease.engine.info
+            return orjson.dumps({**known, "model_max_length": info.n_ctx, "vocab_size": info.n_vocab})
+
+        resp.data = await self._with_model(req, req.get_param("model"), 0, 0, work)
+
+
+def _parse_tokenize(data: bytes) -> TokenizeBody:
+    body = decode_body(_tokenize_decoder, data)
+    _refuse_unbuilt(body)
+    given = [name for name in ("content", "prompt", "messages") if getattr(body, name) is not None]
+    if len(given) != 1:
+        wrong = "none of them is there" if not given else f"{' and '.join(given)} are both there"
+        raise InvalidRequest(f"content, prompt or messages: {wrong}; give one", param=given[0] if given else "content")
+    if isinstance(body.content, list) and len(body.content) > MAX_PARTS:
+        raise InvalidRequest(f"content: a list may have at most {MAX_PARTS} parts", param="content")
+    return body
+
+
+def _refuse_unbuilt(body: TokenizeBody | TemplateBody) -> None:
+    for name in ("tools", "chat_template", "chat_template_kwargs", "continue_final_message"):
+        if getattr(body, name):
+            raise InvalidRequest(f"{name}: this server does not support it yet; leave the field out", param=name)
+
+
+def _tokenized(body: TokenizeBody, messages: bytes | None, pace: Pace, lease: Lease) -> bytes:
+    engine = lease.engine
+    tokens = _tokens(engine, body, messages, pace)
+    answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.info.n_ctx}
+    if body.with_pieces or body.return_token_strs:
+        pieces = engine.pieces(tokens)
+        if body.with_pieces:
+            answer["tokens"] = [
+                {"id": token, "piece": _text_or_bytes(piece)} for token, piece in zip(tokens, pieces, strict=True)
+            ]
+        if body.return_token_strs:
+            answer["token_strs"] = [piece.decode("utf-8", "replace") for piece in pieces]
+    return orjson.dumps(answer)
+
+
+def _tokens(engine: EngineClient, body: TokenizeBody, messages: bytes | None, pace: Pace) -> list[int]:
+    if messages is not None:
+        # As a chat gets it: the template leaves out a BOS that the vocabulary adds by itself.
+        text = _rendered(engine, messages, body.add_generation_prompt)
+        special = _first(body.add_special, body.add_special_tokens, True)
+        return engine.prompt_tokens(text, add_special=special, between=pace)
+    is_llama = body.content is not None
+    special = _first(body.add_special, body.add_special_tokens, not is_llama)
+    parse = _first(body.parse_special, None, True)
+    if isinstance(body.content, list):
+        return _joined(engine, body.content, special, parse, pace)
+    text = body.content or body.prompt or ""
+    return engine.prompt_tokens(text, add_special=special, parse_special=parse, between=pace)
+
+
+def _joined(engine: EngineClient, parts: Sequence[str | int], special: bool, parse: bool, pace: Pace) -> list[int]:
+    """Texts and token ids in turns; only a text at the beginning gets the special tokens in front."""
+    found: list[int] = []
+    for i, part in enumerate(parts):
+        if isinstance(part, int):
+            check_tokens([part], f"content[{i}]", engine.info)
+            found.append(part)
+        else:
+            found += engine.prompt_tokens(part, add_special=special and i == 0, parse_special=parse, between=pace)
+    return found
+
+
+def _rendered(engine: EngineClient, messages: bytes, add_generation_prompt: bool | None) -> str:
+    return engine.render_chat(messages, add_generation_prompt=add_generation_prompt is not False)
+
+
+def _first(one: bool | None, other: bool | None, default: bool) -> bool:
+    return one if one is not None else other if other is not None else default
+
+
+def _text_or_bytes(piece: bytes) -> str | list[int]:
+    """A part of a character is no text: its bytes, as llama-server gives them."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
+
+
+def _size(part: str | int) -> int:
+    return len(part) if isinstance(part, str) else 1

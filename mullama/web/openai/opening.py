@@ -1,0 +1,114 @@
+"""Opening a request, whatever its API: what it asks of the model that answers, and the group of its generations."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from mullama.engine.client import EngineClient
+from mullama.serving.states import Lease
+from mullama.web.http.request import Request
+from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
+from mullama.web.openai.context import ContextPolicy, Dropped, Room, policy_for
+from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
+from mullama.web.services import FEW_BIASES, Services
+from mullama.web.stream.generations import Group
+from mullama.web.work import Errand
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Opened:
+    """A request that engines work on. ``dropped`` and ``echoes`` are those of its prompts."""
+
+    group: Group
+    options: Options
+    dropped: Sequence[Dropped | None]
+    echoes: list[str] | None = None
+
+
+async def with_lease(services: Services, req: Request, model: str, begin: Callable[[Lease], Awaitable[T]]) -> T:
+    """``begin`` with a lease on the model, which it takes over; an error gives it back."""
+    lease = await services.lease(req, model)
+    try:
+        return await begin(lease)
+    except BaseException:
+        lease.release()
+        raise
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+class Opening:
+    """What a request asks of its model, checked; ``submit`` makes its generations. Made by ``of``."""
+
+    def __init__(
+        self,
+        services: Services,
+        req: Request,
+        call: ChatCall | CompletionCall,
+        lease: Lease,
+        errand: Errand,
+        named: tuple[str, ...],
+        options: Options,
+        prepared: Any,
+    ) -> None:
+        info = lease.engine.info
+        self.errand = errand
+        self.options = options
+        self.policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
+        self.room = Room(info.n_ctx, options.sampling.max_tokens)
+        self._services = services
+        self._req = req
+        self._call = call
+        self._lease = lease
+        self._named = named
+        self._prepared = prepared
+        self._keep_alive_s = keep_alive_of(call.body)
+
+    @classmethod
+    async def of(cls, services: Services, req: Request, call: ChatCall | CompletionCall, lease: Lease) -> Opening:
+        """Raises InvalidRequest, AdapterNotFound."""
+        engine, errand = lease.engine, services.errand(req)
+        named = check_named(call.model, call.named, engine)
+        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
+        options = await errand.run(has_many, partial(options_of, call.body, engine.info))
+        prepared = await services.prepared(errand, engine, options.sampling)
+        return cls(services, req, call, lease, errand, named, options, prepared)
+
+    @property
+    def engine(self) -> EngineClient:
+        return self._lease.engine
+
+    async def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        id_prefix: str,
+        endpoint: str,
+        translate: Callable[[Any], list[int]] | None = None,
+    ) -> Group:
+        """The generations, submitted. The group takes over the lease. Raises what ``Group.submit`` raises."""
+        group = Group(
+            self._services,
+            self._lease,
+            request_id=new_id(id_prefix),
+            model=SEPARATOR.join((self._call.model, *self._named)),
+            endpoint=endpoint,
+            prompts=prompts,
+            options=self.options.of_tenant(self._req.tenant),
+            prepared=self._prepared,
+            arrival_ns=self._req.arrival_ns,
+            context_shift=self.policy is ContextPolicy.SHIFT,
+            lora=uses_of(self._named, self._call.body.lora),
+            translate=translate,
+        )
+        await group.submit()
+        self._services.keep_alive(self._call.model, self._keep_alive_s)  # of a request that was not refused
+        return group
