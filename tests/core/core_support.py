@@ -142,7 +142,7 @@ class Driver:
                 output.row = abi.Row.from_buffer_copy(row)
 
     def check_law(self) -> None:
-        """The law of the KV bookkeeping (see _core/slots.h), and llama.cpp's own count."""
+        """The law of the KV bookkeeping (see _core/core/slots.h), and llama.cpp's own count."""
         for slot in range(self.core.n_slots):
             state, _, n_past, tokens, _ = self.core.slot_info(slot)
             if state == abi.DECODE:

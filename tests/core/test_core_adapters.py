@@ -16,7 +16,7 @@ from mullama.errors import InvalidRequest, ModelLoadError
 from mullama.types import SamplingParams
 
 Load = Callable[..., Adapter]
-ADAPTER_GONE = 5  # CORE_ADAPTER of _core/guard.h
+ADAPTER_GONE = 5  # CORE_ADAPTER of _core/compute/guard.h
 PROMPT = "It was a dark and stormy night; the rain fell in torrents."
 
 

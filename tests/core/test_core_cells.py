@@ -13,7 +13,7 @@ from tiny import WINDOW
 
 from mullama import abi
 from mullama._core import Cells, Model
-from mullama._core.cells import CHUNK_TOKENS
+from mullama._core.kv.cells import CHUNK_TOKENS
 
 Make = Callable[..., Driver]
 Models = Callable[..., Model]

@@ -32,11 +32,12 @@ from mullama._core import (
     Vacancy,
     kernels,
 )
-from mullama._core.gate import StopText
+from mullama._core.testing.gate import StopText
 from mullama.errors import ModelLoadError
 from mullama.types import SamplingParams
 
-MODULES = [m.name for m in pkgutil.iter_modules(mullama._core.__path__, "mullama._core.")]
+MODULES = [m.name for m in pkgutil.walk_packages(mullama._core.__path__, "mullama._core.")]
+PLACES = {name.rpartition(".")[2]: name for name in MODULES}
 
 
 def compiled_modules() -> list[ModuleType]:
@@ -178,14 +179,14 @@ CALLS: dict[str, Callable[..., bool]] = {
     "context.Context.memory": lambda c: sum(c.context.memory()["weights"].values()) > 0,
     "divergence.Divergence": lambda c: isinstance(against_itself(c), Divergence),
     "divergence.Divergence.measure": lambda c: against_itself(c).measure([104, 105, 106], 2)[1] == 2,
-    "gate.busy_ticks": lambda: mullama._core.gate.busy_ticks("/proc/stat") > 0,
-    "gate.kl": lambda: mullama._core.gate.kl([1.0, 2.0], [1.0, 2.0]) == (0.0, True),
-    "swap.Carrier": lambda k: isinstance(k, Carrier),
-    "swap.Carrier.target": lambda k: isinstance(k.target, Context),
-    "swap.Carrier.warm": lambda k: k.warm() in (True, False),
-    "swap.Carrier.commit": lambda k: k.commit() == (0, 0) and k.finish().close() is None,
-    "swap.Carrier.finish": lambda k: switched(k).finish().close() is None,
-    "swap.Carrier.abandon": lambda k: k.abandon().close() is None,
+    "gate.busy_ticks": lambda: mullama._core.testing.gate.busy_ticks("/proc/stat") > 0,
+    "gate.kl": lambda: mullama._core.testing.gate.kl([1.0, 2.0], [1.0, 2.0]) == (0.0, True),
+    "carrier.Carrier": lambda k: isinstance(k, Carrier),
+    "carrier.Carrier.target": lambda k: isinstance(k.target, Context),
+    "carrier.Carrier.warm": lambda k: k.warm() in (True, False),
+    "carrier.Carrier.commit": lambda k: k.commit() == (0, 0) and k.finish().close() is None,
+    "carrier.Carrier.finish": lambda k: switched(k).finish().close() is None,
+    "carrier.Carrier.abandon": lambda k: k.abandon().close() is None,
     "vacancy.Vacancy": lambda c: isinstance(Vacancy(c), Vacancy),
     "vacancy.Vacancy.core": lambda c: Vacancy(c).core is c,
     "vacancy.Vacancy.has_left": lambda c: Vacancy(c).has_left is False and vacated(c).has_left is True,
@@ -194,29 +195,29 @@ CALLS: dict[str, Callable[..., bool]] = {
     "vacancy.Vacancy.n_bytes": lambda c: Vacancy(running(c)).n_bytes > 0,
     "vacancy.Vacancy.leave": lambda c: vacated(c).core.is_vacant,
     "vacancy.Vacancy.fill": lambda c: refilled(running(c)).core.states() == [abi.DECODE, abi.FREE],
-    "kernels.layouts": lambda: isinstance(kernels.layouts(), list),
-    "kernels.set_kernel": lambda: kernels.set_kernel(8, 0, "auto") is None,
-    "kernels.allow_layout": lambda: kernels.allow_layout(8, "no such layout", True) is False,
-    "kernels.set_attention": lambda: kernels.set_attention(True) is None,
-    "kernels.has_attention": lambda: kernels.has_attention() in (True, False),
-    "kernels.check_attention": lambda: kernels.check_attention(40, 1, 1)[0] is True,
-    "kernels.counts": lambda: set(kernels.counts()) == set(kernels.COUNTED),
-    "kernels.weights_by_layout": lambda model: any(size for size in kernels.weights_by_layout(model).values()),
-    "kernels.Products": lambda: isinstance(products(), kernels.Products),
-    "kernels.Products.can": lambda: products().can(3) is True,
-    "kernels.Products.check": lambda: products().check(products(), 3) == (True, True, 0.0),
-    "kernels.Products.is_steady": lambda: products().is_steady(3, 2) == (True, True),
-    "kernels.Products.time": lambda: products().time(1, 1, 2, 1) > 0,
+    "products.layouts": lambda: isinstance(kernels.layouts(), list),
+    "products.set_kernel": lambda: kernels.set_kernel(8, 0, "auto") is None,
+    "products.allow_layout": lambda: kernels.allow_layout(8, "no such layout", True) is False,
+    "products.set_attention": lambda: kernels.set_attention(True) is None,
+    "products.has_attention": lambda: kernels.has_attention() in (True, False),
+    "products.check_attention": lambda: kernels.check_attention(40, 1, 1)[0] is True,
+    "products.counts": lambda: set(kernels.counts()) == set(kernels.COUNTED),
+    "products.weights_by_layout": lambda model: any(size for size in kernels.weights_by_layout(model).values()),
+    "products.Products": lambda: isinstance(products(), kernels.Products),
+    "products.Products.can": lambda: products().can(3) is True,
+    "products.Products.check": lambda: products().check(products(), 3) == (True, True, 0.0),
+    "products.Products.is_steady": lambda: products().is_steady(3, 2) == (True, True),
+    "products.Products.time": lambda: products().time(1, 1, 2, 1) > 0,
     "quantize.quantize_types": lambda: "Q4_0" in mullama._core.quantize_types(),
     "quantize.quantize": lambda: refuses(mullama._core.quantize, "/no/file", "/no/where", "Q4_0"),
     "page.Page": lambda: Page(1) is not None,
     "page.Page.path": lambda p: p.path == "",
     "page.Page.buffer": lambda p: abi.Reader(p.buffer()).header.n_rows == 2,
     "page.Page.close": lambda p: p.close() is None,
-    "page.layout": lambda: len(mullama._core.page.layout()) > 50,
-    "page.block_sizes": lambda: set(mullama._core.page.block_sizes()) == {"header", "counters", "row", "event"},
-    "page.site_table": lambda: "OPEN" in mullama._core.page.site_table(),
-    "model.init_backend": lambda: mullama._core.model.init_backend() is None,
+    "page.layout": lambda: len(mullama._core.output.page.layout()) > 50,
+    "page.block_sizes": lambda: set(mullama._core.output.page.block_sizes()) == {"header", "counters", "row", "event"},
+    "page.site_table": lambda: "OPEN" in mullama._core.output.page.site_table(),
+    "model.init_backend": lambda: mullama._core.model.model.init_backend() is None,
     "model.set_log_level": lambda: mullama._core.set_log_level("none") is None,
     "model.chat_template_names": lambda: "llama3" in mullama._core.chat_template_names(),
     "model.devices": lambda: any(d["type"] == "cpu" for d in mullama._core.devices()),
@@ -242,13 +243,13 @@ CALLS: dict[str, Callable[..., bool]] = {
     "model.Model.n_twins": lambda m: m.n_twins == 1,
     "model.Model.is_open": lambda m: m.is_open is True,
     "model.Model.chat_template": lambda m: "messages" in m.chat_template(),
-    "sampling.check_params": lambda: mullama._core.check_params(SamplingParams()) is None,
-    "sampling.Breaker": lambda: mullama._core.sampling.Breaker() is not None,
-    "sampling.BreakerTable": lambda: mullama._core.sampling.BreakerTable() is not None,
-    "sampling.Sampling": lambda m: Sampling(m, SamplingParams()) is not None,
-    "sampling.Sampling.model": lambda m: Sampling(m, SamplingParams()).model is m,
-    "sampling.Sampling.breaker_sequences": lambda m: Sampling(m, SamplingParams()).breaker_sequences == [],
-    "gate.scan": lambda: mullama._core.gate.scan([1.0, 3.0, 2.0]) == 1,
+    "chain.check_params": lambda: mullama._core.check_params(SamplingParams()) is None,
+    "chain.Breaker": lambda: mullama._core.sampling.chain.Breaker() is not None,
+    "chain.BreakerTable": lambda: mullama._core.sampling.chain.BreakerTable() is not None,
+    "chain.Sampling": lambda m: Sampling(m, SamplingParams()) is not None,
+    "chain.Sampling.model": lambda m: Sampling(m, SamplingParams()).model is m,
+    "chain.Sampling.breaker_sequences": lambda m: Sampling(m, SamplingParams()).breaker_sequences == [],
+    "gate.scan": lambda: mullama._core.testing.gate.scan([1.0, 3.0, 2.0]) == 1,
     "gate.StopText": lambda: StopText(["x"]) is not None,
     "gate.StopText.ended_by": lambda t: t.ended_by == -1,
     "gate.StopText.push": lambda t: t.push(b"abc") == (b"abc", -1),
@@ -275,7 +276,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "core.Core.steps_done": lambda c: running(c).steps_done() == 2,
     "core.Core.parked_bytes": lambda c: c.parked_bytes() == 0,
     "core.Core": lambda c: isinstance(c, Core),
-    "loop.Loop": lambda: mullama._core.loop.Loop() is not None,
+    "loop.Loop": lambda: mullama._core.core.loop.Loop() is not None,
     "core.Core.model": lambda c: isinstance(c.model, Model),
     "core.Core.page": lambda c: isinstance(c.page, Page),
     "core.Core.governor": lambda c: isinstance(c.governor, Governor),
@@ -342,20 +343,20 @@ def test_there_are_compiled_modules() -> None:
     assert {m.__name__.rpartition(".")[2] for m in compiled_modules()} == {
         "adapters",
         "arbiter",
+        "carrier",
         "cells",
+        "chain",
         "context",
         "core",
         "divergence",
         "gate",
         "governor",
-        "kernels",
         "loop",
         "model",
         "page",
         "parking",
+        "products",
         "quantize",
-        "sampling",
-        "swap",
         "vacancy",
     }
 
@@ -412,7 +413,7 @@ def test_every_def_has_a_docstring() -> None:
     missing = []
     for name in public_defs():
         module, *path = name.split(".")
-        item: Any = importlib.import_module(f"mullama._core.{module}")
+        item: Any = importlib.import_module(PLACES[module])
         for part in path:
             item = getattr(item, part)
         _signature, _, text = str(item.__doc__ or "").partition("\n")  # embedsignature puts the signature first

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama._core import Governor
-from mullama._core.gate import busy_ticks
+from mullama._core.testing.gate import busy_ticks
 
 MS = 1_000_000
 LOOK = 100 * MS
@@ -267,7 +267,7 @@ def test_what_others_see_is_of_one_moment(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C++ compiler")
     source = Path(__file__).with_name("governor_views.cpp")
-    folder = Path(__file__).parents[2] / "mullama" / "_core"
+    folder = Path(__file__).parents[2] / "mullama" / "_core" / "compute"
     program = tmp_path / "views"
     build = [compiler, "-std=c++17", "-O2", "-pthread", "-I", str(folder), str(source), "-o", str(program)]
     subprocess.run(build, check=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import shaped
 from core_support import Driver, greedy
+from mullama.instructions import library_folder
 
 from mullama import faults
 from mullama._core import Model, kernels
-from mullama._core.quantize import quantize
+from mullama._core.kernels.quantize import quantize
 from mullama.engine.engine import Engine
 from mullama.errors import ModelLoadError
-from mullama.instructions import library_folder
 from mullama.machine import kernels as charge
 from mullama.machine import trial_child, trials, ways
 from mullama.machine.remembered import Remembered

@@ -27,7 +27,7 @@ REASONS = {
     4: FinishReason.ERROR,
 }
 
-# CoreError of _core/guard.h
+# CoreError of _core/compute/guard.h
 ERROR_TEXTS = {
     1: "the model's logits are not finite",
     2: "the sampler failed",

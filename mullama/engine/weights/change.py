@@ -2,8 +2,8 @@
 
 ``Weights`` is the engine's side. A thread of its own loads the model and makes a context, with the priority of work
 that can wait; then the engine thread runs its first decodes between the sequences' steps (``Swap.advance``) and changes
-over at a step boundary (_core/swap.pyx). With ``carry`` the new context takes the KV over where it lies; with
-``recompute`` every sequence is computed again by the new weights.
+over at a step boundary (_core/weights/carrier.pyx). With ``carry`` the new context takes the KV over where it lies;
+with ``recompute`` every sequence is computed again by the new weights.
 
 Carrying is sound between two quantisations (or fine-tunes) of one model: what the tokens mean, how positions are
 turned and the shape of KV must be equal, and ``why_unsound`` says what is not. Whatever fails before the commit leaves
