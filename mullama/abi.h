@@ -6,7 +6,8 @@
  * Reading without locks: counters and rows open with a sequence counter that is odd while the writer is inside,
  * and close with a checksum (sum of the 64-bit words between). A reader copies, then accepts the copy only if
  * the counter was even, did not change, and the checksum fits; this holds also where the processor reorders stores.
- * An event is valid when its `seq` equals its index + 1 before and after the copy.
+ * An event is valid when its `seq` equals its index + 1 before and after the copy. In C and C++ the first word is loaded
+ * with acquire, the others relaxed, and after an acquire fence the first one again (tests/native/threads.cpp).
  *
  * The header is written once, but for `closed_ns`. An engine that ends sets it and removes the file; one that is killed
  * does neither, but it no longer holds the lock on the file (flock) that a living one has.

@@ -28,15 +28,21 @@ from typing import Any, NoReturn, TypeVar, Unpack, cast, get_type_hints, overloa
 from mullama.config import ServeConfig, load_config
 from mullama.engine.engine import Engine as CoreEngine
 from mullama.engine.requests.generation import SyncGeneration
+from mullama.engine.weights.change import SwapReport
+from mullama.engine.weights.sleeping import SleepReport
 from mullama.errors import ConfigError, InvalidRequest, QueueFull
+from mullama.kv.events import KvEventLog
 from mullama.types import (
     Finish,
     FinishReason,
+    GapMode,
     GenerateOptions,
+    KvMode,
     LoraUse,
     Preempt,
     Request,
     SamplingParams,
+    SleepLevel,
 )
 
 Prompt = str | Sequence[int]
@@ -248,6 +254,70 @@ class Engine(CoreEngine):
             raise InvalidRequest(f"the messages are not what JSON can hold: {error}", param="messages") from None
         return self.tokenize(self.render_chat(data), add_special=True)
 
+    # -- the parts ``kv``, ``planning`` and ``weights`` have more -------------------------------------------------
+
+    def scheduler_snapshot(self) -> dict[str, Any]:
+        """What ``GET /internal/scheduler`` shows."""
+        return self.planning.snapshot()
+
+    def set_scheduler_sync(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Put another scheduling policy in charge (see ``planning.set_policy``)."""
+        return self.planning.set_policy(spec, params)
+
+    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The same on an event loop."""
+        return await self.planning.aset_policy(spec, params)
+
+    def kv_snapshot_sync(self) -> dict[str, Any]:
+        """What ``GET /internal/kv`` shows."""
+        return self.kv.snapshot()
+
+    async def kv_snapshot(self) -> dict[str, Any]:
+        """The same on an event loop."""
+        return await self.kv.asnapshot()
+
+    async def drop_retained(self) -> int:
+        """Drop every retained prefix; returns the number of cells freed."""
+        return await asyncio.to_thread(self.kv.drop)
+
+    @property
+    def kv_events(self) -> KvEventLog:
+        """What happened to cached KV."""
+        return self.kv.events
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """The LoRA adapters that requests may name."""
+        return self.weights.loras()
+
+    def load_adapter(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
+        """Load a LoRA adapter beside the weights; returns its entry (see ``weights.load_lora``)."""
+        return self.weights.load_lora(path, id, scale)
+
+    def unload_adapter(self, id: str) -> None:  # noqa: A002
+        """Free a LoRA adapter. Raises AdapterNotFound, AdapterBusy while a request uses it."""
+        self.weights.unload_lora(id)
+
+    def swap_weights(
+        self,
+        path: str | Path,
+        *,
+        label: str = "",
+        kv: KvMode | str = KvMode.AUTO,
+        gap: GapMode | str = GapMode.AUTO,
+        kl: bool = False,
+        progress: Callable[[float], bool | None] | None = None,
+    ) -> SwapReport:
+        """Go on with the weights of another file; no request is dropped (see ``weights.swap``)."""
+        return self.weights.swap(path, label=label, kv=kv, gap=gap, kl=kl, progress=progress)
+
+    def sleep(self, level: SleepLevel | str = SleepLevel.HOST) -> SleepReport:
+        """Free weights and context until ``wake()`` (see ``weights.sleep``)."""
+        return self.weights.sleep(level)
+
+    def wake(self) -> float:
+        """Load the weights again; ms it took."""
+        return self.weights.wake()
+
     def _window(self) -> int:
         """Prompts of a batch that are submitted at once: the scheduler has something to choose from."""
         n = self.info.n_parallel
@@ -259,7 +329,7 @@ class Engine(CoreEngine):
         for number, prompt in enumerate(prompts):
             try:
                 requests.append(request := self._request(prompt, options))
-                self._check(request)
+                self._intake.check(request)
             except InvalidRequest as error:
                 error.message = f"prompt {number} of {len(prompts)}: {error.message}"
                 error.args = (error.message,)

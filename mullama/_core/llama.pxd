@@ -174,6 +174,8 @@ cdef extern from "llama.h" nogil:
     int32_t llama_model_meta_val_str_by_index(const llama_model * model, int32_t i, char * buf, size_t size)
 
     int32_t llama_vocab_n_tokens(const llama_vocab * vocab)
+    int llama_vocab_type(const llama_vocab * vocab)
+    int LLAMA_VOCAB_TYPE_NONE
     llama_token llama_vocab_bos(const llama_vocab * vocab)
     llama_token llama_vocab_eos(const llama_vocab * vocab)
     cbool llama_vocab_get_add_bos(const llama_vocab * vocab)

@@ -149,7 +149,7 @@ async def compare_seeds(
     runs: list[Run] = []
     try:
         for policy in policies:
-            await engine.set_scheduler(policy.spec, policy.params)
+            await engine.planning.aset_policy(policy.spec, policy.params)
         turns = [(number, one) for number in range(rounds) for one in workloads]
         for turn, (number, (workload, prompts)) in enumerate(turns):
             first = turn % len(policies)
@@ -179,12 +179,12 @@ async def _run(
     busy: Callable[[], float],
 ) -> Run:
     """One run from the state that all begin with: nothing running, nothing retained, the machine warm."""
-    answer = await engine.set_scheduler(policy.spec, policy.params)
+    answer = await engine.planning.aset_policy(policy.spec, policy.params)
     await play(engine, _warm_up(engine.info, workload), prompts, clock=clock)
-    await engine.drop_retained()
+    await engine.kv.adrop(tiers=("device", "host"))
     busy()
     played = await play(engine, workload, prompts, clock=clock, progress=progress)
-    fallback = engine.scheduler_snapshot().get("fallback")
+    fallback = engine.planning.snapshot().get("fallback")
     return Run(
         policy=policy.label,
         round=number,

@@ -46,10 +46,148 @@ class SyncGeneration(Generation, Protocol):
     def __next__(self) -> Delta: ...
 
 
+class Speaker(Protocol):
+    """Puts the text of one request into another model's tokens (see ``Request.translate``)."""
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]: ...
+
+    def bytes_alone(self, data: bytes) -> list[int]: ...
+
+    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
+
+
+class KvClient(Protocol):
+    """The KV cache of an engine. What is awaited is done at a step boundary."""
+
+    @property
+    def events(self) -> KvEventLog:
+        """What happened to cached KV (GET /internal/kv/events)."""
+
+    async def asnapshot(self) -> dict[str, Any]:
+        """GET /internal/kv: layout, cells used and free, by whom; retained prefixes."""
+
+    async def atree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
+        """GET /internal/kv/tree: the prefix tree, parents before children, at most ``limit`` nodes of it.
+
+        ``text``: each node also has ``text``, what it holds in words, the middle of a long one left out.
+
+        ``nodes``: each ``id``, ``parent`` (None below a root), ``start``, ``end``, ``tokens``, ``slots``, ``owners``
+        (request ids), ``tiers``, ``host_bytes``, ``checkpoint_bytes``, ``hits``, ``last_used_ms_ago``,
+        ``created_ms_ago``, ``cost_ms``, ``pinned_s`` (left), ``namespace`` (``short_namespace``). ``n_nodes`` counts
+        all, and ``truncated`` says whether some are left out.
+        """
+
+    async def amap(self) -> dict[str, Any]:
+        """GET /internal/kv/map: which cells belong to which sequence, as runs of equal cells.
+
+        ``caches``: each ``name`` ("full", "window") and ``streams``, each ``stream``, ``cells`` (how many) and
+        ``runs``, lists of first cell, number of cells, sequence or -1.
+        """
+
+    async def apin(self, tokens: Sequence[int], *, ttl_s: float, namespace: str = "") -> dict[str, Any]:
+        """POST /internal/kv/pin: what is cached of this prefix stays for ``ttl_s`` seconds; ``pinned_tokens``."""
+
+    async def aunpin(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        """POST /internal/kv/unpin: it may be evicted again; ``unpinned_tokens``. Harmless when it was not pinned."""
+
+    async def adrop(
+        self, tokens: Sequence[int] | None = None, *, namespace: str = "", tiers: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """POST /internal/kv/drop: give up cached KV of prompts that start with ``tokens``; what runs keeps its own.
+
+        None: everything, of one namespace where one is given, else of all. ``tiers`` are names of ``KvTier``; none
+        given: all. Returns ``cells_freed``, ``host_bytes_freed``, ``disk_bytes_freed``.
+        """
+
+    async def asave(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        """POST /internal/kv/save: write what is cached of this prefix to disk; ``tokens``, ``bytes``.
+
+        Raises InvalidRequest where there is no disk tier.
+        """
+
+    async def aload(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        """POST /internal/kv/load: read what is on disk of this prefix into host memory; ``tokens``, ``bytes``.
+
+        Raises InvalidRequest where there is no disk tier.
+        """
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """PUT /internal/kv/policy: another eviction policy from now on; ``policy``, ``params``.
+
+        ``asnapshot()["policy"]`` has the same form. Raises InvalidRequest (unknown policy or parameter); the one in
+        charge stays.
+        """
+
+
+class PlanningClient(Protocol):
+    """The scheduling policy of an engine, the shadow beside it, and what the engine has of the cores."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """GET /internal/scheduler: policy, params, waiting and running sequences, step counters."""
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """PUT /internal/scheduler: another policy from the next step on; policy, params, sequences handed over.
+
+        Raises InvalidRequest (unknown policy or parameter); the running policy stays.
+        """
+
+    async def aconfigure(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """PATCH /internal/scheduler: change parameters of the policy in charge. Raises InvalidRequest."""
+
+    async def aset_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        """PUT and DELETE /internal/scheduler/shadow: a policy that is asked as well and decides nothing; None: none.
+
+        Raises InvalidRequest (unknown policy or parameter); the shadow before stays.
+        """
+
+    def share(self) -> tuple[str, dict[str, Any]]:
+        """The arbiter's policy, and what this engine has of the cores: ``weight``, ``priority``, ``turns``,
+        ``computed_ms``, ``waited_ms``, ``is_waiting``."""
+
+    def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
+        """What this engine may expect beside others (policies ``weighted`` and ``priority``). Raises InvalidRequest."""
+
+    def set_arbiter_policy(self, policy: str) -> None:
+        """How the engines of this process take turns: round_robin, weighted, priority. Raises InvalidRequest."""
+
+
+class WeightsClient(Protocol):
+    """The LoRA adapters on an engine's weights."""
+
+    def loras(self) -> list[dict[str, Any]]:
+        """The LoRA adapters that requests may name: each ``id``, ``path``, ``scale`` (where a request names none),
+        ``name``, ``rank``, ``alpha``, ``n_matrices``, ``sha256``, ``size_bytes``, ``requests`` (that use it now)."""
+
+    def load_lora(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
+        """Check a LoRA adapter's file and load it beside the weights, while requests go on; returns its entry.
+
+        ``id``: by which requests name it (default: from the file's name). Blocks; not on an event loop. Raises
+        InvalidRequest (an id that is taken or none, a scale out of range), AdapterMismatch (of another model),
+        BadModelFile (damaged), ModelBusy while the weights are being changed.
+        """
+
+    def unload_lora(self, id: str) -> None:  # noqa: A002
+        """Free an adapter; cached KV that it computed stays. Blocks; not on an event loop.
+
+        Raises AdapterNotFound, AdapterBusy while a request uses it, ModelBusy while the weights are being changed.
+        """
+
+
 class EngineClient(Protocol):
     """A loaded model that generates. Every method may be called from any thread unless it says otherwise."""
 
-    info: ModelInfo
+    @property
+    def info(self) -> ModelInfo:
+        """What is loaded."""
+
+    @property
+    def kv(self) -> KvClient: ...
+
+    @property
+    def planning(self) -> PlanningClient: ...
+
+    @property
+    def weights(self) -> WeightsClient: ...
 
     @property
     def death(self) -> str | None:
@@ -111,96 +249,6 @@ class EngineClient(Protocol):
     def submit_sync(self, request: Request) -> SyncGeneration:
         """The same for a caller without an event loop."""
 
-    def scheduler_snapshot(self) -> dict[str, Any]:
-        """GET /internal/scheduler: policy, params, waiting and running sequences, step counters."""
-
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """PUT /internal/scheduler: another policy from the next step on; policy, params, sequences handed over.
-
-        Raises InvalidRequest (unknown policy or parameter); the running policy stays.
-        """
-
-    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """PATCH /internal/scheduler: change parameters of the policy in charge. Raises InvalidRequest."""
-
-    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
-        """PUT and DELETE /internal/scheduler/shadow: a policy that is asked as well and decides nothing; None: none.
-
-        Raises InvalidRequest (unknown policy or parameter); the shadow before stays.
-        """
-
-    async def kv_snapshot(self) -> dict[str, Any]:
-        """GET /internal/kv: layout, cells used and free, by whom; retained prefixes. Asked at a step boundary."""
-
-    async def drop_retained(self) -> int:
-        """Drop every retained prefix; returns the number of cells freed. ``kv_drop`` does more."""
-
-    @property
-    def kv_events(self) -> KvEventLog:
-        """What happened to cached KV (GET /internal/kv/events)."""
-
-    async def kv_tree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
-        """GET /internal/kv/tree: the prefix tree, parents before children, at most ``limit`` nodes of it.
-
-        ``text``: each node also has ``text``, what it holds in words, the middle of a long one left out.
-
-        ``nodes``: each ``id``, ``parent`` (None below a root), ``start``, ``end``, ``tokens``, ``slots``, ``owners``
-        (request ids), ``tiers``, ``host_bytes``, ``checkpoint_bytes``, ``hits``, ``last_used_ms_ago``,
-        ``created_ms_ago``, ``cost_ms``, ``pinned_s`` (left), ``namespace`` (``short_namespace``). ``n_nodes`` counts
-        all, and ``truncated`` says whether some are left out. Asked at a step boundary, as all ``kv_`` methods are.
-        """
-
-    async def kv_map(self) -> dict[str, Any]:
-        """GET /internal/kv/map: which cells belong to which sequence, as runs of equal cells.
-
-        ``caches``: each ``name`` ("full", "window") and ``streams``, each ``stream``, ``cells`` (how many) and
-        ``runs``, lists of first cell, number of cells, sequence or -1.
-        """
-
-    async def kv_pin(self, tokens: Sequence[int], *, ttl_s: float, namespace: str = "") -> dict[str, Any]:
-        """POST /internal/kv/pin: what is cached of this prefix stays for ``ttl_s`` seconds; ``pinned_tokens``."""
-
-    async def kv_unpin(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
-        """POST /internal/kv/unpin: it may be evicted again; ``unpinned_tokens``. Harmless when it was not pinned."""
-
-    async def kv_drop(
-        self, tokens: Sequence[int] | None = None, *, namespace: str = "", tiers: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """POST /internal/kv/drop: give up cached KV of prompts that start with ``tokens``; what runs keeps its own.
-
-        None: everything, of one namespace where one is given, else of all. ``tiers`` are names of ``KvTier``; none
-        given: all. Returns ``cells_freed``, ``host_bytes_freed``, ``disk_bytes_freed``.
-        """
-
-    async def kv_save(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
-        """POST /internal/kv/save: write what is cached of this prefix to disk; ``tokens``, ``bytes``.
-
-        Raises InvalidRequest where there is no disk tier.
-        """
-
-    async def kv_load(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
-        """POST /internal/kv/load: read what is on disk of this prefix into host memory; ``tokens``, ``bytes``.
-
-        Raises InvalidRequest where there is no disk tier.
-        """
-
-    async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
-        """PUT /internal/kv/policy: another eviction policy from now on; ``policy``, ``params``.
-
-        ``kv_snapshot()["policy"]`` has the same form. Raises InvalidRequest (unknown policy or parameter); the one in
-        charge stays.
-        """
-
-    def arbiter_share(self) -> tuple[str, dict[str, Any]]:
-        """The arbiter's policy, and what this engine has of the cores: ``weight``, ``priority``, ``turns``,
-        ``computed_ms``, ``waited_ms``, ``is_waiting``."""
-
-    def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
-        """What this engine may expect beside others (policies ``weighted`` and ``priority``). Raises InvalidRequest."""
-
-    def set_arbiter_policy(self, policy: str) -> None:
-        """How the engines of this process take turns: round_robin, weighted, priority. Raises InvalidRequest."""
-
     async def memory_report(self) -> dict[str, Any]:
         """This model's part of GET /internal/memory, in bytes: allocated, and resident in this process.
 
@@ -210,24 +258,6 @@ class EngineClient(Protocol):
         ``parked_sequences``, ``parked_bytes``, ``staging_bytes``, ``is_changing_weights``; ``requests``: each ``id``,
         ``state``, ``kv_bytes``, ``kv_bytes_peak``, ``kv_byte_seconds``, ``parked_bytes``. Cells are counted at a step
         boundary, pages right after it.
-        """
-
-    def adapters(self) -> list[dict[str, Any]]:
-        """The LoRA adapters that requests may name: each ``id``, ``path``, ``scale`` (where a request names none),
-        ``name``, ``rank``, ``alpha``, ``n_matrices``, ``sha256``, ``size_bytes``, ``requests`` (that use it now)."""
-
-    def load_adapter(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
-        """Check a LoRA adapter's file and load it beside the weights, while requests go on; returns its entry.
-
-        ``id``: by which requests name it (default: from the file's name). Blocks; not on an event loop. Raises
-        InvalidRequest (an id that is taken or none, a scale out of range), AdapterMismatch (of another model),
-        BadModelFile (damaged), ModelBusy while the weights are being changed.
-        """
-
-    def unload_adapter(self, id: str) -> None:  # noqa: A002
-        """Free an adapter; cached KV that it computed stays. Blocks; not on an event loop.
-
-        Raises AdapterNotFound, AdapterBusy while a request uses it, ModelBusy while the weights are being changed.
         """
 
     def counters(self) -> dict[str, int]:

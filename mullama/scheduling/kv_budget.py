@@ -13,6 +13,7 @@ from mullama.scheduling.base import Plan, SeqView
 from mullama.types import SeqState
 
 HEADROOM = 32  # tokens that each running sequence can go on for when another one is let in
+PRESSURE_STEPS = 64  # steps that eviction under KV pressure makes room for
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-from mullama.engine.client import EngineClient
+from mullama.engine.client import EngineClient, WeightsClient
 from mullama.errors import (
     BadModelFile,
     EngineDead,
@@ -43,19 +43,26 @@ HISTORY = 200  # swaps that are remembered
 FindTarget = Callable[[str, str, Callable[[str, int, int | None], None], bool], Target]
 
 
-class SwappableEngine(EngineClient, Protocol):
-    """What a swap asks of an engine."""
+class SwappableWeights(WeightsClient, Protocol):
+    """What a swap asks of an engine's weights."""
 
-    def swap_weights(
+    def swap(
         self, path: Any, *, label: str = "", kv: Any = "auto", gap: Any = "auto", room: Room | None = None,
         kl: bool = False, on_phase: Callable[[str], None] = ...,
     ) -> Any: ...  # fmt: skip
 
-    def hand_over(self, other: Any) -> int: ...
-
     def texts_for(self, other: Any) -> Any: ...
 
     def compare(self, other: Any, texts: Any) -> dict[str, Any]: ...
+
+
+class SwappableEngine(EngineClient, Protocol):
+    """What a swap asks of an engine."""
+
+    @property
+    def weights(self) -> SwappableWeights: ...
+
+    def hand_over(self, other: Any) -> int: ...
 
 
 @dataclass(slots=True)
@@ -220,7 +227,7 @@ class Swaps:
         if record.kv != "drain":
             try:
                 report = await asyncio.to_thread(
-                    engine.swap_weights,
+                    engine.weights.swap,
                     target.path,
                     label=target.label,
                     kv=record.kv,
@@ -236,7 +243,7 @@ class Swaps:
                 served.reference, served.n_bytes = target.reference, beside + engine.info.size_bytes
                 found: dict[str, Any] = report.to_dict()
                 return {**found, "way": "in_place"}
-        if names := [one["id"] for one in engine.adapters()]:
+        if names := [one["id"] for one in engine.weights.loras()]:
             raise adapters_loaded(names, param="to")
         return await self._side_by_side(served, engine, target, record, progress, began)
 
@@ -250,7 +257,7 @@ class Swaps:
         new = await asyncio.to_thread(self._load, served.name, target)
         load_ms = (time.monotonic() - loading) * 1e3
         try:
-            texts = await asyncio.to_thread(old.texts_for, new) if record.kl else None
+            texts = await asyncio.to_thread(old.weights.texts_for, new.weights) if record.kl else None
             resident = self._models.replace(served.name, new, reference=target.reference)
         except BaseException:
             await asyncio.to_thread(new.close)
@@ -269,7 +276,7 @@ class Swaps:
         try:
             if record.kl:
                 progress("comparing")
-                compared = await asyncio.to_thread(old.compare, new, texts)
+                compared = await asyncio.to_thread(old.weights.compare, new.weights, texts)
         finally:
             retiring = asyncio.get_running_loop().create_task(self._retire(resident, guard))
             self._tasks.add(retiring)

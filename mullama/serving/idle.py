@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
-from mullama.engine.client import EngineClient
+from mullama.engine.client import EngineClient, WeightsClient
 from mullama.errors import AdapterLost, InvalidRequest, MemoryTooSmall, ModelBusy, ModelNotLoaded, MullamaError
 from mullama.serving.states import Asleep, ModelState, Resident, Served
 from mullama.types import SleepLevel
@@ -20,12 +20,19 @@ from mullama.types import SleepLevel
 log = logging.getLogger(__name__)
 
 
-class SleepyEngine(EngineClient, Protocol):
-    """What a sleep asks of an engine (see engine.Engine)."""
+class SleepyWeights(WeightsClient, Protocol):
+    """What a sleep asks of an engine's weights."""
 
     def sleep(self, level: Any = "host") -> Any: ...
 
     def wake(self) -> float: ...
+
+
+class SleepyEngine(EngineClient, Protocol):
+    """An engine that can sleep."""
+
+    @property
+    def weights(self) -> SleepyWeights: ...
 
 
 class IdleMethods:
@@ -90,7 +97,7 @@ class IdleMethods:
         engine = cast(SleepyEngine, resident.engine)
         served.falling = resident
         try:
-            report = await asyncio.to_thread(engine.sleep, level)
+            report = await asyncio.to_thread(engine.weights.sleep, level)
         except BaseException:
             served.resident, served.state = resident, ModelState.READY
             self._answer(served)
@@ -117,7 +124,7 @@ class IdleMethods:
         if asleep is None:
             return None
         try:
-            woke_ms = await asyncio.to_thread(cast(SleepyEngine, asleep.engine).wake)
+            woke_ms = await asyncio.to_thread(cast(SleepyEngine, asleep.engine).weights.wake)
         except (MemoryTooSmall, AdapterLost):
             raise  # it sleeps on, and is woken when there is more, or the file is back
         except MullamaError as error:

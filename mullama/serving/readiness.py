@@ -7,6 +7,7 @@ Both see the same faults in the same words. Nothing is loaded or fetched for it 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,9 +122,8 @@ def _model(text: str, config: ServeConfig, folder: Folder, found: Findings) -> N
 
 def _fits(path: Path, config: ServeConfig, name: str) -> None:
     """Raises MemoryTooSmall, and ModelLoadError for what is no model."""
-    try:
-        from mullama.engine.memory import fits
-    except MachineUnfit:  # of the libraries; told already
-        return
+    from mullama.engine.memory import fits
+
     fits.header_of(path)
-    fits.sizes_for(path, config, name, tell=False)
+    with contextlib.suppress(MachineUnfit):  # of the libraries; told already
+        fits.sizes_for(path, config, name, tell=False)

@@ -155,7 +155,7 @@ class Served:
     def held_bytes(self) -> int:
         """Memory that it takes now, its LoRA adapters included, or what it takes when it is loaded."""
         engine = self.engine
-        return self.n_bytes + (sum(one["size_bytes"] for one in engine.adapters()) if engine is not None else 0)
+        return self.n_bytes + (sum(one["size_bytes"] for one in engine.weights.loras()) if engine is not None else 0)
 
     @property
     def memory_bytes(self) -> int:

@@ -14,7 +14,7 @@ from mullama.logs import said
 from mullama.plugins.groups import is_fault
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
 from mullama.scheduling.base import wanting
-from mullama.scheduling.kv_budget import fit_or_go_on
+from mullama.scheduling.kv_budget import PRESSURE_STEPS, fit_or_go_on
 from mullama.simulation.cost_model.costs import BUCKET, CostModel
 from mullama.simulation.cost_model.timing import StepCosts
 from mullama.simulation.feed import SECOND, Feed
@@ -26,7 +26,6 @@ from mullama.workload.base import Outcome, TraceRequest, Workload
 ORIGIN_NS = SECOND  # when the workload starts; a policy never sees the time 0, which means "no limit"
 NAP_NS = 1_000_000  # how long the engine sleeps when a plan did nothing and said nothing
 IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
-PRESSURE_STEPS = 64  # steps that eviction under KV pressure makes room for
 
 
 def simulate(

@@ -177,8 +177,8 @@ def _start_publisher(config: ServeConfig, models: ModelManager) -> KvPublisher:
     endpoint = config.kv_events_endpoint
     publisher = KvPublisher(endpoint, topic=config.kv_events_topic, block_size=config.kv_events_block_size)
     try:
-        publisher.start({name: engine.kv_events for name, engine in models.items()})
-        models.watchers.append(lambda name, engine: publisher.follow(name, engine.kv_events if engine else None))
+        publisher.start({name: engine.kv.events for name, engine in models.items()})
+        models.watchers.append(lambda name, engine: publisher.follow(name, engine.kv.events if engine else None))
     except BaseException:
         publisher.close()
         raise

@@ -83,7 +83,7 @@ def one(engine: Engine, prompt: Sequence[int], n: int = 8, name: str = "r", **mo
 
 
 def events(engine: Engine, since: int = 0) -> list[KvEvent]:
-    found, lost = engine.kv_events.since(since)
+    found, lost = engine.kv.events.since(since)
     assert lost == 0
     return found
 
@@ -92,7 +92,7 @@ def history(engine: Engine, name: str) -> list[int]:
     """Prompt and answer of a request that has ended, as the next turn of a chat begins (without the last token)."""
     ended = [
         event
-        for event in events(engine, max(engine.kv_events.last_seq - 1000, 0))
+        for event in events(engine, max(engine.kv.events.last_seq - 1000, 0))
         if (event.kind, event.tier, event.request) == (KvEventKind.STORED, KvTier.DEVICE, name)
     ]
     return unpack(ended[-1].tokens)

@@ -132,7 +132,7 @@ def test_a_swap_tells_it(make_engine: Callable[..., Engine], other: Path, kv: st
     run(
         engine,
         requests(),
-        lambda: reports.append(engine.swap_weights(other, kv=kv, kl=True, on_phase=phases.append).to_dict()),
+        lambda: reports.append(engine.weights.swap(other, kv=kv, kl=True, on_phase=phases.append).to_dict()),
     )
     (report,) = reports
     detail = report["kl_detail"]
@@ -142,16 +142,16 @@ def test_a_swap_tells_it(make_engine: Callable[..., Engine], other: Path, kv: st
     assert 0 <= detail["same_top"] <= 1
     assert 3 * 10 < detail["tokens"] <= 3 * comparing.TAIL
     assert phases[-1] == "comparing"
-    assert engine.swap_weights(engine.info.path, kv=kv).to_dict()["kl"] is None
+    assert engine.weights.swap(engine.info.path, kv=kv).to_dict()["kl"] is None
 
 
 def test_twins_are_not_apart_also_where_nothing_ran(make_engine: Callable[..., Engine], twin: Path) -> None:
-    report = make_engine().swap_weights(twin, kl=True).to_dict()
+    report = make_engine().weights.swap(twin, kl=True).to_dict()
     assert report["kl"] == pytest.approx(0, abs=1e-6)
     assert report["kl_detail"].items() >= {"of": "sample", "texts": 1, "same_top": 1.0}.items()
     engine = make_engine()
     say(engine, TEXT, 5)  # cached now
-    report = engine.swap_weights(twin, kl=True).to_dict()
+    report = engine.weights.swap(twin, kl=True).to_dict()
     assert report["kl"] == pytest.approx(0, abs=1e-6)
     assert report["kl_detail"]["of"] == "requests"
 
@@ -170,7 +170,7 @@ def test_a_closed_engine_ends_a_comparison(
     engine = make_engine()
     monkeypatch.setattr(comparing, "window", hold)
     reports = []
-    thread = threading.Thread(target=lambda: reports.append(engine.swap_weights(other, kl=True)))
+    thread = threading.Thread(target=lambda: reports.append(engine.weights.swap(other, kl=True)))
     thread.start()
     assert comparing_now.wait(30)
     closing = threading.Thread(target=engine.close)
@@ -189,13 +189,13 @@ def test_two_engines_are_compared(
 ) -> None:
     one, two, foreign = make_engine(), make_engine(other), make_engine(tiny_model("llama", turned=True))
     say(one, TEXT, 5)
-    found = one.compare(two, one.texts_for(two))
+    found = one.weights.compare(two.weights, one.weights.texts_for(two.weights))
     assert found["kl"] > 0
     assert found["kl_detail"].items() >= {"carried": None, "of": "requests", "texts": 1}.items()
     with pytest.raises(InvalidRequest, match="the vocabulary of"):
-        one.texts_for(foreign)
+        one.weights.texts_for(foreign.weights)
     two.close()
-    assert one.compare(two, [TEXT]) == {"kl": None, "kl_detail": None}
+    assert one.weights.compare(two.weights, [TEXT]) == {"kl": None, "kl_detail": None}
 
 
 def test_what_is_refused_leaves_the_old_weights(
@@ -204,10 +204,10 @@ def test_what_is_refused_leaves_the_old_weights(
     engine = make_engine()
     before = engine.info.weights
     with pytest.raises(InvalidRequest, match="the vocabulary of") as caught:
-        engine.swap_weights(tiny_model("llama", turned=True), kl=True)
+        engine.weights.swap(tiny_model("llama", turned=True), kl=True)
     assert caught.value.param == "kl"
     with pytest.raises(InvalidRequest, match="does not hold both") as caught:
-        engine.swap_weights(other, room=Room(beside=0, alone=1 << 40), kl=True)
+        engine.weights.swap(other, room=Room(beside=0, alone=1 << 40), kl=True)
     assert caught.value.param == "kl"
     assert engine.info.weights == before
     assert say(engine, TEXT)

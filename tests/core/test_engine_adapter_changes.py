@@ -33,7 +33,7 @@ def make(
     def get(path: Path | None = None, **options: Any) -> Engine:
         engine = make_engine(path, **options)
         for file in files:
-            engine.load_adapter(file)
+            engine.weights.load_lora(file)
         return engine
 
     return get
@@ -48,7 +48,7 @@ def requests(n: int = 440, **more: Any) -> list[Request]:
 
 def known(engine: Engine, path: Path) -> None:
     """Let it be remembered that the adapters fit a file: finding out takes longer than the streams of a test."""
-    engine._adapters.check_on(path)
+    engine._loras.check_on(path)
 
 
 def texts(engine: Engine, n: int = 20) -> list[str]:
@@ -63,17 +63,17 @@ def test_twin_weights_change_nothing(make: Callable[..., Engine], twin: Path, kv
     engine = make(deterministic=True)
     known(engine, twin)
     reports: list[Any] = []
-    streams = run(engine, requests(), lambda: reports.append(engine.swap_weights(twin, kv=kv, room=room, label="new")))
+    streams = run(engine, requests(), lambda: reports.append(engine.weights.swap(twin, kv=kv, room=room, label="new")))
     assert streams.texts == plain if kv == "carry" else begins_alike(streams, plain)
     (report,) = reports
     assert (report.kv, report.mode) == (kv, "beside" if room is None else "gap")
     assert [[name for name, _ in spans][-1] for spans in streams.spans] == ["new"] * 4
     engine.call(lambda: None).result()  # what has ended is put away
-    assert [(one["id"], one["requests"]) for one in engine.adapters()] == [("a", 0), ("b", 0)]
+    assert [(one["id"], one["requests"]) for one in engine.weights.loras()] == [("a", 0), ("b", 0)]
     assert texts(engine) == [text[:20] for text in plain] if kv == "carry" else texts(engine)
     assert engine.kv.audit() == []
-    engine.unload_adapter("a")
-    engine.unload_adapter("b")
+    engine.weights.unload_lora("a")
+    engine.weights.unload_lora("b")
 
 
 def test_preempted_and_waiting_requests_go_on_with_theirs(make: Callable[..., Engine], twin: Path) -> None:
@@ -83,7 +83,7 @@ def test_preempted_and_waiting_requests_go_on_with_theirs(make: Callable[..., En
         plain = run(make(**options), requests(200, preempt=how)).texts
         engine = make(**options)
         known(engine, twin)
-        streams = run(engine, requests(200, preempt=how), lambda engine=engine: engine.swap_weights(twin))
+        streams = run(engine, requests(200, preempt=how), lambda engine=engine: engine.weights.swap(twin))
         assert streams.texts == plain
 
 
@@ -92,9 +92,9 @@ def test_the_adapters_lie_on_the_new_weights(make: Callable[..., Engine], other:
     engine = make()
     before = texts(engine)
     for room in (None, GAP):
-        engine.swap_weights(other, kv="recompute", room=room)
+        engine.weights.swap(other, kv="recompute", room=room)
         assert texts(engine) == fresh != before
-    engine.swap_weights(str(engine.info.path), kv="carry")
+    engine.weights.swap(str(engine.info.path), kv="carry")
     assert texts(engine) == fresh
 
 
@@ -102,15 +102,15 @@ def test_sleep_keeps_them(make: Callable[..., Engine]) -> None:
     engine = make()
     plain = texts(engine)
     for _ in range(2):
-        engine.sleep()
-        assert [one["id"] for one in engine.adapters()] == ["a", "b"]
+        engine.weights.sleep()
+        assert [one["id"] for one in engine.weights.loras()] == ["a", "b"]
         assert engine.memory_report_sync()["adapters"] == []
-        engine.wake()
+        engine.weights.wake()
         assert texts(engine) == plain
-    engine.sleep()
-    engine.unload_adapter("a")
-    engine.wake()
-    assert [one["id"] for one in engine.adapters()] == ["b"]
+    engine.weights.sleep()
+    engine.weights.unload_lora("a")
+    engine.weights.wake()
+    assert [one["id"] for one in engine.weights.loras()] == ["b"]
     assert len(engine.memory_report_sync()["adapters"]) == 1
 
 
@@ -120,18 +120,18 @@ def test_a_file_that_has_gone_or_changed(
     """The old weights stay with what lies on them, and an engine that sleeps sleeps on."""
     engine = make()
     plain = texts(engine)
-    engine.sleep()
+    engine.weights.sleep()
     data = (tmp_path / "a.gguf").read_bytes()
     (tmp_path / "a.gguf").unlink()
     with pytest.raises(ModelLoadError, match=r"a\.gguf"):
-        engine.wake()
+        engine.weights.wake()
     (tmp_path / "a.gguf").write_bytes(data)
-    engine.wake()
+    engine.weights.wake()
     assert texts(engine) == plain
     adapters.build(tmp_path / "a.gguf", tiny_model(), seed=77)
     for room in (None, GAP):
         with pytest.raises(BadModelFile, match="'a' has changed"):
-            engine.swap_weights(twin, room=room)
+            engine.weights.swap(twin, room=room)
     assert texts(engine) == plain
     assert engine.counters()["weight_swaps"] == 0
 
@@ -143,14 +143,14 @@ def test_what_the_adapters_do_not_fit_is_refused(
     engine = make()
     plain = texts(engine)
     with pytest.raises(NeedsAnotherEngine):
-        engine.swap_weights(tiny_model("gemma3"))
+        engine.weights.swap(tiny_model("gemma3"))
 
     def mismatch(path: Path, base: Path) -> None:
         raise AdapterMismatch(f"{path}: it changes a tensor which the model does not have")
 
     monkeypatch.setattr("mullama.engine.weights.loras.check_adapter", mismatch)
     with pytest.raises(ModelBusy, match=r"'a' does not fit the new weights.*unload it first"):
-        engine.swap_weights(twin)
+        engine.weights.swap(twin)
     assert texts(engine) == plain
 
 
@@ -166,7 +166,7 @@ def test_a_swap_that_fails_leaves_them(
     with monkeypatch.context() as patch:
         patch.setattr(Adapters, "twins", fails)
         with pytest.raises(BadModelFile, match="no such luck"):
-            engine.swap_weights(twin)
+            engine.weights.swap(twin)
     calls = []
     enter = Adapters.enter
 
@@ -178,6 +178,6 @@ def test_a_swap_that_fails_leaves_them(
 
     monkeypatch.setattr(Adapters, "enter", fails_once)
     with pytest.raises(ModelLoadError, match="no such luck; the old weights are in charge again"):
-        engine.swap_weights(twin, room=GAP)
+        engine.weights.swap(twin, room=GAP)
     assert len(calls) == 2
     assert texts(engine) == plain

@@ -61,8 +61,8 @@ A, B = LoraUse("a"), LoraUse("b")
 def test_each_request_has_its_own(make_engine: Callable[..., Engine], files: Callable[..., Path]) -> None:
     engine = make_engine(kv_host_bytes=0, deterministic=True)
     bare = run(engine).text
-    assert engine.load_adapter(files(1), "a")["n_matrices"] == 6
-    engine.load_adapter(files(2), "b", 0.5)
+    assert engine.weights.load_lora(files(1), "a")["n_matrices"] == 6
+    engine.weights.load_lora(files(2), "b", 0.5)
     sets: list[tuple[LoraUse, ...]] = [(A,), (B,), (), (A, B), (LoraUse("a", 0.0),), (LoraUse("b", 0.5),)]
     alone = [run(engine, *uses).text for uses in sets]
     assert alone[2] == alone[4] == bare
@@ -82,8 +82,8 @@ def test_sequences_with_the_same_adapters_come_together(
 ) -> None:
     """Each step is one pass for each set, where moving a sequence is not dearer than another pass."""
     engine = make_engine(kv_host_bytes=0, deterministic=True)
-    engine.load_adapter(files(1), "a")
-    engine.load_adapter(files(2), "b")
+    engine.weights.load_lora(files(1), "a")
+    engine.weights.load_lora(files(2), "b")
     wanted = [request(f"r{n}", use, n=60, text=TEXT[n:]) for n, use in enumerate((A, B, A, B))]
     alone = [ask(engine, one)[0].text for one in wanted]
     engine.kv.drop()
@@ -104,8 +104,8 @@ def test_kv_of_different_adapters_is_never_shared(
     make_engine: Callable[..., Engine], files: Callable[..., Path]
 ) -> None:
     engine = make_engine()
-    engine.load_adapter(files(1), "a")
-    engine.load_adapter(files(2), "b")
+    engine.weights.load_lora(files(1), "a")
+    engine.weights.load_lora(files(2), "b")
     order: list[tuple[LoraUse, ...]] = [(), (A,), (B,), (A, B), (LoraUse("a", 0.5),)]
     first = [run(engine, *uses) for uses in order]
     assert [answer.profile.kv_cache_hit for answer in first] == [0] * 5
@@ -123,13 +123,13 @@ def test_the_same_file_again_finds_its_kv_and_another_one_does_not(
 ) -> None:
     engine = make_engine()
     one, two = files(1), files(2)
-    engine.load_adapter(one, "a")
+    engine.weights.load_lora(one, "a")
     first = run(engine, A)
-    engine.unload_adapter("a")
-    engine.load_adapter(two, "a")
+    engine.weights.unload_lora("a")
+    engine.weights.load_lora(two, "a")
     assert run(engine, A).profile.kv_cache_hit == 0
-    engine.unload_adapter("a")
-    engine.load_adapter(one, "other")
+    engine.weights.unload_lora("a")
+    engine.weights.load_lora(one, "other")
     again = run(engine, LoraUse("other"))
     assert (again.text, again.profile.kv_cache_hit) == (first.text, len(TEXT) - 1)
 
@@ -140,11 +140,11 @@ def test_kv_on_disk_is_found_by_the_same_adapter_only(
     disk: dict[str, Any] = {"kv_disk_dir": str(tmp_path / "kv"), "kv_disk_bytes": 1 << 26}
     long = TEXT * 4
     engine = make_engine(**disk)
-    engine.load_adapter(files(1), "a")
+    engine.weights.load_lora(files(1), "a")
     first = run(engine, A, text=long)
-    namespace = namespace_of("", adapters_key([(engine.adapters()[0]["sha256"], 1.0)]))
+    namespace = namespace_of("", adapters_key([(engine.weights.loras()[0]["sha256"], 1.0)]))
     assert engine._kv.tree.match(namespace, pack(list(long.encode()))).n_tokens >= len(long)
-    disk_tier = engine._need_disk()
+    disk_tier = engine.kv._need_disk()
 
     def save() -> dict[str, int]:
         tokens = list(long.encode())
@@ -154,8 +154,8 @@ def test_kv_on_disk_is_found_by_the_same_adapter_only(
     assert engine.call(save).result()["bytes"] > 0
     engine.close()
     engine = make_engine(**disk)
-    engine.load_adapter(files(2), "b")
-    engine.load_adapter(files(1), "renamed")
+    engine.weights.load_lora(files(2), "b")
+    engine.weights.load_lora(files(1), "renamed")
     assert run(engine, text=long).profile.kv_cache_hit == 0
     assert run(engine, B, text=long).profile.kv_cache_hit == 0
     again = run(engine, LoraUse("renamed"), text=long)
@@ -166,7 +166,7 @@ def test_unloading_waits_for_nobody_and_breaks_nobody(
     make_engine: Callable[..., Engine], files: Callable[..., Path]
 ) -> None:
     engine = make_engine()
-    engine.load_adapter(files(1), "a")
+    engine.weights.load_lora(files(1), "a")
     alone = run(engine, A, n=40).text
     gate = threading.Event()
     engine.call(gate.wait)
@@ -175,7 +175,7 @@ def test_unloading_waits_for_nobody_and_breaks_nobody(
 
     def unload() -> None:
         try:
-            engine.unload_adapter("a")
+            engine.weights.unload_lora("a")
         except AdapterBusy as error:
             refused.append(error)
 
@@ -187,20 +187,20 @@ def test_unloading_waits_for_nobody_and_breaks_nobody(
     assert text == alone
     assert len(refused) == 1 and "the adapter 'a' is used by 1 request now" in str(refused[0])
     engine.call(lambda: None).result()
-    assert engine.adapters()[0]["requests"] == 0
-    engine.unload_adapter("a")
-    assert engine.adapters() == []
+    assert engine.weights.loras()[0]["requests"] == 0
+    engine.weights.unload_lora("a")
+    assert engine.weights.loras() == []
     with pytest.raises(InvalidRequest, match="loaded adapters: none"):
         engine.submit_sync(request("r", A))
     with pytest.raises(AdapterNotFound):
-        engine.unload_adapter("a")
+        engine.weights.unload_lora("a")
 
 
 def test_a_cancelled_and_a_refused_request_let_go(
     make_engine: Callable[..., Engine], files: Callable[..., Path]
 ) -> None:
     engine = make_engine(parallel=1, max_queue=0)
-    engine.load_adapter(files(1), "a")
+    engine.weights.load_lora(files(1), "a")
     generation = engine.submit_sync(request("r", A, n=400))
     next(iter(generation))
     generation.cancel()
@@ -211,8 +211,8 @@ def test_a_cancelled_and_a_refused_request_let_go(
         engine.submit_sync(request("r", A, A))
     with pytest.raises(InvalidRequest, match="the scale"):
         engine.submit_sync(request("r", LoraUse("a", float("nan"))))
-    assert engine.adapters()[0]["requests"] == 0
-    engine.unload_adapter("a")
+    assert engine.weights.loras()[0]["requests"] == 0
+    engine.weights.unload_lora("a")
 
 
 def test_loading_while_others_are_answered(make_engine: Callable[..., Engine], files: Callable[..., Path]) -> None:
@@ -222,12 +222,12 @@ def test_loading_while_others_are_answered(make_engine: Callable[..., Engine], f
     generation = engine.submit_sync(request("r", n=300))
     reader = threading.Thread(target=lambda: found.append("".join(delta.text for delta in generation)))
     reader.start()
-    engine.load_adapter(files(1), "a")
-    engine.load_adapter(files(2), "b")
-    engine.unload_adapter("b")
+    engine.weights.load_lora(files(1), "a")
+    engine.weights.load_lora(files(2), "b")
+    engine.weights.unload_lora("b")
     reader.join()
     assert found == [alone]
-    assert [one["id"] for one in engine.adapters()] == ["a"]
+    assert [one["id"] for one in engine.weights.loras()] == ["a"]
 
 
 @pytest.mark.parametrize("how", ["swap", "recompute"])
@@ -236,7 +236,7 @@ def test_preempted_sequences_go_on_with_theirs(
 ) -> None:
     """Room for two of four sequences, so that they take turns."""
     engine = make_engine(scheduler="round_robin", parallel=2, kv_host_bytes=0, deterministic=True)
-    engine.load_adapter(files(1), "a")
+    engine.weights.load_lora(files(1), "a")
     sets = [(A,), (), (A,), ()]
     alone = [run(engine, *uses, n=80).text for uses in sets]
     wanted = [request(f"r{n}", *uses, n=80, preempt=Preempt(how)) for n, uses in enumerate(sets)]
@@ -250,7 +250,7 @@ def test_a_sequence_with_adapters_stays_when_others_are_handed_over(
 ) -> None:
     # What is computed again comes in other chunks: to the last bit the same only with the reference computations.
     old, new = make_engine(deterministic=True), make_engine(deterministic=True)
-    old.load_adapter(files(1), "a")
+    old.weights.load_lora(files(1), "a")
     alone = [run(old, A, n=60).text, run(old, n=60).text]
     gate = threading.Event()
     old.call(gate.wait)
@@ -268,7 +268,7 @@ def test_a_sequence_with_adapters_stays_when_others_are_handed_over(
 def test_memory(make_engine: Callable[..., Engine], files: Callable[..., Path]) -> None:
     engine = make_engine()
     before = engine.memory_report_sync()
-    size = engine.load_adapter(files(1), "a")["size_bytes"]
+    size = engine.weights.load_lora(files(1), "a")["size_bytes"]
     after = asyncio.run(engine.memory_report())
     assert before["adapters"] == []
     assert after["adapters"] == [{"id": "a", "allocated_bytes": size, "resident_bytes": size}]
@@ -278,9 +278,9 @@ def test_adapters_named_at_the_start(
     make_engine: Callable[..., Engine], files: Callable[..., Path], tiny_model: Callable[..., Path]
 ) -> None:
     engine = make_engine(lora=[f"a={files(1)}"])
-    assert [one["id"] for one in engine.adapters()] == ["a"]
+    assert [one["id"] for one in engine.weights.loras()] == ["a"]
     other = make_engine(tiny_model("gemma3"), lora=[f"a={files(1)}"])
-    assert other.adapters() == [], "it is of another model"
+    assert other.weights.loras() == [], "it is of another model"
     with pytest.raises(ConfigError, match="NAME=PATH"):
         make_engine(lora=[str(files(1))])
     with pytest.raises(BadModelFile):
@@ -289,7 +289,7 @@ def test_adapters_named_at_the_start(
 
 def test_closing_with_work_left(make_engine: Callable[..., Engine], files: Callable[..., Path]) -> None:
     engine = make_engine(parallel=1)
-    engine.load_adapter(files(1), "a")
+    engine.weights.load_lora(files(1), "a")
     generations = submit(engine, *(request(f"r{n}", A, n=300) for n in range(3)))
     engine.close()  # raises when an adapter could not be freed
     for generation in generations:
@@ -301,18 +301,18 @@ def test_closing_with_work_left(make_engine: Callable[..., Engine], files: Calla
 @pytest.mark.parametrize("name", ["", "a b", "a+b", "a/b", "-a", "x" * 65, "a\n"])
 def test_bad_ids(make_engine: Callable[..., Engine], files: Callable[..., Path], name: str) -> None:
     with pytest.raises(InvalidRequest, match="letters"):
-        make_engine().load_adapter(files(1), name)
+        make_engine().weights.load_lora(files(1), name)
 
 
 def test_an_id_is_taken_once_and_comes_from_the_name(
     make_engine: Callable[..., Engine], files: Callable[..., Path]
 ) -> None:
     engine = make_engine()
-    assert engine.load_adapter(files(1))["id"] == "adapter-1"
+    assert engine.weights.load_lora(files(1))["id"] == "adapter-1"
     with pytest.raises(InvalidRequest, match="loaded already"):
-        engine.load_adapter(files(2), "adapter-1")
+        engine.weights.load_lora(files(2), "adapter-1")
     with pytest.raises(InvalidRequest, match="scale"):
-        engine.load_adapter(files(2), scale=float("inf"))
+        engine.weights.load_lora(files(2), scale=float("inf"))
 
 
 def _cut(path: Path) -> Path:
@@ -378,6 +378,6 @@ def test_damaged_files_are_refused_and_the_engine_serves_on(
     engine = make_engine()
     bare = run(engine).text
     with pytest.raises(error, match=match):
-        engine.load_adapter(make(files, tiny_model), "a")
-    assert engine.adapters() == []
+        engine.weights.load_lora(make(files, tiny_model), "a")
+    assert engine.weights.loras() == []
     assert run(engine).text == bare

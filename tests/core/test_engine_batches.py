@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from core_support import greedy
+from mullama.kv.control import KvAccess
 
 from mullama.api import Engine
 from mullama.errors import ContextLengthExceeded, InvalidRequest, QueueFull
-from mullama.kv.control import KvAccess
 from mullama.types import FinishReason, Request, SamplingParams
 
 PROMPTS = [f"PROMPT NUMBER {i} " * (1 + i % 3) for i in range(23)]
@@ -77,7 +77,7 @@ def test_one_that_fails_ends_the_others(engine: Engine) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate(PROMPTS, progress=stop, **options(100))
-    until(lambda: not engine.scheduler_snapshot()["running"] and not engine.scheduler_snapshot()["waiting"])
+    until(lambda: not engine.planning.snapshot()["running"] and not engine.planning.snapshot()["waiting"])
     assert engine.generate("a", **options(2))
 
 
@@ -88,7 +88,7 @@ def test_a_batch_beside_others_waits_for_room(engine: Engine) -> None:
     assert len(texts) == 5 and all(texts)
     for other in others:
         other.cancel()
-    until(lambda: not engine.scheduler_snapshot()["running"])
+    until(lambda: not engine.planning.snapshot()["running"])
     gate = threading.Event()
     engine.call(gate.wait)  # nothing goes on meanwhile
     try:
@@ -104,7 +104,7 @@ def test_what_nobody_reads_gives_its_slot_back(engine: Engine) -> None:
     for i in range(3):
         engine.submit_sync(Request(f"dropped-{i}", [65 + i], greedy(200)))
     gc.collect()
-    until(lambda: not engine.scheduler_snapshot()["running"])
+    until(lambda: not engine.planning.snapshot()["running"])
     kept = engine.submit_sync(Request("kept", [70], greedy(50)))
     gc.collect()
     assert sum(delta.n_tokens for delta in kept) == 50
@@ -113,7 +113,7 @@ def test_what_nobody_reads_gives_its_slot_back(engine: Engine) -> None:
         assert delta
         break
     gc.collect()
-    until(lambda: not engine.scheduler_snapshot()["running"])
+    until(lambda: not engine.planning.snapshot()["running"])
 
 
 def test_help_spells_the_options_out() -> None:

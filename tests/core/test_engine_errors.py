@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import operator
 import os
 import pickle
 import subprocess
@@ -119,13 +120,13 @@ def _arguments(method: Any) -> list[Any]:
 METHODS = (
     *("generate", "agenerate", "stream", "astream", "chat", "chat_prompt", "tokenize", "detokenize", "render_chat"),
     *("prompt_tokens", "bytes_alone", "memory", "memory_report", "memory_report_sync", "kv_snapshot"),
-    *("kv_snapshot_sync", "kv_tree", "kv_map", "kv_drop", "drop_retained", "unload_adapter", "load_adapter"),
+    *("kv_snapshot_sync", "kv.atree", "kv.amap", "kv.adrop", "drop_retained", "unload_adapter", "load_adapter"),
     *("sleep", "wake", "swap_weights"),
 )
 
 
 def _call(engine: Engine, name: str) -> Any:
-    method = getattr(engine, name)
+    method = operator.attrgetter(name)(engine)
     found = method(*_arguments(method))
     if inspect.isgenerator(found):
         return list(found)
@@ -188,7 +189,7 @@ FORKS = """
             "batch": lambda: engine.generate(["a", "b"]),
             "kv": lambda: engine.kv.snapshot(),
             "memory": lambda: engine.memory(),
-            "policy": lambda: engine.set_scheduler_sync("srpt"),
+            "policy": lambda: engine.planning.set_policy("srpt"),
             "read": lambda: next(running),
         }
         for name, call in calls.items():

@@ -158,7 +158,7 @@ def test_adapters_of_the_model_count(
     with pytest.raises(MemoryTooSmall, match=", adapters ") as refused:
         fits.sizes_for(tiny_model(), config, "m")
     memory.free = PLENTY
-    (loaded,) = make_engine(lora=lora[:2]).adapters()
+    (loaded,) = make_engine(lora=lora[:2]).weights.loras()
     counted = refused.value.missing + 1 - needs(tiny_model(), config, 512, 4).total
     assert counted == pytest.approx(loaded["size_bytes"], rel=0.1)
 

@@ -46,7 +46,7 @@ def open_disk(make_engine: Make, tiny_model: Callable[..., Path], tmp_path: Path
 
 
 def save(engine: Engine, prompt: list[int] = PROMPT) -> dict[str, Any]:
-    return asyncio.run(engine.kv_save(prompt))
+    return asyncio.run(engine.kv.asave(prompt))
 
 
 def disk_view(engine: Engine) -> dict[str, Any]:
@@ -140,13 +140,13 @@ def test_an_engine_does_not_sleep_on_a_full_disk(open_disk: Make, host_bytes: in
     with full_disk():
         text = one(engine, PROMPT).text
         with pytest.raises(DiskFull, match=r"the model stays awake, .*the disk is full"):
-            engine.sleep("disk")
+            engine.weights.sleep("disk")
     assert engine.is_ready()
     again = one(engine, PROMPT)
     assert (again.text, again.profile.kv_cache_hit) == (text, 99)
-    report = engine.sleep("disk")
+    report = engine.weights.sleep("disk")
     assert report.tokens >= 100 and report.disk_bytes > 0
-    engine.wake()
+    engine.weights.wake()
     again = one(engine, PROMPT)
     assert (again.text, again.profile.kv_cache_hit, again.profile.kv_cache_source) == (text, 99, "disk")
 
@@ -157,7 +157,7 @@ def test_host_memory_is_not_given_up_for_a_full_disk(open_disk: Make) -> None:
     with full_disk():
         texts = [one(engine, tokens(k, 100)).text for k in (1, 2, 3)]
         with pytest.raises(DiskFull):
-            engine.sleep("disk")
+            engine.weights.sleep("disk")
     found = [one(engine, tokens(k, 100)) for k in (1, 2, 3)]
     assert [answer.text for answer in found] == texts
     assert [answer.profile.kv_cache_hit for answer in found] == [99, 99, 99]
@@ -169,9 +169,9 @@ def test_a_sleep_in_memory_keeps_what_the_disk_does_not_take(open_disk: Make, ho
     engine = open_disk(kv_host_bytes=host_bytes)
     with full_disk():
         text = one(engine, PROMPT).text
-        report = engine.sleep("host")
+        report = engine.weights.sleep("host")
         assert report.tokens >= 100 and report.host_bytes > 0
-        engine.wake()
+        engine.weights.wake()
         again = one(engine, PROMPT)
     assert (again.text, again.profile.kv_cache_hit) == (text, 99)
     assert engine.kv.audit() == []
@@ -185,8 +185,8 @@ def test_more_than_the_writer_takes_at_once_sleeps_on_disk(open_disk: Make, monk
     settle(engine)
     before = disk_view(engine)["not_written"]
     monkeypatch.setattr(kvdisk, "MOST_PENDING", 1)
-    assert engine.sleep("disk").tokens >= 600
-    engine.wake()
+    assert engine.weights.sleep("disk").tokens >= 600
+    engine.weights.wake()
     assert disk_view(engine)["not_written"] == before
     assert [one(engine, tokens(k, 100)).profile.kv_cache_hit for k in range(1, 7)] == [99] * 6
 

@@ -37,7 +37,7 @@ def test_twin_weights_change_nothing(make_engine: Callable[..., Engine], twin: P
     plain = run(make_engine(), requests()).texts
     engine = make_engine()
     reports: list[Any] = []
-    streams = run(engine, requests(), lambda: reports.append(engine.swap_weights(twin, kv=kv, label="twin", room=ROOM)))
+    streams = run(engine, requests(), lambda: reports.append(engine.weights.swap(twin, kv=kv, label="twin", room=ROOM)))
     (report,) = reports
     assert streams.texts == plain if kv != "recompute" else begins_alike(streams, plain)
     assert (report.mode, report.kv) == ("gap", "recompute" if kv == "recompute" else "carry")
@@ -54,7 +54,7 @@ def test_twin_weights_change_nothing(make_engine: Callable[..., Engine], twin: P
 
 
 def test_with_room_for_both_there_is_no_gap(make_engine: Callable[..., Engine], twin: Path) -> None:
-    report = make_engine().swap_weights(twin, room=Room(1 << 40, 1 << 40))
+    report = make_engine().weights.swap(twin, room=Room(1 << 40, 1 << 40))
     assert (report.mode, report.gap_ms) == ("beside", None)
 
 
@@ -65,12 +65,12 @@ def test_short_memory_is_seen(make_engine: Callable[..., Engine], twin: Path, mo
     assert new is not None
     monkeypatch.setattr(memory, "available_memory", lambda: gap.beside_bytes(new) - 1)
     assert needs.own > 1
-    assert engine.swap_weights(twin).mode == "gap"
+    assert engine.weights.swap(twin).mode == "gap"
     with pytest.raises(MemoryTooSmall, match="with a gap"):
-        engine.swap_weights(twin, gap="never")
+        engine.weights.swap(twin, gap="never")
     monkeypatch.setattr(memory, "available_memory", lambda: new.total - needs.own - (1 << 20))
     with pytest.raises(MemoryTooSmall, match="without the old weights"):
-        engine.swap_weights(twin)
+        engine.weights.swap(twin)
     assert engine.counters()["weight_swaps"] == 1
 
 
@@ -132,7 +132,7 @@ def test_many_gaps_with_requests_coming_and_going(make_engine: Callable[..., Eng
     for thread in threads:
         thread.start()
     for i in range(12):
-        engine.swap_weights([twin, old][i % 2], kv="carry", room=ROOM)
+        engine.weights.swap([twin, old][i % 2], kv="carry", room=ROOM)
     stop.set()
     for thread in threads:
         thread.join()
@@ -158,7 +158,7 @@ def test_new_weights_that_fail_bring_the_old_ones_back(
 
     def try_it() -> None:
         with pytest.raises(ModelLoadError, match="no such luck; the old weights are in charge again, after a gap of"):
-            engine.swap_weights(twin, kv=kv, room=ROOM)
+            engine.weights.swap(twin, kv=kv, room=ROOM)
 
     monkeypatch.setattr(loading, "load_model", load)
     streams = run(engine, requests(), try_it)
@@ -169,13 +169,13 @@ def test_new_weights_that_fail_bring_the_old_ones_back(
     assert engine.counters()["weight_swaps"] == 0
     assert engine.info.path == engine.model.path == old
     monkeypatch.setattr(loading, "load_model", right)
-    assert engine.swap_weights(twin, kv=kv, room=ROOM).mode == "gap"
+    assert engine.weights.swap(twin, kv=kv, room=ROOM).mode == "gap"
 
 
 def test_a_cancelled_load_brings_the_old_ones_back(make_engine: Callable[..., Engine], twin: Path) -> None:
     engine = make_engine()
     with pytest.raises(LoadCancelled, match="in charge again"):
-        engine.swap_weights(twin, room=ROOM, progress=lambda fraction: False)
+        engine.weights.swap(twin, room=ROOM, progress=lambda fraction: False)
     assert say(engine, [104, 105])
 
 
@@ -185,7 +185,7 @@ def test_a_load_that_takes_for_ever_is_given_up(
     monkeypatch.setattr(gap, "MOST_GAP_S", 0.0)
     engine = make_engine()
     with pytest.raises(LoadCancelled, match="in charge again"):
-        engine.swap_weights(twin, room=ROOM)
+        engine.weights.swap(twin, room=ROOM)
     assert say(engine, [104, 105])
 
 
@@ -201,7 +201,7 @@ def test_without_any_weights_every_request_gets_an_error(
 
     monkeypatch.setattr(loading, "load_model", load)
     with pytest.raises(EngineDead, match=r"twin\.gguf is gone.*, and the old ones not again"):
-        engine.swap_weights(twin, room=ROOM)
+        engine.weights.swap(twin, room=ROOM)
     streams.join()
     for generation in streams.generations:
         assert generation.finish is not None
@@ -234,7 +234,7 @@ def test_requests_of_the_gap_wait(make_engine: Callable[..., Engine], twin: Path
 
     plain_tokens = engine.tokenize("ab")
     plain = say(make_engine(), [104, 105])
-    assert engine.swap_weights(twin, room=ROOM, progress=meanwhile).mode == "gap"
+    assert engine.weights.swap(twin, room=ROOM, progress=meanwhile).mode == "gap"
     for thread in threads:
         thread.join()
     assert texts == [plain]
@@ -249,12 +249,12 @@ def test_closing_in_the_gap(make_engine: Callable[..., Engine], twin: Path) -> N
     def close(fraction: float) -> bool:
         if not closing.is_alive():
             closing.start()
-            while not engine._stopping:
+            while not engine._commands.stopping:
                 pass
         return True
 
     with pytest.raises((ShuttingDown, EngineDead)):
-        engine.swap_weights(twin, room=ROOM, progress=close)
+        engine.weights.swap(twin, room=ROOM, progress=close)
     closing.join()
     streams.join()
     assert all(g.finish is not None and g.finish.reason is FinishReason.ERROR for g in streams.generations)
@@ -265,13 +265,13 @@ def test_other_shapes_do_not_take_the_place(
 ) -> None:
     engine = make_engine()
     with pytest.raises(NeedsAnotherEngine):
-        engine.swap_weights(tiny_model("gemma3"), room=ROOM)
+        engine.weights.swap(tiny_model("gemma3"), room=ROOM)
     with pytest.raises(InvalidRequest, match="gap must be one of auto, never"):
-        engine.swap_weights(tiny_model(), gap="perhaps")
+        engine.weights.swap(tiny_model(), gap="perhaps")
     turned = tiny_model("llama", rope_base=5000.0)
     with pytest.raises(InvalidRequest, match="rope"):
-        engine.swap_weights(turned, kv="carry", room=ROOM)
-    assert engine.swap_weights(turned, room=ROOM).kv == "recompute"
+        engine.weights.swap(turned, kv="carry", room=ROOM)
+    assert engine.weights.swap(turned, room=ROOM).kv == "recompute"
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "mamba", "lfm2"])
@@ -279,7 +279,7 @@ def test_every_kind_of_memory(make_engine: Callable[..., Engine], tiny_model: Ca
     path = tiny_model(arch)
     plain = run(make_engine(path), requests()).texts
     engine = make_engine(path)
-    streams = run(engine, requests(), lambda: engine.swap_weights(path, kv="carry", room=ROOM))
+    streams = run(engine, requests(), lambda: engine.weights.swap(path, kv="carry", room=ROOM))
     assert begins_alike(streams, plain)
     assert streams.texts == plain or arch == "gemma3"
 
@@ -290,7 +290,7 @@ def test_carried_prefixes_are_marked_and_the_disk_tier_follows(
     prompt = list(b"the sun and the others are all here and so am I, and then some more of it")
     engine = make_engine(kv_disk_dir=str(tmp_path / "kv"))
     say(engine, prompt)
-    engine.swap_weights(other, kv="carry", room=ROOM)
+    engine.weights.swap(other, kv="carry", room=ROOM)
     generation = engine.submit_sync(Request("again", [*prompt, 65], greedy(5)))
     list(generation)
     assert generation.finish is not None

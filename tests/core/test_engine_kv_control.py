@@ -137,7 +137,7 @@ def test_what_is_pinned_stays(make_engine: Make, host: int, whole: bool) -> None
     prompt = tokens(1, 90)
     one(engine, prompt, name="pinned")
     named = history(engine, "pinned") if whole else prompt[:80]
-    assert run(engine.kv_pin(named, ttl_s=100)) == {"pinned_tokens": len(named)}
+    assert run(engine.kv.apin(named, ttl_s=100)) == {"pinned_tokens": len(named)}
     for seed in (2, 3, 4):
         one(engine, tokens(seed, 70))
     one(engine, [*prompt[:40], *tokens(5, 20)])  # begins like it: must not cut it
@@ -145,7 +145,7 @@ def test_what_is_pinned_stays(make_engine: Make, host: int, whole: bool) -> None
     pinned = [node for node in engine.kv.tree()["nodes"] if node["pinned_s"] > 0]
     assert sum(node["tokens"] for node in pinned) == len(named) and all(node["tiers"] for node in pinned)
     assert one(engine, prompt).profile.kv_cache_hit >= min(len(named), 89)
-    assert run(engine.kv_unpin(named)) == {"unpinned_tokens": len(named)}
+    assert run(engine.kv.aunpin(named)) == {"unpinned_tokens": len(named)}
     for seed in (7, 8, 9):
         one(engine, tokens(seed, 70))
     assert one(engine, prompt).profile.kv_cache_hit < 80
@@ -154,17 +154,17 @@ def test_what_is_pinned_stays(make_engine: Make, host: int, whole: bool) -> None
 def test_a_pin_ends(make_engine: Make) -> None:
     engine = make_engine(parallel=1, kv_host_bytes=0)
     one(engine, tokens(1, 90))
-    run(engine.kv_pin(tokens(1, 90), ttl_s=1e-6))
+    run(engine.kv.apin(tokens(1, 90), ttl_s=1e-6))
     one(engine, tokens(2, 90))
     assert one(engine, tokens(1, 90)).profile.kv_cache_hit == 0
-    assert run(engine.kv_pin([97] * 50, ttl_s=5)) == {"pinned_tokens": 0}
+    assert run(engine.kv.apin([97] * 50, ttl_s=5)) == {"pinned_tokens": 0}
 
 
 def test_pins_do_not_stop_the_engine(make_engine: Make) -> None:
     engine = make_engine(parallel=2, kv_host_bytes=100 * TOKEN)
     for seed in range(8):
         one(engine, tokens(seed, 90))
-        run(engine.kv_pin(tokens(seed, 90), ttl_s=100))
+        run(engine.kv.apin(tokens(seed, 90), ttl_s=100))
         assert engine.kv.audit() == []
 
 
@@ -184,13 +184,13 @@ def test_the_policy_is_changed_while_it_runs(make_engine: Make) -> None:
             one(engine, tokens(1, 100))
         one(engine, tokens(2, 100))
         one(engine, tokens(3, 100))
-        assert run(engine.set_kv_policy(name, None))["policy"] == name
+        assert run(engine.kv.aset_policy(name, None))["policy"] == name
         one(engine, tokens(4, 100))
         found[name] = one(engine, tokens(1, 100)).profile.kv_cache_hit
-        assert engine.kv.snapshot()["policy"] == {**run(engine.set_kv_policy(name, None)), "fallback": None}
+        assert engine.kv.snapshot()["policy"] == {**run(engine.kv.aset_policy(name, None)), "fallback": None}
     assert found["lfu"] == found["turns"] == 99 and found["lru"] < 99 and found["fifo"] < 99
     with pytest.raises(InvalidRequest, match="lfu"):
-        run(engine.set_kv_policy("lfo", None))
+        run(engine.kv.aset_policy("lfo", None))
     assert engine.kv.snapshot()["policy"]["policy"] == "cost"
 
 
@@ -202,7 +202,7 @@ def test_a_broken_policy_is_replaced_by_lru(make_engine: Make, tmp_path: Path, b
     spec = f"{file}:Mine"
     engine = make_engine(parallel=1, kv_host_bytes=150 * TOKEN, **EXACT, **({} if live else {"kv_policy": spec}))
     if live:
-        run(engine.set_kv_policy(spec, None))
+        run(engine.kv.aset_policy(spec, None))
     first = [one(engine, tokens(seed, 100)).text for seed in range(4)]
     assert [one(engine, tokens(seed, 100)).text for seed in range(4)] == first
     policy = engine.kv.snapshot()["policy"]
@@ -230,27 +230,27 @@ def test_a_dropped_prefix_is_nowhere(make_engine: Make, n: int) -> None:
     for seed in (1, 2, 3, 1):  # in a slot and in host memory, also the first one
         one(engine, tokens(seed, 60), name=f"r{seed}")
     past = history(engine, "r1")
-    since = engine.kv_events.last_seq
-    dropped = run(engine.kv_drop(past[:n]))
+    since = engine.kv.events.last_seq
+    dropped = run(engine.kv.adrop(past[:n]))
     assert dropped["cells_freed"] == 67 and dropped["host_bytes_freed"] > 0
     assert engine.kv.audit() == []
     assert all(event.kind is KvEventKind.DROPPED and event.request is None for event in events(engine, since))
     assert one(engine, tokens(1, 60)).profile.kv_cache_hit == (0 if n <= 60 else 59), "all that begins so, and no more"
     assert one(engine, tokens(2, 60)).profile.kv_cache_hit == 59
-    assert run(engine.kv_drop([*past[:n], 97])) == dict.fromkeys(dropped, 0), "nothing begins so"
+    assert run(engine.kv.adrop([*past[:n], 97])) == dict.fromkeys(dropped, 0), "nothing begins so"
 
 
 def test_one_tier_is_dropped(make_engine: Make) -> None:
     engine = make_engine(parallel=2, kv_host_bytes=1 << 26)
     for seed in (1, 2, 3, 1):
         one(engine, tokens(seed, 60))
-    assert run(engine.kv_drop(tiers=["host"]))["cells_freed"] == 0
+    assert run(engine.kv.adrop(tiers=["host"]))["cells_freed"] == 0
     assert engine.kv.snapshot()["tiers"]["host"]["bytes_used"] == 0
     assert one(engine, tokens(2, 60)).profile.kv_cache_hit == 0
     assert one(engine, tokens(1, 60)).profile.kv_cache_hit == 59
     for seed in (4, 5):
         one(engine, tokens(seed, 60))
-    assert run(engine.kv_drop(tiers=["device"]))["host_bytes_freed"] == 0
+    assert run(engine.kv.adrop(tiers=["device"]))["host_bytes_freed"] == 0
     assert holders(engine) == {}
     assert one(engine, tokens(1, 60)).profile.kv_cache_source == "host"
 
@@ -261,7 +261,7 @@ def test_what_runs_keeps_its_own(make_engine: Make) -> None:
     engine.kv.drop()
     (generation,) = submit(engine, request("r", tokens(1, 60), 600))
     head = next(generation).text
-    run(engine.kv_drop(tokens(1, 60)))
+    run(engine.kv.adrop(tokens(1, 60)))
     engine.kv.drop()
     assert engine.kv.audit() == []
     assert head + read(generation).text == expected
@@ -271,7 +271,7 @@ def test_everything_is_dropped(make_engine: Make) -> None:
     engine = make_engine(parallel=2, kv_host_bytes=1 << 26)
     for seed in range(5):
         one(engine, tokens(seed % 3, 60) + tokens(seed, 20), cache_salt="x" * (seed % 2))
-    run(engine.kv_drop())
+    run(engine.kv.adrop())
     kv = engine.kv.snapshot()
     assert (kv["cells_used"], kv["tiers"]["host"]["bytes_used"], kv["index"]["nodes"]) == (0, 0, 0)
 
@@ -291,9 +291,9 @@ def test_salts_share_nothing(make_engine: Make) -> None:
     tree = engine.kv.tree()["nodes"]
     names = {node["namespace"] for node in tree}
     assert len(names) == 4 and "" in names and all(len(name) in (0, 12) for name in names)
-    assert run(engine.kv_drop(namespace="x"))["cells_freed"] > 0
+    assert run(engine.kv.adrop(namespace="x"))["cells_freed"] > 0
     assert [one(engine, prompt, cache_salt=salt).profile.kv_cache_hit for salt in ("x", "y")] == [0, 99]
-    assert run(engine.kv_pin(prompt, ttl_s=9, namespace="nobody")) == {"pinned_tokens": 0}
+    assert run(engine.kv.apin(prompt, ttl_s=9, namespace="nobody")) == {"pinned_tokens": 0}
 
 
 # -- what can be seen ----------------------------------------------------------------------------------------------
@@ -409,15 +409,15 @@ def test_the_books_are_right_whatever_happens(
         elif what == "finish" and live:
             _finish(live.pop(number % len(live)), cold, expected)
         elif what == "drop":
-            run(engine.kv_drop(tokens(number % 3, n) if n else None, tiers=("host", "device")[: number % 3]))
+            run(engine.kv.adrop(tokens(number % 3, n) if n else None, tiers=("host", "device")[: number % 3]))
         elif what == "pin":
-            run(engine.kv_pin(tokens(number % 3, n), ttl_s=(0.0, 50.0)[number % 2]))
+            run(engine.kv.apin(tokens(number % 3, n), ttl_s=(0.0, 50.0)[number % 2]))
         elif what == "policy":
-            run(engine.set_kv_policy(("lru", "lfu", "fifo", "cost")[number % 4], None))
+            run(engine.kv.aset_policy(("lru", "lfu", "fifo", "cost")[number % 4], None))
         assert engine.kv.audit() == []
     while live:
         _finish(live.pop(), cold, expected)
-    run(engine.kv_drop())
+    run(engine.kv.adrop())
     kv = engine.kv.snapshot()
     assert (kv["cells_used"], kv["tiers"]["host"]["bytes_used"], kv["index"]["nodes"], kv["audit"]) == (0, 0, 0, [])
     assert engine.counters()["failed"] == 0

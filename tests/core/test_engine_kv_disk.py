@@ -136,13 +136,13 @@ def test_save_and_load(open_disk: Make, tmp_path: Path) -> None:
 
     first = open_disk()
     one(first, tokens(1, 100))
-    saved = asyncio.run(first.kv_save(tokens(1, 100)))
+    saved = asyncio.run(first.kv.asave(tokens(1, 100)))
     assert saved["tokens"] == 100 and saved["bytes"] >= 100 * 256
     flush(first)
     assert records(tmp_path)
     first.close()
     second = open_disk()
-    assert asyncio.run(second.kv_load(tokens(1, 100)))["tokens"] == 100
+    assert asyncio.run(second.kv.aload(tokens(1, 100)))["tokens"] == 100
     assert second.kv.snapshot()["tiers"]["host"]["tokens"] >= 100
     assert one(second, tokens(1, 100)).profile.kv_cache_source == "host"
 
@@ -302,12 +302,12 @@ def test_what_is_dropped_does_not_come_back(open_disk: Make, tmp_path: Path) -> 
     put = disk.store.put
     disk.store.put = lambda *a, **k: (hold.wait(10), put(*a, **k))[1]  # type: ignore[method-assign]
     one(engine, tokens(1, 100))
-    asyncio.run(engine.kv_drop(tokens(1, 100)))
+    asyncio.run(engine.kv.adrop(tokens(1, 100)))
     hold.set()
     flush(engine)
     assert one(engine, tokens(1, 100)).profile.kv_cache_hit == 0
     flush(engine)
-    asyncio.run(engine.kv_drop())
+    asyncio.run(engine.kv.adrop())
     assert records(tmp_path) == [] and on_disk(engine)["bytes_used"] == 0
 
 
@@ -386,7 +386,7 @@ def test_saving_while_the_weights_change_says_when_to_come_back(
 
     def asks() -> None:
         while not stop.is_set():
-            for action in (engine.kv_save, engine.kv_load):
+            for action in (engine.kv.asave, engine.kv.aload):
                 try:
                     answers.append(asyncio.run(action(prompt)))
                 except MullamaError as error:
@@ -396,26 +396,26 @@ def test_saving_while_the_weights_change_says_when_to_come_back(
     thread.start()
     try:
         for label in ("twin", "again", "twin"):
-            engine.swap_weights(other, label=label)
+            engine.weights.swap(other, label=label)
     finally:
         stop.set()
         thread.join()
     refused = [answer for answer in answers if isinstance(answer, MullamaError)]
     assert len(refused) < len(answers)
     assert all(isinstance(error, ModelBusy) and error.retry_after == 1 for error in refused), refused
-    with engine._weights.held():
+    with engine._changes.held():
         away, engine._kv.disk = engine._kv.disk, None
-        for action in (engine.kv_save, engine.kv_load):
+        for action in (engine.kv.asave, engine.kv.aload):
             with pytest.raises(ModelBusy, match="handed to other weights in this moment") as caught:
                 asyncio.run(action(prompt))
             assert caught.value.retry_after == 1
         engine._kv.disk = away
-    assert asyncio.run(engine.kv_save(prompt))["tokens"] >= 0
+    assert asyncio.run(engine.kv.asave(prompt))["tokens"] >= 0
 
 
 def test_without_a_disk_tier_the_option_is_named(make_engine: Make) -> None:
     engine = make_engine()
     for _ in range(2):
-        for action in (engine.kv_save, engine.kv_load):
+        for action in (engine.kv.asave, engine.kv.aload):
             with pytest.raises(InvalidRequest, match="--kv-disk-dir"):
                 asyncio.run(action(tokens(1, 40)))

@@ -109,7 +109,7 @@ def test_a_policy_that_pauses_the_source_holds_nobody_up(make_engine: Make, own_
     engine.call(lambda: engine._policy.swap(LeavesOut(), "mine", own_thread=own_thread)).result()
     answers = ask(engine, *(request(f"r{i}", prompt) for i, prompt in enumerate(prompts)))
     assert [answer.text for answer in answers] == expected
-    assert engine.scheduler_snapshot()["fallback"] is None
+    assert engine.planning.snapshot()["fallback"] is None
     if not own_thread:
         assert answers[1].profile.kv_cache_hit < 400, "it took what there was and computed the rest"
         ended = [event.request for event in events(engine) if event.kind is KvEventKind.STORED][-2:]
@@ -153,7 +153,7 @@ def test_a_policy_that_pauses_all_for_one_that_does_not_fit(make_engine: Make) -
     engine.call(lambda: engine._policy.swap(OneFirst(), "mine", own_thread=False)).result()
     answers = ask(engine, request("a", tokens(1, 60), 150), request("b", tokens(2, 350), 20))
     assert [answer.profile.completion_tokens for answer in answers] == [150, 20]
-    assert engine.scheduler_snapshot()["fallback"] is None
+    assert engine.planning.snapshot()["fallback"] is None
 
 
 # -- faults --------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_a_request_that_the_core_refuses_leaves_the_books_right(
     prompt = tokens(1, 240)[:40] + tokens(2, 20)
     bad = Request("bad", prompt, greedy(4, logit_bias=((1 << 20, 1.0),)))
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "_check", lambda request: None)  # else it would be refused before
+        patched.setattr(engine._intake, "check", lambda request: None)  # else it would be refused before
         (generation,) = submit(engine, bad)
     list(generation)
     assert generation.finish.reason is FinishReason.ERROR

@@ -66,8 +66,8 @@ def test_the_page_of_an_idle_engine_shows_that_it_is_idle(make_engine: Callable[
     complete(engine, "HELLO", greedy(4))
     cells = 5 + 4 - 1  # the last token is not computed
     assert shows(engine, running=0, waiting=0, retained=1, cells_used=cells)
-    assert [row.state for row in engine._page.rows()].count(abi.RETAINED) == 1
-    assert asyncio.run(engine.drop_retained()) == cells
+    assert [row.state for row in engine._parts.page.rows()].count(abi.RETAINED) == 1
+    assert engine.kv.drop() == cells
     assert shows(engine, retained=0, cells_used=0)
 
 
@@ -97,7 +97,7 @@ def test_cancel_frees_the_slot(make_engine: Callable[..., Engine], moment: str) 
     next(other)
     other.cancel()
     list(other)
-    snapshot = engine.kv_snapshot_sync()
+    snapshot = engine.kv.snapshot()
     assert snapshot["cells_used"] == 0 and snapshot["audit"] == []
 
 
@@ -231,13 +231,13 @@ def test_who_asked_may_go_away(make_engine: Callable[..., Engine]) -> None:
     async def go() -> None:
         gate = threading.Event()
         engine.call(gate.wait)
-        question = asyncio.ensure_future(engine.kv_snapshot())
+        question = asyncio.ensure_future(engine.kv.asnapshot())
         await asyncio.sleep(0)
         question.cancel()
         with pytest.raises(asyncio.CancelledError):
             await question
         gate.set()
-        assert (await engine.kv_snapshot())["audit"] == []
+        assert (await engine.kv.asnapshot())["audit"] == []
 
     asyncio.run(go())
     assert engine.is_ready()
@@ -256,7 +256,7 @@ def test_a_recurrent_model_reports_no_negative_cells(
 ) -> None:
     engine = make_engine(tiny_model("mamba"))
     complete(engine, "HELLO")
-    assert engine.kv_snapshot_sync()["cells_free"] >= 0
+    assert engine.kv.snapshot()["cells_free"] >= 0
 
 
 @pytest.mark.parametrize("kind", ["loop", "thread"])
@@ -305,7 +305,7 @@ def test_whatever_stops_an_engine_is_reported_and_the_next_request_loads_it_anew
         def ends() -> None:
             raise SystemExit("on purpose")
 
-        engines[0]._post_quietly(ends)
+        engines[0]._commands.post_quietly(ends)
         for generation in generations:
             async for _ in generation:
                 pass

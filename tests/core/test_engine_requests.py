@@ -132,7 +132,7 @@ def test_holes_are_closed(make_engine: Callable[..., Engine]) -> None:
             pass
         slots: list[int] = []
         while slots != [0, 1, 2]:
-            running = engine.scheduler_snapshot()["running"]
+            running = engine.planning.snapshot()["running"]
             assert len(running) >= 3, "the long ones ended before the hole was closed"
             slots = sorted(item["slot"] for item in running)
             await asyncio.sleep(0)
@@ -204,9 +204,9 @@ def test_two_hundred_requests_a_third_cancelled(
 
     async def go() -> tuple[list[tuple[str, int, Finish]], dict[str, Any], int, dict[str, Any]]:
         results = await asyncio.gather(*[one(number) for number in range(len(prompts))])
-        before = await engine.kv_snapshot()
-        freed = await engine.drop_retained()
-        return list(results), before, freed, await engine.kv_snapshot()
+        before = await engine.kv.asnapshot()
+        freed = (await engine.kv.adrop())["cells_freed"]
+        return list(results), before, freed, await engine.kv.asnapshot()
 
     results, before, freed, after = asyncio.run(go())
     for number, (_, n, finish) in enumerate(results):

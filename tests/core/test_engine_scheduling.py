@@ -58,8 +58,8 @@ def alone(make_engine: Callable[..., Engine]) -> list[str]:
 def test_no_policy_changes_an_answer(make_engine: Callable[..., Engine], alone: list[str], policy: str) -> None:
     engine = make_engine(parallel=3, scheduler=policy)
     assert texts(run_all(engine, work())) == alone
-    assert engine.scheduler_snapshot()["policy"] == policy
-    assert engine.scheduler_snapshot()["fallback"] is None
+    assert engine.planning.snapshot()["policy"] == policy
+    assert engine.planning.snapshot()["fallback"] is None
 
 
 def test_live_swaps_drop_nothing_and_change_nothing(make_engine: Callable[..., Engine], alone: list[str]) -> None:
@@ -71,7 +71,7 @@ def test_live_swaps_drop_nothing_and_change_nothing(make_engine: Callable[..., E
     def swap() -> None:
         while not stop.is_set():
             policy = POLICIES[len(swapped) % len(POLICIES)]
-            swapped.append(engine.set_scheduler_sync(policy, params.get(policy)))
+            swapped.append(engine.planning.set_policy(policy, params.get(policy)))
 
     swapper = threading.Thread(target=swap)
     swapper.start()
@@ -83,7 +83,7 @@ def test_live_swaps_drop_nothing_and_change_nothing(make_engine: Callable[..., E
         swapper.join()
     assert len(swapped) > len(POLICIES)
     assert max(answer["handed_over"] for answer in swapped) > 3
-    assert engine.scheduler_snapshot()["swaps"] == len(swapped)
+    assert engine.planning.snapshot()["swaps"] == len(swapped)
 
 
 def test_an_urgent_request_takes_a_slot(make_engine: Callable[..., Engine]) -> None:
@@ -138,7 +138,7 @@ def test_cancelled_without_a_slot(make_engine: Callable[..., Engine], state: str
         next(second)
     victim, other = (first, second) if state == "preempted" else (second, first)
     engine.call(lambda: None).result()
-    states = {one["id"]: one["state"] for one in engine.scheduler_snapshot()["waiting"]}
+    states = {one["id"]: one["state"] for one in engine.planning.snapshot()["waiting"]}
     assert states == {victim.id: state}
     victim.cancel()
     list(victim)
@@ -155,10 +155,10 @@ def test_under_kv_pressure_nobody_fails(make_engine: Callable[..., Engine]) -> N
     found = run_all(engine, long)
     assert texts(found) == expected
     assert sum(one.finish.profile.preemptions for one in found) > 0, "there was pressure"
-    kv = engine.kv_snapshot_sync()
+    kv = engine.kv.snapshot()
     assert kv["cells_used"] <= 120
-    assert engine.call(lambda: engine._drop_retained()).result() > 0
-    assert engine.kv_snapshot_sync()["cells_used"] == 0
+    assert engine.call(lambda: engine.kv._drop_all()).result() > 0
+    assert engine.kv.snapshot()["cells_used"] == 0
 
 
 def test_a_request_larger_than_the_kv_budget_is_refused_at_once(make_engine: Callable[..., Engine]) -> None:
@@ -175,20 +175,20 @@ def test_a_request_larger_than_the_kv_budget_is_refused_at_once(make_engine: Cal
 def test_a_wrong_policy_or_parameter_changes_nothing(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(scheduler="priority", scheduler_arg=["ageing_s=5"])
     with pytest.raises(InvalidRequest, match="fair"):
-        engine.set_scheduler_sync("fare")
+        engine.planning.set_policy("fare")
     with pytest.raises(InvalidRequest, match="ageing_s"):
-        engine.set_scheduler_sync("priority", {"age": 1})
+        engine.planning.set_policy("priority", {"age": 1})
     with pytest.raises(InvalidRequest, match="ageing_s"):
-        asyncio.run(engine.configure_scheduler({"ageing_s": "old"}))
-    snapshot = engine.scheduler_snapshot()
+        asyncio.run(engine.planning.aconfigure({"ageing_s": "old"}))
+    snapshot = engine.planning.snapshot()
     assert (snapshot["policy"], snapshot["params"]["ageing_s"]) == ("priority", 5.0)
 
 
 def test_parameters_change_while_it_runs(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(scheduler="priority")
-    answer = asyncio.run(engine.configure_scheduler({"ageing_s": 2}))
+    answer = asyncio.run(engine.planning.aconfigure({"ageing_s": 2}))
     assert answer["params"]["ageing_s"] == 2.0
-    assert engine.scheduler_snapshot()["params"]["ageing_s"] == 2.0
+    assert engine.planning.snapshot()["params"]["ageing_s"] == 2.0
 
 
 # -- users' policies -----------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_a_broken_policy_is_replaced_and_nobody_fails(
     engine = make_engine(parallel=3)
     as_users(engine, kind())
     assert texts(run_all(engine, work())) == alone
-    snapshot = engine.scheduler_snapshot()
+    snapshot = engine.planning.snapshot()
     assert snapshot["policy"] == "fcfs"
     assert snapshot["fallback"]["from"] == "mine"
     assert reason in snapshot["fallback"]["reason"]
@@ -301,14 +301,14 @@ def test_a_policy_that_breaks_in_the_middle(make_engine: Callable[..., Engine], 
 
     as_users(engine, Later())
     assert texts(run_all(engine, work())) == alone
-    assert "does not exist" in engine.scheduler_snapshot()["fallback"]["reason"]
+    assert "does not exist" in engine.planning.snapshot()["fallback"]["reason"]
 
 
 def test_the_engine_goes_on_while_a_policy_thinks(make_engine: Callable[..., Engine], alone: list[str]) -> None:
     engine = make_engine(parallel=3)
     as_users(engine, Slow())
     assert texts(run_all(engine, work())) == alone
-    snapshot = engine.scheduler_snapshot()
+    snapshot = engine.planning.snapshot()
     assert (snapshot["policy"], snapshot["fallback"]) == ("Slow", None)
     assert snapshot["repeated_plans"] > 0
 
@@ -318,7 +318,7 @@ def test_a_policy_from_a_file(make_engine: Callable[..., Engine], tmp_path: Path
     file.write_text("from mullama.scheduling import Fcfs\nclass Backwards(Fcfs):\n    name = 'backwards'\n")
     engine = make_engine(parallel=3, scheduler=f"{file}:Backwards")
     assert texts(run_all(engine, work())) == alone
-    snapshot = engine.scheduler_snapshot()
+    snapshot = engine.planning.snapshot()
     assert (snapshot["policy"], snapshot["fallback"]) == ("backwards", None)
 
 
@@ -343,7 +343,7 @@ def test_the_snapshot_says_who_waits_and_who_runs(make_engine: Callable[..., Eng
     next(first)
     second = engine.submit_sync(request("b", "SECOND", 5, slo_ms=100.0))
     engine.call(lambda: None).result()
-    snapshot = engine.scheduler_snapshot()
+    snapshot = engine.planning.snapshot()
     (running,) = snapshot["running"]
     (waiting,) = snapshot["waiting"]
     assert (running["id"], running["state"], running["slot"], running["priority"]) == ("a", "decode", 0, 2)
@@ -366,7 +366,7 @@ def shadow_of(engine: Engine, wanted: Callable[[dict[str, Any]], Any]) -> dict[s
     engine.call(lambda: None).result()  # the last one has ended for the engine as well
     deadline = time.monotonic() + 20
     while True:
-        found: dict[str, Any] = engine.scheduler_snapshot()["shadow"]
+        found: dict[str, Any] = engine.planning.snapshot()["shadow"]
         if wanted(found) or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
@@ -384,7 +384,7 @@ def test_a_shadow_reports_and_decides_nothing(make_engine: Callable[..., Engine]
     assert predicted["requests"] == 12
     assert predicted["measured"]["p50"] > 0
     assert predicted["active"]["p50"] > 0 and predicted["shadow"]["p50"] > 0
-    assert engine.scheduler_snapshot()["policy"] == "fcfs"
+    assert engine.planning.snapshot()["policy"] == "fcfs"
 
 
 def test_a_shadow_of_the_same_policy_never_differs(make_engine: Callable[..., Engine]) -> None:
@@ -400,11 +400,11 @@ def test_a_broken_shadow_disturbs_nobody(make_engine: Callable[..., Engine], tmp
         "from mullama.scheduling import Fcfs\nclass Bad(Fcfs):\n    def plan(self, state):\n        1 / 0\n"
     )
     engine = make_engine(parallel=2)
-    engine.set_shadow_sync(f"{file}:Bad")
+    engine.planning.set_shadow(f"{file}:Bad")
     assert texts(run_all(engine, work())) == alone
     found = shadow_of(engine, lambda shadow: shadow["off"])
     assert "ZeroDivisionError" in found["off"]
     with pytest.raises(InvalidRequest, match="srpt"):
-        engine.set_shadow_sync("sprt")
-    engine.set_shadow_sync(None)
-    assert engine.scheduler_snapshot()["shadow"] is None
+        engine.planning.set_shadow("sprt")
+    engine.planning.set_shadow(None)
+    assert engine.planning.snapshot()["shadow"] is None

@@ -133,10 +133,10 @@ def test_a_swap_of_one_leaves_the_other_its_weights(
 ) -> None:
     first, second = make_engine(file), make_engine(file)
     before = answer(second)
-    first.swap_weights(other)
+    first.weights.swap(other)
     assert first.model.n_twins == second.model.n_twins == 1
     assert answer(second) == before
-    first.swap_weights(file)
+    first.weights.swap(file)
     assert first.model.n_twins == 2, "and back onto those that are there"
     second.close()
     assert answer(first) == before
@@ -145,10 +145,10 @@ def test_a_swap_of_one_leaves_the_other_its_weights(
 def test_a_sleep_of_one_leaves_the_other_awake(make_engine: Callable[..., Engine], file: Path) -> None:
     first, second = make_engine(file), make_engine(file)
     before = answer(first)
-    first.sleep()
+    first.weights.sleep()
     assert second.model.n_twins == 1
     assert answer(second) == before
-    first.wake()
+    first.weights.wake()
     assert second.model.n_twins == 2
     second.close()
     assert answer(first) == before
@@ -157,10 +157,10 @@ def test_a_sleep_of_one_leaves_the_other_awake(make_engine: Callable[..., Engine
 def test_adapters_belong_to_an_engine(make_engine: Callable[..., Engine], file: Path, tmp_path: Path) -> None:
     first, second = make_engine(file), make_engine(file)
     plain = answer(first)
-    first.load_adapter(str(adapters.build(tmp_path / "a.gguf", file, seed=1)), "a")
+    first.weights.load_lora(str(adapters.build(tmp_path / "a.gguf", file, seed=1)), "a")
     changed = answer(first, LoraUse("a"))
     assert changed != plain
-    assert answer(second) == plain and second.adapters() == []
+    assert answer(second) == plain and second.weights.loras() == []
     second.close()
     assert answer(first, LoraUse("a")) == changed
 

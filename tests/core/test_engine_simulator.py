@@ -84,7 +84,7 @@ def on_the_engine(engine: Engine, policy: LongestPrefix, played: Sequence[Sequen
             requests.append(request(f"r{index}", prompts.make(index, one), one.output_tokens))
         answers = ask(engine, *requests)
         assert len(answers) == len(wave)
-    assert engine.scheduler_snapshot()["fallback"] is None
+    assert engine.planning.snapshot()["fallback"] is None
 
 
 def in_the_simulator(policy: LongestPrefix, played: Sequence[Sequence[TraceRequest]], **config: Any) -> None:

@@ -39,7 +39,7 @@ def test_cached_kv_is_found_after_the_wake(make_engine: Callable[..., Engine], t
     say(engine, PROMPT)
     weights, spoken = engine.info.weights, engine.tokenize("ab")
     awake = engine.memory_report_sync()
-    report = engine.sleep(level)
+    report = engine.weights.sleep(level)
     assert report.tokens >= len(PROMPT)
     assert (report.host_bytes > 0) is (level == "host")
     assert report.disk_bytes > 0 or level == "host"  # there it is written when there is time
@@ -49,7 +49,7 @@ def test_cached_kv_is_found_after_the_wake(make_engine: Callable[..., Engine], t
     assert asleep["host_tier_bytes"] + asleep["staging_bytes"] == report.host_bytes
     assert engine.tokenize("ab") == spoken  # of the vocabulary, which stays
     assert engine.is_ready()
-    assert engine.wake() > 0
+    assert engine.weights.wake() > 0
     text, finish = finish_of(engine, [*PROMPT, 65])
     assert text == expected
     assert (finish.profile.kv_cache_hit, str(finish.profile.kv_cache_source)) == (len(PROMPT), level)
@@ -61,10 +61,10 @@ def test_without_a_tier_the_slots_are_saved(make_engine: Callable[..., Engine]) 
     expected = plain(make_engine)
     engine = make_engine(kv_host_bytes=0)
     say(engine, PROMPT)
-    report = engine.sleep()
+    report = engine.weights.sleep()
     assert report.host_bytes > 0
     assert engine.memory_report_sync()["staging_bytes"] == report.host_bytes
-    engine.wake()
+    engine.weights.wake()
     text, finish = finish_of(engine, [*PROMPT, 65])
     assert (text, finish.profile.kv_cache_hit) == (expected, len(PROMPT))
 
@@ -80,8 +80,8 @@ def test_every_memory_sleeps(make_engine: Callable[..., Engine], tiny_model: Any
         again, found = finish_of(sleeper, long)
         assert again == text
         assert found.profile.kv_cache_hit == finish.profile.kv_cache_hit or arch != "llama"
-        assert sleeper.sleep("host").tokens >= len(long)
-        sleeper.wake()
+        assert sleeper.weights.sleep("host").tokens >= len(long)
+        sleeper.weights.wake()
 
 
 def test_a_busy_engine_does_not_sleep(make_engine: Callable[..., Engine]) -> None:
@@ -89,33 +89,33 @@ def test_a_busy_engine_does_not_sleep(make_engine: Callable[..., Engine]) -> Non
     streams = Streams(engine, [request("r", "the sun is here", 300)])
     wait_for_tokens(engine, 5)
     with pytest.raises(ModelBusy):
-        engine.sleep()
+        engine.weights.sleep()
     streams.join()
     assert all(one.finish is not None and one.finish.error is None for one in streams.generations)
-    engine.sleep()  # and nothing is left of the one that was refused
+    engine.weights.sleep()  # and nothing is left of the one that was refused
 
 
 def test_what_cannot_be(make_engine: Callable[..., Engine], tiny_model: Any, tmp_path: Path) -> None:
     path = Path(shutil.copy(tiny_model(), tmp_path / "own.gguf"))
     engine = make_engine(path)
     with pytest.raises(InvalidRequest, match="--kv-disk-dir"):
-        engine.sleep("disk")
+        engine.weights.sleep("disk")
     with pytest.raises(InvalidRequest, match="level must be one of host, disk"):
-        engine.sleep("deep")
-    assert engine.wake() == 0.0
+        engine.weights.sleep("deep")
+    assert engine.weights.wake() == 0.0
     say(engine, PROMPT)
-    engine.sleep()
+    engine.weights.sleep()
     with pytest.raises(InvalidRequest, match="asleep already"):
-        engine.sleep()
+        engine.weights.sleep()
     with pytest.raises(ModelNotLoaded):
         say(engine, PROMPT)
     kept = path.read_bytes()
     path.unlink()
     with pytest.raises(ModelLoadError, match="has changed, or gone"):
-        engine.wake()
+        engine.weights.wake()
     path.write_bytes(kept)
     with pytest.raises(ModelLoadError, match="has changed, or gone"):
-        engine.wake()  # another file, for all that anybody knows
+        engine.weights.wake()  # another file, for all that anybody knows
     engine.close()
 
 
@@ -124,7 +124,7 @@ def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], 
 
     engine = make_engine()
     say(engine, PROMPT)
-    engine.sleep()
+    engine.weights.sleep()
 
     def fail(*_: Any) -> Any:
         raise ModelLoadError("no memory")
@@ -132,8 +132,8 @@ def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], 
     with monkeypatch.context() as patch:
         patch.setattr(loading, "load_model", fail)
         with pytest.raises(ModelLoadError, match="no memory"):
-            engine.wake()
-    engine.wake()
+            engine.weights.wake()
+    engine.weights.wake()
     assert finish_of(engine, [*PROMPT, 65])[1].profile.kv_cache_hit == len(PROMPT)
 
 
@@ -146,7 +146,7 @@ def test_a_wake_that_does_not_fit_loads_nothing(make_engine: Callable[..., Engin
     say(engine, PROMPT)
     needs = fits.expected(engine.info.path, engine.config, n_ctx=512, n_parallel=4)
     assert needs is not None
-    engine.sleep()
+    engine.weights.sleep()
 
     def never(*_: Any) -> Any:
         raise AssertionError("something was loaded")
@@ -155,8 +155,8 @@ def test_a_wake_that_does_not_fit_loads_nothing(make_engine: Callable[..., Engin
         patch.setattr(loading, "load_model", never)
         patch.setattr(memory, "available_memory", lambda: needs.total - 1)
         with pytest.raises(MemoryTooSmall, match=f"{engine.info.name} with 4 x 512 tokens does not fit"):
-            engine.wake()
+            engine.weights.wake()
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available_memory", lambda: needs.total)
-        engine.wake()
+        engine.weights.wake()
     assert finish_of(engine, [*PROMPT, 65])[1].profile.kv_cache_hit == len(PROMPT)

@@ -31,7 +31,7 @@ def test_twin_weights_change_nothing(make_engine: Callable[..., Engine], twin: P
     plain = run(make_engine(), requests()).texts
     engine = make_engine()
     reports: list[Any] = []
-    streams = run(engine, requests(), lambda: reports.append(engine.swap_weights(twin, kv=kv, label="twin")))
+    streams = run(engine, requests(), lambda: reports.append(engine.weights.swap(twin, kv=kv, label="twin")))
     (report,) = reports
     assert streams.texts == plain if kv != "recompute" else begins_alike(streams, plain)
     assert report.weights_to == "twin"
@@ -83,7 +83,7 @@ def test_many_swaps_with_requests_coming_and_going(
         thread.start()
     files = [twin, tiny_model()]
     for i in range(20):
-        engine.swap_weights(files[i % 2], kv=rng.choice(modes))
+        engine.weights.swap(files[i % 2], kv=rng.choice(modes))
     stop.set()
     for thread in threads:
         thread.join()
@@ -96,7 +96,7 @@ def test_retained_prefixes_are_carried_and_marked(make_engine: Callable[..., Eng
     engine = make_engine()
     prompt = list(b"the sun and the others are all here and so am I, and then some more")
     say(engine, prompt, 5)
-    engine.swap_weights(other, kv="carry")
+    engine.weights.swap(other, kv="carry")
     generation = engine.submit_sync(Request("again", [*prompt, 65], greedy(5)))
     assert sum(delta.n_tokens for delta in generation) == 5
     assert generation.finish is not None
@@ -108,7 +108,7 @@ def test_recompute_reuses_nothing_of_the_old_weights(make_engine: Callable[..., 
     engine = make_engine()
     prompt = list(b"the sun and the others are all here and so am I, and then some more")
     say(engine, prompt, 5)
-    engine.swap_weights(other, kv="recompute")
+    engine.weights.swap(other, kv="recompute")
     generation = engine.submit_sync(Request("again", [*prompt, 65], greedy(5)))
     text = "".join(delta.text for delta in generation)
     assert generation.finish is not None
@@ -122,7 +122,7 @@ def test_carried_kv_never_reaches_the_disk(make_engine: Callable[..., Engine], o
     prompt = list(b"the sun and the others are all here and so am I, and then some more of it")
     engine = make_engine(kv_disk_dir=str(folder))
     say(engine, prompt, 5)
-    engine.swap_weights(other, kv="carry")
+    engine.weights.swap(other, kv="carry")
     say(engine, [*prompt, 66, 67, *range(68, 100)], 5)
     fresh = list(b"a prompt that only the new weights have ever seen, word for word")
     say(engine, fresh, 5)
@@ -145,10 +145,10 @@ def test_unsound_carry_is_refused_with_the_reason(
     engine = make_engine()
     turned = tiny_model("llama", rope_base=5000.0)
     with pytest.raises(InvalidRequest, match=r"llama\.rope\.freq_base is 5000"):
-        engine.swap_weights(turned, kv="carry")
-    assert engine.swap_weights(turned).kv == "recompute"
+        engine.weights.swap(turned, kv="carry")
+    assert engine.weights.swap(turned).kv == "recompute"
     with pytest.raises(InvalidRequest, match="architecture is mamba"):
-        engine.swap_weights(tiny_model("mamba"), kv="carry")
+        engine.weights.swap(tiny_model("mamba"), kv="carry")
 
 
 def test_another_shape_needs_another_engine(
@@ -158,9 +158,9 @@ def test_another_shape_needs_another_engine(
     before = engine.info
     for arch in ("gemma3", "mamba"):
         with pytest.raises(NeedsAnotherEngine):
-            engine.swap_weights(tiny_model(arch))
+            engine.weights.swap(tiny_model(arch))
     with pytest.raises(NeedsAnotherEngine):
-        engine.swap_weights(tiny_model(), kv="drain")
+        engine.weights.swap(tiny_model(), kv="drain")
     assert engine.info is before
     assert say(engine, [104, 105])
 
@@ -173,11 +173,11 @@ def test_a_bad_file_leaves_the_old_weights(make_engine: Callable[..., Engine], t
 
     def try_it() -> None:
         with pytest.raises(ModelLoadError):
-            engine.swap_weights(bad)
+            engine.weights.swap(bad)
         with pytest.raises(ModelLoadError, match="no such file"):
-            engine.swap_weights(tmp_path / "none.gguf")
+            engine.weights.swap(tmp_path / "none.gguf")
         with pytest.raises(InvalidRequest, match="kv must be one of"):
-            engine.swap_weights(bad, kv="never")
+            engine.weights.swap(bad, kv="never")
 
     assert run(engine, requests(), try_it).texts == plain
     assert engine.counters()["weight_swaps"] == 0
@@ -186,8 +186,8 @@ def test_a_bad_file_leaves_the_old_weights(make_engine: Callable[..., Engine], t
 def test_a_load_can_be_cancelled(make_engine: Callable[..., Engine], twin: Path) -> None:
     engine = make_engine()
     with pytest.raises(LoadCancelled):
-        engine.swap_weights(twin, progress=lambda fraction: False)
-    assert engine.swap_weights(twin).kv == "carry"
+        engine.weights.swap(twin, progress=lambda fraction: False)
+    assert engine.weights.swap(twin).kv == "carry"
 
 
 def test_one_swap_at_a_time(make_engine: Callable[..., Engine], twin: Path) -> None:
@@ -198,11 +198,11 @@ def test_one_swap_at_a_time(make_engine: Callable[..., Engine], twin: Path) -> N
         loading.set()
         return go_on.wait(30)
 
-    thread = threading.Thread(target=lambda: engine.swap_weights(twin, progress=wait))
+    thread = threading.Thread(target=lambda: engine.weights.swap(twin, progress=wait))
     thread.start()
     assert loading.wait(30)
     with pytest.raises(ModelBusy, match="being changed now"):
-        engine.swap_weights(twin)
+        engine.weights.swap(twin)
     go_on.set()
     thread.join()
     assert engine.counters()["weight_swaps"] == 1
@@ -220,7 +220,7 @@ def test_closing_during_a_swap(make_engine: Callable[..., Engine], twin: Path, c
 
     def swap() -> None:
         try:
-            engine.swap_weights(twin, progress=wait)
+            engine.weights.swap(twin, progress=wait)
         except Exception as error:
             errors.append(error)
 
@@ -243,9 +243,9 @@ def test_samplers_and_stops_go_on(make_engine: Callable[..., Engine], twin: Path
     ask = [Request(f"s{i}", list(prompt.encode()), params) for i, prompt in enumerate(PROMPTS)]
     plain = run(make_engine(), ask).texts
     engine = make_engine()
-    assert run(engine, ask, lambda: engine.swap_weights(twin, kv="carry")).texts == plain
+    assert run(engine, ask, lambda: engine.weights.swap(twin, kv="carry")).texts == plain
     engine = make_engine()
-    assert begins_alike(run(engine, ask, lambda: engine.swap_weights(twin, kv="recompute")), plain)
+    assert begins_alike(run(engine, ask, lambda: engine.weights.swap(twin, kv="recompute")), plain)
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "mamba", "lfm2"])
@@ -254,7 +254,7 @@ def test_every_kind_of_memory(make_engine: Callable[..., Engine], tiny_model: Ca
     plain = run(make_engine(path), requests()).texts
     for kv in ("carry", "recompute"):
         engine = make_engine(path)
-        streams = run(engine, requests(), lambda engine=engine, kv=kv: engine.swap_weights(path, kv=kv))
+        streams = run(engine, requests(), lambda engine=engine, kv=kv: engine.weights.swap(path, kv=kv))
         assert begins_alike(streams, plain)
         assert streams.texts == plain or (arch, kv) in (
             ("gemma3", "carry"),
@@ -330,9 +330,9 @@ def test_a_swap_that_breaks_off_after_the_commit(
     streams = Streams(engine, requests())
     wait_for_tokens(engine, 20)
     with pytest.raises(RuntimeError, match="on purpose"):
-        engine.swap_weights(twin, kv="carry")
+        engine.weights.swap(twin, kv="carry")
     assert all(streams.join())
     assert engine.counters()["weight_swaps"] == 1
     monkeypatch.setattr(engine._seqs, "set_weights", right)
-    assert engine.swap_weights(twin).kv == "carry"
+    assert engine.weights.swap(twin).kv == "carry"
     assert say(engine, [104, 105])

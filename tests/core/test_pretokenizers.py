@@ -191,9 +191,9 @@ for path in sys.argv[5:]:
             total += n
         text = "".join(parts)
         print(path, seed, i, flush=True)  # the last line says which one it was
-        began = time.perf_counter()
+        began = time.process_time()  # a busy machine does not count
         tokens = model.tokenize(text, add_special=False)
-        assert time.perf_counter() - began <= patience, (len(text), time.perf_counter() - began)
+        assert time.process_time() - began <= patience, (len(text), time.process_time() - began)
         if i % 4 == 0:
             again = model.detokenize_bytes(tokens)
             assert again == text.encode() or len(again) < len(text.encode()), text[:80]

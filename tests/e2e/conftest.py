@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -40,10 +40,10 @@ def start(smollm2: Path, tmp_path: Path) -> Iterator[Callable[..., ServerProcess
     numbers = itertools.count()
     with ExitStack() as stack:
 
-        def run(*args: str, model: bool = True) -> ServerProcess:
+        def run(*args: str, model: bool = True, program: Sequence[str] = ()) -> ServerProcess:
             chosen = ["--model", f"{NAME}={smollm2}"] if model else []
             folder = tmp_path / f"server{next(numbers)}"
-            return stack.enter_context(ServerProcess(folder, [*chosen, *ONE_THREAD, *args]))
+            return stack.enter_context(ServerProcess(folder, [*chosen, *ONE_THREAD, *args], program))
 
         yield run
 

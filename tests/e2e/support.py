@@ -73,13 +73,14 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30.0, pause: float
 class ServerProcess:
     """One ``mullama serve`` on a free port. ``with`` waits until it is ready and ends it by SIGTERM, exit code 0."""
 
-    def __init__(self, folder: Path, args: Sequence[str], **env: str) -> None:
+    def __init__(self, folder: Path, args: Sequence[str], program: Sequence[str] = (), **env: str) -> None:
+        """``program``: another command line in the place of ``mullama``."""
         self.page_dir = folder / "pages"
         self.stderr_file = folder / "stderr.txt"
         folder.mkdir(parents=True, exist_ok=True)
         with self.stderr_file.open("wb") as stderr:
             self.process = subprocess.Popen(
-                mullama("serve", "--port", "0", "--page-dir", str(self.page_dir), *args),
+                [*(program or mullama()), "serve", "--port", "0", "--page-dir", str(self.page_dir), *args],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

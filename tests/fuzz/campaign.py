@@ -26,7 +26,7 @@ from .targets import corpus, load
 
 ROUND_SECONDS = 300
 MOST_BYTES = 8192
-PATIENCE_SECONDS = 20  # of one input, before libFuzzer calls it a hang
+PATIENCE_SECONDS = 60  # of one input, before libFuzzer calls it a hang
 MOST_MIB = 3000
 _STATUS = re.compile(r"cov: (\d+) ft: (\d+) corp: (\d+)/")
 _RUNS = re.compile(r"stat::number_of_executed_units: *(\d+)|^#(\d+)\s", re.MULTILINE)
@@ -93,8 +93,9 @@ def run(name: str, seconds: float, work: Path) -> int:
     growing, found = work / "corpus", work / "findings"
     for folder in (growing, found):
         folder.mkdir(parents=True, exist_ok=True)
-    for data in corpus(name).values():
-        (growing / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+    for case, data in corpus(name).items():
+        if not case.startswith("slow:"):
+            (growing / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
     told = Told(name)
     began, cpu_before = time.monotonic(), _cpu()
     while told.cpu_seconds < seconds:
@@ -108,8 +109,9 @@ def run(name: str, seconds: float, work: Path) -> int:
                 continue
             if _fails(name, path):
                 told.findings.append(path.name)
-                path.with_suffix(".log").write_text(log[-20_000:], encoding="utf-8")
-                print(f"FOUND {path}\n{log[-3000:]}", flush=True)
+                told_by = log[max(log.find("ERROR: "), log.find("=== Uncaught"), 0) :]
+                path.with_suffix(".log").write_text(told_by, encoding="utf-8")
+                print(f"FOUND {path}\n{told_by[:3000]}", flush=True)
             else:
                 path.unlink()  # a machine that was busy or paused
         print(json.dumps(asdict(told)), flush=True)

@@ -102,18 +102,27 @@ class TimedEngine:
         (token,) = tokens
         return f" word{'x' * (token % 7)}" if token % 2 else "<|control|>"
 
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    @property
+    def planning(self) -> TimedEngine:
+        return self
+
+    @property
+    def kv(self) -> TimedEngine:
+        return self
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         if spec not in self.POLICIES:
             raise InvalidRequest(f"there is no policy '{spec}'; there are {', '.join(self.POLICIES)}")
         self.policy = spec
         self.log.append(("scheduler", spec, dict(params or {})))
         return {"policy": spec, "params": {"budget": 512, **(params or {})}, "handed_over": 0}
 
-    async def drop_retained(self) -> int:
+    async def adrop(self, *, tiers: Sequence[str]) -> dict[str, int]:
+        assert set(tiers) == {"device", "host"}  # what is on disk is not of this run
         self.log.append("drop")
-        return 0
+        return {"cells_freed": 0}
 
-    def scheduler_snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         broken = {"from": "broken", "reason": "it raised", "unix_time": 0.0}
         return {"policy": self.policy, "fallback": broken if self.policy == "broken" else None}
 

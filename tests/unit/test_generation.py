@@ -6,16 +6,18 @@ import asyncio
 import contextlib
 import gc
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mullama import abi
 from mullama.engine.requests.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
-from mullama.engine.requests.reader import Reader, profile_of
+from mullama.engine.requests.reader import ERROR_TEXTS, Reader, profile_of
 from mullama.errors import ComputeFailed, EngineDead
 from mullama.types import Delta, Finish, FinishReason, Profile
 
@@ -468,3 +470,15 @@ def test_close_while_the_loop_runs_elsewhere(reader: Reader) -> None:
     release.set()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_why_requests_fail_is_in_the_headers_order() -> None:
+    """The numbers that finish records carry, and words for each."""
+    guard = Path(abi.__file__).parent / "_core" / "compute" / "guard.h"
+    if not guard.is_file():
+        pytest.skip("guard.h is not installed")
+    found = re.findall(r"CORE_(\w+)\s*= (\d+),", guard.read_text(encoding="utf-8"))
+    numbers = {name.lower(): int(number) for name, number in found}
+    assert numbers.pop("ok") == 0 and numbers.pop("exception") == 100  # neither is in a record
+    assert {name: number for number, name in abi.CORE_ERRORS.items()} == numbers
+    assert ERROR_TEXTS.keys() == numbers.keys()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
-from serving_support import TIMEOUT, Engine, World, play, settle, until
+from serving_support import TIMEOUT, Engine, Weights, World, play, settle, until
 
 from mullama.engine.client import EngineClient
 from mullama.errors import (
@@ -31,8 +31,20 @@ class Report:
     sleep_ms: float = 1.0
 
 
+class SleeperWeights(Weights):
+    def sleep(self, level: str) -> Report:
+        self.engine.move(level)
+        return Report()
+
+    def wake(self) -> float:
+        self.engine.move("wake")
+        return 1.0
+
+
 class Sleeper(Engine):
     """Sleeps and wakes when ``may_move`` is set; ``errors`` are raised first."""
+
+    weights_class = SleeperWeights
 
     def __init__(self, name: str, size: int, may_move: threading.Event, errors: list[Exception]) -> None:
         super().__init__(name, size)
@@ -40,19 +52,11 @@ class Sleeper(Engine):
         self.errors = errors
         self.calls: list[str] = []
 
-    def _move(self, what: str) -> None:
+    def move(self, what: str) -> None:
         self.calls.append(what)
         assert self.may_move.wait(TIMEOUT)
         if self.errors:
             raise self.errors.pop(0)
-
-    def sleep(self, level: str) -> Report:
-        self._move(level)
-        return Report()
-
-    def wake(self) -> float:
-        self._move("wake")
-        return 1.0
 
 
 class SleepWorld(World):

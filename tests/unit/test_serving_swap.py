@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from serving_support import TIMEOUT, Engine, World, play, settle, until
+from serving_support import TIMEOUT, Engine, Weights, World, play, settle, until
 
 from mullama.engine.client import EngineClient
 from mullama.errors import (
@@ -31,16 +31,8 @@ class Report:
         return {"kv": "carry", "pause_ms": 1.0, "sequences_moved": 2}
 
 
-class Swappable(Engine):
-    """``needs_another``: its weights cannot be changed in place."""
-
-    needs_another = False
-    error: Exception | None = None
-    asked: dict[str, Any] | None = None
-    n_handed = 3
-    is_foreign = False
-
-    def swap_weights(
+class SwappableWeights(Weights):
+    def swap(
         self,
         path: Path,
         *,
@@ -52,26 +44,37 @@ class Swappable(Engine):
         on_phase: Any = None,
     ) -> Report:
         on_phase("loading")
-        self.asked = {"kv": kv, "gap": gap, "room": room} | ({"kl": True} if kl else {})
-        if self.error:
-            raise self.error
-        if self.needs_another:
+        self.engine.asked = {"kv": kv, "gap": gap, "room": room} | ({"kl": True} if kl else {})
+        if self.engine.error:
+            raise self.engine.error
+        if self.engine.needs_another:
             raise NeedsAnotherEngine("another architecture")
-        self.info = replace(self.info, weights=label, size_bytes=77)
+        self.engine.info = replace(self.engine.info, weights=label, size_bytes=77)
         return Report()
 
-    def hand_over(self, other: Any) -> int:
-        assert other is not self
-        return self.n_handed
-
     def texts_for(self, other: Any) -> list[list[int]]:
-        if self.is_foreign:
+        if self.engine.is_foreign:
             raise InvalidRequest("kl: another vocabulary", param="kl")
         return [[1, 2, 3]]
 
     def compare(self, other: Any, texts: list[list[int]]) -> dict[str, Any]:
-        assert texts == [[1, 2, 3]] and self.n_closed == 0 and other.n_closed == 0
+        assert texts == [[1, 2, 3]] and self.engine.n_closed == 0 and other.engine.n_closed == 0
         return {"kl": 0.25, "kl_detail": {"tokens": 2}}
+
+
+class Swappable(Engine):
+    """``needs_another``: its weights cannot be changed in place."""
+
+    weights_class = SwappableWeights
+    needs_another = False
+    error: Exception | None = None
+    asked: dict[str, Any] | None = None
+    n_handed = 3
+    is_foreign = False
+
+    def hand_over(self, other: Any) -> int:
+        assert other is not self
+        return self.n_handed
 
 
 class SwapWorld(World):

@@ -39,7 +39,11 @@ class FakeEngine:
     def counters(self) -> dict[str, int]:
         return dict(self._counters)
 
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    @property
+    def planning(self) -> FakeEngine:
+        return self
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         self.policies.append((spec, dict(params or {})))
         self.budget = (params or {}).get("prefill_budget", 512)
         return {}

@@ -102,6 +102,99 @@ class FakeGeneration(AsyncGeneration):
             self._loop.call_later(0.002, self._end, FinishReason.CANCELLED)  # the step that is under way
 
 
+class FakeKv:
+    """``engine.kv``; ``kv_calls`` of the engine says what was asked of it."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+        self.events = KvEventLog()
+
+    async def asnapshot(self) -> dict[str, Any]:
+        return {"layout": "streams", "cells_used": 7, "retained": [], "policy": {"policy": "lru", "params": {}}}
+
+    async def atree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
+        return {"nodes": [], "n_nodes": 0, "truncated": False, "limit": limit, "text": text}
+
+    async def amap(self) -> dict[str, Any]:
+        return {"caches": [{"name": "full", "streams": [{"stream": 0, "cells": 8, "runs": [[0, 5, 0], [5, 3, -1]]}]}]}
+
+    async def apin(self, tokens: Sequence[int], *, ttl_s: float, namespace: str = "") -> dict[str, Any]:
+        self._engine.kv_calls.append(("pin", list(tokens), {"ttl_s": ttl_s, "namespace": namespace}))
+        return {"pinned_tokens": len(tokens)}
+
+    async def aunpin(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        self._engine.kv_calls.append(("unpin", list(tokens), {"namespace": namespace}))
+        return {"unpinned_tokens": len(tokens)}
+
+    async def adrop(
+        self, tokens: Sequence[int] | None = None, *, namespace: str = "", tiers: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        named = None if tokens is None else list(tokens)
+        self._engine.kv_calls.append(("drop", named, {"namespace": namespace, "tiers": list(tiers)}))
+        return {"cells_freed": 7, "host_bytes_freed": 0, "disk_bytes_freed": 0}
+
+    async def asave(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        self._engine.kv_calls.append(("save", list(tokens), {"namespace": namespace}))
+        return {"tokens": len(tokens), "bytes": 10 * len(tokens)}
+
+    async def aload(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
+        self._engine.kv_calls.append(("load", list(tokens), {"namespace": namespace}))
+        raise InvalidRequest("this engine has no disk tier")
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        self._engine.kv_calls.append(("policy", None, {"spec": spec, "params": dict(params or {})}))
+        if spec != "lfu":
+            raise InvalidRequest(f"there is no eviction policy '{spec}'; there are lru, lfu", param="policy")
+        return {"policy": spec, "params": dict(params or {})}
+
+
+class FakePlanning:
+    """``engine.planning``; ``scheduler_calls`` of the engine says what was asked of it."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"policy": "fcfs", "waiting": [], "running": [generation.id for generation in self._engine.running]}
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        self._engine.scheduler_calls.append(("set", spec, dict(params or {})))
+        if spec != "fair":
+            raise InvalidRequest(f"there is no scheduler '{spec}'; there are fcfs, fair", param="policy")
+        return {"policy": spec, "params": dict(params or {}), "handed_over": len(self._engine.running)}
+
+    async def aconfigure(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._engine.scheduler_calls.append(("configure", "", dict(params)))
+        return {"policy": "fcfs", "params": dict(params), "handed_over": len(self._engine.running)}
+
+    async def aset_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        self._engine.scheduler_calls.append(("shadow", spec or "", dict(params or {})))
+
+
+class FakeWeights:
+    """``engine.weights``: the adapters are in ``loras`` of the engine."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def loras(self) -> list[dict[str, Any]]:
+        return [{"id": name, **more} for name, more in self._engine.loras.items()]
+
+    def load_lora(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
+        if self._engine.lora_error is not None:
+            raise self._engine.lora_error
+        name = id or Path(path).stem
+        self._engine.loras[name] = {"path": str(path), "scale": scale}
+        return {"id": name, **self._engine.loras[name]}
+
+    def unload_lora(self, id: str) -> None:  # noqa: A002
+        if self._engine.lora_error is not None:
+            raise self._engine.lora_error
+        if id not in self._engine.loras:
+            raise AdapterNotFound(f"no adapter '{id}' is loaded", param="id")
+        del self._engine.loras[id]
+
+
 class FakeEngine:
     """Set the attributes to say what it does; ``requests`` and ``generations`` say what was asked of it."""
 
@@ -127,7 +220,9 @@ class FakeEngine:
         self.rendered: list[dict[str, Any]] = []
         self.scheduler_calls: list[tuple[str, str, dict[str, Any]]] = []
         self.kv_calls: list[tuple[str, list[int] | None, dict[str, Any]]] = []
-        self.kv_events = KvEventLog()
+        self.kv = FakeKv(self)
+        self.planning = FakePlanning(self)
+        self.weights = FakeWeights(self)
         self.memory_error: Exception | None = None
         self.loras: dict[str, dict[str, Any]] = {}
         self.lora_error: Exception | None = None
@@ -205,39 +300,6 @@ class FakeEngine:
     def submit_sync(self, request: Request) -> Any:
         raise NotImplementedError("the web layer never submits from a thread")
 
-    def adapters(self) -> list[dict[str, Any]]:
-        return [{"id": name, **more} for name, more in self.loras.items()]
-
-    def load_adapter(self, path: str | Path, id: str | None = None, scale: float = 1.0) -> dict[str, Any]:  # noqa: A002
-        if self.lora_error is not None:
-            raise self.lora_error
-        name = id or Path(path).stem
-        self.loras[name] = {"path": str(path), "scale": scale}
-        return {"id": name, **self.loras[name]}
-
-    def unload_adapter(self, id: str) -> None:  # noqa: A002
-        if self.lora_error is not None:
-            raise self.lora_error
-        if id not in self.loras:
-            raise AdapterNotFound(f"no adapter '{id}' is loaded", param="id")
-        del self.loras[id]
-
-    def scheduler_snapshot(self) -> dict[str, Any]:
-        return {"policy": "fcfs", "waiting": [], "running": [generation.id for generation in self.running]}
-
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        self.scheduler_calls.append(("set", spec, dict(params or {})))
-        if spec != "fair":
-            raise InvalidRequest(f"there is no scheduler '{spec}'; there are fcfs, fair", param="policy")
-        return {"policy": spec, "params": dict(params or {}), "handed_over": len(self.running)}
-
-    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        self.scheduler_calls.append(("configure", "", dict(params)))
-        return {"policy": "fcfs", "params": dict(params), "handed_over": len(self.running)}
-
-    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
-        self.scheduler_calls.append(("shadow", spec or "", dict(params or {})))
-
     async def memory_report(self) -> dict[str, Any]:
         if self.memory_error is not None:
             raise self.memory_error
@@ -249,52 +311,11 @@ class FakeEngine:
             "requests": [{"id": generation.id, "kv_bytes": 70} for generation in self.running],
         }
 
-    async def kv_snapshot(self) -> dict[str, Any]:
-        return {"layout": "streams", "cells_used": 7, "retained": [], "policy": {"policy": "lru", "params": {}}}
-
-    async def drop_retained(self) -> int:
-        return 7
-
-    async def kv_tree(self, *, limit: int = 1000, text: bool = False) -> dict[str, Any]:
-        return {"nodes": [], "n_nodes": 0, "truncated": False, "limit": limit, "text": text}
-
-    async def kv_map(self) -> dict[str, Any]:
-        return {"caches": [{"name": "full", "streams": [{"stream": 0, "cells": 8, "runs": [[0, 5, 0], [5, 3, -1]]}]}]}
-
-    async def kv_pin(self, tokens: Sequence[int], *, ttl_s: float, namespace: str = "") -> dict[str, Any]:
-        self.kv_calls.append(("pin", list(tokens), {"ttl_s": ttl_s, "namespace": namespace}))
-        return {"pinned_tokens": len(tokens)}
-
-    async def kv_unpin(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
-        self.kv_calls.append(("unpin", list(tokens), {"namespace": namespace}))
-        return {"unpinned_tokens": len(tokens)}
-
-    async def kv_drop(
-        self, tokens: Sequence[int] | None = None, *, namespace: str = "", tiers: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        named = None if tokens is None else list(tokens)
-        self.kv_calls.append(("drop", named, {"namespace": namespace, "tiers": list(tiers)}))
-        return {"cells_freed": 7, "host_bytes_freed": 0, "disk_bytes_freed": 0}
-
-    async def kv_save(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
-        self.kv_calls.append(("save", list(tokens), {"namespace": namespace}))
-        return {"tokens": len(tokens), "bytes": 10 * len(tokens)}
-
-    async def kv_load(self, tokens: Sequence[int], *, namespace: str = "") -> dict[str, Any]:
-        self.kv_calls.append(("load", list(tokens), {"namespace": namespace}))
-        raise InvalidRequest("this engine has no disk tier")
-
-    async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
-        self.kv_calls.append(("policy", None, {"spec": spec, "params": dict(params or {})}))
-        if spec != "lfu":
-            raise InvalidRequest(f"there is no eviction policy '{spec}'; there are lru, lfu", param="policy")
-        return {"policy": spec, "params": dict(params or {})}
-
     def store(self, tokens: Sequence[int], *, request: str | None = None, namespace: bytes = b"") -> None:
         """Let a KV event happen, as the engine thread would."""
-        seq, kind, tier = self.kv_events.next_seq(), KvEventKind.STORED, KvTier.DEVICE
+        seq, kind, tier = self.kv.events.next_seq(), KvEventKind.STORED, KvTier.DEVICE
         packed, now = pack(tokens), time.monotonic_ns()
-        self.kv_events.append(KvEvent(seq, now, kind, tier, 0, len(tokens), namespace, packed, request, slot=0))
+        self.kv.events.append(KvEvent(seq, now, kind, tier, 0, len(tokens), namespace, packed, request, slot=0))
 
     async def drain(self, timeout: float) -> bool:
         self.draining = True

@@ -151,7 +151,7 @@ def test_a_full_disk_is_told_as_one(client: Client, engine: FakeEngine, monkeypa
     async def fail(tokens: Any, *, namespace: str = "") -> Any:
         raise DiskFull("0 of 3 cached tokens are on disk: cannot keep KV in kv: the disk is full")
 
-    monkeypatch.setattr(engine, "kv_save", fail)
+    monkeypatch.setattr(engine.kv, "asave", fail)
     result = client.post(f"{KV}/save", {"prompt": "Hi"})
     assert (result.status, result.error["code"]) == (507, "disk_full")
     assert "the disk is full" in result.error["message"]
@@ -352,7 +352,7 @@ def test_the_server_publishes_what_happens(engine: FakeEngine) -> None:
         context.destroy(linger=0)
         services.close()
         services.close()
-    assert publishers() == [] and engine.kv_events._wakers == []
+    assert publishers() == [] and engine.kv.events._wakers == []
 
 
 def test_it_does_not_publish_unasked(services: Services) -> None:

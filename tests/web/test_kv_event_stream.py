@@ -314,8 +314,8 @@ def test_silence_is_filled(live: Start) -> None:
 def test_a_client_that_leaves_is_followed_no_more(live: Start, engine: FakeEngine) -> None:
     running = live()
     with open_stream(running):
-        wait_until(lambda: len(engine.kv_events._wakers) == 1)
-    wait_until(lambda: not engine.kv_events._wakers and not running.server.server_state.tasks)
+        wait_until(lambda: len(engine.kv.events._wakers) == 1)
+    wait_until(lambda: not engine.kv.events._wakers and not running.server.server_state.tasks)
 
 
 def test_a_shutdown_ends_the_stream_in_order(live: Start, engine: FakeEngine) -> None:
@@ -325,7 +325,7 @@ def test_a_shutdown_ends_the_stream_in_order(live: Start, engine: FakeEngine) ->
         assert raw.chunk() == b""  # the end of the body, not of the connection
     running.thread.join(10)
     assert not running.thread.is_alive()
-    assert engine.kv_events._wakers == []
+    assert engine.kv.events._wakers == []
 
 
 def test_a_stream_goes_on_with_the_engine_that_comes() -> None:
@@ -361,13 +361,13 @@ def test_a_stream_outlives_its_engine(live: Start, engine: FakeEngine) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
 
     with open_stream(running) as raw:
-        wait_until(lambda: len(engine.kv_events._wakers) == 1)
+        wait_until(lambda: len(engine.kv.events._wakers) == 1)
         play(models.unload("fake"))
         assert [kind for _, kind, _ in parse(raw.chunk())] == ["reset"]
         play(models.load("fake"))
         assert [(seq, kind) for seq, kind, _ in parse(raw.chunk())] == [(0, "reset"), (1, "stored")]
         assert len(models.watchers) == 1
-    wait_until(lambda: not models.watchers and not other.kv_events._wakers)
+    wait_until(lambda: not models.watchers and not other.kv.events._wakers)
 
 
 def test_running_requests_are_seen_to_their_end(live: Start, engine: FakeEngine) -> None:

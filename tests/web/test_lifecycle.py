@@ -30,16 +30,13 @@ from mullama.web.app import create_app
 from mullama.web.services import Services
 
 from .conftest import Client
-from .fake_engine import FakeEngine
+from .fake_engine import FakeEngine, FakeWeights
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 NAME = "hf:owner/repo:q4"
 
 
-class Engine(FakeEngine):
-    def counters(self) -> dict[str, int]:
-        return {"busy_ns": 2_000_000_000, "sampled_tokens": 100, "running": 1, "waiting": 2, "cells_used": 7}
-
+class Weights(FakeWeights):
     def sleep(self, level: str) -> Any:
         if level == "disk":
             raise InvalidRequest("there is no disk tier", param="level")
@@ -48,7 +45,7 @@ class Engine(FakeEngine):
     def wake(self) -> float:
         return 1.0
 
-    def swap_weights(
+    def swap(
         self,
         path: Path,
         *,
@@ -66,6 +63,15 @@ class Engine(FakeEngine):
                 return {"kv": "carry", "pause_ms": 1.0, "weights_to": label, "kl": 0.01 if kl else None}
 
         return Report()
+
+
+class Engine(FakeEngine):
+    def __init__(self, name: str = "fake") -> None:
+        super().__init__(name)
+        self.weights = Weights(self)
+
+    def counters(self) -> dict[str, int]:
+        return {"busy_ns": 2_000_000_000, "sampled_tokens": 100, "running": 1, "waiting": 2, "cells_used": 7}
 
 
 class World:
@@ -150,7 +156,7 @@ def test_a_swap_that_does_not_fit_beside(world: World, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(world.services.swaps, "_load", load)
     engine = world.models.get("fake").engine
-    monkeypatch.setattr(engine, "swap_weights", another)
+    monkeypatch.setattr(engine.weights, "swap", another)
     answer = world.client.post("/internal/models/fake/swap", {"to": "x", "kv": kv})
     assert (answer.status, answer.error["code"]) == (409, "memory_too_small")
     assert "1.0 GB are free" in answer.error["message"]

@@ -197,7 +197,7 @@ def test_another_engine_does_not_take_over_under_adapters(
     def refuses(path: Path, **options: object) -> None:
         raise NeedsAnotherEngine("another model")
 
-    monkeypatch.setattr(loaded, "swap_weights", refuses, raising=False)
+    monkeypatch.setattr(loaded.weights, "swap", refuses, raising=False)
     services.swaps = Swaps(services.models, lambda *_: Target(Path("x"), "x", "x"), lambda *_: FakeEngine())
     for kv in ("auto", "drain"):
         answer = client.post("/internal/models/fake/swap", {"to": "Q4_0", "kv": kv})

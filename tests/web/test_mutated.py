@@ -27,10 +27,43 @@ from mullama.web.app import create_app
 from mullama.web.services import Services
 
 from .conftest import Client
-from .test_tells import Telling
+from .test_tells import Telling, TellingKv, TellingPlanning
 
 COUNT = 10_000 if os.environ.get("MULLAMA_LONG") else 1500
 SEED = int(os.environ.get("MULLAMA_SEED", "1"))
+
+
+class WholeKv(TellingKv):
+    _engine: Whole
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        self._engine.kv_policy = kv_registry.create(spec, params)
+        return {"policy": spec, "params": dict(self._engine.kv_policy.params())}
+
+
+class WholePlanning(TellingPlanning):
+    _engine: Whole
+
+    def set_arbiter_policy(self, policy: str) -> None:
+        if policy not in ("round_robin", "weighted", "priority"):
+            raise InvalidRequest(f"there is no arbiter policy '{policy[:40]}'", param="policy")
+        self._engine.arbiter_policy = policy
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        self._engine.policy = registry.create(spec, params)
+        return {"policy": spec, "params": dict(self._engine.policy.params()), "handed_over": 0}
+
+    async def aconfigure(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._engine.policy.configure(**params)  # type: ignore[attr-defined]
+        return {"policy": self._engine.policy.name, "params": dict(self._engine.policy.params()), "handed_over": 0}
+
+    async def aset_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        self._engine.shadow = None if spec is None else registry.create(spec, params)
+
+    def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
+        if not 0 < weight <= 1000 or not -1000 <= priority <= 1000:
+            raise InvalidRequest("weight: it is out of range", param="weight")
+        super().set_share(weight=weight, priority=priority)
 
 
 class Whole(Telling):
@@ -38,33 +71,10 @@ class Whole(Telling):
 
     def __init__(self) -> None:
         super().__init__()
+        self.kv = WholeKv(self)
+        self.planning = WholePlanning(self)
         self.policy, self.kv_policy = registry.create("fcfs"), kv_registry.create("lru")
         self.shadow: Any = None
-
-    def set_arbiter_policy(self, policy: str) -> None:
-        if policy not in ("round_robin", "weighted", "priority"):
-            raise InvalidRequest(f"there is no arbiter policy '{policy[:40]}'", param="policy")
-        self.arbiter_policy = policy
-
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        self.policy = registry.create(spec, params)
-        return {"policy": spec, "params": dict(self.policy.params()), "handed_over": 0}
-
-    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        self.policy.configure(**params)  # type: ignore[attr-defined]
-        return {"policy": self.policy.name, "params": dict(self.policy.params()), "handed_over": 0}
-
-    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
-        self.shadow = None if spec is None else registry.create(spec, params)
-
-    async def set_kv_policy(self, spec: str, params: Mapping[str, Any] | None) -> dict[str, Any]:
-        self.kv_policy = kv_registry.create(spec, params)
-        return {"policy": spec, "params": dict(self.kv_policy.params())}
-
-    def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
-        if not 0 < weight <= 1000 or not -1000 <= priority <= 1000:
-            raise InvalidRequest("weight: it is out of range", param="weight")
-        super().set_share(weight=weight, priority=priority)
 
 
 @pytest.fixture

@@ -134,10 +134,10 @@ def test_the_profile_log_loses_nothing_at_close(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "asked", "body"),
     [
-        ("GET", "/internal/kv", "kv_snapshot", None),
-        ("GET", "/internal/scheduler", "scheduler_snapshot", None),
-        ("PUT", "/internal/scheduler", "set_scheduler", {"policy": "fair"}),
-        ("POST", "/internal/kv/drop", "kv_drop", {}),
+        ("GET", "/internal/kv", "kv.asnapshot", None),
+        ("GET", "/internal/scheduler", "planning.snapshot", None),
+        ("PUT", "/internal/scheduler", "planning.aset_policy", {"policy": "fair"}),
+        ("POST", "/internal/kv/drop", "kv.adrop", {}),
     ],
 )
 def test_internal_endpoints_hold_the_engine(
@@ -148,13 +148,14 @@ def test_internal_endpoints_hold_the_engine(
     resident = services.models.get("fake").resident
     assert resident is not None
     held: list[int] = []
-    plain = getattr(engine, asked)
+    part, _, name = asked.partition(".")
+    plain = getattr(getattr(engine, part), name)
 
     def watched(*args: Any, **options: Any) -> Any:
         held.append(resident.n_leases)
         return plain(*args, **options)
 
-    monkeypatch.setattr(engine, asked, watched)
+    monkeypatch.setattr(getattr(engine, part), name, watched)
     data = b"" if body is None else json.dumps(body).encode()
     result = client.request(method, path, data, {"Content-Type": "application/json"}, "")
     assert (result.status, held) == (200, [1])

@@ -22,7 +22,7 @@ from mullama.web.security import Access, tenant_of
 from mullama.web.services import Services
 
 from .conftest import Client, Result
-from .fake_engine import FakeEngine
+from .fake_engine import FakeEngine, FakeKv, FakePlanning, FakeWeights
 
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 KEYS = {"api_key": ["alice-key", "bob-key"], "admin_key": "admin-key"}
@@ -31,22 +31,29 @@ ALICE, BOB, ADMIN = ({"Authorization": f"Bearer {key}"} for key in ("alice-key",
 SECRETS = ("cmpl-alice", "alice-user", tenant_of(b"alice-key"), "/srv/models/secret.gguf", "weight of alice-user")
 
 
-class Telling(FakeEngine):
-    """Its views hold one request of each tenant, and everything that an engine's views may hold besides."""
+class TellingKv(FakeKv):
+    async def asnapshot(self) -> dict[str, Any]:
+        rows = [
+            {"slot": 0, "request": "cmpl-alice", "tenant": tenant_of(b"alice-key"), "cells": 70},
+            {"slot": 1, "request": "cmpl-bob", "tenant": tenant_of(b"bob-key"), "cells": 9},
+            {"slot": 2, "request": None, "tenant": None, "cells": 33},
+        ]
+        return {
+            "layout": "streams",
+            "slots": rows,
+            "policy": {"policy": "lru", "params": {"of": "alice-user"}},
+            "audit": ["cmpl-alice"],
+        }
 
-    def counters(self) -> dict[str, int]:
-        return {"busy_ns": 2_000_000_000, "sampled_tokens": 100}
 
+class TellingPlanning(FakePlanning):
     def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
-        self.share = {"weight": weight, "priority": priority}
+        self._engine.share = {"weight": weight, "priority": priority}
 
-    def sleep(self, *more: Any) -> Any:
-        raise ModelBusy("a request runs")
+    def share(self) -> tuple[str, dict[str, Any]]:
+        return self._engine.arbiter_policy, self._engine.share
 
-    def arbiter_share(self) -> tuple[str, dict[str, Any]]:
-        return self.arbiter_policy, self.share
-
-    def scheduler_snapshot(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         names = ("prompt_tokens", "prompt_tokens_done", "kv_cache_hit", "tokens_left", "completion_tokens")
         done = dict(zip(names, (9, 9, 4, 5, 2), strict=True))
         own = {"id": "cmpl-bob", "user": "bob-user", "tenant": tenant_of(b"bob-key"), "slot": 1, **done}
@@ -61,18 +68,23 @@ class Telling(FakeEngine):
             "waiting": [dict(other, slot=None)],
         }
 
-    async def kv_snapshot(self) -> dict[str, Any]:
-        rows = [
-            {"slot": 0, "request": "cmpl-alice", "tenant": tenant_of(b"alice-key"), "cells": 70},
-            {"slot": 1, "request": "cmpl-bob", "tenant": tenant_of(b"bob-key"), "cells": 9},
-            {"slot": 2, "request": None, "tenant": None, "cells": 33},
-        ]
-        return {
-            "layout": "streams",
-            "slots": rows,
-            "policy": {"policy": "lru", "params": {"of": "alice-user"}},
-            "audit": ["cmpl-alice"],
-        }
+
+class TellingWeights(FakeWeights):
+    def sleep(self, *more: Any) -> Any:
+        raise ModelBusy("a request runs")
+
+
+class Telling(FakeEngine):
+    """Its views hold one request of each tenant, and everything that an engine's views may hold besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv = TellingKv(self)
+        self.planning = TellingPlanning(self)
+        self.weights = TellingWeights(self)
+
+    def counters(self) -> dict[str, int]:
+        return {"busy_ns": 2_000_000_000, "sampled_tokens": 100}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from .conftest import Client
-from .fake_engine import BOS, N_CTX, FakeEngine
+from .fake_engine import BOS, N_CTX, FakeEngine, FakePlanning
 
 CHAT = [{"role": "user", "content": "Hi"}]
 RENDERED = "<user>Hi<assistant>"
@@ -127,13 +127,25 @@ def test_props(client: Client) -> None:
     assert props["model_path"] == "fake.gguf"  # the caller is an operator: loopback, no keys
 
 
-class Busy(FakeEngine):
-    def scheduler_snapshot(self) -> dict[str, Any]:
+class BusyPlanning(FakePlanning):
+    _engine: Busy
+
+    def snapshot(self) -> dict[str, Any]:
         row = {"tenant": None, "prompt_tokens": 9, "prompt_tokens_done": 9, "kv_cache_hit": 4}
         row |= {"tokens_left": 5, "completion_tokens": 2}
-        return {"policy": "fcfs", "waiting": [], "running": [{"id": f"r{i}", "slot": i, **row} for i in self.busy]}
+        return {
+            "policy": "fcfs",
+            "waiting": [],
+            "running": [{"id": f"r{i}", "slot": i, **row} for i in self._engine.busy],
+        }
 
+
+class Busy(FakeEngine):
     busy: range = range(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planning = BusyPlanning(self)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 
 #include "llama.h"
 
+#include <atomic>
 #include <cstdio>
 #include <mutex>
 #include <string>
@@ -12,7 +13,7 @@ namespace mullama {
 struct LogSink {
     std::mutex mutex;
     std::string errors; // since the last take_errors(), at most 2,000 characters
-    int print_level = GGML_LOG_LEVEL_NONE; // print lines of this level and above; NONE: nothing
+    std::atomic<int> print_level{GGML_LOG_LEVEL_NONE}; // print lines of this level and above; NONE: nothing
 
     int last_level = GGML_LOG_LEVEL_NONE;
 
@@ -31,7 +32,8 @@ struct LogSink {
             // A continuation (progress dots) has the level of what it continues.
             const int effective = level == GGML_LOG_LEVEL_CONT ? sink.last_level : (int) level;
             sink.last_level = effective;
-            if (sink.print_level != GGML_LOG_LEVEL_NONE && effective >= sink.print_level) {
+            const int from = sink.print_level;
+            if (from != GGML_LOG_LEVEL_NONE && effective >= from) {
                 std::fputs(text, stderr);
             }
         } catch (...) {

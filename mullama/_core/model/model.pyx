@@ -19,7 +19,7 @@ from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError
 
 cdef extern from "log_sink.h" namespace "mullama" nogil:
     cppclass LogSink:
-        int print_level
+        void set_print_level "print_level.store" (int level)
         string take_errors() except +
         @staticmethod
         LogSink & instance()
@@ -57,7 +57,7 @@ def init_backend():
 def set_log_level(level):
     """Print llama.cpp's own lines of this level and above to stderr: 'debug', 'info', 'warning', 'error' or 'none'."""
     levels = {"none": 0, "debug": 1, "info": 2, "warning": 3, "error": 4}
-    LogSink.instance().print_level = levels[level]
+    LogSink.instance().set_print_level(levels[level])
 
 
 def chat_template_names():
@@ -193,6 +193,8 @@ cdef class Model:
             if key.endswith(("norm_epsilon", "norm_rms_epsilon")) and not 0 <= float(value) < 1:
                 raise ModelLoadError(f"{self.path}: {key} is {value}; it must be a small positive number")
         self.vocab = llama_model_get_vocab(self.ptr)
+        if llama_vocab_type(self.vocab) == LLAMA_VOCAB_TYPE_NONE:
+            raise ModelLoadError(f"{self.path}: it has no vocabulary, so that no text can be made into tokens for it")
         self.n_vocab = llama_vocab_n_tokens(self.vocab)
         self.take_template(chat_template)
 
@@ -420,7 +422,10 @@ cdef class Model:
     # -- text -------------------------------------------------------------------------------------
 
     def tokenize(self, str text, *, bint add_special=True, bint parse_special=True):
-        """Token ids of a text; the GIL is released. Raises InvalidRequest for lone surrogates."""
+        """Token ids of a text; the GIL is released.
+
+        Raises InvalidRequest for lone surrogates, and for what the vocabulary has no tokens for.
+        """
         self.check()
         cdef Py_ssize_t size
         cdef const char * data
@@ -432,6 +437,7 @@ cdef class Model:
             raise InvalidRequest("the text is longer than 2 GiB")
         cdef vector[llama_token] tokens
         cdef int32_t n = 0
+        cdef int32_t i
         self.enter()
         try:
             with nogil:
@@ -442,10 +448,16 @@ cdef class Model:
                     tokens.resize(-n)
                     n = llama_tokenize(self.vocab, data, <int32_t> size, tokens.data(), <int32_t> tokens.size(),
                                        add_special, parse_special)
+                for i in range(n):
+                    if not 0 <= tokens[i] < self.n_vocab:  # a token for what is unknown, which the vocabulary lacks
+                        n = -1
+                        break
+        except (IndexError, RuntimeError) as error:  # of C++: a byte that no token stands for, a BOS that is none
+            raise InvalidRequest(f"this model's vocabulary cannot express the text ({error})") from None
         finally:
             self.leave()
         if n < 0:
-            raise InvalidRequest("the text could not be tokenised")
+            raise InvalidRequest("this model's vocabulary cannot express the text")
         return [tokens[i] for i in range(n)]
 
     def detokenize(self, tokens, *, bint special=False):

@@ -1,6 +1,6 @@
 """The writing side of the instrumentation page (layout and law: abi.h; reading side: abi.py)."""
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 import errno
@@ -17,6 +17,7 @@ from mullama.abi cimport *
 
 
 cdef extern from "page_write.h" namespace "mullama" nogil:
+    void publish_word(uint64_t * out, uint64_t value)
     ctypedef struct FieldInfo:
         const char * block
         const char * name
@@ -130,7 +131,7 @@ cdef class Page:
                 pass
             self.path = ""
         if self.header is not NULL:
-            self.header.closed_ns = time.monotonic_ns()
+            publish_word(&self.header.closed_ns, time.monotonic_ns())
             self.header = NULL
         if self.file is not None:
             os.close(self.file)

@@ -30,18 +30,24 @@ template <typename Block> inline void publish(Block * out, const Block & in) {
     dst[0].store(lock + 2, std::memory_order_release);
 }
 
+// A word outside blocks, written once readers may be there: `closed_ns` of the header.
+inline void publish_word(uint64_t * out, uint64_t value) {
+    reinterpret_cast<std::atomic<uint64_t> *>(out)->store(value, std::memory_order_release);
+}
+
+// SAFETY: readers copy while this writes, and what another thread reads meanwhile must be atomic, word by word.
 inline void publish_event(mullama_event * ring, uint32_t n_events, uint64_t index, const mullama_event & event) {
-    mullama_event & slot = ring[index & (n_events - 1)];
-    auto * seq = reinterpret_cast<std::atomic<uint64_t> *>(&slot.seq);
-    seq->store(0, std::memory_order_relaxed);
+    static_assert(offsetof(mullama_event, seq) == 0 && sizeof(mullama_event) % 8 == 0, "the first word is the lock");
+    constexpr size_t n = sizeof(mullama_event) / 8;
+    uint64_t words[n];
+    std::memcpy(words, &event, sizeof event);
+    auto * dst = reinterpret_cast<std::atomic<uint64_t> *>(&ring[index & (n_events - 1)]);
+    dst[0].store(0, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_release);
-    slot.time_ns = event.time_ns;
-    slot.handle = event.handle;
-    slot.kind = event.kind;
-    slot.slot = event.slot;
-    slot.a = event.a;
-    slot.b = event.b;
-    seq->store(index + 1, std::memory_order_release);
+    for (size_t i = 1; i < n; ++i) {
+        dst[i].store(words[i], std::memory_order_relaxed);
+    }
+    dst[0].store(index + 1, std::memory_order_release);
 }
 
 // The layout as the compiler sees it, for the test of abi.py.

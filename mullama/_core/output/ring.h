@@ -76,7 +76,13 @@ class Ring {
         tail.store(at + header->size, std::memory_order_release);
     }
 
-    uint64_t used() const { return head.load(std::memory_order_acquire) - tail.load(std::memory_order_acquire); }
+    // Bytes that wait, from any thread. Both ends may have moved between the two looks: never less than nothing, nor more
+    // than there is room for.
+    uint64_t used() const {
+        const uint64_t read = tail.load(std::memory_order_acquire);
+        const uint64_t bytes = head.load(std::memory_order_acquire) - read;
+        return bytes < capacity() ? bytes : capacity();
+    }
 
     uint64_t capacity() const { return buffer.size(); }
 

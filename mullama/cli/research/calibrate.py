@@ -130,7 +130,7 @@ def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
             "n_params": info.n_params,
             "n_parallel": info.n_parallel,
             "n_ctx": info.n_ctx,
-            "kv_host_tokens": engine.kv_host_tokens,
+            "kv_host_tokens": engine.planning.host_tokens,
         },
         "machine": provenance(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,8 +13,8 @@ import functools
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mullama._core import devices
 from mullama.config import ServeConfig
 from mullama.engine.memory import sizing
 from mullama.engine.memory.sizing import Sizes
@@ -153,6 +153,13 @@ def _adapter_bytes(config: ServeConfig, header: Header) -> int:
             continue
         found += sum(tensor.size or 0 for tensor in own.tensors)
     return found
+
+
+def devices() -> list[dict[str, Any]]:
+    """What llama.cpp could compute on."""
+    from mullama import _core
+
+    return _core.devices()
 
 
 def _has_gpu() -> bool:

@@ -10,7 +10,7 @@ from mullama.types import SeqState
 
 if TYPE_CHECKING:
     from mullama._core import Core
-    from mullama.engine.engine import Engine
+    from mullama.engine.parts import EngineParts
     from mullama.engine.requests.sequences import LiveSequence
     from mullama.engine.weights.loras import LoadedAdapter
 
@@ -51,34 +51,34 @@ def _own_bytes() -> int | None:
     return None if found is None else found.anonymous
 
 
-async def report(engine: Engine) -> dict[str, Any]:
+async def report(parts: EngineParts) -> dict[str, Any]:
     """``memory_report`` (see EngineClient): looked up at a step boundary, the pages counted afterwards."""
-    found, buffers = await asyncio.wrap_future(engine.call(lambda: _at_boundary(engine)))
+    found, buffers = await asyncio.wrap_future(parts.commands.call(lambda: _at_boundary(parts)))
     return await asyncio.to_thread(_measured, found, buffers)
 
 
-def report_sync(engine: Engine) -> dict[str, Any]:
+def report_sync(parts: EngineParts) -> dict[str, Any]:
     """The same for a thread without an event loop."""
-    return _measured(*engine.call(lambda: _at_boundary(engine)).result())
+    return _measured(*parts.commands.call(lambda: _at_boundary(parts)).result())
 
 
-def _at_boundary(engine: Engine) -> tuple[dict[str, Any], list[Buffer]]:
-    core, kv = engine._core, engine._kv
+def _at_boundary(parts: EngineParts) -> tuple[dict[str, Any], list[Buffer]]:
+    core, kv = parts.core, parts.kv
     is_asleep = core.is_vacant  # all that is left then is what waits in host memory
     buffers = [] if is_asleep else core.context.buffers()
     output = 0 if is_asleep else core.memory()["output"]
     found: dict[str, Any] = {
         "weights_shared_by": 1 if is_asleep else max(core.model.n_twins, 1),
-        "kv": _kv(engine, buffers),
+        "kv": _kv(parts, buffers),
         "output": {"allocated_bytes": output, "resident_bytes": output},
-        "tables_bytes": engine._tables_bytes,
-        "adapters": [_adapter(one) for one in engine._adapters.all() if one.native.is_on],
+        "tables_bytes": parts.tables_bytes,
+        "adapters": [_adapter(one) for one in parts.loras.all() if one.native.is_on],
         "host_tier_bytes": kv.tier.used,
         "disk_tier_bytes": kv.disk.store.bytes_used if kv.disk is not None else None,
-        "parked_sequences": sum(seq.parked is not None for seq in engine._seqs.live.values()),
+        "parked_sequences": sum(seq.parked is not None for seq in parts.seqs.live.values()),
         "parked_bytes": core.parked_bytes(),
-        "staging_bytes": core.staging_bytes() + engine._napping.held_bytes,
-        "is_changing_weights": core.is_switching() or engine._weights.active is not None,
+        "staging_bytes": core.staging_bytes() + parts.sleep.held_bytes,
+        "is_changing_weights": core.is_switching() or parts.weights.active is not None,
     }
     return found, buffers
 
@@ -89,9 +89,9 @@ def _adapter(one: LoadedAdapter) -> dict[str, Any]:
     return {"id": one.id, "allocated_bytes": native.n_bytes, "resident_bytes": native.n_host_bytes}
 
 
-def _kv(engine: Engine, buffers: list[Buffer]) -> dict[str, Any]:
+def _kv(parts: EngineParts, buffers: list[Buffer]) -> dict[str, Any]:
     """The cells by kind, and who uses them, as llama.cpp counts them."""
-    core, seqs = engine._core, engine._seqs
+    core, seqs = parts.core, parts.seqs
     if core.is_vacant:
         return {"parts": {}, "used_bytes": 0, "retained_bytes": 0, "shared_bytes": 0, "requests": []}
     truth = core.cells()
@@ -102,7 +102,7 @@ def _kv(engine: Engine, buffers: list[Buffer]) -> dict[str, Any]:
         "recurrent": [sum(owner == slot for owner in truth["recurrent"]) for slot in range(core.n_slots)],
     }
     by_slot = [sum(cells[part][slot] * size[part] for part in size) for slot in range(core.n_slots)]
-    per_seq_ns = {row.handle: row.kv_cell_ns for row in engine._page.rows() if row.handle}
+    per_seq_ns = {row.handle: row.kv_cell_ns for row in parts.page.rows() if row.handle}
     requests = []
     for seq in seqs.live.values():
         if seq.view.state is SeqState.WAITING:
@@ -115,7 +115,7 @@ def _kv(engine: Engine, buffers: list[Buffer]) -> dict[str, Any]:
                 "state": str(seq.view.state),
                 "kv_bytes": now,
                 "kv_bytes_peak": max(now, _peak(seq, size, cells["window"])),
-                "kv_byte_seconds": None if cell_ns is None else round(cell_ns * engine._token_bytes / 1e9, 3),
+                "kv_byte_seconds": None if cell_ns is None else round(cell_ns * parts.token_bytes / 1e9, 3),
                 "parked_bytes": seq.parked.n_bytes if seq.parked is not None else 0,
             }
         )
@@ -124,7 +124,7 @@ def _kv(engine: Engine, buffers: list[Buffer]) -> dict[str, Any]:
     if "full" in size:  # a cell that several sequences hold is there once
         shared = (sum(truth["used"]) - truth["total_used"]) * size["full"]
         used["full"] -= shared
-    parts = {
+    by_part = {
         part: {
             "allocated_bytes": sum(n for kind, _, _, n in buffers if kind == part),
             "resident_bytes": 0,
@@ -134,7 +134,7 @@ def _kv(engine: Engine, buffers: list[Buffer]) -> dict[str, Any]:
         for part in size
     }
     return {
-        "parts": parts,
+        "parts": by_part,
         "used_bytes": sum(used.values()),
         "retained_bytes": sum(n for n, handle in zip(by_slot, seqs.slots, strict=True) if not handle),
         "shared_bytes": shared,

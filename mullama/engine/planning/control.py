@@ -1,4 +1,4 @@
-"""The part of an engine that shows and changes its scheduling policy, the one that runs as a shadow, and its turns."""
+"""``engine.planning``: the scheduling policy in charge, the one that runs as a shadow, and the engine's turns."""
 
 from __future__ import annotations
 
@@ -7,19 +7,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mullama import abi
-from mullama.engine.planning import report as snapshot
+from mullama.engine.parts import EngineParts
+from mullama.engine.planning import report
 from mullama.errors import ModelBusy
 from mullama.plugins.groups import Published, publish
 from mullama.scheduling import Scheduler, registry
-from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
-    from mullama._core import Core
-    from mullama.engine.planning.policy_host import PolicyHost
     from mullama.engine.planning.shadow import Shadow
-    from mullama.engine.requests.sequences import Sequences
-    from mullama.kv.cache import KvCache
 
 T = TypeVar("T")
 
@@ -30,61 +25,47 @@ def _make(spec: str, params: Mapping[str, Any] | None) -> tuple[Scheduler, Publi
     return policy, publish(policy, "scheduler", spec)
 
 
-class PolicyMethods:
-    """Mixed into Engine. Changes are made on the engine thread, between two steps."""
+class PlanningControl:
+    """Changes are made on the engine thread, between two steps. The ``a`` methods are what PlanningClient says."""
 
-    info: ModelInfo
-    _core: Core
-    _kv: KvCache
-    _kv_tokens: int
-    _token_bytes: int
-    _page: abi.Reader
-    _policy: PolicyHost
-    _seqs: Sequences
-
-    def call(self, function: Callable[[], T]) -> Future[T]:
-        raise NotImplementedError
+    def __init__(self, parts: EngineParts) -> None:
+        self._parts = parts
+        self._policy = parts.policy
 
     @property
-    def kv_host_tokens(self) -> int:
+    def host_tokens(self) -> int:
         """Tokens of prefixes that fit into host memory (``--kv-host-bytes``)."""
-        return self._kv.tier.budget // max(self._token_bytes, 1)
+        return self._parts.kv.tier.budget // max(self._parts.token_bytes, 1)
 
-    def scheduler_snapshot(self) -> dict[str, Any]:
-        """GET /internal/scheduler."""
-        return snapshot.scheduler(self.info, self._policy, list(self._seqs.live.values()), self._page, self._core)
+    def snapshot(self) -> dict[str, Any]:
+        """GET /internal/scheduler. Any thread: it does not wait."""
+        return report.scheduler(self._parts)
 
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def set_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Put another policy in charge from the next step on; no request and no cached token is lost.
 
         ``spec`` is a name or ``FILE.py:CLASS``. Returns policy, params and the number of sequences handed over.
         Raises InvalidRequest, naming the valid ones, for an unknown policy or parameter: the running one stays.
         """
-        policy, facts = await asyncio.to_thread(_make, spec, params)
-        return await asyncio.wrap_future(self.call(lambda: self._set_scheduler(policy, spec, facts)))
-
-    def set_scheduler_sync(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """``set_scheduler`` for a thread without an event loop."""
         policy, facts = _make(spec, params)
-        return self.call(lambda: self._set_scheduler(policy, spec, facts)).result()
+        return self._call(lambda: self._set_policy(policy, spec, facts)).result()
 
-    async def configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        policy, facts = await asyncio.to_thread(_make, spec, params)
+        return await asyncio.wrap_future(self._call(lambda: self._set_policy(policy, spec, facts)))
+
+    async def aconfigure(self, params: Mapping[str, Any]) -> dict[str, Any]:
         spec = self._policy.spec
         wanted = {**self._policy.params(), **params}
         if registry.is_foreign(spec, self._policy.params()) or registry.is_foreign(spec, wanted):
-            return await self.set_scheduler(spec, wanted)  # a user's may be thinking: one made anew takes over
-        return await asyncio.wrap_future(self.call(lambda: self._configure_scheduler(params)))
+            return await self.aset_policy(spec, wanted)  # a user's may be thinking: one made anew takes over
+        return await asyncio.wrap_future(self._call(lambda: self._configure(params)))
 
-    async def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+    def set_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
         """Run a policy as a shadow from now on instead of the one before; None: none. Raises InvalidRequest."""
-        await asyncio.to_thread(self.set_shadow_sync, spec, params)
-
-    def set_shadow_sync(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
-        """``set_shadow`` for a thread without an event loop."""
-        shadow = None if spec is None else self._make_shadow(spec, params)
+        shadow = None if spec is None else self.make_shadow(spec, params)
         try:
-            old = self.call(lambda: self._policy.set_shadow(shadow)).result()
+            old = self._call(lambda: self._policy.set_shadow(shadow)).result()
         except BaseException:
             old = shadow
             raise
@@ -92,37 +73,44 @@ class PolicyMethods:
             if old is not None:
                 old.close()
 
-    def _make_shadow(self, spec: str, params: Mapping[str, Any] | None) -> Shadow:
+    async def aset_shadow(self, spec: str | None, params: Mapping[str, Any] | None = None) -> None:
+        await asyncio.to_thread(self.set_shadow, spec, params)
+
+    def make_shadow(self, spec: str, params: Mapping[str, Any] | None) -> Shadow:
+        """One that observes nothing yet. Raises InvalidRequest."""
         from mullama.engine.planning.shadow import Shadow
         from mullama.simulation import SimConfig
 
-        core = self._core
+        core, parts = self._parts.core, self._parts
         config = SimConfig(
             core.n_slots,
-            self.info.n_ctx,
+            parts.info.n_ctx,
             core.n_batch,
-            kv_tokens=self._kv_tokens,
-            host_tokens=self.kv_host_tokens,
+            kv_tokens=parts.kv_tokens,
+            host_tokens=self.host_tokens,
         )
         return Shadow(spec, params, config)
 
-    def _set_scheduler(self, policy: Any, spec: str, facts: Published) -> dict[str, Any]:
+    def _call(self, function: Callable[[], T]) -> Future[T]:
+        return self._parts.commands.call(function)
+
+    def _set_policy(self, policy: Scheduler, spec: str, facts: Published) -> dict[str, Any]:
         own_thread = registry.is_foreign(spec, facts.params)
         n = self._policy.swap(policy, spec, own_thread=own_thread, facts=facts)
         return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": n}
 
-    def _configure_scheduler(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def _configure(self, params: Mapping[str, Any]) -> dict[str, Any]:
         configure = getattr(self._policy.policy, "configure", None)
         if configure is None or registry.is_foreign(self._policy.spec, self._policy.params()):
             raise ModelBusy("another policy has been put in charge meanwhile", param="params", retry_after=1)
         configure(**params)
         self._policy.republish()
-        return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": len(self._seqs.live)}
+        return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": len(self._parts.seqs.live)}
 
-    def arbiter_share(self) -> tuple[str, dict[str, Any]]:
-        """The arbiter's policy, and what this engine has of the cores (see EngineClient)."""
-        turns = self._core.turns
-        seat = turns.seats().get(self._core.seat, {})
+    def share(self) -> tuple[str, dict[str, Any]]:
+        """The arbiter's policy, and what this engine has of the cores (see PlanningClient)."""
+        core = self._parts.core
+        turns, seat = core.turns, core.turns.seats().get(core.seat, {})
         share = {
             "weight": seat.get("weight", 1.0),
             "priority": seat.get("priority", 0),
@@ -135,8 +123,8 @@ class PolicyMethods:
 
     def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
         """What this engine may expect beside others. Raises InvalidRequest."""
-        self._core.turns.set_share(self._core.seat, weight=weight, priority=priority)
+        self._parts.core.turns.set_share(self._parts.core.seat, weight=weight, priority=priority)
 
     def set_arbiter_policy(self, policy: str) -> None:
         """How the engines of this process take turns. Raises InvalidRequest."""
-        self._core.turns.policy = policy
+        self._parts.core.turns.policy = policy

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mullama.engine.planning.planner import Planner
 from mullama.errors import PluginError
 from mullama.logs import said
+from mullama.plugins.fallback import replaced
 from mullama.plugins.groups import Published, publish
 from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
 from mullama.scheduling.base import wanting
@@ -174,12 +175,10 @@ class PolicyHost:
             raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {wanting(len(self.views))}")
 
     def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
-        """``error``: what the policy's own code raised, whose traceback tells its author where."""
-        log.error("scheduler '%s' is replaced by fcfs: %s", self.spec, reason, exc_info=error)
-        broken = self.spec
+        fallback = replaced(log, "scheduler", self.spec, Fcfs.name, reason, error)
         self._leave()
         self._install(Fcfs(), Fcfs.name, False, Published(Fcfs.name, {}))
-        self.fallback = {"from": broken, "reason": reason, "unix_time": round(time.time(), 3)}
+        self.fallback = fallback
         self._hand_over()
 
     # -- a policy that thinks elsewhere ------------------------------------------------------------------------
@@ -192,7 +191,7 @@ class PolicyHost:
             if not planner.asked_ns:
                 planner.ask(state, self.views.values())
                 self._asked = state, self._version
-            again = Plan(_runnable(self.last_plan.tokens, self.views), repeat=1)
+            again = Plan(_left_of(self.last_plan.tokens, self.views, queued=False), repeat=1)
             now = time.monotonic_ns()
             left_s = max(planner.asked_ns + self._timeout_ns - now, 0) / 1e9
             answer = planner.answer(min(left_s, GRACE_S) if again.tokens else left_s)
@@ -245,30 +244,18 @@ class PolicyHost:
         }
 
 
-def _runnable(tokens: Mapping[int, int], views: Mapping[int, SeqView]) -> dict[int, int]:
-    """The part of a plan's tokens that running sequences can still take."""
+def _left_of(tokens: Mapping[int, int], views: Mapping[int, SeqView], *, queued: bool) -> dict[int, int]:
+    """What sequences can still take of a plan made some steps ago; ``queued``: also those without a slot."""
     found = {}
     for seq_id, n in tokens.items():
         view = views.get(seq_id)
-        if view is None:
-            continue
-        if view.state is SeqState.DECODE:
-            found[seq_id] = 1
-        elif view.state is SeqState.PREFILL:
-            found[seq_id] = min(n, view.prefill_left)
+        if view is not None and (view.is_running or queued):
+            found[seq_id] = 1 if view.state is SeqState.DECODE or view.prefill_left == 0 else min(n, view.prefill_left)
     return found
 
 
 def _still_valid(plan: Plan, views: Mapping[int, SeqView]) -> Plan:
     """A plan made some steps ago, without what has ended or moved on since."""
-    tokens = {}
-    for seq_id, n in plan.tokens.items():
-        view = views.get(seq_id)
-        if view is None:
-            continue
-        if view.state is SeqState.DECODE or view.prefill_left == 0:
-            tokens[seq_id] = 1
-        else:
-            tokens[seq_id] = min(n, view.prefill_left)
+    tokens = _left_of(plan.tokens, views, queued=True)
     preempt = {i: how for i, how in plan.preempt.items() if i in views and views[i].is_running and i not in tokens}
     return Plan(tokens, preempt=preempt, until_ns=plan.until_ns)

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mullama import abi
-from mullama.types import ModelInfo
 
 if TYPE_CHECKING:
-    from mullama._core import Core
-    from mullama.engine.planning.policy_host import PolicyHost
+    from mullama.engine.parts import EngineParts
     from mullama.engine.requests.sequences import LiveSequence
 
 
-def scheduler(
-    info: ModelInfo,
-    policy: PolicyHost,
-    seqs: Sequence[LiveSequence],
-    page: abi.Reader,
-    core: Core,
-) -> dict[str, Any]:
+def scheduler(parts: EngineParts) -> dict[str, Any]:
     """Policy, waiting and running sequences, plans, counters. Read from any thread: a moment's view, not a lock's."""
     now = time.monotonic_ns()
+    info, policy, page, seqs = parts.info, parts.policy, parts.page, list(parts.seqs.live.values())
     counters = page.counters()
     rows = {row.handle: row for row in page.rows() if row.handle}
     items = [_sequence(seq, rows.get(seq.view.id), now) for seq in seqs]
@@ -48,7 +40,7 @@ def scheduler(
         "swaps": policy.stats.swaps,
         "plan_times": policy.plan_times(),
         "shadow": policy.shadow.snapshot() if policy.shadow is not None else None,
-        "threads": core.governor.snapshot(),
+        "threads": parts.core.governor.snapshot(),
         "kernels": info.kernels,
         "counters": abi.as_dict(counters),
     }

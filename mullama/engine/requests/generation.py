@@ -9,15 +9,20 @@ import os
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from mullama.errors import EngineDead
 from mullama.types import Delta, Finish
 
-if TYPE_CHECKING:
-    from mullama.engine.requests.reader import Reader
-
 log = logging.getLogger("mullama.engine")
+
+
+class Attachable(Protocol):
+    """What delivers the texts of an engine (see Reader)."""
+
+    def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None: ...
+
+    def attach_thread(self) -> None: ...
 
 
 class BaseGeneration:
@@ -42,7 +47,7 @@ class BaseGeneration:
         if self._is_cancelled:
             cancel(handle)
 
-    def attach_to(self, reader: Reader) -> None:
+    def attach_to(self, reader: Attachable) -> None:
         """See that ``reader``, another engine's, reads for this one's loop or thread. Any thread."""
         raise NotImplementedError
 
@@ -84,7 +89,7 @@ class AsyncGeneration(BaseGeneration):
         else:
             self._call(self._finish, finish)
 
-    def attach_to(self, reader: Reader) -> None:
+    def attach_to(self, reader: Attachable) -> None:
         self._call(reader.attach_loop, self._loop)
 
     def _call(self, callback: Callable[..., None], *args: object) -> None:
@@ -146,7 +151,7 @@ class Inbox(BaseGeneration):
     def end(self, finish: Finish) -> None:
         self.items.put(finish)
 
-    def attach_to(self, reader: Reader) -> None:
+    def attach_to(self, reader: Attachable) -> None:
         reader.attach_thread()
 
 

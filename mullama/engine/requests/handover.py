@@ -1,6 +1,6 @@
 """Sequences that leave one engine and go on in another, whose model may speak another vocabulary. None is dropped.
 
-On the old engine's thread ``leave`` takes them out of their slots, text and sampler and all; on the new one's
+On the old engine's thread ``depart`` takes them out of their slots, text and sampler and all; on the new one's
 ``arrive`` puts them in the queue, where they are computed again. What the new model's context does not hold stays
 with the old engine to its end.
 """
@@ -11,9 +11,10 @@ import codecs
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from mullama.engine.requests.reader import Leaving, Reader
+from mullama.engine.client import Speaker
+from mullama.engine.requests.reader import Reader, Reading
 from mullama.engine.requests.sequences import LiveSequence, Sequences
 from mullama.errors import MullamaError
 from mullama.kv.index.tree import pack
@@ -27,28 +28,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("mullama.engine")
 
 
-class Speaker(Protocol):
-    """What is needed of an engine."""
-
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]: ...
-
-    def bytes_alone(self, data: bytes) -> list[int]: ...
-
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
-
-
 @dataclass(slots=True)
 class Traveller:
     """A request between two engines, with what it was when it left."""
 
     seq: LiveSequence
-    leaving: Leaving
+    reading: Reading
     parked: Parked | None  # None: it never had a slot
     prompt: Sequence[int]  # in the new model's vocabulary
     tokens: list[int] | None  # prompt and answer so far in it; None: as they were
 
 
-def leave(
+def depart(
     core: Core, seqs: Sequences, reader: Reader, speaker: Speaker, room: int, *, same_vocab: bool
 ) -> list[Traveller]:
     """Take out every sequence that ``room`` tokens hold, in order of arrival. On the thread of the old engine.
@@ -71,13 +62,13 @@ def leave(
         parked = seq.parked
         if parked is not None:
             core.drop_saved(parked)
-        leaving = reader.let_go(handle)
-        if leaving is None:
+        reading = reader.release(handle)
+        if reading is None:
             continue  # it was cancelled, or its last record is on the way
         if parked is not None:
             core.let_go(parked)
         seqs.remove(handle)
-        travellers.append(Traveller(seq, leaving, parked, prompt, tokens))
+        travellers.append(Traveller(seq, reading, parked, prompt, tokens))
     return travellers
 
 
@@ -113,8 +104,8 @@ def arrive(
     """Queue them, in their order. On the thread of the engine they come to."""
     for one in travellers:
         handle = next_handle()
-        seq = _seated(one, handle)
-        reader.take_in(handle, one.leaving)
+        seq = _renewed(one, handle)
+        reader.adopt(handle, one.reading)
         try:
             if one.parked is not None:
                 tokens = one.tokens
@@ -126,10 +117,10 @@ def arrive(
             continue
         seqs.add(seq)
         arrived(seq)
-        one.leaving.generation.belongs_to(handle, cancel)
+        one.reading.generation.belongs_to(handle, cancel)
 
 
-def _seated(one: Traveller, handle: int) -> LiveSequence:
+def _renewed(one: Traveller, handle: int) -> LiveSequence:
     """The sequence as the new engine knows it."""
     old = one.seq
     request: Request = dataclasses.replace(old.request, prompt=one.prompt)

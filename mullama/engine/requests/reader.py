@@ -20,20 +20,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mullama.engine")
 
-REASONS = {
-    1: FinishReason.STOP,
-    2: FinishReason.LENGTH,
-    3: FinishReason.CANCELLED,
-    4: FinishReason.ERROR,
-}
-
-# CoreError of _core/compute/guard.h
 ERROR_TEXTS = {
-    1: "the model's logits are not finite",
-    2: "the sampler failed",
-    3: "llama_decode failed",
-    4: "there was no room in the KV cache",
-    5: "an adapter of the request is gone",
+    "not_finite": "the model's logits are not finite",
+    "sampler": "the sampler failed",
+    "decode": "llama_decode failed",
+    "no_kv": "there was no room in the KV cache",
+    "adapter": "an adapter of the request is gone",
 }
 
 
@@ -74,13 +66,14 @@ def profile_of(
 
 
 @dataclass(slots=True)
-class Leaving:
-    """A request on its way from one engine's reader to another's."""
+class Reading:
+    """What is known of a request that has not ended, for its reader and its profile."""
 
     generation: BaseGeneration
-    stops: tuple[str, ...]
-    weights: tuple[WeightSpan, ...]
-    reason: str | None
+    stops: tuple[str, ...] = ()
+    adapters: tuple[LoraUse, ...] = ()  # that compute it
+    weights: tuple[WeightSpan, ...] = ()  # that generate it
+    miss_reason: str | None = None  # why prompt tokens had to be computed
 
 
 class Reader:
@@ -93,11 +86,7 @@ class Reader:
     def __init__(self, core: Core, text_kind: int, token_bytes: int = 0) -> None:
         self._core = core
         self._text_kind = text_kind
-        self._generations: dict[int, BaseGeneration] = {}
-        self._stops: dict[int, tuple[str, ...]] = {}
-        self._reasons: dict[int, str | None] = {}  # why prompt tokens had to be computed
-        self._weights: dict[int, tuple[WeightSpan, ...]] = {}
-        self._adapters: dict[int, tuple[LoraUse, ...]] = {}
+        self._readings: dict[int, Reading] = {}  # by handle
         self._token_bytes = token_bytes  # KV of one token
         self.kernels: dict[str, str] = {}  # ways of computing, for the profiles
         self._lock = threading.Lock()  # one reader of the ring at a time
@@ -107,62 +96,43 @@ class Reader:
         self._closed = False
 
     def __len__(self) -> int:
-        return len(self._generations)
+        return len(self._readings)
 
-    def add(self, generation: BaseGeneration, stops: tuple[str, ...]) -> None:
-        self._stops[generation.handle] = stops
-        self._generations[generation.handle] = generation
+    def add(self, generation: BaseGeneration, stops: tuple[str, ...], adapters: tuple[LoraUse, ...] = ()) -> None:
+        """Read for a request, which the engine thread does not know yet."""
+        self._readings[generation.handle] = Reading(generation, stops, adapters)
 
     def explain(self, handle: int, reason: str | None) -> None:
         """Why a request's prompt was not in the KV cache, for its profile. Engine thread."""
-        if handle in self._stops:
-            self._reasons[handle] = reason
+        reading = self._readings.get(handle)
+        if reading is not None:
+            reading.miss_reason = reason
 
     def note_weights(self, handle: int, weights: str, from_token: int) -> None:
         """Which weights generate a request's tokens from ``from_token`` on, for its profile. Engine thread."""
-        if handle in self._stops:
-            spans = self._weights.get(handle, ())
-            if spans and spans[-1].from_token == from_token:
-                spans = spans[:-1]  # those before generated nothing
-            self._weights[handle] = (*spans, WeightSpan(weights, from_token))
+        reading = self._readings.get(handle)
+        if reading is not None:
+            # Those from the same token on generated nothing.
+            before = tuple(span for span in reading.weights if span.from_token < from_token)
+            reading.weights = (*before, WeightSpan(weights, from_token))
 
-    def note_adapters(self, handle: int, adapters: tuple[LoraUse, ...]) -> None:
-        """Which LoRA adapters compute a request, for its profile. Before the engine thread knows the request."""
-        if adapters:
-            self._adapters[handle] = adapters
-
-    def let_go(self, handle: int) -> Leaving | None:
-        """Hand out all that is known of a request, which goes on elsewhere; None: it has ended. Engine thread.
+    def release(self, handle: int) -> Reading | None:
+        """Hand out what is known of a request, which goes on elsewhere; None: it has ended. Engine thread.
 
         What its records said so far is delivered before.
         """
         while self.read():
             pass
-        generation = self._generations.get(handle)
-        if generation is None:
-            return None
-        leaving = Leaving(generation, self._stops[handle], self._weights.get(handle, ()), self._reasons.get(handle))
-        self.discard(handle)
-        return leaving
+        return self._readings.pop(handle, None)
 
-    def take_in(self, handle: int, leaving: Leaving) -> None:
-        """Go on reading for a request that another reader has let go."""
-        leaving.generation.attach_to(self)
-        self._stops[handle] = leaving.stops
-        self._weights[handle] = leaving.weights
-        self._reasons[handle] = leaving.reason
-        self._generations[handle] = leaving.generation
+    def adopt(self, handle: int, reading: Reading) -> None:
+        """Go on reading for a request that another engine's reader has released."""
+        reading.generation.attach_to(self)
+        self._readings[handle] = reading
 
     def handles(self) -> list[int]:
         """Requests that have not ended."""
-        return list(self._generations)
-
-    def discard(self, handle: int) -> None:
-        self._generations.pop(handle, None)
-        self._stops.pop(handle, None)
-        self._reasons.pop(handle, None)
-        self._weights.pop(handle, None)
-        self._adapters.pop(handle, None)
+        return list(self._readings)
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that what this loop submits is read; call on it."""
@@ -226,48 +196,35 @@ class Reader:
         records = self._core.drain_records()
         for record in records:
             handle = record[1]
-            generation = self._generations.get(handle)
             if record[0] == self._text_kind:
-                if generation is not None:
-                    generation.deliver(record[2], record[3])
+                reading = self._readings.get(handle)
+                if reading is not None:
+                    reading.generation.deliver(record[2], record[3])
                 continue
-            stops, why, weights = self._stops.get(handle, ()), self._reasons.get(handle), self._weights.get(handle, ())
-            adapters = self._adapters.get(handle, ())
-            self.discard(handle)
-            if generation is not None:
-                finish = self._finish(record, stops, why, weights)
-                finish.profile.adapters = adapters
-                finish.profile.kernels = self.kernels
-                generation.end(finish)
+            reading = self._readings.pop(handle, None)
+            if reading is not None:
+                reading.generation.end(self._finish(record, reading))
         return len(records)
 
-    def _finish(
-        self,
-        record: tuple[int, int, int, int, int, bytes],
-        stops: tuple[str, ...],
-        why: str | None,
-        weights: tuple[WeightSpan, ...],
-    ) -> Finish:
-        _, _, reason, stop_index, error, row = record
-        failure = None
-        if reason == 4:
-            failure = ComputeFailed(f"the request failed: {ERROR_TEXTS.get(error, f'core error {error}')}")
-        return Finish(
-            reason=REASONS[reason],
-            profile=profile_of(abi.Row.from_buffer_copy(row), self._token_bytes, why, weights),
-            stop_string=stops[stop_index] if 0 <= stop_index < len(stops) else None,
-            error=failure,
-        )
+    def _finish(self, record: tuple[int, int, int, int, int, bytes], reading: Reading) -> Finish:
+        _, _, number, stop_index, error, row = record
+        reason, failure = FinishReason(abi.FINISH_REASONS[number]), None
+        if reason is FinishReason.ERROR:
+            name = abi.CORE_ERRORS.get(error, "")
+            failure = ComputeFailed(f"the request failed: {ERROR_TEXTS.get(name, f'core error {error}')}")
+        profile = profile_of(abi.Row.from_buffer_copy(row), self._token_bytes, reading.miss_reason, reading.weights)
+        profile.adapters, profile.kernels = reading.adapters, self.kernels
+        stop = reading.stops[stop_index] if 0 <= stop_index < len(reading.stops) else None
+        return Finish(reason, profile, stop_string=stop, error=failure)
 
     def end_directly(self, handle: int, finish: Finish) -> None:
         """End a request that never reached the core, or whose core is gone."""
-        generation = self._generations.get(handle)
-        self.discard(handle)
-        if generation is not None:
-            generation.end(finish)
+        reading = self._readings.pop(handle, None)
+        if reading is not None:
+            reading.generation.end(finish)
 
     def end_all(self, error: Exception) -> None:
-        for handle in list(self._generations):
+        for handle in self.handles():
             self.end_directly(handle, Finish(FinishReason.ERROR, Profile(), error=error))
 
     def close(self) -> None:

@@ -84,9 +84,14 @@ class Sequences:
         self._swap_bytes = swap_bytes  # most host memory for the KV of preempted sequences
         self._on_end = on_end
 
-    def let_go(self) -> None:
-        """Let go of the engine, so that nothing waits for the garbage collector. The engine thread has ended."""
+    def close(self) -> None:
+        """Let go of the engine and of what is parked, so that nothing waits for the garbage collector.
+
+        The engine thread has ended, and the core was closed.
+        """
         self._on_end = _nothing
+        for seq in self.live.values():
+            seq.parked = None  # it holds on to its adapters
 
     def __bool__(self) -> bool:
         return bool(self.live)
@@ -158,7 +163,7 @@ class Sequences:
         text, is_shared = core.model.detokenize, seq.request.shares_cache
         reason = kv.explain(seq.namespace, seq.key, reuse, match, text, is_shared=is_shared)
         self._reader.explain(seq.view.id, reason)
-        self._seat(seq, slot, SeqState.PREFILL)
+        self._occupy(seq, slot, SeqState.PREFILL)
 
     def _resume(self, seq: LiveSequence, parked: Parked) -> None:
         """PREEMPTED -> where it was, from host memory or by what is left of its prefix."""
@@ -175,13 +180,13 @@ class Sequences:
         if not core.shifted(slot):
             kv.resumed(slot, seq.namespace, tokens, mixed=seq.mixed)
         state = core.states()[slot]
-        self._seat(seq, slot, SeqState.DECODE if state == abi.DECODE else SeqState.PREFILL)
+        self._occupy(seq, slot, SeqState.DECODE if state == abi.DECODE else SeqState.PREFILL)
 
     def running(self) -> list[bool]:
         """Which slots have a request."""
         return [handle != 0 for handle in self.slots]
 
-    def _seat(self, seq: LiveSequence, slot: int, state: SeqState) -> None:
+    def _occupy(self, seq: LiveSequence, slot: int, state: SeqState) -> None:
         n_past, n_tokens = self._core.slot_fill(slot)
         if seq.view.state is SeqState.WAITING:
             self.n_queued -= 1

@@ -36,10 +36,9 @@ from mullama.kv.index.namespaces import adapters_key
 from mullama.kv.index.tree import namespace_of
 from mullama.models.files.lora_file import AdapterFacts, check_adapter
 from mullama.models.store.digests import digest_of
-from mullama.types import LoraUse, Request
+from mullama.types import LoraUse
 
 if TYPE_CHECKING:
-    from mullama.engine.requests.sequences import LiveSequence
     from mullama.engine.weights.change import Weights
 
 log = logging.getLogger("mullama.engine")
@@ -121,20 +120,8 @@ class Adapters:
 
     # -- requests -------------------------------------------------------------------------------------------------
 
-    def choose(self, seq: LiveSequence, request: Request) -> tuple[LoraUse, ...]:
-        """Give a sequence what its request names, under the engine's lock; returns it for the profile.
-
-        Raises InvalidRequest: then it has none.
-        """
-        chosen = self._chosen(request.lora)
-        for one, _ in chosen:
-            one.n_requests += 1
-        seq.adapters = chosen
-        key = adapters_key((one.facts.digest, scale) for one, scale in chosen)
-        seq.namespace = namespace_of(request.cache_salt, key)
-        return tuple(LoraUse(one.id, scale) for one, scale in chosen)
-
-    def _chosen(self, uses: tuple[LoraUse, ...]) -> Chosen:
+    def choose(self, uses: tuple[LoraUse, ...]) -> Chosen:
+        """What a request names, in use until ``ended``; under the engine's lock. Raises InvalidRequest."""
         if len(uses) > MOST_IN_REQUEST:
             raise InvalidRequest(f"lora: at most {MOST_IN_REQUEST} adapters can be used at once", param="lora")
         chosen: dict[str, tuple[LoadedAdapter, float]] = {}
@@ -145,13 +132,15 @@ class Adapters:
             if use.id in chosen:
                 raise InvalidRequest(f"lora: the adapter '{use.id}' is named twice", param="lora")
             chosen[use.id] = (one, one.scale if use.scale is None else check_scale(use.scale, "lora"))
+        for one, _ in chosen.values():
+            one.n_requests += 1
         return tuple(chosen.values())
 
-    def ended(self, seq: LiveSequence) -> None:
+    def ended(self, chosen: Chosen) -> None:
         """A sequence needs its adapters no more."""
-        if seq.adapters:
+        if chosen:
             with self._lock:
-                for one, _ in seq.adapters:
+                for one, _ in chosen:
                     one.n_requests -= 1
 
     # -- changes of the weights; who makes one has them (Weights.held) -------------------------------------------------
@@ -257,15 +246,18 @@ class Adapters:
             self._core.drop_adapters()
         one.native.close()
 
-    def close(self, live: list[LiveSequence]) -> None:
-        """Free all, after the core was closed; ``live``: what it had not ended."""
+    def close(self) -> None:
+        """Free all, after the core was closed and sequences have let go of them."""
         with self._one, self._lock:
             self._closed = True
             loaded, self._loaded = list(self._loaded.values()), {}
-        for seq in live:
-            seq.parked = None  # a preempted sequence holds on to its adapters
         for one in loaded:
             one.native.close()
+
+
+def namespace_of_chosen(salt: str, chosen: Chosen) -> bytes:
+    """Where KV belongs that these adapters compute, of prompts with this ``cache_salt``."""
+    return namespace_of(salt, adapters_key((one.facts.digest, scale) for one, scale in chosen))
 
 
 def close_twins(twins: Twins) -> None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mullama._core import Model
 from mullama.config import ServeConfig
 from mullama.errors import ModelLoadError
 from mullama.models.files import gguf
+
+if TYPE_CHECKING:
+    from mullama._core import Model
 
 Key = tuple[object, ...]
 

@@ -12,6 +12,7 @@ from typing import Any
 from mullama.kv.eviction.lru import Lru
 from mullama.kv.eviction.policy import Entry, EvictionPolicy
 from mullama.logs import said
+from mullama.plugins.fallback import replaced
 from mullama.plugins.groups import Published, publish, shown
 
 log = logging.getLogger("mullama.kv")
@@ -36,7 +37,7 @@ class GuardedPolicy:
         self.spec = spec
         self._facts = publish(policy, "KV policy", spec)
         self._slow = 0  # calls in a row that took longer than SLOW_S
-        self.fallback: dict[str, Any] | None = None  # "from", "reason", "unix_time"
+        self.fallback: dict[str, Any] | None = None
         self.on_fallback: Callable[[], None] | None = None
 
     def score(self, entry: Entry, now_ns: int) -> float:
@@ -87,8 +88,7 @@ class GuardedPolicy:
     def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
         if self.fallback is not None:
             raise RuntimeError(f"lru, the last resort, is broken: {reason}")
-        log.error("KV policy '%s' is replaced by lru: %s", self.spec, reason, exc_info=error)
-        self.fallback = {"from": self.spec, "reason": reason, "unix_time": round(time.time(), 3)}
+        self.fallback = replaced(log, "KV policy", self.spec, Lru.name, reason, error)
         self.policy = Lru()
         self.spec = Lru.name
         self._facts = Published(Lru.name, {})

@@ -82,6 +82,7 @@ _MAX_KEYS = 1 << 16
 _MAX_TENSORS = 1 << 20
 _MAX_STRINGS = 1 << 24  # in one array: 60 times the largest vocabulary; bounds the time spent on a damaged count
 _MAX_TEXT = 1 << 20  # bytes of a text that is decoded; longer ones (an embedded tokenizer.json) are summarised
+_MAX_TOKEN = 1 << 13  # bytes of a token or a merge: llama.cpp calls itself once for each of them
 _MAX_DIMS = 4
 _MAX_TENSOR_NAME = 63  # bytes; GGML_MAX_NAME less the NUL
 _MAX_PARTS = 1000
@@ -336,14 +337,15 @@ class _Reader:
             raise _Damaged(f"the metadata key {_shown(key)} is an array of the unknown type {kind}")
         if count > min(_MAX_STRINGS, (self.size - self.at) // 8):
             raise _Damaged(f"the metadata key {_shown(key)} claims {count} texts")
-        head = tuple(self.string(_MAX_TEXT) for _ in range(min(count, _HEAD)))
+        most = _MAX_TOKEN if key.startswith("tokenizer.") else _MAX_TEXT
+        head = tuple(self.string(most) for _ in range(min(count, _HEAD)))
         # PERF: a vocabulary is here, so this loop is the cost of the whole reader (60 ns an element). A length that
         # leaves the file makes the next unpack_from fail.
         at, data, u64 = self.at, self.data, _u64
         for _ in range(count - len(head)):
             length = u64(data, at)[0]
-            if length > _MAX_TEXT:
-                raise _Damaged(f"a text of {length} bytes where at most {_MAX_TEXT} are allowed")
+            if length > most:
+                raise _Damaged(f"a text of {length} bytes where at most {most} are allowed")
             at += 8 + length
         self.at = at
         self.skip(0)

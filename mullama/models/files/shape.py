@@ -135,7 +135,10 @@ def shape_of(header: Header, label: str = "this model") -> Shape:
 
 
 def check_sense(header: Header, label: str) -> None:
-    """Refuse numbers that llama.cpp takes and that make a model useless. Raises ModelLoadError."""
+    """Refuse what llama.cpp takes and what makes a model useless. Raises ModelLoadError."""
+    if header.get("tokenizer.ggml.model") in ("no_vocab", "none"):
+        # SAFETY: it would make room for as many tokens as the header claims.
+        raise ModelLoadError(f"{label}: it has no vocabulary, so that no text can be made into tokens for it")
     context = header.get("{arch}.context_length")
     if isinstance(context, int) and not 0 < context < 1 << 31:
         raise ModelLoadError(f"{label}: {header.name_of('{arch}.context_length')} is {context}; the file is damaged")

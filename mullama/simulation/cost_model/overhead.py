@@ -25,14 +25,21 @@ MARGIN = 4  # steps at either end that are not
 SINGLES = 8
 
 
+class PlanningLike(Protocol):
+    """What is used of ``PlanningClient``."""
+
+    async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
+
+
 class EngineLike(Protocol):
     """What is used of ``EngineClient``."""
 
-    info: ModelInfo
-
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def planning(self) -> PlanningLike: ...
     def submit(self, request: Request) -> Any: ...
     def counters(self) -> dict[str, int]: ...
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -65,7 +72,7 @@ class OverheadGauge:
     async def run(self) -> CostModel:
         """``costs`` with the overheads filled in."""
         sizes = sorted({1, max(self._engine.info.n_parallel // 2, 1), self._engine.info.n_parallel})
-        await self._engine.set_scheduler("fcfs", {})
+        await self._engine.planning.aset_policy("fcfs", {})
         await self._steady(1)  # warm-up
         extra = []
         for number, n in enumerate(sizes):
@@ -131,11 +138,11 @@ class OverheadGauge:
     async def _chunked(self) -> float:
         """Ns of a step and its plan, beside the decode and the sampling: a prompt in small chunks."""
         n_prompt = min(24 * CHUNK, self._engine.info.n_ctx // 2)
-        await self._engine.set_scheduler("fcfs", {"prefill_budget": CHUNK})
+        await self._engine.planning.aset_policy("fcfs", {"prefill_budget": CHUNK})
         before = self._engine.counters()
         await self._answer(n_prompt, 1)
         after = self._engine.counters()
-        await self._engine.set_scheduler("fcfs", {})
+        await self._engine.planning.aset_policy("fcfs", {})
         # No plan is counted before the first step.
         return _beside(before, after) / max(after["steps"] - before["steps"] - 1, 1)
 

@@ -25,7 +25,7 @@ class KvView(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Layout, cells used and by whom, retained prefixes. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
-            found = await engine.kv_snapshot()
+            found = await engine.kv.asnapshot()
             resp.data = dump(name, found if req.is_operator else kv_for_client(found, req.tenant))
 
 
@@ -44,7 +44,7 @@ class KvTree(Internal):
         with self._lease(req) as (name, engine):
             limit = _number(req.get_param("limit"), "limit", 1, MAX_NODES)
             limit = DEFAULT_NODES if limit is None else limit
-            resp.data = dump(name, await engine.kv_tree(limit=limit, text=with_text))
+            resp.data = dump(name, await engine.kv.atree(limit=limit, text=with_text))
 
 
 class KvMap(Internal):
@@ -53,7 +53,7 @@ class KvMap(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Which cells belong to which sequence. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
-            resp.data = dump(name, await engine.kv_map())
+            resp.data = dump(name, await engine.kv.amap())
 
 
 class KvPolicy(Policies):
@@ -63,13 +63,13 @@ class KvPolicy(Policies):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The eviction policy in charge and its parameters. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
-            resp.data = dump(name, (await engine.kv_snapshot())["policy"])
+            resp.data = dump(name, (await engine.kv.asnapshot())["policy"])
 
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Put another eviction policy in charge. Raises InvalidRequest; then the one before stays."""
         with self._lease(req) as (name, engine):
             change = await self._change(req)
-            resp.data = dump(name, await engine.set_kv_policy(self._policy(change), change.params))
+            resp.data = dump(name, await engine.kv.aset_policy(self._policy(change), change.params))
 
 
 class KvEvents(Internal):
@@ -83,7 +83,7 @@ class KvEvents(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Events as they happen, after ``?since=`` or ``Last-Event-ID``. Raises InvalidRequest, ModelNotFound."""
         name, engine = self._models.resolve(req.get_param("model"))
-        log = engine.kv_events
+        log = engine.kv.events
         since = _number(req.get_param("since"), "since", 0)
         if since is None:
             since = _number(req.get_header("Last-Event-ID"), "Last-Event-ID", 0)
@@ -100,7 +100,7 @@ class KvEvents(Internal):
 
         def follow(model: str, engine: EngineClient | None) -> None:
             if model == name:
-                stream.follow(engine.kv_events if engine is not None else None)
+                stream.follow(engine.kv.events if engine is not None else None)
 
         watchers.append(follow)
         self._services.end_at_shutdown(stream)
@@ -138,7 +138,7 @@ class KvPin(_PrefixAction):
             pin = await self._services.parse(req, parse_pin)
             tokens = await self._named(req, engine, pin.prefix)
             namespace = self._namespace(pin.prefix)
-            resp.data = dump(name, await engine.kv_pin(tokens, ttl_s=pin.ttl_s, namespace=namespace))
+            resp.data = dump(name, await engine.kv.apin(tokens, ttl_s=pin.ttl_s, namespace=namespace))
 
 
 class KvUnpin(_PrefixAction):
@@ -147,7 +147,7 @@ class KvUnpin(_PrefixAction):
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
             tokens = await self._named(req, engine, prefix)
-            resp.data = dump(name, await engine.kv_unpin(tokens, namespace=self._namespace(prefix)))
+            resp.data = dump(name, await engine.kv.aunpin(tokens, namespace=self._namespace(prefix)))
 
 
 class KvDrop(_PrefixAction):
@@ -159,7 +159,7 @@ class KvDrop(_PrefixAction):
             tokens = await self._tokens(req, engine, prefix)
             is_all = tokens is None and prefix.cache_salt is None and prefix.namespace is None
             namespace = "" if is_all else self._namespace(prefix)
-            resp.data = dump(name, await engine.kv_drop(tokens, namespace=namespace, tiers=drop.tiers))
+            resp.data = dump(name, await engine.kv.adrop(tokens, namespace=namespace, tiers=drop.tiers))
 
 
 class KvSave(_PrefixAction):
@@ -168,7 +168,7 @@ class KvSave(_PrefixAction):
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
             tokens = await self._named(req, engine, prefix)
-            resp.data = dump(name, await engine.kv_save(tokens, namespace=self._namespace(prefix)))
+            resp.data = dump(name, await engine.kv.asave(tokens, namespace=self._namespace(prefix)))
 
 
 class KvLoad(_PrefixAction):
@@ -177,7 +177,7 @@ class KvLoad(_PrefixAction):
         with self._lease(req) as (name, engine):
             prefix = await self._services.parse(req, parse_prefix)
             tokens = await self._named(req, engine, prefix)
-            resp.data = dump(name, await engine.kv_load(tokens, namespace=self._namespace(prefix)))
+            resp.data = dump(name, await engine.kv.aload(tokens, namespace=self._namespace(prefix)))
 
 
 def _number(text: str | None, name: str, low: int, high: int | None = None) -> int | None:

@@ -71,7 +71,7 @@ def check_named(model: str, ids: Sequence[str], engine: EngineClient) -> tuple[s
     """The adapters that the name of a model asks for, in any case, as they are called. Raises ModelNotFound."""
     if not ids:
         return ()
-    loaded = [one["id"] for one in engine.adapters()]
+    loaded = [one["id"] for one in engine.weights.loras()]
     in_any_case = {one.lower(): one for one in loaded}
     found = []
     for one in ids:
@@ -101,7 +101,7 @@ def split_path(path: str) -> tuple[str, str] | None:
 async def show(models: ModelManager, model: str, adapter: str, resp: falcon.asgi.Response, *, sees_files: bool) -> None:
     """All adapters of a loaded model, or one. Raises ModelNotFound, ModelNotLoaded, AdapterNotFound."""
     name, engine = models.resolve(model)
-    found = engine.adapters() if sees_files else [adapter_for_client(one) for one in engine.adapters()]
+    found = engine.weights.loras() if sees_files else [adapter_for_client(one) for one in engine.weights.loras()]
     if adapter:
         resp.data = orjson.dumps(_one(adapter, found))
     else:
@@ -116,18 +116,18 @@ def _one(adapter: str, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 async def load(engine: EngineClient, body: AdapterBody, *, may_read_files: bool) -> bytes:
-    """Find, check and load a file. Raises what ``find_adapter`` and ``EngineClient.load_adapter`` raise."""
+    """Find, check and load a file. Raises what ``find_adapter`` and ``WeightsClient.load_lora`` raise."""
     path = await asyncio.to_thread(partial(find_adapter, body.path, body.reference, may_read_files=may_read_files))
-    return orjson.dumps(await asyncio.to_thread(engine.load_adapter, path, body.id, body.scale))
+    return orjson.dumps(await asyncio.to_thread(engine.weights.load_lora, path, body.id, body.scale))
 
 
 async def unload(models: ModelManager, model: str, adapter: str, resp: falcon.asgi.Response) -> None:
-    """Free one; the answer lists those that stay. Raises what ``EngineClient.unload_adapter`` raises."""
+    """Free one; the answer lists those that stay. Raises what ``WeightsClient.unload_lora`` raises."""
     if not adapter:
         raise InvalidRequest("id: name the adapter to unload, as in /adapters/ID", param="id")
     lease = models.borrow(model)
     try:
-        await asyncio.to_thread(lease.engine.unload_adapter, adapter)
-        resp.data = orjson.dumps({"model": lease.name, "adapters": lease.engine.adapters()})
+        await asyncio.to_thread(lease.engine.weights.unload_lora, adapter)
+        resp.data = orjson.dumps({"model": lease.name, "adapters": lease.engine.weights.loras()})
     finally:
         lease.release()

@@ -218,7 +218,7 @@ class ModelActions:
     async def _share(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         body: ShareBody = await self._body(req, ShareBody)
         _, engine = self._services.models.resolve(name)
-        engine.set_share(weight=body.weight, priority=body.priority)
+        engine.planning.set_share(weight=body.weight, priority=body.priority)
         resp.data = orjson.dumps({"model": name, "weight": body.weight, "priority": body.priority})
 
     async def _swap(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
@@ -321,14 +321,14 @@ class ArbiterView:
         engines = self._services.models.items()
         if not engines:
             raise ModelNotLoaded("no model is loaded, so that nobody takes turns")
-        engines[0][1].set_arbiter_policy(body.policy)  # it is the same for all
+        engines[0][1].planning.set_arbiter_policy(body.policy)  # it is the same for all
         resp.data = orjson.dumps(self._snapshot())
 
     def _snapshot(self) -> dict[str, Any]:
         policy: str | None = None
         rows = {}
         for name, engine in self._services.models.items():
-            policy, rows[name] = engine.arbiter_share()
+            policy, rows[name] = engine.planning.share()
         return {"policy": policy, "models": rows}
 
 

@@ -65,14 +65,14 @@ class SchedulerView(Policies):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Policy, parameters, waiting and running sequences, step counters. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
-            found = engine.scheduler_snapshot()
+            found = engine.planning.snapshot()
             resp.data = dump(name, found if req.is_operator else scheduler_for_client(found, req.tenant))
 
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Put another policy in charge from the next step on. Raises InvalidRequest; then the running one stays."""
         with self._lease(req) as (name, engine):
             change = await self._change(req)
-            resp.data = dump(name, await engine.set_scheduler(self._policy(change), change.params))
+            resp.data = dump(name, await engine.planning.aset_policy(self._policy(change), change.params))
 
     async def on_patch(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Change parameters of the policy in charge. Raises InvalidRequest; then nothing is changed."""
@@ -81,7 +81,7 @@ class SchedulerView(Policies):
             if change.policy is not None:
                 raise InvalidRequest("policy: PATCH changes parameters; use PUT to change the policy", param="policy")
             self._check_code(change)
-            resp.data = dump(name, await engine.configure_scheduler(change.params))
+            resp.data = dump(name, await engine.planning.aconfigure(change.params))
 
 
 class ShadowScheduler(Policies):
@@ -89,13 +89,13 @@ class ShadowScheduler(Policies):
         """Run a policy as a shadow instead of the one before. Raises InvalidRequest; then nothing changes."""
         with self._lease(req) as (name, engine):
             change = await self._change(req)
-            await engine.set_shadow(self._policy(change), change.params)
+            await engine.planning.aset_shadow(self._policy(change), change.params)
             resp.data = dump(name, {"shadow": change.policy})
 
     async def on_delete(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Run no shadow any more."""
         with self._lease(req) as (name, engine):
-            await engine.set_shadow(None)
+            await engine.planning.aset_shadow(None)
             resp.data = dump(name, {"shadow": None})
 
 

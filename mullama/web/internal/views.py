@@ -23,12 +23,12 @@ LOAD_FAILED = "the last load failed; the server's log says why"
 
 
 def scheduler_for_client(found: Mapping[str, Any], tenant: str | None) -> dict[str, Any]:
-    """``EngineClient.scheduler_snapshot`` with the tenant's own sequences only."""
+    """``PlanningClient.snapshot`` with the tenant's own sequences only."""
     return _only(_SCHEDULER, found) | {state: _own(found[state], tenant) for state in ("waiting", "running")}
 
 
 def kv_for_client(found: Mapping[str, Any], tenant: str | None) -> dict[str, Any]:
-    """``EngineClient.kv_snapshot`` with the slots of the tenant's own requests only."""
+    """``KvClient.asnapshot`` with the slots of the tenant's own requests only."""
     busy = [row for row in found.get("slots", ()) if row["request"] is not None]
     return _only(_KV, found) | {"slots": _own(busy, tenant)}
 

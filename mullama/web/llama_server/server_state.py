@@ -50,7 +50,7 @@ class Slots(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """``?model=``; with ``?fail_on_no_slot=1`` 503 where all are taken. Raises ModelNotFound, ModelNotLoaded."""
         with self._lease(req) as (_, engine):
-            whole = engine.scheduler_snapshot()
+            whole = engine.planning.snapshot()
             shown = whole if req.is_operator else scheduler_for_client(whole, req.tenant)
             rows = _slots(engine, whole["running"], {row["id"] for row in shown["running"]})
         if req.get_param_as_bool("fail_on_no_slot") and all(row["is_processing"] for row in rows):

@@ -9,8 +9,7 @@ from typing import Any
 import falcon.asgi
 import msgspec
 
-from mullama.engine.client import EngineClient
-from mullama.engine.requests.handover import Speaker
+from mullama.engine.client import EngineClient, Speaker
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request

@@ -89,7 +89,7 @@ def with_adapters(served: Served) -> list[dict[str, Any]]:
         return []
     return [
         {**describe(served), "id": f"{served.name}{SEPARATOR}{one['id']}", "parent": served.name}
-        for one in served.engine.adapters()
+        for one in served.engine.weights.loras()
     ]
 
 
