@@ -30,8 +30,8 @@ from mullama._core import (
     Parked,
     Sampling,
     Vacancy,
-    kernels,
 )
+from mullama._core.kernels import products as kernels
 from mullama._core.testing.gate import StopText
 from mullama.errors import ModelLoadError
 from mullama.types import SamplingParams

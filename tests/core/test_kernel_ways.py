@@ -14,7 +14,8 @@ from core_support import Driver, greedy
 from mullama.instructions import library_folder
 
 from mullama import faults
-from mullama._core import Model, kernels
+from mullama._core import Model
+from mullama._core.kernels import products as kernels
 from mullama._core.kernels.quantize import quantize
 from mullama.engine.engine import Engine
 from mullama.errors import ModelLoadError
