@@ -1,3 +1,9 @@
+"""From a request's parameters to a sampler chain.
+
+nogil code reads a Sampling's and a Breaker's vectors, which nobody changes once they are made, and looks for breakers in
+``pieces``, which have a lock of their own (dry.h). ``known`` and ``n_kept`` are touched with the GIL alone.
+"""
+
 from libc.stdint cimport int32_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string

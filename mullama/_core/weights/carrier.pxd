@@ -1,3 +1,9 @@
+"""A change of weights. It belongs to the engine thread.
+
+nogil code decodes with the target: it has the addresses of its llama_context and of the Core's Compute, taken with the
+GIL; the Carrier holds both objects, and nobody exchanges them in them meanwhile.
+"""
+
 from mullama._core.model.context cimport Context
 from mullama._core.compute.governor cimport Governor
 from mullama._core.llama cimport *

@@ -1,3 +1,9 @@
+"""Two models compared. Each Divergence belongs to one thread, which alone uses its two contexts.
+
+nogil code touches the batch, which is its own, and the address of a llama_context, taken with the GIL; ``old`` and
+``new`` are set once.
+"""
+
 from libc.stdint cimport int32_t
 from libcpp cimport bool as cbool
 

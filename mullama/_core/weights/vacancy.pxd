@@ -1,3 +1,8 @@
+"""A Core without weights. It belongs to the engine thread.
+
+nogil code copies between ``states``, which are the Vacancy's own, and a context that the method that runs holds.
+"""
+
 from libc.stdint cimport uint8_t, uint64_t
 from libcpp.vector cimport vector
 
