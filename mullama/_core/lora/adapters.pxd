@@ -1,7 +1,7 @@
 """LoRA adapters, and sets of them.
 
-nogil code has sets by shared pointers, never an Adapter. What a set points to is exchanged or freed by the engine thread
-alone, when no context has it in charge; loading, in any thread, has a lock of its own in C++ (adapters.h).
+nogil code has sets by shared pointers, never an Adapter. What a set points to is exchanged or freed by the engine
+thread alone, when no context has it in charge; loading, in any thread, has a lock of its own in C++ (adapters.h).
 """
 
 from libcpp cimport bool as cbool

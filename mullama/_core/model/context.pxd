@@ -1,8 +1,8 @@
 """A llama.cpp context.
 
 nogil code never has a Context, only the address in ``ctx``, which whoever gave it keeps from being freed: a Core frees
-its contexts on the engine thread when nothing runs. ``release`` takes the address out of reach before it lets go of the
-GIL. All else is written once.
+its contexts on the engine thread when nothing runs. ``release`` takes the address out of reach before it lets go of
+the GIL. All else is written once.
 """
 
 from libcpp cimport bool as cbool

@@ -1,8 +1,8 @@
 """A model and its vocabulary. Any thread may use it.
 
-nogil code in its own methods runs between ``enter`` and ``leave``: ``ptr`` and ``vocab`` are written once, and what they
-point to is freed only when nobody is inside and no context or adapter is on it. Others have the addresses from a Context
-or an Adapter, which counts as a user. The numbers of users and of those inside are changed with the GIL alone.
+nogil code in its own methods runs between ``enter`` and ``leave``: ``ptr`` and ``vocab`` are written once, and what
+they point to is freed only when nobody is inside and no context or adapter is on it. Others have the addresses from a
+Context or an Adapter, which counts as a user. The numbers of users and of those inside are changed with the GIL alone.
 """
 
 from libcpp.memory cimport shared_ptr, unique_ptr

@@ -1,7 +1,7 @@
 """From a request's parameters to a sampler chain.
 
-nogil code reads a Sampling's and a Breaker's vectors, which nobody changes once they are made, and looks for breakers in
-``pieces``, which have a lock of their own (dry.h). ``known`` and ``n_kept`` are touched with the GIL alone.
+nogil code reads a Sampling's and a Breaker's vectors, which nobody changes once they are made, and looks for breakers
+in ``pieces``, which have a lock of their own (dry.h). ``known`` and ``n_kept`` are touched with the GIL alone.
 """
 
 from libc.stdint cimport int32_t
