@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mullama.instructions import library_folder
+from mullama.installation.instructions import library_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 GGML = ROOT / "vendor" / "llama.cpp" / "ggml"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mullama.instructions import library_folder
+from mullama.installation.instructions import library_folder
 from mullama.machine.processor import processor
 
 MOST_ROWS = 4

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mullama.instructions import library_folder
+from mullama.installation.instructions import library_folder
 
 BLOCK = 32  # values
 Q4_1, Q5_0, Q8_0 = 3, 6, 8  # enum ggml_type

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import shaped
 from core_support import Driver, greedy
-from mullama.instructions import library_folder
 
 from mullama import faults
 from mullama._core import Model
@@ -19,6 +18,7 @@ from mullama._core.kernels import products as kernels
 from mullama._core.kernels.quantize import quantize
 from mullama.engine.engine import Engine
 from mullama.errors import ModelLoadError
+from mullama.installation.instructions import library_folder
 from mullama.machine import kernels as charge
 from mullama.machine import trial_child, trials, ways
 from mullama.machine.remembered import Remembered
