@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mullama.errors import MullamaError
+from mullama.web.http.listening import unix_path
 
 if TYPE_CHECKING:
     import httpx
@@ -31,16 +32,24 @@ def server_options(function: F) -> F:
         "--key", default=lambda: os.environ.get("MULLAMA_ADMIN_KEY", ""), help="API or admin key.", metavar="KEY"
     )
     url = click.option(
-        "--url", default=lambda: os.environ.get("MULLAMA_URL", DEFAULT_URL), help="The server.", metavar="URL"
+        "--url",
+        default=lambda: os.environ.get("MULLAMA_URL", DEFAULT_URL),
+        help="The server: http://HOST:PORT, or unix:/PATH.",
+        metavar="URL",
     )
     return url(key(function))
 
 
 class Server:
-    """A server at ``url``. Every method raises RemoteError with one line."""
+    """A server at ``url``, which may be a Unix socket as ``serve --host`` has it (``unix:/path``).
+
+    Every method raises RemoteError with one line.
+    """
 
     def __init__(self, url: str, key: str = "") -> None:
+        self._socket = unix_path(url)
         self._url = url.rstrip("/")
+        self._base = self._url if self._socket is None else "http://localhost"
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def get(self, path: str) -> dict[str, Any]:
@@ -56,9 +65,10 @@ class Server:
         headers = {**self._headers, "Accept": "text/event-stream"}
         found: dict[str, Any] = {}
         try:
-            with httpx.stream(
-                "POST", self._url + path, json=body, headers=headers, timeout=None, trust_env=False
-            ) as answer:
+            with (
+                self._client(None) as client,
+                client.stream("POST", self._base + path, json=body, headers=headers) as answer,
+            ):
                 if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
                     answer.read()
                     return self._checked(answer)
@@ -89,12 +99,19 @@ class Server:
         import httpx
 
         try:
-            answer = httpx.request(
-                method, self._url + path, json=body, headers=self._headers, timeout=timeout_s, trust_env=False
-            )
+            with self._client(timeout_s) as client:
+                answer = client.request(method, self._base + path, json=body, headers=self._headers)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._silent(error) from None
         return self._checked(answer)
+
+    def _client(self, timeout_s: float | None) -> httpx.Client:
+        import httpx
+
+        if self._socket == "":
+            raise RemoteError(f"'{self._url}' names no socket; it must look like unix:/path")
+        transport = None if self._socket is None else httpx.HTTPTransport(uds=self._socket)
+        return httpx.Client(transport=transport, timeout=timeout_s, trust_env=False)
 
     def _silent(self, error: Exception) -> RemoteError:
         return RemoteError(f"no server answers at {self._url}: {error}; start one with: mullama serve")

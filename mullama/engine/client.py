@@ -213,8 +213,11 @@ class EngineClient(Protocol):
         Raises ContextLengthExceeded as soon as there are surely more than ``most``, InvalidRequest.
         """
 
-    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """Text of token ids, malformed UTF-8 replaced by U+FFFD. ``special``: control tokens are spelled out."""
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False, only_whole: bool = False) -> str:
+        """Text of token ids, malformed UTF-8 replaced by U+FFFD. ``special``: control tokens are spelled out.
+
+        ``only_whole``: a character that has only begun where the tokens end is left out, as at the end of a stream.
+        """
 
     def pieces(self, tokens: Sequence[int]) -> list[bytes]:
         """The bytes of each token, of control tokens their names. A piece may be a part of a character."""

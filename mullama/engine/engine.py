@@ -7,6 +7,7 @@ append commands, set its interrupt flag, or read the instrumentation page.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import dataclasses
 import functools
 import itertools
@@ -69,6 +70,7 @@ T = TypeVar("T")
 STALLED_SECONDS = 30.0  # no step for so long, with work to do: not ready
 GIL_SWITCH_SECONDS = 0.0005  # what the engine waits at most for a busy event loop
 IDLE_AUDIT_S = 1.0  # without work before the KV cache's bookkeeping is compared with llama.cpp's
+AHEAD_BYTES = 4 << 20  # of KV that are copied to host memory before their slot is needed: about a millisecond
 
 
 class Engine:
@@ -139,6 +141,7 @@ class Engine:
         self._control_tokens: tuple[Model, ControlTokens] | None = None  # of which model; found for the first chat
         self._audited = -1  # version of the KV cache that was audited last
         self._idle = False
+        self._has_ended = False  # a request has, since it was last looked what goes next
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         try:
             self._kv.disk = loading.open_disk_tier(model, core, self._kv, config, commands.post_quietly)
@@ -237,9 +240,12 @@ class Engine:
         self._commands.check_open()
         return self._tokenizer.bytes_alone(data) if data else []
 
-    def detokenize(self, tokens: SequenceOf[int], *, special: bool = False) -> str:
-        """Text of token ids, malformed UTF-8 replaced by U+FFFD. ``special``: control tokens are spelled out."""
+    def detokenize(self, tokens: SequenceOf[int], *, special: bool = False, only_whole: bool = False) -> str:
+        """Text of token ids, malformed UTF-8 replaced by U+FFFD (see EngineClient.detokenize)."""
         self._commands.check_open()
+        if only_whole:
+            data = self.model.detokenize_bytes(tokens, special=special)
+            return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
         return self.model.detokenize(tokens, special=special)
 
     def pieces(self, tokens: SequenceOf[int]) -> list[bytes]:
@@ -477,6 +483,9 @@ class Engine:
     def _wait_for_work(self, until_ns: int = 0) -> None:
         """Nothing to do: let the compute threads sleep until a command comes, or until the time given."""
         self._core.pause()
+        if self._has_ended and not self._seqs and not self._commands:
+            self._has_ended = False
+            self._kv.store_ahead(self._seqs.running(), AHEAD_BYTES)
         self._core.refresh_page(self._parts.n_waiting)
         start = time.monotonic_ns()
         with self._commands.lock:
@@ -535,5 +544,6 @@ class Engine:
             self._wait_for_work(min(plan.until_ns or now + 1_000_000, now + IDLE_LIMIT_NS))
 
     def _ended(self, seq: LiveSequence) -> None:
+        self._has_ended = True
         self._loras.ended(seq.adapters)
         self._policy.ended(seq)

@@ -331,6 +331,27 @@ class KvCache(KvFinder):
         for slot in self._retained(running):
             self.store(slot)
 
+    def store_ahead(self, running: Sequence[bool], most_bytes: int) -> int:
+        """Copy what the next new prompt will push out of its slot to host memory, while nobody waits for it.
+
+        Only where that makes nothing else go, and takes no more than ``most_bytes``: whoever comes meanwhile does not
+        wait long. Returns the tokens of it that are there now; 0: there was nothing to do.
+        """
+        free = self.tier.budget - self.tier.used
+        if free <= 0 or self.cells.needs_checkpoint or self._core.is_vacant:
+            return 0
+        if any(not runs and not self._core.retained(slot)[0] for slot, runs in enumerate(running)):
+            return 0  # it will take a slot that is empty
+        slot = next(iter(self._retained(running)), None)
+        end = self.tree.end_of(slot) if slot is not None else None
+        if slot is None or end is None:
+            return 0
+        missing = sum(node.n_tokens for node in end.path() if node.host is None) * self.cells.token_bytes
+        if not 0 < missing <= min(free, most_bytes):
+            return 0
+        self._begin(None)
+        return self.store(slot)
+
     def free_retained(self, running: Sequence[bool], *, only_stored: bool) -> None:
         """Free the retained slots and copy nothing. ``only_stored``: those whose KV is in the tiers to the end."""
         self._begin(None)

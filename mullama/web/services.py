@@ -76,14 +76,15 @@ class Services:
         """The work on long texts of one request, in a thread where it is large; None: the server's own."""
         if req is None:
             return Errand(self.workers, None, None, self._is_busy)
-        return Errand(self.workers, (req.tenant, req.remote_addr), req.receive, self._is_busy)
+        address = req.scope.get("client") or (None, None)
+        return Errand(self.workers, (req.tenant, address[0]), req.receive, self._is_busy)
 
     def _is_busy(self) -> bool:
         return self.n_open > 0
 
     async def offload(self, is_large: bool, work: Callable[[], T], req: Request | None = None) -> T:
         """Run ``work`` here, or in a thread when it is large enough to hold up the event loop (see Errand.run)."""
-        return await self.errand(req).run(is_large, work)
+        return await self.errand(req).run(True, work) if is_large else work()
 
     async def prepared(self, errand: Errand, engine: EngineClient, sampling: SamplingParams) -> Any:
         """What opening a request costs, in the pool where that is more than nothing (see EngineClient.prepare)."""

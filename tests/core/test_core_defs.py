@@ -76,6 +76,12 @@ def retained(core: Core) -> Core:
     return core
 
 
+def two_retained(core: Core) -> Core:
+    """Prefixes in slots 0 and 1."""
+    retained(core).exchange(0, 1)
+    return retained(core)
+
+
 def parked(core: Core) -> Parked:
     return running(core).preempt(0, save=True)
 
@@ -252,6 +258,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "gate.scan": lambda: mullama._core.testing.gate.scan([1.0, 3.0, 2.0]) == 1,
     "gate.StopText": lambda: StopText(["x"]) is not None,
     "gate.StopText.ended_by": lambda t: t.ended_by == -1,
+    "gate.StopText.begin": lambda t: t.begin("é".encode()[:1]) is None,
     "gate.StopText.push": lambda t: t.push(b"abc") == (b"abc", -1),
     "gate.StopText.flush": lambda t: t.flush() == b"",
     "parking.Parked": lambda c: isinstance(parked(c), Parked),
@@ -334,7 +341,9 @@ CALLS: dict[str, Callable[..., bool]] = {
     "cells.Cells.can_cut": lambda c: Cells(retained(c.core)).can_cut(0, 4) is True,
     "cells.Cells.checkpoint": lambda c: Cells(retained(c.core)).checkpoint(0) == b"",
     "cells.Cells.layers": lambda c: len(c.layers()) == 2,
-    "core.Core.staging_bytes": lambda c: c.staging_bytes() == 0 < retained(c).exchange(0, 1) <= c.staging_bytes(),
+    "core.Core.staging_bytes": lambda c: (
+        c.staging_bytes() == 0 < two_retained(c).exchange(0, 1) and c.staging_bytes() > 0
+    ),
     "core.Core.ring_usage": lambda c: 0 < running(c).ring_usage()[0] < c.ring_usage()[1],
 }
 

@@ -205,7 +205,7 @@ def test_in_a_process_of_its_own(name: str, tiny_model: Callable[..., Path], tmp
     folder = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-c", f"{HEAD}{SCRIPTS[name]}print('well')", *map(str, (tiny_model(), folder, folder.parent))],
-        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "well\n", "")
 

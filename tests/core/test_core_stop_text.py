@@ -112,6 +112,32 @@ def test_an_emoji_byte_by_byte() -> None:
     assert [gate.push(bytes([b]))[0] for b in "a😀b".encode()] == [b"a", b"", b"", b"", "😀".encode(), b"b"]
 
 
+@pytest.mark.parametrize("character", ["é", "漢", "😀"])
+@pytest.mark.parametrize("before", [b"", b"x", "ö".encode(), b"\xff"])
+def test_a_character_that_the_prompt_has_begun(character: str, before: bytes) -> None:
+    data = character.encode()
+    for at in range(1, len(data)):
+        gate = StopText(["stop", character + "c"])
+        gate.begin(before + data[:at])
+        assert gate.push(b"") == (b"", -1), "a control token shows nothing"
+        shown = b"".join(gate.push(bytes([byte]))[0] for byte in data[at:] + b"a")
+        assert shown == data + b"a"
+        other = StopText()
+        other.begin(before + data[:at])
+        assert other.push(b"a" + data) == (b"a" + data, -1), "the model went on with something else"
+        assert other.flush() == b""
+        stopped = StopText([character + "c"])
+        stopped.begin(before + data[:at])
+        assert stopped.push(data[at:] + b"c") == (b"", 0)
+
+
+def test_a_prompt_that_ends_with_a_whole_character_adds_nothing() -> None:
+    for end in (b"", b"a", "é".encode(), "a😀".encode(), b"\x80\x80\x80"):
+        gate = StopText()
+        gate.begin(end)
+        assert gate.push(b"\x80b") == (b"\x80b", -1)
+
+
 def test_what_was_held_back_comes_when_it_was_no_stop_string() -> None:
     gate = StopText(["STOP"])
     assert gate.push(b"x ST") == (b"x ", -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from kv_engine_support import (
     Faulty,
     Task,
     ask,
+    events,
     exact,
     exported,
     fix_costs,
@@ -33,6 +35,7 @@ from tiny import WINDOW
 from mullama import abi
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
+from mullama.kv.events import KvEventKind, KvTier
 from mullama.kv.tiers.host_tier import LEAST_STORED
 
 Make = Callable[..., Engine]
@@ -277,3 +280,43 @@ def test_a_window_is_not_cut_where_it_would_be_wrong(make_engine: Make, tiny_mod
         one(engine, prompt)
         found = one(engine, [*prompt[:cut], 70, 71])
         assert (found.text, found.profile.kv_cache_hit in (0, cut)) == (expected, True), cut
+
+
+def in_host_memory(engine: Engine) -> int:
+    """Bytes; a look wakes the engine, which falls asleep again."""
+    return engine.call(lambda: engine._kv.tier.used).result()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_goes_next_is_in_host_memory_before_its_turn(make_engine: Make) -> None:
+    engine = make_engine(parallel=2, kv_host_bytes=1 << 26, **EXACT)
+    token_bytes = engine._kv.cells.token_bytes
+    first = one(engine, tokens(1, 40))
+    assert in_host_memory(engine) == 0, "a slot is free: nobody has to go"
+    one(engine, tokens(2, 40))
+    until(lambda: in_host_memory(engine) > 0)
+    assert in_host_memory(engine) == 47 * token_bytes, "the prompt and the answer of the first, but for its last token"
+    assert len(holders(engine)) == 2, "both slots still retain what they did"
+    before = len(events(engine))
+    third = one(engine, tokens(3, 40))
+    assert third.profile.kv_cache_evict == 0
+    tiers = [event.tier for event in events(engine)[before:] if event.kind is KvEventKind.STORED]
+    assert tiers[0] is KvTier.DEVICE, "what went for it was there already; what goes next followed"
+    again = one(engine, tokens(1, 40))
+    assert (again.profile.kv_cache_source, again.text) == ("host", first.text)
+
+
+@pytest.mark.parametrize("options", [{"kv_host_bytes": 4000}, {"kv_host_bytes": 0}, {"parallel": 3}])
+def test_nothing_is_copied_ahead_that_would_push_something_out(make_engine: Make, options: dict[str, Any]) -> None:
+    engine = make_engine(**{"parallel": 2, "kv_host_bytes": 1 << 26, **options})
+    for seed in (1, 2):
+        one(engine, tokens(seed, 40))
+    engine.call(lambda: None).result()
+    assert engine.call(lambda: engine._kv.store_ahead([False] * engine.info.n_parallel, 1 << 20)).result() == 0
+    assert engine.counters()["kv_store_bytes"] == 0

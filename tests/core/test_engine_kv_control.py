@@ -306,7 +306,7 @@ def test_events_tell_what_happens_to_whom(make_engine: Make) -> None:
     one(engine, tokens(2, 60), name="eve")
     found = events(engine)
     assert [event.seq for event in found] == list(range(1, len(found) + 1))
-    assert {event.request for event in found} == {"ann", "ben", "cat", "dan", "eve"}
+    assert {event.request for event in found} - {None} == {"ann", "ben", "cat", "dan", "eve"}
     assert [event.time_ns for event in found] == sorted(event.time_ns for event in found)
     stored = [event for event in found if (event.kind, event.tier) == (KvEventKind.STORED, KvTier.DEVICE)]
     assert [(event.request, event.start, event.end) for event in stored] == [
@@ -317,7 +317,8 @@ def test_events_tell_what_happens_to_whom(make_engine: Make) -> None:
     assert (reused.request, reused.start, reused.end) == ("eve", 0, 59)
     saved = [event for event in found if (event.kind, event.tier) == (KvEventKind.STORED, KvTier.HOST)]
     evicted = [event for event in found if event.kind is KvEventKind.EVICTED]
-    assert saved[0].request == "cat", "ann's KV went to host memory for it"
+    assert saved[0].request in (None, "cat"), "ann's KV went to host memory for it, or ahead of it for nobody"
+    assert "dan" in {event.request for event in saved}, "there was no room to copy ben's ahead"
     assert evicted and all(event.tier is KvTier.HOST for event in evicted)
 
 

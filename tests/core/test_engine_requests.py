@@ -57,6 +57,19 @@ def test_what_is_refused_at_once(
     assert complete(engine, "HELLO")[1].reason is FinishReason.LENGTH
 
 
+def test_a_prompt_that_ends_within_a_character(make_engine: Callable[..., Engine]) -> None:
+    """The tiny model's tokens are bytes: a list of ids may end anywhere."""
+    engine = make_engine()
+    begun = "caf\xe9".encode()[:-1]
+    rest, other = ("\xe9".encode()[1], ord("s"))
+    assert engine.detokenize(list(begun), only_whole=True) == "caf"
+    assert engine.detokenize(list(begun)) == "caf\ufffd"
+    for token, shown in ((rest, "\xe9"), (other, "s")):
+        params = greedy(1, logit_bias=((token, 1000.0),))
+        text = "".join(delta.text for delta in engine.submit_sync(request(begun, params)))
+        assert engine.detokenize(list(begun), only_whole=True) + text == f"caf{shown}"
+
+
 def test_a_bias_of_no_token_is_refused_and_nothing_else(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     with pytest.raises(InvalidRequest, match="outside the vocabulary"):

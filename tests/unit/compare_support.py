@@ -98,7 +98,7 @@ class TimedEngine:
         cls.loaded.append(engine)
         return engine
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False, only_whole: bool = False) -> str:
         (token,) = tokens
         return f" word{'x' * (token % 7)}" if token % 2 else "<|control|>"
 

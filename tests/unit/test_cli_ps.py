@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
+import socket
+import socketserver
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +38,20 @@ class Remote(http.server.ThreadingHTTPServer):
     body = b"{}"
     kind = "application/json"
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, path: Path | None = None) -> None:
+        """``path``: of a Unix socket, in place of a port on the loopback."""
         self.asked: list[tuple[str, str, Any, str | None]] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        if path is None:
+            super().__init__(("127.0.0.1", 0), Handler)
+            self.url = f"http://127.0.0.1:{self.server_port}"
+        else:
+            self.address_family = socket.AF_UNIX
+            super().__init__(str(path), Handler)  # type: ignore[arg-type]
+            self.url = f"unix:{path}"
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # http.server asks for the address's name
+        self.server_port = self.socket.getsockname()[1] if self.address_family != socket.AF_UNIX else 0
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -62,14 +75,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def remote(monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
-    with Remote() as server:
+    with answering(Remote(), monkeypatch) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def answering(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Iterator[Remote]:
+    with remote as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         monkeypatch.setenv("MULLAMA_URL", server.url)
         monkeypatch.delenv("MULLAMA_ADMIN_KEY", raising=False)
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_ps_is_a_table(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,6 +270,42 @@ def test_nobody_there(remote: Remote, capsys: pytest.CaptureFixture[str]) -> Non
         assert main(["ps", "--url", f"http://127.0.0.1:{sock.getsockname()[1]}"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "no server answers at" in line and "mullama serve" in line
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="this system has no Unix sockets")
+def test_a_server_on_a_unix_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with answering(Remote(tmp_path / "s"), monkeypatch) as remote:
+        remote.body = json.dumps({"models": [ROW]}).encode()
+        assert main(["ps", "--key", "k1"]) == 0
+        assert main(["ps", "--url", f"unix://{tmp_path}/s"]) == 0, "as curl and Docker spell it"
+        assert capsys.readouterr().out.count("smollm2:135m") == 2
+        remote.body = json.dumps(REPORT).encode()
+        assert main(["swap", "a/b", "Q4_0"]) == 0
+        remote.kind = "text/event-stream"
+        remote.body = f"event: done\ndata: {json.dumps(REPORT)}\n\n".encode()
+        assert main(["swap", "a/b", "Q4_0"]) == 0
+        assert capsys.readouterr().out.count("300 ms") >= 2
+        remote.kind, remote.body = "application/json", json.dumps({"adapters": []}).encode()
+        assert main(["lora", "unload", "m", "x"]) == 0
+        assert [asked[:2] for asked in remote.asked] == [
+            ("GET", "/internal/models"),
+            ("GET", "/internal/models"),
+            ("POST", "/internal/models/a/b/swap"),
+            ("POST", "/internal/models/a/b/swap"),
+            ("DELETE", "/internal/models/m/adapters/x"),
+        ]
+        assert remote.asked[0][3] == "Bearer k1"
+
+
+@pytest.mark.parametrize(("url", "why"), [("unix:/nowhere/s", "mullama serve"), ("unix:", "unix:/path")])
+def test_no_unix_socket_there(url: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ps", "--url", url]) == 1
+    told = capsys.readouterr().err
+    assert url in told
+    assert why in told
+    assert len(told.splitlines()) == 1
 
 
 def test_a_kv_mode_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, Sam
 
 BOS = 1
 N_VOCAB = 1000
+HALF = 999  # the first byte of a character
 N_CTX = 4096
 
 
@@ -249,8 +250,9 @@ class FakeEngine:
             raise ContextLengthExceeded(f"the prompt has at least {most + 1} tokens", param="prompt", n_tokens=most + 1)
         return tokens
 
-    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        return "".join(chr(token) for token in tokens if special or token != BOS)
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False, only_whole: bool = False) -> str:
+        text = "".join("\ufffd" if token == HALF else chr(token) for token in tokens if special or token != BOS)
+        return text.removesuffix("\ufffd") if only_whole else text
 
     def pieces(self, tokens: Sequence[int]) -> list[bytes]:
         """Half of a character for the tokens from 900 on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from .conftest import Client
-from .fake_engine import BOS, FakeEngine
+from .fake_engine import BOS, HALF, FakeEngine
 
 URL = "/v1/completions"
 
@@ -52,6 +52,13 @@ def test_cached_tokens_count_each_prompt_once(client: Client, engine: FakeEngine
 def test_echo_of_text_and_of_tokens(client: Client) -> None:
     assert client.post(URL, {"prompt": "ab", "echo": True}).json["choices"][0]["text"] == "abHello wörld!"
     assert client.post(URL, {"prompt": [97, 99], "echo": True}).json["choices"][0]["text"] == "acHello wörld!"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_leaves_out_a_character_that_has_only_begun(client: Client, stream: bool) -> None:
+    answer = client.post(URL, {"prompt": [97, HALF, 98, HALF], "echo": True, "stream": stream})
+    texts = [one["choices"][0]["text"] for one in (answer.events[:-1] if stream else [answer.json])]
+    assert "".join(texts) == "a\ufffdbHello wörld!", "one that is broken off stays visible"
 
 
 def test_echo_in_a_stream(client: Client) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ GIVEN: dict[str, Any] = {
     "kv_miss_reason": "evicted",
     "weights": (WeightSpan("w", 0),),
     "adapters": (LoraUse("a", 0.5),),
+    "kernels": {"Q4_1": "plain"},
 }
 
 
@@ -36,3 +37,9 @@ def test_the_profile_of_several_choices_has_what_theirs_have() -> None:
     assert set(both["profile"]) == set(both["profiles"][0])
     assert both["profile"]["adapters"] == both["profiles"][0]["adapters"]
     assert both["profile"]["prompt_tokens"] == 7
+
+
+def test_a_profile_says_all_that_it_has() -> None:
+    one = replace(full(), queue_ms=1.23456)
+    assert one.to_dict() == {**asdict(one), "queue_ms": 1.235}
+    assert one.to_dict()["kernels"] is not one.kernels, "the engine has one for all of its requests"

@@ -137,6 +137,8 @@ cdef class Core:
         self.slots.take_on(context.ctx)
         self.slots.n_ctx = context.n_ctx
         self.slots.unified = context.unified
+        self.slots.needs_checkpoint = context.needs_checkpoint
+        self.slots.token_bytes = context.token_bytes
         self.loop.take_on(context.model.vocab, context.eog)
 
     cdef void lose_context(self) noexcept:
@@ -487,6 +489,7 @@ cdef class Core:
         s.top_k_first = chain.top_k_first
         s.bias.swap(bias)
         s.gate.stops.swap(stops)
+        self.slots.begin_text(s)
         if s.chain is not NULL:
             with nogil:
                 accept_all(s.chain, s.tokens, chain.look_back)

@@ -19,11 +19,8 @@ from mullama._core.compute.compute cimport (
     CORE_ADAPTER, CORE_DECODE, CORE_NO_KV, CORE_NOT_FINITE, CORE_SAMPLER, Compute, guarded_decode, guarded_sample)
 from mullama._core.llama cimport *
 from mullama._core.output.output cimport Output
-from mullama._core.core.slots cimport Slot, Slots
+from mullama._core.core.slots cimport MAX_PIECE, Slot, Slots
 from mullama.abi cimport *
-
-cdef enum:
-    MAX_PIECE = 512
 
 # A shorter idle time says too little of what others do.
 cdef uint64_t IDLE_LOOK_NS = 200 * 1000 * 1000

@@ -18,6 +18,7 @@
 #include "output.h"
 #include "text.h"
 
+#include "llama-cells.h"
 #include "llama.h"
 
 #include <algorithm>
@@ -26,6 +27,8 @@
 #include <vector>
 
 namespace mullama {
+
+constexpr int MAX_PIECE = 512; // bytes of a sane token's text
 
 // The sequence that lives in a slot, or the finished prefix that it retains.
 struct Slot {
@@ -89,6 +92,8 @@ class Slots {
     llama_memory_t mem = nullptr;
     int n_ctx = 0;            // tokens one slot may hold
     bool unified = false;     // one buffer of cells for all slots
+    bool needs_checkpoint = false; // its KV cannot be cut anywhere
+    size_t token_bytes = 0;   // KV of one token in the full-attention cache, 0: it cannot be had by the row
     LoraSetPtr in_charge;     // the set of adapters that the context has now
     bool changed = false;     // a sequence changed its state
     uint64_t waiting = 0;     // requests without a slot, for the page
@@ -172,12 +177,17 @@ class Slots {
     bool exchange(int a, int b, size_t & n_bytes) {
         const uint64_t start = now_ns();
         size_t n_a = 0, n_b = 0;
-        bool ok = save(a, state_a, n_a);
-        ok = save(b, state_b, n_b) && ok;
-        cut(a, 0);
-        cut(b, 0);
-        if (n_a > 0) ok = llama_state_seq_set_data(ctx, state_a.data(), n_a, b) == n_a && ok;
-        if (n_b > 0) ok = llama_state_seq_set_data(ctx, state_b.data(), n_b, a) == n_b && ok;
+        bool ok = true;
+        if (move_rows(a, b) || move_rows(b, a)) {
+            n_a = token_bytes * std::max(all[a].n_past, all[b].n_past);
+        } else {
+            ok = save(a, state_a, n_a);
+            ok = save(b, state_b, n_b) && ok;
+            cut(a, 0);
+            cut(b, 0);
+            if (n_a > 0) ok = llama_state_seq_set_data(ctx, state_a.data(), n_a, b) == n_a && ok;
+            if (n_b > 0) ok = llama_state_seq_set_data(ctx, state_b.data(), n_b, a) == n_b && ok;
+        }
         swap_slots(all[a], all[b]);
         n_bytes = n_a + n_b;
         for (const int i : { a, b }) {
@@ -199,6 +209,20 @@ class Slots {
     }
 
     size_t staging_bytes() const { return state_a.size() + state_b.size(); } // what is reserved beyond was never touched
+
+    // Tell the gate how the prompt ends: a list of token ids may end in the middle of a character.
+    void begin_text(Slot * s) {
+        const llama_vocab * vocab = llama_model_get_vocab(llama_get_model(ctx));
+        std::string end;
+        char piece[MAX_PIECE];
+        for (size_t i = s->tokens.size(); i > 0 && end.size() < 3; --i) {
+            // More of a character than 3 bytes cannot be there without its last one.
+            const int32_t n = llama_token_to_piece(vocab, s->tokens[i - 1], piece, MAX_PIECE, 0, false);
+            if (n <= 0) break; // a control token, behind which a character begins
+            end.insert(0, piece, n);
+        }
+        s->gate.begin(end);
+    }
 
     // What is final of a sequence's text goes to its reader.
     void flush_text(Slot * s) {
@@ -258,6 +282,17 @@ class Slots {
     }
 
   private:
+    // Move the KV of a slot to one that holds none, row by row: half the work of writing and reading its state. False,
+    // and nothing has changed: one of them is not so, or the KV cannot be had by the row.
+    bool move_rows(int src, int dst) {
+        const int n = all[src].n_past;
+        if (n == 0 || all[dst].n_past != 0 || unified || needs_checkpoint || token_bytes == 0) return false;
+        cut(dst, 0);
+        const bool ok = llama_cells_carry_rows(ctx, src, ctx, dst, 0, 0, n);
+        cut(ok ? src : dst, 0);
+        return ok;
+    }
+
     // The KV of a slot, as llama.cpp saves it; nothing of an empty one.
     bool save(int slot, std::vector<uint8_t> & state, size_t & n) {
         if (all[slot].n_past == 0) return true;

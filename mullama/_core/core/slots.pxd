@@ -20,6 +20,7 @@ from mullama.abi cimport mullama_row
 cdef extern from "text.h" namespace "mullama" nogil:
     cppclass TextGate:
         vector[string] stops
+        void begin(const string & prompt_end)
         int push(const char * piece, size_t n, cbool check_stops, string & released)
         int flush(string & released)
 
@@ -44,12 +45,16 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         cbool open()
         cbool runs()
         void end_request()
+    cdef enum:
+        MAX_PIECE "mullama::MAX_PIECE"
     void swap_slots(Slot & a, Slot & b)
     cppclass Slots:
         llama_context * ctx
         llama_memory_t mem
         int n_ctx
         cbool unified
+        cbool needs_checkpoint
+        size_t token_bytes
         LoraSetPtr in_charge
         cbool changed
         uint64_t waiting
@@ -71,6 +76,7 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         cbool exchange(int a, int b, size_t & n_bytes)
         uint8_t * staging(size_t n)
         size_t staging_bytes()
+        void begin_text(Slot * s)
         void flush_text(Slot * s)
         void finish(Slot * s, int slot, uint32_t reason, int stop_index, int error)
         void publish(const Compute & compute)

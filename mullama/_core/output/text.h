@@ -27,10 +27,22 @@ class TextGate {
   public:
     std::vector<std::string> stops;
 
+    // Before the first piece: how the prompt ends. A character that it has only begun is shown whole if the first piece
+    // goes on with it, and not at all if it does not.
+    void begin(std::string_view prompt_end) {
+        begun = prompt_end.substr(prompt_end.size() - utf8_incomplete_tail(prompt_end));
+    }
+
     // Append a piece. `released` gets the bytes that became final. Returns the index of the stop string that ended the
     // text (what follows its first byte is discarded), or -1. Of those that overlap, the one that starts first counts,
     // wherever the pieces begin: a complete one waits as long as an earlier one may still become complete.
     int push(const char * piece, size_t n, bool check_stops, std::string & released) {
+        if (!begun.empty() && n > 0) {
+            if (((unsigned char) piece[0] & 0xC0) == 0x80) {
+                held = begun;
+            }
+            begun.clear();
+        }
         held.append(piece, n);
         released.clear();
         size_t keep = 0;
@@ -61,6 +73,7 @@ class TextGate {
 
   private:
     std::string held;
+    std::string begun; // of the prompt's last character, until the first piece
 
     static size_t longer(size_t a, size_t b) { return a > b ? a : b; }
 

@@ -26,6 +26,10 @@ cdef class StopText:
                 raise ValueError("a stop string needs a character")
             self.gate.stops.push_back(stop.encode("utf-8"))
 
+    def begin(self, bytes prompt_end):
+        """Before the first piece: how the prompt ends."""
+        self.gate.begin(prompt_end)
+
     def push(self, bytes piece, *, bint check_stops=True):
         """Returns (final bytes, index of the stop string that ended the text or -1)."""
         cdef string released

@@ -13,7 +13,9 @@ _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 def encodings_of(header: str | None) -> list[str]:
     """The encodings of a body in the order in which they are undone. Raises UnsupportedMediaType."""
-    names = [name.strip().lower().removeprefix("x-") for name in (header or "").split(",")]
+    if not header:
+        return []
+    names = [name.strip().lower().removeprefix("x-") for name in header.split(",")]
     names = [name for name in names if name and name != "identity"]
     for name in names:
         if name not in TAKEN:

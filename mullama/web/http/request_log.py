@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,9 @@ class RequestIds:
     """Falcon middleware; the first one, so that every answer has its id, also one that another middleware gives."""
 
     async def process_request(self, req: Request, resp: falcon.asgi.Response) -> None:
-        given = req.get_header(HEADER) or ""
-        req.scope[_ID] = found = given if _WELL_FORMED.fullmatch(given) else uuid.uuid4().hex
+        given = req.get_header(HEADER)
+        found = given if given is not None and _WELL_FORMED.fullmatch(given) else secrets.token_hex(16)
+        req.scope[_ID] = found
         resp.set_header(HEADER, found)
 
 

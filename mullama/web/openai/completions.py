@@ -97,6 +97,9 @@ def _cut(
 
 
 def _echoes(engine: EngineClient, prompts: Sequence[str | list[int]], n: int) -> list[str]:
-    """The text of every choice's prompt, as the request gives it: also where the model gets less of it."""
-    texts = [prompt if isinstance(prompt, str) else engine.detokenize(prompt) for prompt in prompts]
+    """The text of every choice's prompt, as the request gives it: also where the model gets less of it.
+
+    A character that token ids only begin is left to the completion, which shows it whole if it goes on with it.
+    """
+    texts = [prompt if isinstance(prompt, str) else engine.detokenize(prompt, only_whole=True) for prompt in prompts]
     return [text for text in texts for _ in range(n)]

@@ -79,6 +79,8 @@ _PARAMS = (
     *("repeat_last_n", "presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length"),
     *("dry_penalty_last_n", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta"),
 )
+#: PERF: each parameter beside each of its spellings.
+_FIELDS = tuple((param, field) for param in _PARAMS for field in _SPELLINGS.get(param, (param,)))
 #: As ``max_tokens``: what leaving it out means (llama-server, LM Studio).
 NO_LIMIT = -1
 #: Counts of tokens to generate: the engine knows what room they have. It takes none above this.
@@ -98,17 +100,17 @@ def check_range(name: str, value: float | None) -> None:
 def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
     """The SamplingParams fields that the request gives, checked and cut to what the model can mean."""
     values: dict[str, Any] = {}
-    most = {**dict.fromkeys(_COUNTS, info.n_ctx), **dict.fromkeys(_LIMITS, MOST_TOKENS)}
-    for param in _PARAMS:
-        for field in _SPELLINGS.get(param, (param,)):
-            value = getattr(body, field, None)
-            if value is None:
-                continue
-            unlimited = param == "max_tokens" and value == NO_LIMIT
-            if not unlimited:
-                check_range(field, value)
-            if param not in values:
-                values[param] = None if unlimited else min(value, most[param]) if param in most else value
+    for param, field in _FIELDS:
+        value = getattr(body, field, None)
+        if value is None:
+            continue
+        if param == "max_tokens" and value == NO_LIMIT:
+            values.setdefault(param, None)
+            continue
+        check_range(field, value)
+        if param not in values:
+            most = MOST_TOKENS if param in _LIMITS else info.n_ctx if param in _COUNTS else value
+            values[param] = min(value, most)
     if "top_k" in values:
         values["top_k"] = min(max(values["top_k"], 0), info.n_vocab)  # -1 switches it off, as in vLLM
     if values.get("min_tokens", 0) > (values.get("max_tokens") or MOST_TOKENS):

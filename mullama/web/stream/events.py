@@ -18,7 +18,7 @@ import orjson
 from mullama.errors import MullamaError
 from mullama.types import Finish
 from mullama.web.error_responses import as_mullama_error
-from mullama.web.stream.direct import DirectBody, Diverting, Sink
+from mullama.web.stream.direct import DirectBody, Sink, diverts
 from mullama.web.stream.generations import Event, Group, events_of
 
 #: A comment alone: a blank line behind it would end an event without data, which some clients take for a broken one.
@@ -146,7 +146,7 @@ class EventStream:
     def _open_direct(self) -> None:
         if self._body is not None:
             for index, generation in enumerate(self._group.generations):
-                if isinstance(generation, Diverting):
+                if diverts(generation):
                     generation.sink = self._sink(index, self._body)
 
     def _sink(self, index: int, body: DirectBody) -> Sink:
@@ -229,7 +229,7 @@ class EventStream:
         """Stop whatever still runs for this stream. Idempotent."""
         self._ended = True
         for generation in self._group.generations:
-            if isinstance(generation, Diverting):
+            if diverts(generation):
                 generation.sink = None
         self._silence.close()
         self._source.close()
