@@ -25,6 +25,7 @@ from typing import Any
 from mullama.errors import ConfigError
 from mullama.files import parse_size
 from mullama.logs import FORMATS
+from mullama.types import CELL_TYPES
 
 ENV_PREFIX = "MULLAMA_"
 #: Variables with our prefix that are no option of a server: of the store, of other commands, of tests.
@@ -39,7 +40,6 @@ _MANY = 1 << 30  # fits the C side's 32-bit integers
 #: Ways of computing (mullama/machine/trials.py); a test compares them.
 KERNELS = ("auto", "plain", "sgemm", "tiles", "tiled", "repack", "amx")
 
-KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
 
@@ -158,8 +158,10 @@ class ServeConfig:
         "streams: each request has cells of its own; unified: all share one buffer, a common prefix is stored once",
         choices=("streams", "unified"),
     )
-    kv_type_k: str = option("f16", "type of cached keys", choices=KV_TYPES)
-    kv_type_v: str = option("f16", "type of cached values; quantised ones need flash attention", choices=KV_TYPES)
+    kv_type_k: str = option("f16", "type of cached keys", choices=tuple(CELL_TYPES))
+    kv_type_v: str = option(
+        "f16", "type of cached values; quantised ones need flash attention", choices=tuple(CELL_TYPES)
+    )
     kv_host_bytes: int = option(
         -1,
         "host memory for cached prefixes; -1: a quarter of what is free, 0: none",

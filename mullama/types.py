@@ -11,6 +11,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
+#: Types that the cells of a KV cache may have, by ggml's names, and bytes of a block of 32 values.
+CELL_TYPES = {
+    "f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18,
+}  # fmt: skip
+
 
 class FinishReason(enum.StrEnum):
     """Why a request ended. The first two are OpenAI's words."""

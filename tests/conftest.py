@@ -17,6 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if entry not in ("", str(ROOT))] + [str(ROOT)]
 
 
+LONG_SECONDS = 6 * 3600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long forms of tests take longer than what a hang is told by else."""
+    if os.environ.get("MULLAMA_LONG"):
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(LONG_SECONDS))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny_model(arch, **options)``: path of a tiny random model (see tests/tiny.py), built once a session."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mullama import abi
-from mullama._core import TEXT, Core, Model, Sampling, system_info
+from mullama._core import TEXT, Cells, Core, Model, Sampling, system_info
 from mullama.config import ServeConfig
 from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.commands import Commands
@@ -50,6 +50,7 @@ from mullama.errors import (
     MullamaError,
     ShuttingDown,
 )
+from mullama.kv import audit
 from mullama.kv.cache import KvCache
 from mullama.kv.eviction import registry as kv_registry
 from mullama.kv.eviction.guarded import GuardedPolicy
@@ -88,8 +89,8 @@ class Engine:
             kv_registry.create(config.kv_policy, parse_args(config.kv_policy_arg, "kv_policy_arg")), config.kv_policy
         )
         host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_swap_bytes()
-        self._kv = KvCache(core, host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
-        token_bytes = self._kv.cells.token_bytes or sizing.kv_bytes_per_token(model.metadata())
+        self._kv = KvCache(core, Cells(core), host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
+        token_bytes = self._kv.cells.token_bytes or fits.token_bytes_of(model.path, config)
         self._reader = Reader(core, TEXT, token_bytes)
         self._reader.kernels = words_of(info.kernels)
         self._handles = itertools.count(1)
@@ -144,7 +145,7 @@ class Engine:
         self._has_ended = False  # a request has, since it was last looked what goes next
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         try:
-            self._kv.disk = loading.open_disk_tier(model, core, self._kv, config, commands.post_quietly)
+            self._kv.attach_disk(loading.open_disk_tier(model, core, self._kv, config, commands.post_quietly))
         except BaseException:
             self._policy.close()
             core.close()
@@ -506,7 +507,7 @@ class Engine:
     def _audit(self) -> None:
         """Nothing to do for a while: look whether tree, slots and llama.cpp's cells agree about the KV."""
         self._audited = self._kv.version
-        for difference in self._kv.audit():
+        for difference in audit.differences(self._kv):
             log.error("KV cache of '%s': %s", self.info.name, difference)
 
     def _step(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from mullama.engine.parts import EngineParts
 from mullama.errors import InvalidRequest, ModelBusy
-from mullama.kv import report, rows
+from mullama.kv import audit, control, report, rows
 from mullama.kv.events import KvEventLog, KvTier
 from mullama.kv.eviction import registry
 from mullama.kv.eviction.guarded import GuardedPolicy
@@ -55,7 +55,7 @@ class KvControl:
 
     def audit(self) -> list[str]:
         """Differences between the tree, the slots and llama.cpp's own cells; empty when all agree."""
-        return self._wait_for(self._kv.audit)
+        return self._wait_for(lambda: audit.differences(self._kv))
 
     def drop(self) -> int:
         """Forget every cached prefix. Returns the cells freed."""
@@ -104,7 +104,7 @@ class KvControl:
     @property
     def events(self) -> KvEventLog:
         """What happened to cached KV (any thread may read)."""
-        return self._kv.events
+        return self._kv.history.events
 
     async def asnapshot(self) -> dict[str, Any]:
         return await self._at_boundary(self._snapshot)
@@ -117,11 +117,11 @@ class KvControl:
 
     async def apin(self, tokens: SequenceOf[int], *, ttl_s: float, namespace: str = "") -> dict[str, Any]:
         until = time.monotonic_ns() + int(ttl_s * 1e9)
-        pinned = await self._at_boundary(lambda: report.pin(self._kv, namespace_of(namespace), tokens, until))
+        pinned = await self._at_boundary(lambda: control.pin(self._kv, namespace_of(namespace), tokens, until))
         return {"pinned_tokens": pinned}
 
     async def aunpin(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
-        found = await self._at_boundary(lambda: report.pin(self._kv, namespace_of(namespace), tokens, 0))
+        found = await self._at_boundary(lambda: control.pin(self._kv, namespace_of(namespace), tokens, 0))
         return {"unpinned_tokens": found}
 
     async def adrop(
@@ -138,19 +138,19 @@ class KvControl:
         is_all = False
         while not is_all:
             is_all = await self._on_disk(
-                disk, lambda: disk.hand_over(lambda: report.save(self._kv, disk, name, tokens))
+                disk, lambda: disk.hand_over(lambda: control.save(self._kv, disk, name, tokens))
             )
             await asyncio.wrap_future(disk.written())
-        return await self._on_disk(disk, lambda: report.saved(self._kv, disk, name, tokens, n_failed))
+        return await self._on_disk(disk, lambda: control.saved(self._kv, disk, name, tokens, n_failed))
 
     async def aload(self, tokens: SequenceOf[int], *, namespace: str = "") -> dict[str, Any]:
         disk = self._need_disk()
-        return await self._on_disk(disk, lambda: report.load(self._kv, namespace_of(namespace), tokens))
+        return await self._on_disk(disk, lambda: control.load(self._kv, namespace_of(namespace), tokens))
 
     async def aset_policy(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         # A user's code runs there, and never on the event loop.
         policy = await asyncio.to_thread(lambda: GuardedPolicy(registry.create(spec, params or {}), spec))
-        await self._at_boundary(lambda: self._kv.tier.set_policy(policy, time.monotonic_ns()))
+        await self._at_boundary(lambda: self._kv.host.set_policy(policy, time.monotonic_ns()))
         return {"policy": policy.name, "params": dict(policy.params())}
 
     async def _on_disk(self, disk: DiskTier, function: Callable[[], T]) -> T:
@@ -173,13 +173,17 @@ class KvControl:
     # -- the engine thread ------------------------------------------------------------------------------------
 
     def _snapshot(self) -> dict[str, Any]:
-        return report.snapshot(self._parts.info, self._parts.core, self._parts.seqs, self._kv)
+        seqs = self._parts.seqs
+        n_parked = sum(seq.parked is not None for seq in seqs.live.values())
+        return report.snapshot(self._parts.info.name, self._kv, seqs.owners(), n_parked)
 
     def _tree(self, limit: int, text: bool) -> dict[str, Any]:
-        return report.tree(self._kv, self._parts.seqs, limit, self._parts.core.model.detokenize if text else None)
+        return report.tree(
+            self._kv, self._parts.seqs.owners(), limit, self._parts.core.model.detokenize if text else None
+        )
 
     def _drop(self, namespace: bytes | None, tokens: SequenceOf[int] | None, tiers: set[KvTier]) -> dict[str, int]:
-        found = report.drop(self._kv, self._parts.seqs.running(), namespace, tokens, tiers)
+        found = control.drop(self._kv, self._parts.seqs.running(), namespace, tokens, tiers)
         self._parts.core.refresh_page(self._parts.n_waiting)
         return found
 

@@ -12,110 +12,131 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from mullama._core import Cells, Core
-from mullama.kv.choice import LEAST_GAIN, Choice, KvSource
-from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
+from mullama.kv.choice import MIN_GAIN, Choice, KvSource
+from mullama.kv.events import KvEventKind, KvTier
 from mullama.kv.eviction.policy import EvictionPolicy
-from mullama.kv.find import Found, KvFinder
-from mullama.kv.index.ghosts import Ghosts
-from mullama.kv.index.miss_reasons import miss_reason
+from mullama.kv.find import Found, KvFinder, Piece
+from mullama.kv.history import KvHistory
 from mullama.kv.index.payload import Checkpoint, Rows
-from mullama.kv.index.tree import Match, Node, PrefixTree, unpack
-from mullama.kv.placement import Placement, SlotView, place
-from mullama.kv.tiers.host_tier import GRAIN, LEAST_STORED, HostTier
+from mullama.kv.index.tree import TOKEN_BYTES, Match, Node, PrefixTree, unpack
+from mullama.kv.native import Cells, Core
+from mullama.kv.placement import Placement, SlotView, place, place_choice, place_unified
+from mullama.kv.tiers.base import Tiers
+from mullama.kv.tiers.disk_tier import DiskTier
+from mullama.kv.tiers.host_tier import GRAIN, MIN_STORED, HostTier
 
 log = logging.getLogger("mullama.engine")
 
 
-class KvCache(KvFinder):
-    """One a Core. ``exchange(a, b)`` swaps two slots and all that the engine knows of them."""
+@dataclass(slots=True, frozen=True)
+class Allocation:
+    """A slot that is ready for a request."""
+
+    slot: int
+    reuse: int  # tokens of the prompt that it holds
+    source: KvSource  # where they came from
+    lost: int  # cached tokens of others that no tier holds any more, for this request
+    match: Match  # what was known of the prompt
+
+
+class KvCache:
+    """One a Core. ``exchange(a, b)`` makes two slots change places, with all that the engine knows of them."""
 
     def __init__(
         self,
         core: Core,
+        cells: Cells,
         host_bytes: int,
         policy: EvictionPolicy,
         *,
         exchange: Callable[[int, int], None],
     ) -> None:
-        cells, tree = Cells(core), PrefixTree()
-        tier = HostTier(
-            tree,
+        self.core = core
+        self.cells = cells
+        self.tree = PrefixTree()
+        host = HostTier(
+            self.tree,
             host_bytes if cells.can_store else 0,
             policy,
             can_cut=not cells.needs_checkpoint,
             on_evict=self._leaves_host,
         )
-        super().__init__(core, cells, tree, tier)
-        self.events = KvEventLog()
+        self.tiers = Tiers(host)
+        self.finder = KvFinder(core, cells, self.tree, self.tiers)
+        self.history = KvHistory(core.note_evicted)
         self.hits: dict[KvSource, int] = dict.fromkeys(KvSource, 0)  # tokens reused, by where they came from
         self.version = 0  # changes with every change of the tree
+        self._place = place_unified if core.unified else place
         self._exchange: Callable[[int, int], None] | None = exchange
-        self._ghosts = Ghosts()
-        self._request: str | None = None  # whose request the work is for
-        self._needed_by = b""  # and its namespace
-        self._lost = 0  # tokens that no tier holds any more, since ``_request`` began
+
+    @property
+    def host(self) -> HostTier:
+        return self.tiers.host
+
+    @property
+    def disk(self) -> DiskTier | None:
+        return self.tiers.disk
+
+    def attach_disk(self, tier: DiskTier | None) -> None:
+        """Keep KV on disk from now on as well."""
+        self.tiers.disk = tier
+
+    def detach_disk(self) -> DiskTier | None:
+        """Go on without the disk tier, which the caller closes; what is on its way there is still written."""
+        tier, self.tiers.disk = self.disk, None
+        if tier is not None:
+            tier.detach()
+        self.version += 1
+        return tier
 
     def close(self, *, keep: bool = True) -> None:
-        """Let go of the engine, so that nothing waits for the garbage collector. The engine thread has ended.
+        """Let the engine go, so that nothing waits for the garbage collector. The engine thread has ended.
 
         ``keep``: what slots hold goes to disk; not that of an engine that failed, whose cells nobody vouches for.
         """
         self._exchange = None
         if self.disk is not None:
-            for slot in range(self._core.n_slots if keep and not self._core.is_vacant else 0):
-                if self._core.retained(slot)[0]:
+            for slot in range(self.core.n_slots if keep and not self.core.is_vacant else 0):
+                if self.core.retained(slot)[0]:
                     self.store(slot)
             self.disk.close()
-            self.disk = None
+            self.tiers.disk = None
 
     # -- into a slot --------------------------------------------------------------------------------------------
 
-    def seat(
+    def allocate(
         self, namespace: bytes, key: bytes, limit: int, running: Sequence[bool], request: str | None
-    ) -> tuple[int, int, KvSource, int, Match]:
-        """Make a slot ready: (slot, tokens it holds of the prompt, where from, tokens lost for it, what was known).
+    ) -> Allocation:
+        """Make a slot ready for a prompt, with as many of its first ``limit`` tokens as is cheapest.
 
         A slot must be free or retained. The caller opens the request in it and then calls ``opened``.
         """
-        self._begin(request, namespace)
-        found = self.find(namespace, key, limit)
-        choice = found.choice
-        views = self._views(running)
-        where: Placement | None = None
-        if choice.source is not KvSource.IN_PLACE:
-            where = self._place(views, -1, 0)
-        if choice.source is KvSource.COPY and where is not None and not views[choice.slot].running:
-            if where.evict == choice.slot:  # it is its turn to go: no other one has to, then
-                choice = Choice(KvSource.IN_PLACE, choice.n_tokens, choice.slot, choice.n_slot, choice.cost_ns)
-            else:
-                views[choice.slot] = SlotView(running=True)  # what is copied must not make room for the copy
-                where = self._place(views, -1, 0)
-        if choice.source is KvSource.IN_PLACE:
-            where = self._place(views, choice.slot, choice.n_slot)
-        where = self._take(where)
-        n = self._fill(where.slot, choice, found, key)
-        source = choice.source if n > 0 else KvSource.NONE
-        return where.slot, n, source, self._lost, found.match
+        self.history.begin(request, namespace)
+        found = self.finder.find(namespace, key, limit)
+        choice, where = place_choice(found.choice, self._views(running), self._place)
+        slot = self._take(where)
+        n = self._fill(slot, choice, found, key)
+        return Allocation(slot, n, choice.source if n > 0 else KvSource.NONE, self.history.lost, found.match)
 
-    def clear_slot(self, running: Sequence[bool], request: str | None, namespace: bytes) -> tuple[int, int]:
-        """An empty slot for a sequence that brings its own KV, and the tokens lost for it."""
-        self._begin(request, namespace)
-        where = self._take(self._place(self._views(running), -1, 0))
-        if self._core.retained(where.slot)[0]:
-            self.vacate(where.slot)
-        return where.slot, self._lost
+    def allocate_empty(self, namespace: bytes, running: Sequence[bool], request: str | None) -> Allocation:
+        """An empty slot, for a sequence that brings its own KV."""
+        self.history.begin(request, namespace)
+        slot = self._take(self._place(self._views(running), -1, 0))
+        if self.core.retained(slot)[0]:
+            self.vacate(slot)
+        return Allocation(slot, 0, KvSource.NONE, self.history.lost, Match())
 
-    def _take(self, where: Placement | None) -> Placement:
-        """Evict and exchange what a placement says."""
+    def _take(self, where: Placement | None) -> int:
+        """Evict and exchange what a placement says. Returns its slot."""
         assert where is not None, "the plan was checked against the free slots"
         if where.evict is not None:
             self.vacate(where.evict)
         if where.exchange is not None:
             assert self._exchange is not None
             self._exchange(*where.exchange)
-        return where
+        return where.slot
 
     def borders(self, match: Match, reuse: int, n_prompt: int) -> list[int]:
         """Positions of a prompt where a checkpoint is worth its bytes, for models that need them.
@@ -123,26 +144,14 @@ class KvCache(KvFinder):
         Where the prompt leaves another one's path, the next one may do so as well; and before its last token, for the
         same prompt again. A chunk of the prefill has to end there.
         """
-        if not self.cells.needs_checkpoint or not self.has_tiers:
+        if not self.cells.needs_checkpoint or not self.tiers.has_any:
             return []
         wanted = {match.n_tokens, n_prompt - 1}
-        return sorted(at for at in wanted if reuse + LEAST_GAIN <= at < n_prompt)
-
-    def _place(self, views: Sequence[SlotView], slot: int, n_tokens: int) -> Placement | None:
-        if not self._core.unified:
-            return place(views, slot, n_tokens)
-        # One buffer: any slot is as good as any other, and nothing needs to move.
-        idle = [i for i, view in enumerate(views) if not view.running]
-        if not idle:
-            return None
-        if slot in idle:
-            return Placement(slot, n_tokens)
-        target = min(idle, key=lambda i: (views[i].tokens > 0, views[i].last_used, i))
-        return Placement(target, 0, evict=target if views[target].tokens else None)
+        return sorted(at for at in wanted if reuse + MIN_GAIN <= at < n_prompt)
 
     def _fill(self, slot: int, choice: Choice, found: Found, key: bytes) -> int:
         """Bring the chosen prefix into the slot; returns the tokens that it holds then."""
-        core, cells = self._core, self.cells
+        core, cells = self.core, self.cells
         n_past, _ = core.slot_fill(slot)
         if choice.source is KvSource.NONE:
             n = 0
@@ -164,20 +173,19 @@ class KvCache(KvFinder):
                 core.evict(slot, 0)
             if n and cells.needs_checkpoint:
                 self.store(slot)  # here two prompts part, so the next one may do so as well
-        if choice.n_tokens > n and found.pieces and found.pieces[0][0] <= n:
-            pieces = [piece for piece in found.pieces if piece[0] >= n]
-            if pieces and pieces[0][0] == n:
-                n = self._restore(slot, key, n, pieces)
+        pieces = [piece for piece in found.pieces if piece.start >= n]
+        if choice.n_tokens > n and pieces and pieces[0].start == n:
+            n = self._restore(slot, key, pieces)
         return n
 
-    def _restore(
-        self, slot: int, key: bytes, start: int, pieces: list[tuple[int, int, bytes | None, list[bytes]]]
-    ) -> int:
-        end = pieces[-1][1]
-        chunks = [chunk for piece in pieces for chunk in piece[3]]
-        if not self.cells.extend(slot, unpack(key[4 * start : 4 * end]), chunks, checkpoint=pieces[-1][2]):
+    def _restore(self, slot: int, key: bytes, pieces: Sequence[Piece]) -> int:
+        """Put what the tiers gave behind what the slot holds; returns the tokens that it holds then."""
+        start, end = pieces[0].start, pieces[-1].end
+        tokens = unpack(key[TOKEN_BYTES * start : TOKEN_BYTES * end])
+        chunks = [chunk for piece in pieces for chunk in piece.chunks]
+        if not self.cells.extend(slot, tokens, chunks, checkpoint=pieces[-1].checkpoint):
             log.warning("slot %d did not take the saved KV of [%d, %d): it is computed", slot, start, end)
-        return self._core.slot_fill(slot)[0]
+        return self.core.slot_fill(slot)[0]
 
     def opened(self, slot: int, namespace: bytes, key: bytes, reuse: int, source: KvSource) -> None:
         """A sequence of these tokens lives in the slot now; ``reuse`` of them were there."""
@@ -186,9 +194,9 @@ class KvCache(KvFinder):
         self.version += 1
         self.hits[source] += reuse
         if reuse:
-            self.tier.touch([one for one in node.path() if one.start < reuse], now)
+            self.host.touch([one for one in node.path() if one.start < reuse], now)
             origin = {KvSource.HOST: KvTier.HOST, KvSource.DISK: KvTier.DISK}.get(source, KvTier.DEVICE)
-            self._event(KvEventKind.REUSED, KvTier.DEVICE, 0, reuse, node, source=origin, slot=slot)
+            self.history.note(KvEventKind.REUSED, KvTier.DEVICE, 0, reuse, node, source=origin, slot=slot)
 
     def resumed(self, slot: int, namespace: bytes, tokens: bytes, *, mixed: bool = False) -> None:
         """A preempted sequence, prompt and answer so far, lives in the slot again (``mixed``: see Node)."""
@@ -202,22 +210,22 @@ class KvCache(KvFinder):
 
     def closed(self, slot: int, namespace: bytes, request: str | None) -> None:
         """The slot's request ended or lost it; what the slot still retains is a prefix like any other."""
-        self._begin(request, namespace)
-        n_past, _ = self._core.slot_fill(slot)
+        self.history.begin(request, namespace)
+        n_past, _ = self.core.slot_fill(slot)
         self.version += 1
         if n_past == 0:
             self.tree.release(slot)
             return
-        tokens = self._core.packed(slot)
+        tokens = self.core.packed(slot)
         now = time.monotonic_ns()
         node = self.tree.hold(slot, namespace, tokens, now)
-        per_token = self.costs().prefill_token
+        per_token = self.finder.costs().prefill_token
         for one in node.path():
             one.cost_ns = one.cost_ns or one.n_tokens * per_token
         node.used_ns = now
         if self.disk is not None:
             self.store(slot)  # a process that is killed has written it by then
-        self._event(KvEventKind.STORED, KvTier.DEVICE, 0, n_past, node, slot=slot)
+        self.history.note(KvEventKind.STORED, KvTier.DEVICE, 0, n_past, node, slot=slot)
 
     def released(self, slot: int) -> None:
         """The slot holds nothing any more (its request was cancelled, or its KV went with it)."""
@@ -226,7 +234,7 @@ class KvCache(KvFinder):
             return
         gone = next((node.start for node in end.path() if node.slots == {slot} and not node.is_stored), None)
         if gone is not None:
-            self._event(KvEventKind.DROPPED, KvTier.DEVICE, gone, end.end, end, slot=slot, gone=True)
+            self.history.note(KvEventKind.DROPPED, KvTier.DEVICE, gone, end.end, end, slot=slot, gone=True)
         self.tree.release(slot)
         self.version += 1
 
@@ -236,7 +244,7 @@ class KvCache(KvFinder):
         for slot in (a, b):
             end = self.tree.end_of(slot)
             if end is not None:
-                self._event(KvEventKind.MOVED, KvTier.DEVICE, 0, end.end, end, slot=slot)
+                self.history.note(KvEventKind.MOVED, KvTier.DEVICE, 0, end.end, end, slot=slot)
 
     def vacate(self, slot: int) -> int:
         """Free a retained slot, saving what it holds to host memory where that is possible. Returns the cells freed."""
@@ -245,7 +253,7 @@ class KvCache(KvFinder):
 
     def _free(self, slot: int) -> int:
         self._note_lost(slot, 0)
-        freed = self._core.evict(slot, 0)
+        freed = self.core.evict(slot, 0)
         self.tree.release(slot)
         self.version += 1
         return freed
@@ -253,9 +261,9 @@ class KvCache(KvFinder):
     def store(self, slot: int, *, upto: int | None = None) -> int:
         """Copy what a slot holds, and the tiers do not, there. Returns the tokens of it that are there now."""
         end = self.tree.end_of(slot)
-        n_past, _ = self._core.slot_fill(slot)
+        n_past, _ = self.core.slot_fill(slot)
         upto = n_past if upto is None else min(upto, n_past)
-        if end is None or not self.has_tiers or upto < LEAST_STORED:
+        if end is None or not self.tiers.has_any or upto < MIN_STORED:
             return 0
         now = time.monotonic_ns()
         todo = end.path()[::-1]
@@ -279,16 +287,16 @@ class KvCache(KvFinder):
                 checkpoint = Checkpoint(self.cells.checkpoint(slot))
             if node.host is not None:
                 if checkpoint is not None:
-                    self.tier.put_checkpoint(node, checkpoint, now)
-            elif self.tier.budget > 0 or (self.disk is not None and self.disk.lacks(node, at_end)):
+                    self.host.put_checkpoint(node, checkpoint, now)
+            elif self.host.budget > 0 or (self.disk is not None and self.disk.lacks(node, at_end)):
                 rows = Rows(self.cells.save(slot, node.start, node.end), node.n_tokens, self.cells.token_bytes)
-                node.cost_ns = node.cost_ns or node.n_tokens * self.costs().prefill_token
-                if self.tier.put(node, rows, now, checkpoint):
-                    self._event(KvEventKind.STORED, KvTier.HOST, node.start, node.end, node, source=KvTier.DEVICE)
+                node.cost_ns = node.cost_ns or node.n_tokens * self.finder.costs().prefill_token
+                if self.host.put(node, rows, now, checkpoint):
+                    self.history.note(KvEventKind.STORED, KvTier.HOST, node.start, node.end, node, source=KvTier.DEVICE)
                 elif self.disk is None:
                     break
             if self.disk is not None:
-                self.disk.keep(node, rows, checkpoint)
+                self.disk.put(node, rows or node.host, now, checkpoint or node.checkpoint)
             saved = node.end
         self.version += 1
         return saved
@@ -296,9 +304,9 @@ class KvCache(KvFinder):
     def _head_for_host(self, node: Node) -> int:
         """Tokens of a node that host memory could hold where it could not hold all of it; 0: it can, or hardly any."""
         token_bytes = self.cells.token_bytes
-        if node.host is not None or self.tier.budget <= 0 or self.cells.needs_checkpoint:
+        if node.host is not None or self.host.budget <= 0 or self.cells.needs_checkpoint:
             return 0
-        most = self.tier.room_below(node.parent) // token_bytes // GRAIN * GRAIN
+        most = self.host.budget_below(node.parent) // token_bytes // GRAIN * GRAIN
         return most if most < node.n_tokens else 0
 
     def checkpoint(self, slot: int, request: str | None) -> None:
@@ -317,7 +325,7 @@ class KvCache(KvFinder):
 
     def evict_retained(self, n_tokens: int, running: Sequence[bool], request: str | None = None) -> int:
         """Free retained slots, in the policy's order, until ``n_tokens`` cells are free. Returns those freed."""
-        self._begin(request)
+        self.history.begin(request)
         freed = 0
         for slot in self._retained(running):
             if freed >= n_tokens:
@@ -327,34 +335,34 @@ class KvCache(KvFinder):
 
     def store_retained(self, running: Sequence[bool]) -> None:
         """Copy what the retained slots hold to the tiers, in the policy's order: who is last stays longest."""
-        self._begin(None)
+        self.history.begin(None)
         for slot in self._retained(running):
             self.store(slot)
 
-    def store_ahead(self, running: Sequence[bool], most_bytes: int) -> int:
+    def store_ahead(self, running: Sequence[bool], max_bytes: int) -> int:
         """Copy what the next new prompt will push out of its slot to host memory, while nobody waits for it.
 
-        Only where that makes nothing else go, and takes no more than ``most_bytes``: whoever comes meanwhile does not
+        Only where that makes nothing else go, and takes no more than ``max_bytes``: whoever comes meanwhile does not
         wait long. Returns the tokens of it that are there now; 0: there was nothing to do.
         """
-        free = self.tier.budget - self.tier.used
-        if free <= 0 or self.cells.needs_checkpoint or self._core.is_vacant:
+        free = self.host.budget - self.host.used
+        if free <= 0 or self.cells.needs_checkpoint or self.core.is_vacant:
             return 0
-        if any(not runs and not self._core.retained(slot)[0] for slot, runs in enumerate(running)):
+        if any(not runs and not self.core.retained(slot)[0] for slot, runs in enumerate(running)):
             return 0  # it will take a slot that is empty
         slot = next(iter(self._retained(running)), None)
         end = self.tree.end_of(slot) if slot is not None else None
         if slot is None or end is None:
             return 0
         missing = sum(node.n_tokens for node in end.path() if node.host is None) * self.cells.token_bytes
-        if not 0 < missing <= min(free, most_bytes):
+        if not 0 < missing <= min(free, max_bytes):
             return 0
-        self._begin(None)
+        self.history.begin(None)
         return self.store(slot)
 
     def free_retained(self, running: Sequence[bool], *, only_stored: bool) -> None:
         """Free the retained slots and copy nothing. ``only_stored``: those whose KV is in the tiers to the end."""
-        self._begin(None)
+        self.history.begin(None)
         for slot in self._retained(running):
             end = self.tree.end_of(slot)
             if not only_stored or (end is not None and all(node.is_stored for node in end.path())):
@@ -371,31 +379,26 @@ class KvCache(KvFinder):
         now = time.monotonic_ns()
         views = []
         for slot, runs in enumerate(running):
-            tokens, _ = self._core.retained(slot)
+            tokens, _ = self.core.retained(slot)
             end = self.tree.end_of(slot)
-            score = self.tier.policy.score(end, now) if tokens and end is not None else 0.0
-            if self._is_pinned(slot, now):
+            score = self.host.policy.score(end, now) if tokens and end is not None else 0.0
+            if self.finder.is_pinned(slot, now):
                 score = float("inf")
             views.append(SlotView(runs, tokens, score))
         return views
 
     # -- what is lost -------------------------------------------------------------------------------------------
 
-    def _begin(self, request: str | None, namespace: bytes = b"") -> None:
-        self._request = request
-        self._needed_by = namespace
-        self._lost = 0
-
     def _begin_in(self, slot: int, request: str | None) -> None:
         end = self.tree.end_of(slot)
-        self._begin(request, end.namespace if end is not None else b"")
+        self.history.begin(request, end.namespace if end is not None else b"")
 
     def _note_lost(self, slot: int, keep: int) -> None:
         """The slot will give up its tokens from ``keep`` on: those that nobody else holds are lost."""
         end = self.tree.end_of(slot)
         if end is None:
             return
-        n_past, _ = self._core.slot_fill(slot)
+        n_past, _ = self.core.slot_fill(slot)
         lost_from = None
         lost = 0
         for node in end.path():
@@ -404,46 +407,26 @@ class KvCache(KvFinder):
                 lost += stop - start
                 lost_from = start if lost_from is None else lost_from
         if lost_from is not None:
-            self._lose(end, lost, lost_from, KvTier.DEVICE)
+            self.history.lose(end, lost, lost_from, KvTier.DEVICE)
 
-    def _leaves_host(self, node: Node, n_tokens: int) -> None:
-        gone = not node.slots and node.disk is None
-        if gone:
-            self._lose(node, n_tokens, node.start, KvTier.HOST)
+    def _leaves_host(self, node: Node) -> None:
+        """Host memory gives up a node's KV to make room."""
+        if not node.slots and node.disk is None:
+            self.history.lose(node, node.n_tokens, node.start, KvTier.HOST)
         else:
-            self._event(KvEventKind.EVICTED, KvTier.HOST, node.start, node.end, node)
+            self.history.note(KvEventKind.EVICTED, KvTier.HOST, node.start, node.end, node)
 
     def leaves_disk(self, node: Node) -> None:
         """The disk tier gives up a node's KV to make room."""
         if node.host is None and not node.slots:
-            self._lose(node, node.n_tokens, node.start, KvTier.DISK)
-
-    def _lose(self, node: Node, n_tokens: int, start: int, tier: KvTier) -> None:
-        self._lost += n_tokens
-        self._core.note_evicted(n_tokens)
-        self._ghosts.add(node.namespace, node.tokens(), time.monotonic_ns(), self._request, self._needed_by)
-        self._event(KvEventKind.EVICTED, tier, start, node.end, node, gone=True)
-
-    def explain(
-        self,
-        namespace: bytes,
-        key: bytes,
-        reuse: int,
-        match: Match,
-        text: Callable[[Sequence[int]], str],
-        *,
-        is_shared: bool = False,
-    ) -> str | None:
-        """Why the KV of a prompt's tokens from ``reuse`` on had to be computed (see kv/index/miss_reasons.py)."""
-        ghost = self._ghosts.find(namespace, key, reuse)
-        return miss_reason(namespace, key, reuse, match, ghost, time.monotonic_ns(), text, is_shared=is_shared)
+            self.history.lose(node, node.n_tokens, node.start, KvTier.DISK)
 
     # -- looking after it ---------------------------------------------------------------------------------------
 
     def forget(self, slot: int) -> int:
         """Free a retained slot and save nothing, because somebody asked for it. Returns the cells freed."""
-        self._begin(None)
-        freed = self._core.evict(slot, 0)
+        self.history.begin(None)
+        freed = self.core.evict(slot, 0)
         self.released(slot)
         return freed
 
@@ -451,14 +434,14 @@ class KvCache(KvFinder):
         """Forget everything that no running sequence needs. Returns the cells freed."""
         freed = 0
         for slot, runs in enumerate(running):
-            if not runs and self._core.retained(slot)[0]:
+            if not runs and self.core.retained(slot)[0]:
                 freed += self.forget(slot)
         self.drop_host()
         return freed
 
     def forget_all(self) -> None:
         """Give up everything that no running sequence holds, on every tier but the disk: it is of other weights."""
-        self.drop([False] * self._core.n_slots)
+        self.drop([False] * self.core.n_slots)
 
     def note_mixed(self) -> None:
         """The KV there is was computed by other weights than those that use it from now on."""
@@ -467,84 +450,26 @@ class KvCache(KvFinder):
 
     def drop_host(self) -> int:
         """Empty host memory. Returns the bytes freed."""
-        before = self.tier.used
+        before = self.host.used
         self.drop_nodes([node for node in self.tree.nodes() if node.host is not None], {KvTier.HOST})
-        return before - self.tier.used
+        return before - self.host.used
 
     def drop_nodes(self, nodes: Sequence[Node], tiers: set[KvTier]) -> int:
         """Give up what these nodes, and all below them, have in the tiers. Returns the bytes freed on disk."""
         now, on_disk = time.monotonic_ns(), 0
-        self._begin(None)
+        self.history.begin(None)
         for node in sorted(nodes, key=lambda one: -one.start):
             path = node.tokens()
             held = node.is_stored
             if KvTier.HOST in tiers:
-                self.tier.drop(node, now)
+                self.host.drop(node, now)
             if KvTier.DISK in tiers and self.disk is not None:
-                on_disk += self.disk.drop(node)
+                on_disk += self.disk.drop(node, now)
             if held and not node.is_stored:
-                end = len(path) // 4
-                self._event(KvEventKind.DROPPED, KvTier.HOST, node.start, end, node, gone=not node.slots, path=path)
+                end = len(path) // TOKEN_BYTES
+                self.history.note(
+                    KvEventKind.DROPPED, KvTier.HOST, node.start, end, node, gone=not node.slots, path=path
+                )
             self.tree.prune(node)
         self.version += 1
         return on_disk
-
-    def audit(self) -> list[str]:
-        """Compare tree, slots and tier. Returns a list of differences, empty when all agree."""
-        if self._core.is_vacant:
-            return []  # nothing to compare with
-        found = self._core.audit()
-        held = self.tree.held()
-        for slot in range(self._core.n_slots):
-            n_past, _ = self._core.slot_fill(slot)
-            end = self.tree.end_of(slot)
-            if end is None:
-                if n_past and not self._core.shifted(slot):
-                    found.append(f"slot {slot} holds {n_past} tokens that the tree does not know")
-                continue
-            path = end.tokens()
-            if self._core.packed(slot)[: len(path)] != path[: 4 * n_past]:
-                found.append(f"slot {slot}: its tokens are not those of its path in the tree")
-            if self._core.retained(slot)[0] not in (0, held[slot]):
-                found.append(f"slot {slot} retains {n_past} tokens, the tree says {held[slot]}")
-        used = 0
-        for node in self.tree.nodes():
-            used += node.n_bytes
-            above = node.parent
-            if node.host is not None and above is not None and above.parent is not None and above.host is None:
-                found.append(f"{node} is in host memory, but not what comes before it")
-            if isinstance(node.host, Rows) and sum(map(len, node.host.chunks)) != node.host.n_bytes:
-                found.append(f"{node}: its rows have a wrong size")
-        if used != self.tier.used:
-            found.append(f"host memory: {used} bytes in the tree, {self.tier.used} accounted for")
-        return found
-
-    def _event(
-        self,
-        kind: KvEventKind,
-        tier: KvTier,
-        start: int,
-        end: int,
-        node: Node,
-        *,
-        source: KvTier | None = None,
-        slot: int | None = None,
-        gone: bool = False,
-        path: bytes | None = None,
-    ) -> None:
-        self.events.append(
-            KvEvent(
-                self.events.next_seq(),
-                time.monotonic_ns(),
-                kind,
-                tier,
-                start,
-                end,
-                node.namespace,
-                (node.tokens() if path is None else path)[: 4 * end],
-                self._request,
-                source,
-                slot,
-                gone,
-            )
-        )

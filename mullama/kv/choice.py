@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ESTIMATES = 64  # queued requests, in order of arrival, whose prompts are looked up in the KV cache before their turn
-LEAST_GAIN = 32  # tokens: it is not worth waiting for another request's prefix for less
+MIN_GAIN = 32  # tokens: it is not worth waiting for another request's prefix for less
 LOSS_WEIGHT = 0.25  # a cached token that is lost without a tier to save it to, in tokens to compute
 
 
@@ -107,15 +108,28 @@ def tail_weight(costs: KvCosts, token_bytes: int, *, has_host: bool) -> float:
     return min(token_bytes * costs.save_byte / costs.prefill_token, LOSS_WEIGHT) if has_host else LOSS_WEIGHT
 
 
-def foreseen(n_stored: int, slots: Iterable[tuple[int, int, int, int]], limit: int) -> tuple[int, int, int]:
-    """Tokens that a prompt could reuse now, and (tokens, slot) that it could once a running prompt got there.
+class SlotFill(NamedTuple):
+    """A slot whose tokens begin like a prompt."""
 
-    ``n_stored`` tokens are in the tiers. ``slots``: (slot, tokens shared with the prompt, tokens in its cells, tokens
-    known of what it holds). At most ``limit``; (0, -1) where there is nothing worth waiting for.
-    """
+    slot: int
+    shared: int  # tokens of the prompt
+    n_past: int  # tokens in its cells
+    n_tokens: int  # tokens known of what it holds
+
+
+class Foreseen(NamedTuple):
+    """Tokens that a prompt could reuse now, and those that it could once the running prompt of ``slot`` got there."""
+
+    now: int
+    later: int = 0
+    slot: int = -1  # -1: there is nothing worth waiting for
+
+
+def foreseen(n_stored: int, fills: Iterable[SlotFill], limit: int) -> Foreseen:
+    """What a prompt could reuse of its first ``limit`` tokens, of which ``n_stored`` are in the tiers."""
     now, later, whose = n_stored, 0, -1
-    for slot, shared, n_past, n_tokens in slots:
+    for slot, shared, n_past, n_tokens in fills:
         now = max(now, min(shared, n_past, limit))
         if n_past < n_tokens - 1 and shared > later:  # it is in its prompt
             later, whose = shared, slot
-    return (now, later, whose) if later >= now + LEAST_GAIN else (now, 0, -1)
+    return Foreseen(now, later, whose) if later >= now + MIN_GAIN else Foreseen(now)

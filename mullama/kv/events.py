@@ -43,7 +43,7 @@ class KvEvent:
     gone: bool = False  # no tier holds [start, end) any more
 
 
-MOST_BYTES = 8 << 20  # of the events' tokens
+MAX_BYTES = 8 << 20  # of the events' tokens
 
 
 class KvEventLog:
@@ -70,7 +70,7 @@ class KvEventLog:
                 self._bytes -= len(self._events.popleft().tokens)
             self._events.append(event)
             self._bytes += len(event.tokens)
-            while self._bytes > MOST_BYTES and len(self._events) > 1:
+            while self._bytes > MAX_BYTES and len(self._events) > 1:
                 self._bytes -= len(self._events.popleft().tokens)
             self._seq = event.seq
             wakers = tuple(self._wakers)

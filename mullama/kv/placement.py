@@ -7,8 +7,10 @@ running, and what it displaces moves to where there is room.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from mullama.kv.choice import Choice, KvSource
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,6 +48,34 @@ def place(slots: Sequence[SlotView], match_slot: int, match_tokens: int) -> Plac
         return Placement(target, 0, exchange=(target, empty[0]))
     victim = min(idle, key=lambda i: (slots[i].last_used, i))
     return Placement(target, 0, evict=victim, exchange=None if victim == target else (target, victim))
+
+
+def place_unified(slots: Sequence[SlotView], match_slot: int, match_tokens: int) -> Placement | None:
+    """``place`` where all slots are in one buffer: any slot is as good as any other, and nothing needs to move."""
+    idle = [i for i, slot in enumerate(slots) if not slot.running]
+    if not idle:
+        return None
+    if match_slot in idle:
+        return Placement(match_slot, match_tokens)
+    target = min(idle, key=lambda i: (slots[i].tokens > 0, slots[i].last_used, i))
+    return Placement(target, 0, evict=target if slots[target].tokens else None)
+
+
+def place_choice(
+    choice: Choice,
+    slots: list[SlotView],
+    place: Callable[[Sequence[SlotView], int, int], Placement | None] = place,
+) -> tuple[Choice, Placement | None]:
+    """Where a request goes that takes its KV by ``choice``, and by which way then. Changes ``slots``."""
+    if choice.source is KvSource.IN_PLACE:
+        return choice, place(slots, choice.slot, choice.n_slot)
+    where = place(slots, -1, 0)
+    if choice.source is KvSource.COPY and where is not None and not slots[choice.slot].running:
+        if where.evict == choice.slot:  # it is its turn to go: no other one has to, then
+            return replace(choice, source=KvSource.IN_PLACE), place(slots, choice.slot, choice.n_slot)
+        slots[choice.slot] = SlotView(running=True)  # what is copied must not make room for the copy
+        where = place(slots, -1, 0)
+    return choice, where
 
 
 def holes(running: Sequence[bool]) -> list[tuple[int, int]]:

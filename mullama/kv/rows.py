@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from mullama.errors import InvalidRequest, ModelBusy
 from mullama.kv.events import KvTier
 from mullama.kv.index.payload import Rows
-from mullama.kv.index.tree import Node, pack
+from mullama.kv.index.tree import pack, unpack
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from mullama._core import Cells
     from mullama.kv.cache import KvCache
+    from mullama.kv.native import Cells
 
     Bytes = npt.NDArray[np.uint8]
 
@@ -32,11 +32,11 @@ _ROPE_IN_SOME = {
 
 def export(kv: KvCache, slot: int) -> dict[str, Any]:
     """Keys and values of a slot (see KvAccess.export)."""
-    n_past, _ = kv.cells.core.slot_fill(slot)
+    n_past, _ = kv.core.slot_fill(slot)
     if n_past == 0 or not kv.cells.has_rows:
         return _described(kv, [], None)
     rows = _array(kv.cells.save(slot, 0, n_past), n_past, kv.cells.token_bytes)
-    return _described(kv, list(kv.cells.core.slot_info(slot)[3][:n_past]), rows)
+    return _described(kv, unpack(kv.core.packed(slot)), rows)
 
 
 def read(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, Any]:
@@ -55,9 +55,9 @@ def write(
             "KV can be written for models with full attention in every layer; this one keeps a window or a state"
         )
     n = len(tokens)
-    if not 1 <= n <= cells.core.n_ctx:
-        raise InvalidRequest(f"a prefix has 1 to {cells.core.n_ctx} tokens, not {n}", param="tokens")
-    vocabulary = cells.core.model.n_vocab
+    if not 1 <= n <= kv.core.n_ctx:
+        raise InvalidRequest(f"a prefix has 1 to {kv.core.n_ctx} tokens, not {n}", param="tokens")
+    vocabulary = kv.core.model.n_vocab
     if any(type(token) is not int or not 0 <= token < vocabulary for token in tokens):
         raise InvalidRequest(f"tokens must be whole numbers from 0 to {vocabulary - 1}", param="tokens")
     parts = _parts(cells, layers, n)
@@ -67,7 +67,7 @@ def write(
     _forget_like(kv, running, namespace, tokens)
     if all(running):
         raise ModelBusy("every slot has a running request; write when one has ended")
-    slot, _ = kv.clear_slot(running, None, namespace)
+    slot = kv.allocate_empty(namespace, running, None).slot
     if not cells.extend(slot, list(tokens), [rows.tobytes()]):
         raise ModelBusy("llama.cpp has no cells for these tokens now")
     kv.resumed(slot, namespace, pack(tokens), mixed=True)
@@ -77,7 +77,7 @@ def write(
 def _described(kv: KvCache, tokens: list[int], rows: Bytes | None) -> dict[str, Any]:
     import numpy as np
 
-    model = kv.cells.core.model
+    model = kv.core.model
     facts, meta = model.facts(), model.metadata()
     arch = facts["architecture"]
     n_heads = _number(meta, f"{arch}.attention.head_count")
@@ -135,7 +135,7 @@ def _array(chunks: Sequence[bytes], n_tokens: int, token_bytes: int) -> Bytes:
 def _cached(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> Bytes | None:
     """The rows of as much of a prefix as a slot or host memory holds; None: of nothing."""
     cells, match = kv.cells, kv.tree.match(namespace, pack(tokens))
-    held = {slot: min(shared, cells.core.slot_fill(slot)[0]) for slot, shared in match.slots.items()}
+    held = {slot: min(shared, kv.core.slot_fill(slot)[0]) for slot, shared in match.slots.items()}
     slot = max(held, key=lambda one: (held[one], -one), default=-1)
     if not cells.has_rows or max(held.get(slot, 0), match.n_host) == 0:
         return None
@@ -220,7 +220,7 @@ def _forget_like(kv: KvCache, running: Sequence[bool], namespace: bytes, tokens:
     match = kv.tree.match(namespace, pack(tokens))
     if not match.nodes:
         return
-    scope = set(_below(match.nodes[0]))
+    scope = set(match.nodes[0].subtree())
     if any(runs and kv.tree.end_of(slot) in scope for slot, runs in enumerate(running)):
         raise ModelBusy(
             "a running request begins with the same token; give what is written a cache_salt of its own, or wait"
@@ -229,7 +229,3 @@ def _forget_like(kv: KvCache, running: Sequence[bool], namespace: bytes, tokens:
         if not runs and kv.tree.end_of(slot) in scope:
             kv.forget(slot)
     kv.drop_nodes([node for node in scope if node.parent is not None], {KvTier.HOST, KvTier.DISK})
-
-
-def _below(node: Node) -> list[Node]:
-    return [node, *(one for child in node.children.values() for one in _below(child))]

@@ -125,8 +125,8 @@ class Scheduler(Protocol):
         """The policy's parameters and their values."""
 
 
-MOST_REPEAT = (1 << 31) - 1
-MOST_NS = (1 << 63) - 1
+MAX_REPEAT = (1 << 31) - 1
+MAX_NS = (1 << 63) - 1
 
 
 def own_plan(plan: object) -> Plan:
@@ -165,7 +165,7 @@ def wanting(n: int) -> str:
 
 def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> None:
     """Raise PluginError, saying what is wrong, unless the engine can carry out ``plan``, of a user an ``own_plan``."""
-    for name, value, most in (("repeat", plan.repeat, MOST_REPEAT), ("until_ns", plan.until_ns, MOST_NS)):
+    for name, value, most in (("repeat", plan.repeat, MAX_REPEAT), ("until_ns", plan.until_ns, MAX_NS)):
         if type(value) is not int or not 0 <= value <= most:
             raise PluginError(f"the plan's {name} is {shown(repr, value)}; it must be a whole number from 0 to {most}")
     admitted = 0

@@ -20,9 +20,9 @@ from mullama.types import Preempt, SeqState
 WAITING, PREFILL, DECODE, PREEMPTED = SeqState.WAITING, SeqState.PREFILL, SeqState.DECODE, SeqState.PREEMPTED
 AUTO = Preempt.AUTO
 
-#: Steps that all running sequences must have cells for before another is admitted: the next one, and those that the
-#: budget keeps for them. Without them a sequence that lost its cells would come back at once and push out the next one.
-GROWTH = 1 + HEADROOM
+#: Steps that all running sequences must have cells for before another is admitted, this one and those that the KV
+#: budget asks for: without them a sequence that lost its cells would come back at once and push out the next one.
+MAX_GROWTH = HEADROOM + 1
 
 PREFILL_BUDGET = Param("prefill_budget", 512, "most prompt tokens a step", minimum=1)
 MAX_RUNNING = Param("max_running", 0, "most sequences that run at once; 0: as many as there are slots", minimum=0)
@@ -163,7 +163,7 @@ class Batching(Policy):
 class _Door:
     """Slots and KV cells of one step, and who may be made to give up theirs."""
 
-    __slots__ = ("is_empty", "plan", "policy", "room", "running", "slots", "state", "victims")
+    __slots__ = ("free_cells", "is_empty", "plan", "policy", "running", "slots", "state", "victims")
 
     def __init__(self, policy: Batching, plan: Plan, running: list[SeqView], slots: int, state: EngineState) -> None:
         self.policy = policy
@@ -172,9 +172,9 @@ class _Door:
         self.slots = slots
         self.state = state
         self.is_empty = not running
-        self.room = state.free_cells
+        self.free_cells = state.free_cells
         for seq in running:
-            self.room -= _growth(seq)
+            self.free_cells -= _growth(seq)
         self.victims: list[SeqView] | None = None
 
     def admit(self, seq: SeqView) -> bool:
@@ -182,12 +182,12 @@ class _Door:
         need = seq.cells + _growth(seq)
         taken: list[SeqView] = []
         # Whoever has the machine alone is let in: if it does not fit then, it never will.
-        if self.slots < 1 or (need > self.room and not self.is_empty):
+        if self.slots < 1 or (need > self.free_cells and not self.is_empty):
             taken = self._preempt_for(seq, need)
             if not taken:
                 return False
         self.slots -= 1
-        self.room -= need
+        self.free_cells -= need
         self.is_empty = False
         self.policy.admitted(seq, taken)
         return True
@@ -199,28 +199,28 @@ class _Door:
             return []
         if self.victims is None:
             self.victims = policy.victims(self.running, self.state)
-        slots, room, victims = self.slots, self.room, self.victims
+        slots, free, victims = self.slots, self.free_cells, self.victims
         places: list[int] = []
         for place in range(len(victims) - 1, -1, -1):
-            if slots > 0 and need <= room:
+            if slots > 0 and need <= free:
                 break
             victim = victims[place]
             if policy.yields(victim, seq):
                 places.append(place)
                 slots += 1
-                room += victim.cells + _growth(victim)
-        if slots < 1 or need > room:
+                free += victim.cells + _growth(victim)
+        if slots < 1 or need > free:
             return []
         taken = [victims.pop(place) for place in places]
         tokens = self.plan.tokens
         for victim in taken:
             tokens.pop(victim.id, None)
             self.plan.preempt[victim.id] = policy._how if victim.preempt is AUTO else victim.preempt
-        self.slots, self.room = slots, room
+        self.slots, self.free_cells = slots, free
         return taken
 
 
 def _growth(seq: SeqView) -> int:
     """Cells that a sequence needs within the next steps."""
     left = seq.max_tokens - seq.generated
-    return seq.prefill_left + (left if left < GROWTH else GROWTH)
+    return seq.prefill_left + (left if left < MAX_GROWTH else MAX_GROWTH)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING, Self
 
-from mullama.kv.choice import Choice, KvCosts, KvSource, SlotOffer, choose, foreseen, tail_weight
+from mullama.kv.choice import Choice, Foreseen, KvCosts, KvSource, SlotFill, SlotOffer, choose, foreseen, tail_weight
 from mullama.kv.eviction.lru import Lru
 from mullama.kv.index.tree import TOKEN_BYTES, Match, Node, PrefixTree
-from mullama.kv.placement import Placement, SlotView, holes, place
-from mullama.kv.tiers.host_tier import GRAIN, LEAST_STORED, HostTier
+from mullama.kv.placement import Placement, SlotView, holes, place, place_choice
+from mullama.kv.tiers.host_tier import GRAIN, MIN_STORED, HostTier
 from mullama.workload.base import TraceRequest
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Cache:
 
     def __init__(self, config: SimConfig, costs: CostModel, counters: Counters) -> None:
         self.tree = PrefixTree()
-        self.tier = HostTier(self.tree, config.host_tokens, Lru(), on_evict=self._leaves_host)
+        self.host = HostTier(self.tree, config.host_tokens, Lru(), on_evict=self._leaves_host)
         self.version = 0  # changes with every change of the tree
         self.running: list[SimSequence | None] = [None] * config.n_slots
         self._retained = [0] * config.n_slots  # tokens of the prefix that a slot retains
@@ -97,10 +97,10 @@ class Cache:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    def expected(self, key: bytes, limit: int) -> tuple[int, int, int]:
-        """Tokens that a prompt could reuse now, and (tokens, slot) that it could once a running prompt got there."""
+    def expected(self, key: bytes, limit: int) -> Foreseen:
+        """What a prompt could reuse of its first ``limit`` tokens, now and a little later."""
         match = self.tree.match(b"", key[: TOKEN_BYTES * limit])
-        fills = ((slot, shared, *self._fill_of(slot)) for slot, shared in match.slots.items())
+        fills = (SlotFill(slot, shared, *self._fill_of(slot)) for slot, shared in match.slots.items())
         return foreseen(min(match.n_host, limit), fills, limit)
 
     def _fill_of(self, slot: int) -> tuple[int, int]:
@@ -120,7 +120,7 @@ class Cache:
             costs=self._choice,
             token_bytes=1,
             can_extend=True,
-            tail_weight=tail_weight(self._choice, 1, has_host=self.tier.budget > 0),
+            tail_weight=tail_weight(self._choice, 1, has_host=self.host.budget > 0),
         )
 
     def _offers(self, match: Match, limit: int) -> list[SlotOffer]:
@@ -139,27 +139,15 @@ class Cache:
 
     # -- into a slot ----------------------------------------------------------------------------------------------
 
-    def seat(self, key: bytes, limit: int, now: int) -> tuple[int, int, int]:
+    def allocate(self, key: bytes, limit: int, now: int) -> tuple[int, int, int]:
         """Make a slot ready for a prompt: (slot, tokens of it that are there, ns)."""
         match = self.tree.match(b"", key[: TOKEN_BYTES * limit])
-        choice = self._choose(match, limit)
-        views = self._views()
-        where: Placement | None = None
-        if choice.source is not KvSource.IN_PLACE:
-            where = place(views, -1, 0)
-        if choice.source is KvSource.COPY and where is not None and not views[choice.slot].running:
-            if where.evict == choice.slot:  # it is its turn to go: no other one has to, then
-                choice = Choice(KvSource.IN_PLACE, choice.n_tokens, choice.slot, choice.n_slot, choice.cost_ns)
-            else:
-                views[choice.slot] = SlotView(running=True)  # what is copied must not make room for the copy
-                where = place(views, -1, 0)
-        if choice.source is KvSource.IN_PLACE:
-            where = place(views, choice.slot, choice.n_slot)
+        choice, where = place_choice(self._choose(match, limit), self._views())
         slot, ns = self._take(where, now)
         reuse, more = self._fill(slot, choice, now)
         return slot, reuse, ns + more
 
-    def clear_slot(self, now: int) -> tuple[int, int]:
+    def allocate_empty(self, now: int) -> tuple[int, int]:
         """An empty slot for a sequence that brings its own KV: (slot, ns)."""
         slot, ns = self._take(place(self._views(), -1, 0), now)
         return slot, ns + (self.vacate(slot, now)[1] if self._retained[slot] else 0)
@@ -207,7 +195,7 @@ class Cache:
         node = self.tree.hold(slot, b"", key, now)
         self.version += 1
         if served:
-            self.tier.touch([one for one in node.path() if one.start < served], now)
+            self.host.touch([one for one in node.path() if one.start < served], now)
 
     # -- out of a slot --------------------------------------------------------------------------------------------
 
@@ -244,7 +232,7 @@ class Cache:
     def _store(self, slot: int, now: int) -> int:
         """Copy what a slot holds, and host memory does not, there. Returns ns."""
         end, n_past = self.tree.end_of(slot), self._retained[slot]
-        if end is None or self.tier.budget <= 0 or n_past < LEAST_STORED:
+        if end is None or self.host.budget <= 0 or n_past < MIN_STORED:
             return 0
         saved, todo = 0, end.path()[::-1]
         while todo:
@@ -255,11 +243,11 @@ class Cache:
                 node = self.tree.split(node, n_past - node.start)
             if node.host is not None:
                 continue
-            most = self.tier.room_below(node.parent) // GRAIN * GRAIN
+            most = self.host.budget_below(node.parent) // GRAIN * GRAIN
             if 0 < most < node.n_tokens:
                 todo.append(node)  # what is left of it
                 node = self.tree.split(node, most)
-            if not self.tier.put(node, Counted(node.n_tokens), now):
+            if not self.host.put(node, Counted(node.n_tokens), now):
                 break
             saved += node.n_tokens
         self.version += 1
@@ -273,9 +261,9 @@ class Cache:
             if n > 0 and node.slots == {slot} and node.host is None:
                 self._counters.evicted_tokens += n
 
-    def _leaves_host(self, node: Node, n_tokens: int) -> None:
+    def _leaves_host(self, node: Node) -> None:
         if not node.slots:
-            self._counters.evicted_tokens += n_tokens
+            self._counters.evicted_tokens += node.n_tokens
 
     # -- places ---------------------------------------------------------------------------------------------------
 
@@ -290,8 +278,8 @@ class Cache:
 
     def waits_for(self, key: bytes, limit: int, tokens: dict[int, int]) -> bool:
         """Whether a running request, which gets ``tokens``, computes the prefix that this prompt needs."""
-        _, later, slot = self.expected(key, limit)
-        seq = self.running[slot] if later > 0 else None
+        expected = self.expected(key, limit)
+        seq = self.running[expected.slot] if expected.later > 0 else None
         return seq is not None and seq.view.id in tokens
 
     def holes(self) -> list[tuple[int, int]]:

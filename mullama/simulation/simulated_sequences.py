@@ -94,9 +94,9 @@ class Sequences:
         is_new = view.state is SeqState.WAITING
         state, served = SeqState.PREFILL, 0
         if seq.saved or (is_new and seq.found is not None):
-            slot, ns = cache.clear_slot(now)
+            slot, ns = cache.allocate_empty(now)
         else:
-            slot, served, ns = cache.seat(self._known(seq), seq.n_tokens - 1, now)
+            slot, served, ns = cache.allocate(self._known(seq), seq.n_tokens - 1, now)
         reuse = served
         if seq.saved:
             ns += round(view.cells * self._costs.restore_token_ns)

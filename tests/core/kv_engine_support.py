@@ -164,7 +164,7 @@ def holders(engine: Engine) -> dict[int, str]:
 def fix_costs(engine: Engine, **costs: float) -> None:
     """Ways are chosen by these costs from now on, whatever the machine does; what is not named is as by default."""
     fixed = KvCosts(**costs)
-    engine._kv.costs = lambda: fixed  # type: ignore[method-assign]
+    engine._kv.finder.costs = lambda: fixed  # type: ignore[method-assign]
 
 
 class Faulty:

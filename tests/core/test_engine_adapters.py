@@ -23,7 +23,7 @@ from mullama.errors import (
     ConfigError,
     InvalidRequest,
 )
-from mullama.kv import report as kvview
+from mullama.kv import control as kvcontrol
 from mullama.kv.index.namespaces import adapters_key
 from mullama.kv.index.tree import namespace_of, pack
 from mullama.types import LoraUse, Preempt, Request
@@ -148,8 +148,8 @@ def test_kv_on_disk_is_found_by_the_same_adapter_only(
 
     def save() -> dict[str, int]:
         tokens = list(long.encode())
-        disk_tier.hand_over(lambda: kvview.save(engine._kv, disk_tier, namespace, tokens))
-        return kvview.saved(engine._kv, disk_tier, namespace, tokens, 0)
+        disk_tier.hand_over(lambda: kvcontrol.save(engine._kv, disk_tier, namespace, tokens))
+        return kvcontrol.saved(engine._kv, disk_tier, namespace, tokens, 0)
 
     assert engine.call(save).result()["bytes"] > 0
     engine.close()

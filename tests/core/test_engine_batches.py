@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from core_support import greedy
-from mullama.kv.control import KvAccess
 
 from mullama.api import Engine
 from mullama.errors import ContextLengthExceeded, InvalidRequest, QueueFull
+from mullama.kv.control import KvAccess
 from mullama.types import FinishReason, Request, SamplingParams
 
 PROMPTS = [f"PROMPT NUMBER {i} " * (1 + i % 3) for i in range(23)]

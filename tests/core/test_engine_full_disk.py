@@ -119,7 +119,7 @@ def test_an_unexpected_error_in_the_writer_is_one_too(open_disk: Make) -> None:
 def test_more_than_the_writer_takes_at_once_is_saved_all_the_same(
     open_disk: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kvdisk, "MOST_PENDING", 1)  # one stretch at a time
+    monkeypatch.setattr(kvdisk, "MAX_PENDING", 1)  # one stretch at a time
     engine = open_disk()
     with full_disk():  # four stretches that the disk does not have
         for length in (40, 70, 100, 130):
@@ -184,7 +184,7 @@ def test_more_than_the_writer_takes_at_once_sleeps_on_disk(open_disk: Make, monk
             one(engine, tokens(k, 100))
     settle(engine)
     before = disk_view(engine)["not_written"]
-    monkeypatch.setattr(kvdisk, "MOST_PENDING", 1)
+    monkeypatch.setattr(kvdisk, "MAX_PENDING", 1)
     assert engine.weights.sleep("disk").tokens >= 600
     engine.weights.wake()
     assert disk_view(engine)["not_written"] == before

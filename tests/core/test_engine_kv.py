@@ -36,7 +36,7 @@ from mullama import abi
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
 from mullama.kv.events import KvEventKind, KvTier
-from mullama.kv.tiers.host_tier import LEAST_STORED
+from mullama.kv.tiers.host_tier import MIN_STORED
 
 Make = Callable[..., Engine]
 Tiny = Callable[..., Path]
@@ -93,7 +93,7 @@ def test_answers_are_those_of_a_cold_engine(
         if host < 1 << 30:
             assert evicted > 0
         else:
-            assert evicted < len(answers) * LEAST_STORED, "only what is too short for host memory"
+            assert evicted < len(answers) * MIN_STORED, "only what is too short for host memory"
             assert hits > len(answers) / (3 if arch in ("llama", "gemma3") else 10)
 
 
@@ -284,7 +284,7 @@ def test_a_window_is_not_cut_where_it_would_be_wrong(make_engine: Make, tiny_mod
 
 def in_host_memory(engine: Engine) -> int:
     """Bytes; a look wakes the engine, which falls asleep again."""
-    return engine.call(lambda: engine._kv.tier.used).result()
+    return engine.call(lambda: engine._kv.host.used).result()
 
 
 def until(condition: Callable[[], bool]) -> None:

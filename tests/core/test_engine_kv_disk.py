@@ -404,12 +404,12 @@ def test_saving_while_the_weights_change_says_when_to_come_back(
     assert len(refused) < len(answers)
     assert all(isinstance(error, ModelBusy) and error.retry_after == 1 for error in refused), refused
     with engine._changes.held():
-        away, engine._kv.disk = engine._kv.disk, None
+        away, engine._kv.tiers.disk = engine._kv.disk, None
         for action in (engine.kv.asave, engine.kv.aload):
             with pytest.raises(ModelBusy, match="handed to other weights in this moment") as caught:
                 asyncio.run(action(prompt))
             assert caught.value.retry_after == 1
-        engine._kv.disk = away
+        engine._kv.tiers.disk = away
     assert asyncio.run(engine.kv.asave(prompt))["tokens"] >= 0
 
 

@@ -203,6 +203,16 @@ def calm(server: ServerProcess) -> dict[Asked, str]:
     return texts
 
 
+def test_overload_and_starvation_are_told_apart() -> None:
+    seen = Seen()
+    began = time.monotonic() - 10.0
+    seen.ended = [(began - 5.0, began - 1.0, 0), (began - 5.0, began + 1.0, 0)]
+    assert seen.why(began, 1) == "overload: 1 that came before were answered meanwhile, and none that came later"
+    seen.note("whole", began + 2.0, -1)
+    seen.note("whole", began + 3.0, 2)
+    assert seen.why(began, 1) == "starvation: 2 that came later were answered, 1 of them of no better priority"
+
+
 def test_chaos(start: Callable[..., ServerProcess], smollm2: Path, tmp_path: Path) -> None:
     files = [str(shutil.copy(smollm2, tmp_path / name)) for name in ("twin-a.gguf", "twin-b.gguf")]
     style, other = (str(adapters.build(tmp_path / f"{n}.gguf", smollm2, seed=n)) for n in (1, 2))

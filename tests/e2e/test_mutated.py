@@ -52,20 +52,31 @@ def test_every_route_is_among_the_valid_requests() -> None:
 
 def state_of(client: httpx.Client) -> dict[str, Any]:
     """What an operator may set, as the server shows it."""
-    models = client.get("/internal/models").json()
-    scheduler = client.get("/internal/scheduler").json()
-    (row,) = models["models"]
-    adapters = client.get(f"/internal/models/{NAME}/adapters").json()["adapters"]
-    arbiter = client.get("/internal/arbiter").json()
+
+    def shown(path: str) -> Any:
+        answer = client.get(path)
+        assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text}"
+        return answer.json()
+
+    (row,) = shown("/internal/models")["models"]
+    scheduler = shown("/internal/scheduler")
+    arbiter = shown("/internal/arbiter")
     shares = {name: (one["weight"], one["priority"]) for name, one in arbiter["models"].items()}
     return {
         "model": {name: row[name] for name in ("name", "state", "pinned", "keep_alive_s", "weights", "error")},
         "scheduler": {name: scheduler[name] for name in ("policy", "params", "fallback")},
         "shadow": scheduler["shadow"] and scheduler["shadow"]["policy"],
-        "kv_policy": client.get("/internal/kv/policy").json(),
+        "kv_policy": shown("/internal/kv/policy"),
         "arbiter": (arbiter["policy"], shares),
-        "adapters": adapters,
+        "adapters": shown(f"/internal/models/{NAME}/adapters")["adapters"],
     }
+
+
+def keep(client: httpx.Client) -> None:
+    """The model stays: a request that was taken may have set a ``keep_alive`` of no time at all."""
+    for action, body in (("pin", {"keep_alive": -1}), ("load", {})):
+        answer = client.post(f"/internal/models/{NAME}/{action}", json=body)
+        assert answer.status_code == 200, answer.text
 
 
 def send(client: httpx.Client, one: Mutant) -> tuple[int, bytes]:
@@ -114,7 +125,12 @@ def test_mutated_requests(start: Callable[..., ServerProcess], tmp_path: Path) -
             answered[status] += 1
             check(one, status, body)
             if one.method not in ("GET", "HEAD", "OPTIONS"):
-                now = state_of(client)
+                if status < 400:
+                    keep(client)
+                try:
+                    now = state_of(client)
+                except AssertionError as error:
+                    raise AssertionError(f"{error} after {status} {body[:300]!r}\n{one}") from None
                 assert status < 400 or now == state, f"refused with {status}, and changed something\n{one}"
                 state = now
     print(f"{COUNT} requests: {dict(sorted(answered.items()))}")

@@ -11,10 +11,11 @@ from pathlib import Path
 from mullama.cli.store.show import _jsonable, _summary
 from mullama.errors import MullamaError
 from mullama.models.files import gguf
-from mullama.models.files.estimate import CELL_TYPES, check_fits, estimate, fit, token_bytes
+from mullama.models.files.estimate import check_fits, estimate, fit, token_bytes
 from mullama.models.files.lora_file import compare
 from mullama.models.files.matrices import matrices
 from mullama.models.files.shape import check_sense
+from mullama.types import CELL_TYPES
 
 from .gguf_files import KEYS, change_file
 

@@ -60,6 +60,11 @@ def put_path(
     return stored
 
 
+def held(tree: PrefixTree) -> dict[int, int]:
+    """Tokens on the path of every slot that holds some."""
+    return {slot: node.end for slot, node in tree._ends.items()}
+
+
 def check_tree(tree: PrefixTree) -> None:
     """The laws of the tree and of what its nodes hold."""
     seen: set[int] = set()
@@ -85,11 +90,11 @@ def check_tree(tree: PrefixTree) -> None:
         if node.checkpoint is not None:
             assert isinstance(node.checkpoint, FakeCheckpoint)
             assert node.checkpoint.path == node.tokens()
-    for slot, n_tokens in tree.held().items():
+    for slot, n_tokens in held(tree).items():
         end = tree.end_of(slot)
         assert end is not None and end.end == n_tokens
         assert {node.id for node in nodes if slot in node.slots} == {node.id for node in end.path()}
-    assert set().union(*(node.slots for node in nodes)) == set(tree.held())
+    assert set().union(*(node.slots for node in nodes)) == set(held(tree))
     assert all(root.children for root in tree._roots.values()), "a namespace without a path"
 
 

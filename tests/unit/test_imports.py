@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+PACKAGE = Path(__file__).parents[2] / "mullama"
+
 PURE = [
     "mullama",
     "mullama.abi",
@@ -24,8 +26,10 @@ PURE = [
     "mullama.compare.runner",
     "mullama.compare.plots",
     "mullama.compare.recording",
-    "mullama.kv",
-    "mullama.kv.placement",
+    *sorted(
+        f"mullama.{file.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}"
+        for file in (PACKAGE / "kv").rglob("*.py")
+    ),
     "mullama.engine",
     "mullama.engine.client",
     "mullama.engine.requests.lifecycle",

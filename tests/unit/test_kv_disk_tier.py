@@ -49,7 +49,7 @@ class Disk:
         """A prompt of its own, and what the writer has to say about it."""
         node = self.tree.insert(b"", pack([first] + [7] * (TOKENS - 1)), first)
         node.used_ns = first
-        self.tier.keep(node, Rows([bytes(6 * TOKENS)], TOKENS, 6))
+        assert self.tier.put(node, Rows([bytes(6 * TOKENS)], TOKENS, 6), first)
         self.posted.get(timeout=30)()
 
     def held(self) -> set[int]:

@@ -24,16 +24,7 @@ from mullama.kv.eviction.cost import Cost
 from mullama.kv.eviction.guarded import GuardedPolicy
 from mullama.kv.eviction.lru import Lru
 from mullama.kv.eviction.policy import Entry, EvictionPolicy
-from mullama.kv.eviction.registry import (
-    BUILTINS,
-    KV_POLICIES,
-    create,
-    describe,
-    describe_all,
-    is_builtin,
-    names,
-    names_code,
-)
+from mullama.kv.eviction.registry import BUILTINS, GROUP, KV_POLICIES, create, names_code
 from mullama.kv.eviction.turns import Turns
 from mullama.kv.index.tree import PrefixTree, pack
 from mullama.kv.tiers.host_tier import HostTier
@@ -307,16 +298,16 @@ def test_a_tier_works_under_every_policy(name: str, requests: list[list[tuple[in
 
 
 def test_every_builtin_is_made_by_its_name() -> None:
-    assert list(BUILTINS) == ["lru", "lfu", "fifo", "cost", "turns"] == names()
+    assert list(BUILTINS) == ["lru", "lfu", "fifo", "cost", "turns"] == GROUP.names()
     for name in BUILTINS:
         policy = create(name)
         assert isinstance(policy, Policy) and policy.name == name
         assert dict(policy.params()) == {param.name: param.default for param in policy.PARAMS}
-        assert is_builtin(name) and not names_code(name)
+        assert GROUP.is_builtin(name) and not names_code(name)
 
 
 def test_every_builtin_says_what_it_does_and_where_it_comes_from() -> None:
-    found = describe_all()
+    found = GROUP.describe_all()
     assert [policy["name"] for policy in found] == list(BUILTINS)
     for policy in found:
         assert policy["builtin"] and policy["summary"].endswith(".") and policy["source"]
@@ -340,7 +331,7 @@ def test_an_unknown_name_gets_the_valid_ones(spec: str) -> None:
     ) as error:
         create(spec)
     assert (error.value.status, error.value.param) == (400, "kv_policy")
-    assert not is_builtin(spec)
+    assert not GROUP.is_builtin(spec)
 
 
 # -- a user's -------------------------------------------------------------------------------------------------------
@@ -373,8 +364,8 @@ def test_a_class_with_score_alone(mine: Path) -> None:
     assert (policy.name, policy.params()) == ("Longest", {"least": 50})
     policy.evicted(Stretch(), 1.0)
     assert policy.score(Stretch(n_tokens=7), 1) == -50
-    assert not is_builtin("./mine.py:Longest") and names_code("./mine.py:Longest")
-    assert describe("./mine.py:Longest")["summary"] == "Long stretches go first."
+    assert not GROUP.is_builtin("./mine.py:Longest") and names_code("./mine.py:Longest")
+    assert GROUP.describe("./mine.py:Longest")["summary"] == "Long stretches go first."
     tree = PrefixTree()
     tier = HostTier(tree, 1000, policy, can_cut=False)
     for first, n_tokens in ((0, 30), (100, 60), (200, 40)):
@@ -463,11 +454,11 @@ def test_an_installed_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(KV_POLICIES, "_loaded", {})
-    assert names() == [*BUILTINS, "broken", "longest"]
+    assert GROUP.names() == [*BUILTINS, "broken", "longest"]
     assert create("longest", {"least": 9}).params() == {"least": 9}
-    assert not is_builtin("longest")
+    assert not GROUP.is_builtin("longest")
     assert isinstance(create("lru"), Lru)
-    assert "Nobody" in describe_all()[-2]["error"]
+    assert "Nobody" in GROUP.describe_all()[-2]["error"]
 
 
 # -- a broken one ---------------------------------------------------------------------------------------------------
@@ -642,13 +633,13 @@ def test_the_page_names_every_policy_and_its_source() -> None:
     text = " ".join(PAGE.read_text(encoding="utf-8").split())
     for name in BUILTINS:
         assert f"### {name} " in text
-        authors = re.findall(r"([A-Z][a-z]+)(?: et al\.,|, [A-Z]| and )", describe(name)["source"])
+        authors = re.findall(r"([A-Z][a-z]+)(?: et al\.,|, [A-Z]| and )", GROUP.describe(name)["source"])
         assert authors, name
         assert [author for author in authors if author not in text] == [], name
 
 
 def test_the_page_has_the_parameters_of_the_code() -> None:
-    assert [name for name in BUILTINS if describe(name)["params"]] == ["cost", "turns"]
+    assert [name for name in BUILTINS if GROUP.describe(name)["params"]] == ["cost", "turns"]
     for policy in (Cost, Turns):
         rows = [[f"`{param.name}`", shown(param), param.range, param.help] for param in policy.PARAMS]
         assert table(PAGE, policy.name) == rows

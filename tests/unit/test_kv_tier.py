@@ -46,14 +46,14 @@ class TierMachine(RuleBasedStateMachine):
         self.now = 1
         self.tier = HostTier(self.tree, 2000, create("lru"), can_cut=self.can_cut, on_evict=self.on_evict)
 
-    def on_evict(self, node: Node, n_tokens: int) -> None:
+    def on_evict(self, node: Node) -> None:
         """The next to go is the first of those that may, by the policy's order."""
-        assert node.host is not None and n_tokens == node.n_tokens
+        assert node.host is not None
         may = [leaf for leaf in leaves(self.tree) if leaf.id not in self.safe and leaf.pinned_until_ns <= self.now]
         assert node in may
         order = ORDERS[self.name]
         assert order(node) == min(order(leaf) for leaf in may)
-        self.gone += n_tokens
+        self.gone += node.n_tokens
 
     @rule(parts=parts_st, token_bytes=st.sampled_from([3, 10, 50]))
     def store(self, parts: list[tuple[int, int]], token_bytes: int) -> None:
@@ -96,14 +96,14 @@ class TierMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.tree.n_nodes)
     @rule(data=st.data(), n_bytes=st.integers(0, 2500), is_pinned=st.booleans())
-    def make_room(self, data: st.DataObject, n_bytes: int, is_pinned: bool) -> None:
+    def ensure_free(self, data: st.DataObject, n_bytes: int, is_pinned: bool) -> None:
         nodes = list(self.tree.nodes())
         keep = data.draw(st.one_of(st.none(), st.sampled_from(nodes)))
         kept = {one for one in (keep.path() if keep is not None else []) if one.host is not None}
         pinned = [one for one in nodes if one.host is not None and one.pinned_until_ns > self.now]
         kept.update(one for node in pinned for one in node.path())
         self.safe = {one.id for one in (keep.path() if keep is not None else [])}
-        fits = self.tier.make_room(n_bytes, self.now, keep)
+        fits = self.tier.ensure_free(n_bytes, self.now, keep)
         self.safe = set()
         assert all(one.host is not None for one in kept), "what had to stay is gone"
         assert fits == (self.tier.used + n_bytes <= self.tier.budget)
@@ -130,13 +130,10 @@ class TierMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop(self, data: st.DataObject) -> None:
         node = data.draw(st.sampled_from(list(self.tree.nodes())))
-        below = [node]
-        for one in below:
-            below.extend(one.children.values())
-        held = sum(one.n_tokens for one in below if one.host is not None)
+        below = node.subtree()
         used = sum(one.n_bytes for one in below)
         before = self.tier.used
-        assert self.tier.drop(node, self.now) == held
+        assert self.tier.drop(node, self.now) == used
         assert self.tier.used == before - used
         assert all(one.host is None and one.checkpoint is None for one in below)
 
@@ -157,12 +154,11 @@ class TierMachine(RuleBasedStateMachine):
         if pinned and budget < self.tier.budget:
             return
         self.tier.budget = budget
-        assert self.tier.make_room(0, self.now)
+        assert self.tier.ensure_free(0, self.now)
 
     @invariant()
     def the_laws_hold(self) -> None:
         check_tier(self.tree, self.tier)
-        assert self.tier.evicted_tokens == self.gone
         assert set(self.tier._valid) == set(leaves(self.tree)), "a leaf that cannot go, or no leaf that can"
         self.now += 1
 
@@ -171,7 +167,7 @@ class TierMachine(RuleBasedStateMachine):
         self.now += 10  # no pin holds any more
         for slot in (0, 1):
             self.tree.release(slot)
-        assert self.tier.make_room(self.tier.budget, self.now)
+        assert self.tier.ensure_free(self.tier.budget, self.now)
         assert self.tier.used == 0 and self.tree.n_nodes == 0
         assert not self.tier._valid
 
@@ -204,22 +200,23 @@ def in_host(tree: PrefixTree) -> list[list[int]]:
 @given(n_tokens=st.integers(1, 400), wanted=st.integers(1, 4000), token_bytes=st.integers(1, 50))
 def test_a_leaf_is_cut_at_the_grain(n_tokens: int, wanted: int, token_bytes: int) -> None:
     """No more goes than must, to the next multiple of GRAIN."""
-    tree, tier = tier_of(n_tokens * token_bytes)
+    gone: list[int] = []
+    tree, tier = tier_of(n_tokens * token_bytes, on_evict=lambda node: gone.append(node.n_tokens))
     assert put_path(tree, tier, list(range(n_tokens)), 1, token_bytes=token_bytes) == n_tokens
-    fits = tier.make_room(wanted, 2)
+    fits = tier.ensure_free(wanted, 2)
     assert fits == (wanted <= tier.budget)
     kept = sum(node.n_tokens for node in tree.nodes())
     most = (tier.budget - wanted) // token_bytes  # that could stay
     assert kept == (max(most // GRAIN, 0) * GRAIN if fits else n_tokens)
-    assert tier.evicted_tokens == n_tokens - kept
+    assert sum(gone) == n_tokens - kept
     check_tier(tree, tier)
 
 
 def test_without_cutting_the_whole_leaf_goes() -> None:
     tree, tier = tier_of(1000, can_cut=False)
     put_path(tree, tier, list(range(100)), 1)
-    assert tier.make_room(1, 2)
-    assert tier.used == 0 and tree.n_nodes == 0 and tier.evicted_tokens == 100
+    assert tier.ensure_free(1, 2)
+    assert tier.used == 0 and tree.n_nodes == 0
 
 
 def test_a_leaf_with_a_checkpoint_goes_as_a_whole() -> None:
@@ -228,7 +225,7 @@ def test_a_leaf_with_a_checkpoint_goes_as_a_whole() -> None:
     (node,) = tree.nodes()
     assert tier.put_checkpoint(node, FakeCheckpoint(node.tokens(), 200), 2)
     assert tier.used == 1200
-    assert tier.make_room(1, 3)
+    assert tier.ensure_free(1, 3)
     assert tier.used == 0 and tree.n_nodes == 0
 
 
@@ -238,9 +235,9 @@ def test_a_branch_goes_before_what_it_hangs_on() -> None:
     put_path(tree, tier, [*range(50), *range(100, 140)], 2)
     put_path(tree, tier, [*range(50), *range(200, 240)], 3)
     assert tier.used == 1300
-    assert tier.make_room(10_000 - 900, 4)  # the older branch; the trunk is older still, but carries the other
+    assert tier.ensure_free(10_000 - 900, 4)  # the older branch; the trunk is older still, but carries the other
     assert in_host(tree) == [[*range(50), *range(200, 240)]]
-    assert tier.make_room(10_000 - 500, 5)
+    assert tier.ensure_free(10_000 - 500, 5)
     assert in_host(tree) == [list(range(50))]
     check_tier(tree, tier)
 
@@ -255,13 +252,13 @@ def test_what_serves_prompts_stays() -> None:
 
 
 def test_a_prompt_that_never_fits_costs_the_others_nothing() -> None:
-    tree, tier = tier_of(1000)
+    gone: list[Node] = []
+    tree, tier = tier_of(1000, on_evict=gone.append)
     put_path(tree, tier, list(range(60)), 1)
     assert put_path(tree, tier, list(range(1000, 1101)), 2) == 0
-    assert tier.evicted_tokens == 0
     # Its beginning is there; the rest does not fit beside it.
     assert put_path(tree, tier, list(range(101)), 3) == 60
-    assert tier.evicted_tokens == 0 and in_host(tree) == [list(range(60))]
+    assert gone == [] and in_host(tree) == [list(range(60))]
     assert tree.n_nodes == 1
 
 
@@ -301,7 +298,7 @@ def test_checkpoints_are_counted() -> None:
     assert tier.used == 100
     assert not tier.put_checkpoint(node, FakeCheckpoint(node.tokens(), 71), 3)
     assert tier.used == 100
-    assert tier.drop(node, 4) == 3
+    assert tier.drop(node, 4) == 100
     assert tier.used == 0 and tree.n_nodes == 0
 
 
@@ -311,10 +308,10 @@ def test_a_pin_holds_for_a_while() -> None:
         put_path(tree, tier, [100 * i + j for j in range(30)], i)
     (first,) = [leaf for leaf in leaves(tree) if leaf.key[:4] == pack([0])]
     first.pinned_until_ns = 10
-    assert tier.make_room(300, 9)
+    assert tier.ensure_free(300, 9)
     assert in_host(tree) == [list(range(30))]
-    assert not tier.make_room(301, 9)
-    assert tier.make_room(600, 10)
+    assert not tier.ensure_free(301, 9)
+    assert tier.ensure_free(600, 10)
     assert tree.n_nodes == 0
 
 
@@ -323,7 +320,7 @@ def test_what_a_slot_holds_may_leave_host_memory() -> None:
     tree, tier = tier_of(900)
     put_path(tree, tier, list(range(90)), 1)
     end = tree.hold(0, b"", pack([*range(90), 7]), 2)
-    assert tier.make_room(100, 3)
+    assert tier.ensure_free(100, 3)
     assert tree.match(b"", pack(range(90))).n_host == 64
     assert tree.match(b"", pack(range(90))).slots == {0: 90}
     tree.release(0)
@@ -337,11 +334,11 @@ def test_a_drop_goes_down_not_up() -> None:
     for tail in ([1], [2], [2, 3], [2, 4]):
         put_path(tree, tier, [*range(10, 20), *tail], 1)
     (node,) = [node for node in tree.nodes() if node.key == pack([2])]
-    assert tier.drop(node, 2) == 3
+    assert tier.drop(node, 2) == 30
     assert in_host(tree) == [[*range(10, 20), 1]]
     (trunk,) = [node for node in tree.nodes() if node.start == 0]
-    assert tier.drop(trunk, 3) == 11
-    assert tree.n_nodes == 0 and tier.used == 0 and tier.evicted_tokens == 0
+    assert tier.drop(trunk, 3) == 110
+    assert tree.n_nodes == 0 and tier.used == 0
 
 
 def test_a_long_conversation_can_be_dropped() -> None:
@@ -351,7 +348,7 @@ def test_a_long_conversation_can_be_dropped() -> None:
         put_path(tree, tier, list(range(n)), n)
     assert tree.n_nodes == 1500
     (first,) = [node for node in tree.nodes() if node.start == 0]
-    assert tier.drop(first, 2000) == 1500
+    assert tier.drop(first, 2000) == 15_000
     assert tree.n_nodes == 0 and tier.used == 0
 
 
@@ -384,16 +381,16 @@ def test_when_a_policy_is_asked() -> None:
     assert spy.asked == [(0, 1), (40, 2)]  # both when they were stored
     tier.touch(tree.match(b"", pack(range(60))).nodes, 3)
     assert spy.asked[2:] == [(40, 3)]  # only the leaf can go
-    assert tier.make_room(10_000 - 400, 4)
+    assert tier.ensure_free(10_000 - 400, 4)
     assert spy.went == [(40, 3.0)]
     assert spy.asked[3:] == [(0, 4)]  # now the trunk can
     (trunk,) = tree.nodes()
     trunk.pinned_until_ns = 100
     for now in (5, 6, 7):
-        assert not tier.make_room(10_000, now)
+        assert not tier.ensure_free(10_000, now)
     assert spy.asked[4:] == []  # nothing happened to it: the score stays
     trunk.pinned_until_ns = 0
-    assert tier.make_room(10_000, 8)
+    assert tier.ensure_free(10_000, 8)
     assert spy.went[1:] == [(0, 3.0)]
 
 
@@ -417,7 +414,7 @@ def test_another_policy_takes_over_at_once() -> None:
     tier.touch(tree.match(b"", pack(range(30))).nodes, 5)
     tier.set_policy(create("fifo"), 6)
     assert tier.used == 900
-    assert tier.make_room(300, 7)
+    assert tier.ensure_free(300, 7)
     assert [path[0] for path in in_host(tree)] == [1000, 2000]  # lru would have kept it
 
 
@@ -450,7 +447,7 @@ def test_a_broken_policy_leaves_no_scores_behind(caplog: pytest.LogCaptureFixtur
     policy.is_broken = True
     put_path(tree, tier, [3000 + j for j in range(30)], 3)
     assert len(caplog.records) == 1
-    assert tier.make_room(600, 4)
+    assert tier.ensure_free(600, 4)
     assert [path[0] for path in in_host(tree)] == [2000, 3000]  # the oldest went, as lru would have it
     check_tier(tree, tier)
 

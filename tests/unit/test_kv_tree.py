@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from kv_support import FakeCheckpoint, FakeRows, check_tree
+from kv_support import FakeCheckpoint, FakeRows, check_tree, held
 
 from mullama.kv.index.tree import PrefixTree, common, pack, unpack
 
@@ -152,7 +152,7 @@ class TreeModel(RuleBasedStateMachine):
     def the_laws_hold(self) -> None:
         self.now += 1
         check_tree(self.tree)
-        assert self.tree.held() == {slot: len(path[1]) for slot, path in self.slots.items()}
+        assert held(self.tree) == {slot: len(path[1]) for slot, path in self.slots.items()}
         for slot, (space, tokens) in self.slots.items():
             end = self.tree.end_of(slot)
             assert end is not None and end.namespace == space and unpack(end.tokens()) == list(tokens)
@@ -173,7 +173,7 @@ class TreeModel(RuleBasedStateMachine):
             self.tree.prune(node)
         assert self.tree.n_nodes == 0
         assert list(self.tree.nodes()) == []
-        assert self.tree._roots == {} and self.tree.held() == {}
+        assert self.tree._roots == {} and held(self.tree) == {}
 
 
 TestTree = TreeModel.TestCase

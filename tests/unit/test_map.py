@@ -28,7 +28,6 @@ KNOWN_CIRCLES = {
     "mullama.simulation.simulated_sequences",
 }
 KNOWN_CUT = {
-    "mullama.kv.find:KvFinder",
     "mullama.serving.idle:IdleMethods",
     "mullama.serving.making_room:RoomMethods",
 }

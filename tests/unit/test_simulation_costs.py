@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from simulation_support import MS, FakeCore, costs
 
 from mullama.errors import ConfigError
+from mullama.kv.index.tree import PrefixTree
 from mullama.simulation import CostModel, Grid, read_costs, write_costs
 from mullama.simulation.cost_model.costs import padded
 from mullama.simulation.cost_model.fitting import fit, line, positive_line
@@ -170,6 +171,20 @@ def test_a_known_machine_is_recovered(n_slots: int, n_ctx: int) -> None:
     assert model.output_ns == pytest.approx(machine.OUTPUT, rel=0.05)
     assert model.admit_ns == pytest.approx(machine.ADMIT)
     assert (model.save_token_ns, model.restore_token_ns) == (machine.SAVE, machine.RESTORE)
+
+
+def test_putting_a_request_into_a_slot_has_the_lookup_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up and entered as an engine's KV cache does it, so that its time counts."""
+    core = FakeCore(2, 512)
+    for name, ns in (("match", 5000), ("hold", 700)):
+        real = getattr(PrefixTree, name)
+
+        def slow(*args: Any, real: Any = real, ns: int = ns) -> Any:
+            core.now += ns
+            return real(*args)
+
+        monkeypatch.setattr(PrefixTree, name, slow)
+    assert calibrated(core).admit_ns == pytest.approx(machine.ADMIT + 5700)
 
 
 def test_a_memory_that_cannot_be_cut() -> None:

@@ -11,33 +11,10 @@ from mullama.engine.memory.sizing import (
     DEFAULT_PARALLEL,
     fit_gpu_layers,
     fit_sizes,
-    kv_bytes_per_token,
 )
 from mullama.errors import ModelLoadError
 
-SMOLLM2 = {
-    "general.architecture": "llama",
-    "llama.block_count": "30",
-    "llama.attention.head_count": "9",
-    "llama.attention.head_count_kv": "3",
-    "llama.embedding_length": "576",
-}
 GB = 1 << 30
-
-
-def test_kv_bytes_of_a_token() -> None:
-    assert kv_bytes_per_token(SMOLLM2) == 30 * 3 * (64 + 64) * 2
-
-
-def test_explicit_head_sizes_win() -> None:
-    meta = {**SMOLLM2, "llama.attention.key_length": "128", "llama.attention.value_length": "32"}
-    assert kv_bytes_per_token(meta) == 30 * 3 * (128 + 32) * 2
-
-
-def test_metadata_that_is_missing_or_odd_gives_an_upper_bound() -> None:
-    assert kv_bytes_per_token({}) > 0
-    by_layer = {**SMOLLM2, "llama.attention.head_count_kv": "[0, 3, 0]"}
-    assert kv_bytes_per_token(by_layer) == 30 * 9 * (64 + 64) * 2
 
 
 def test_defaults_with_plenty_of_memory() -> None:

@@ -9,6 +9,7 @@ cimport cython
 from mullama._core.llama cimport *
 from mullama._core.model.model cimport Model
 from mullama.errors import InvalidRequest, ModelLoadError
+from mullama.types import CELL_TYPES
 
 
 @cython.no_gc_clear  # the context must be freed before the model that it points into
@@ -195,10 +196,9 @@ cdef ggml_type cell_type(name, param) except *:
     """A type of KV cells by ggml's name. Raises ModelLoadError with the valid ones."""
     cdef int i
     cdef const char * found
-    names = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-    if name in names:
+    if name in CELL_TYPES:
         for i in range(<int> GGML_TYPE_COUNT):
             found = ggml_type_name(<ggml_type> i)
             if found is not NULL and found.decode() == name:
                 return <ggml_type> i
-    raise ModelLoadError(f"{param} must be one of {', '.join(names)}, not '{name}'", param=param)
+    raise ModelLoadError(f"{param} must be one of {', '.join(CELL_TYPES)}, not '{name}'", param=param)

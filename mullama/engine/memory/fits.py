@@ -89,6 +89,14 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = 
     return sizes
 
 
+def token_bytes_of(path: str | Path, config: ServeConfig) -> int:
+    """KV that one more token of context takes in each slot; 0 where it is free, or nobody can say."""
+    try:
+        return token_bytes(header_of(path), config.kv_type_k, config.kv_type_v)
+    except ModelLoadError:
+        return 0
+
+
 def _less_shared(needs: Estimate, path: str | Path, config: ServeConfig) -> Estimate:
     """Without the weights, where they are loaded already."""
     return replace(needs, weights_mapped=0, weights_copied=0) if sharing.is_loaded(path, config) else needs

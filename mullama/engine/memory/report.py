@@ -73,7 +73,7 @@ def _at_boundary(parts: EngineParts) -> tuple[dict[str, Any], list[Buffer]]:
         "output": {"allocated_bytes": output, "resident_bytes": output},
         "tables_bytes": parts.tables_bytes,
         "adapters": [_adapter(one) for one in parts.loras.all() if one.native.is_on],
-        "host_tier_bytes": kv.tier.used,
+        "host_tier_bytes": kv.host.used,
         "disk_tier_bytes": kv.disk.store.bytes_used if kv.disk is not None else None,
         "parked_sequences": sum(seq.parked is not None for seq in parts.seqs.live.values()),
         "parked_bytes": core.parked_bytes(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mullama.errors import MemoryTooSmall, ModelLoadError
@@ -11,39 +10,6 @@ from mullama.machine import memory
 DEFAULT_CTX = 4096
 DEFAULT_PARALLEL = 8
 KV_SHARE = 0.5  # of the free memory, at most
-
-
-#: Bytes of a block of 32 values, by ggml's types.
-BLOCK_BYTES = {
-    "f32": 128,
-    "f16": 64,
-    "bf16": 64,
-    "q8_0": 34,
-    "q5_1": 24,
-    "q5_0": 22,
-    "q4_1": 20,
-    "q4_0": 18,
-    "iq4_nl": 18,
-}
-
-
-def kv_bytes_per_token(meta: Mapping[str, str], type_k: str = "f16", type_v: str = "f16") -> int:
-    """Bytes of keys and values a token, from GGUF metadata; an upper bound where heads differ by layer."""
-    arch = meta.get("general.architecture", "")
-
-    def number(key: str, default: int = 0) -> int:
-        try:
-            return int(meta.get(f"{arch}.{key}", default))
-        except ValueError:
-            return default
-
-    layers = number("block_count", 1)
-    heads = number("attention.head_count", 1)
-    heads_kv = number("attention.head_count_kv", heads) or heads
-    width = number("embedding_length", 1) // max(heads, 1)
-    key = number("attention.key_length", width) or width
-    value = number("attention.value_length", width) or width
-    return layers * heads_kv * (key * BLOCK_BYTES[type_k] + value * BLOCK_BYTES[type_v]) // 32
 
 
 def default_swap_bytes() -> int:

@@ -35,7 +35,7 @@ class PlanningControl:
     @property
     def host_tokens(self) -> int:
         """Tokens of prefixes that fit into host memory (``--kv-host-bytes``)."""
-        return self._parts.kv.tier.budget // max(self._parts.token_bytes, 1)
+        return self._parts.kv.host.budget // max(self._parts.token_bytes, 1)
 
     def snapshot(self) -> dict[str, Any]:
         """GET /internal/scheduler. Any thread: it does not wait."""

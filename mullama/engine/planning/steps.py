@@ -61,7 +61,7 @@ class Steps:
         self._estimated = known
         queued = (seq for seq in seqs.live.values() if seq.view.state is SeqState.WAITING)
         for seq in itertools.islice(queued, ESTIMATES):
-            now, later, _ = kv.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+            now, later, _ = kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
             seq.view.expect(max(now, later))
 
     def fit(self, plan: Plan) -> Fitted:
@@ -88,7 +88,7 @@ class Steps:
         parts, seq = self._parts, self._parts.seqs.live[handle]
         if seq.parked is not None:
             return False
-        _, later, slot = parts.kv.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+        _, later, slot = parts.kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
         # Only while it gets on: a policy that leaves it out must not leave two requests waiting.
         return later > 0 and parts.seqs.slots[slot] in plan.tokens
 

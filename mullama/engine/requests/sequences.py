@@ -16,8 +16,9 @@ from mullama.engine.requests import lifecycle
 from mullama.engine.requests.reader import Reader
 from mullama.errors import ComputeFailed, InvalidRequest, MullamaError
 from mullama.kv.cache import KvCache
-from mullama.kv.index.tree import pack
+from mullama.kv.index.tree import TOKEN_BYTES, pack
 from mullama.kv.placement import holes, n_ranges, neighbours
+from mullama.kv.report import Owner
 from mullama.scheduling import SeqView
 from mullama.types import Finish, FinishReason, Preempt, Profile, Request, SeqState
 
@@ -140,16 +141,17 @@ class Sequences:
         sampling = request.sampling
         if sampling.max_tokens != seq.view.max_tokens:  # PERF: a replace() takes longer than all the rest of this
             sampling = replace(sampling, max_tokens=seq.view.max_tokens)
-        slot, reuse, source, lost, match = kv.seat(seq.namespace, seq.key, n - 1, self.running(), request.id)
+        place = kv.allocate(seq.namespace, seq.key, n - 1, self.running(), request.id)
+        slot = place.slot
         try:
             core.open(
                 slot,
                 seq.view.id,
                 request.prompt,
                 sampling,
-                reuse=reuse,
-                source=source.number,
-                evicted=lost,
+                reuse=place.reuse,
+                source=place.source.number,
+                evicted=place.lost,
                 arrival_ns=seq.view.arrival_ns,
                 priority=request.priority,
                 shift_keep=SINKS if request.context_shift else -1,
@@ -160,11 +162,11 @@ class Sequences:
             kv.closed(slot, seq.namespace, request.id)  # the slot was made ready: it retains the prefix
             raise
         reuse = core.slot_fill(slot)[0]
-        kv.opened(slot, seq.namespace, seq.key, reuse, source)
-        seq.borders = kv.borders(match, reuse, n)
+        kv.opened(slot, seq.namespace, seq.key, reuse, place.source)
+        seq.borders = kv.borders(place.match, reuse, n)
         self._reader.note_weights(seq.view.id, self.weights, 0)
         text, is_shared = core.model.detokenize, seq.request.shares_cache
-        reason = kv.explain(seq.namespace, seq.key, reuse, match, text, is_shared=is_shared)
+        reason = kv.history.explain(seq.namespace, seq.key, reuse, place.match, text, is_shared=is_shared)
         self._reader.explain(seq.view.id, reason)
         self._occupy(seq, slot, SeqState.PREFILL)
 
@@ -172,13 +174,13 @@ class Sequences:
         """PREEMPTED -> where it was, from host memory or by what is left of its prefix."""
         core, kv = self._core, self._kv
         tokens = pack(parked.tokens())
-        reuse = 0
         if parked.saved:
-            slot, lost = kv.clear_slot(self.running(), seq.request.id, seq.namespace)
+            place = kv.allocate_empty(seq.namespace, self.running(), seq.request.id)
         else:
-            limit = len(tokens) // 4 - 1
-            slot, reuse, _, lost, _ = kv.seat(seq.namespace, tokens, limit, self.running(), seq.request.id)
-        core.resume(slot, parked, reuse=reuse, evicted=lost)
+            limit = len(tokens) // TOKEN_BYTES - 1
+            place = kv.allocate(seq.namespace, tokens, limit, self.running(), seq.request.id)
+        slot = place.slot
+        core.resume(slot, parked, reuse=place.reuse, evicted=place.lost)
         seq.parked = None
         if not core.shifted(slot):
             kv.resumed(slot, seq.namespace, tokens, mixed=seq.mixed)
@@ -188,6 +190,11 @@ class Sequences:
     def running(self) -> list[bool]:
         """Which slots have a request."""
         return [handle != 0 for handle in self.slots]
+
+    def owners(self) -> list[Owner | None]:
+        """Whose each slot is."""
+        running = (self.live.get(handle) for handle in self.slots)
+        return [Owner(seq.view.id, seq.request.id, seq.request.tenant) if seq else None for seq in running]
 
     def _occupy(self, seq: LiveSequence, slot: int, state: SeqState) -> None:
         n_past, n_tokens = self._core.slot_fill(slot)

@@ -31,6 +31,7 @@ from mullama.engine.weights.change_with_gap import Gap, decide, needs_of, same_s
 from mullama.engine.weights.comparing import Compared, in_report, not_comparable, texts_of, try_to_compare
 from mullama.engine.weights.loras import Twins, close_twins
 from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, MullamaError, NeedsAnotherEngine, StoreError
+from mullama.observe.process_memory import give_back_heap
 from mullama.types import GapMode, KvMode, Room
 
 if TYPE_CHECKING:
@@ -246,10 +247,7 @@ class Weights:
         """Other weights take the steps from now on, on KV of those before or on none. Engine thread."""
         if with_kv:
             self.kv.note_mixed()
-        if self.kv.disk is not None:
-            self.kv.disk.detach()
-            self.left_disk, self.kv.disk = self.kv.disk, None
-        self.kv.version += 1
+        self.left_disk = self.kv.detach_disk() or self.left_disk
         on_commit(with_kv)
 
     def swap(
@@ -282,7 +280,10 @@ class Weights:
                         "kl: memory does not hold both weights, so they cannot be compared", param="kl"
                     )
                 return self._swap_with_gap(path, label, way, host, began)
-            return in_background(lambda: self._swap(path, label, kv, host, kl))
+            try:
+                return in_background(lambda: self._swap(path, label, kv, host, kl))
+            finally:
+                give_back_heap()  # of the weights that went: a vocabulary alone is tens of megabytes of small blocks
 
     def _swap(self, path: str | Path, label: str, kv: KvMode, host: Host, kl: bool) -> SwapReport:
         began = time.monotonic_ns()
@@ -402,6 +403,7 @@ class Weights:
             found = host.call(gap.run).result()
         finally:
             substitute.close()
+            give_back_heap()
         total_ms = (time.monotonic_ns() - began) / 1e6
         pause_ns, first_ns = self._first_step(found.moved + found.recomputed, began)
         self._reopen_disk(host.call)
@@ -458,7 +460,7 @@ class Weights:
             store = None
 
         def join() -> None:
-            self.kv.disk = None if store is None else loading.join_disk_store(store, self.kv, self._post)
+            self.kv.attach_disk(None if store is None else loading.join_disk_store(store, self.kv, self._post))
 
         call(join).result()
 

@@ -19,7 +19,7 @@ from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
 from mullama._core.kernels.products import weights_by_layout
 from mullama.config import ServeConfig
-from mullama.engine.memory import sizing
+from mullama.engine.memory import fits, sizing
 from mullama.engine.weights import sharing
 from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError
 from mullama.files import count_of
@@ -81,7 +81,7 @@ def _load(
         meta = vocab.metadata()
         n_layer = int(meta.get(f"{meta.get('general.architecture')}.block_count", 1))
         vocab.close()
-        kv = sizing.kv_bytes_per_token(meta) * (config.ctx_size or sizing.DEFAULT_CTX) * (config.parallel or 1)
+        kv = fits.token_bytes_of(path, config) * (config.ctx_size or sizing.DEFAULT_CTX) * (config.parallel or 1)
         gpu_layers = sizing.fit_gpu_layers(config.gpu_layers, n_layer, Path(path).stat().st_size, kv, with_gpu)
     try:
         split = [float(part) for part in config.tensor_split.split(",") if part.strip()]
@@ -170,7 +170,7 @@ def make_core(
             config.ctx_size,
             config.parallel,
             facts["n_ctx_train"],
-            sizing.kv_bytes_per_token(model.metadata(), config.kv_type_k, config.kv_type_v),
+            fits.token_bytes_of(model.path, config),
             memory.available_memory(),
         )
     if facts["n_ctx_train"] and sizes.n_ctx > facts["n_ctx_train"]:
@@ -219,7 +219,7 @@ def open_disk_tier(
 
 def join_disk_store(store: DiskStore, kv: KvCache, post: Callable[[Callable[[], None]], None]) -> DiskTier:
     """A tier of what a store holds. Engine thread, or before there is one."""
-    return DiskTier(store, kv.tree, lambda: kv.tier.policy, kv.cells.token_bytes, post, kv.leaves_disk)
+    return DiskTier(store, kv.tree, lambda: kv.host.policy, kv.cells.token_bytes, post, kv.leaves_disk)
 
 
 def open_disk_store(model: Model, core: Core, kv: KvCache, config: ServeConfig) -> DiskStore | None:

@@ -110,7 +110,7 @@ class Sleep:
     def _store_slots(self) -> None:
         """Engine thread."""
         self._check_idle()
-        if self._weights.kv.has_tiers:
+        if self._weights.kv.tiers.has_any:
             self._weights.kv.store_retained(self._weights.seqs.running())
 
     def _is_in_memory(self) -> bool:
@@ -122,7 +122,7 @@ class Sleep:
         kv = self._weights.kv
         for node in list(kv.tree.nodes()):
             if node.host is not None and kv.disk is not None:
-                kv.disk.keep(node)
+                kv.disk.put(node, node.host, time.monotonic_ns(), node.checkpoint)
 
     def _leave(
         self,
@@ -146,7 +146,7 @@ class Sleep:
             for slot in range(core.n_slots):
                 if core.retained(slot)[0]:
                     kv.forget(slot)
-        elif kv.has_tiers:
+        elif kv.tiers.has_any:
             kv.free_retained(running, only_stored=error is not None)  # the others wait outside the tiers
         path = Path(core.model.path)
         self._path, self._identity = str(path), identity_of(path)
@@ -162,7 +162,7 @@ class Sleep:
         tokens = sum(node.n_tokens for node in kv.tree.nodes() if node.is_stored or node.slots)
         disk_bytes = kv.disk.store.bytes_used if kv.disk is not None else 0
         return SleepReport(
-            level, tokens, kv.tier.used + self._vacancy.n_bytes, disk_bytes, (time.monotonic() - began) * 1e3
+            level, tokens, kv.host.used + self._vacancy.n_bytes, disk_bytes, (time.monotonic() - began) * 1e3
         )
 
     def wake(self, host: Host) -> float:

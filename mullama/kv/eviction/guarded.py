@@ -18,8 +18,8 @@ from mullama.plugins.groups import Published, publish, shown
 log = logging.getLogger("mullama.kv")
 
 SLOW_S = 0.05  # a call that takes longer holds everybody up
-MOST_SLOW = 3  # such calls in a row, and it goes
-MOST_S = 1.0  # or one such call
+MAX_SLOW = 3  # such calls in a row, and it goes
+MAX_S = 1.0  # or one such call
 
 
 class GuardedPolicy:
@@ -62,7 +62,7 @@ class GuardedPolicy:
         """False: it held everybody up, and lru is in charge now. A busy machine may stop any call for a while."""
         spent = time.monotonic() - began
         self._slow = self._slow + 1 if spent > SLOW_S else 0
-        if spent <= MOST_S and self._slow < MOST_SLOW:
+        if spent <= MAX_S and self._slow < MAX_SLOW:
             return True
         self._fall_back(f"{what}() took {spent:.3f} s, and everybody waits for it")
         return False

@@ -26,16 +26,16 @@ class Rows:
         """Copies one chunk at most."""
         left: list[bytes] = []
         right: list[bytes] = []
-        room = n_tokens * self.token_bytes
+        cut = n_tokens * self.token_bytes
         for chunk in self.chunks:
-            if len(chunk) <= room:
+            if len(chunk) <= cut:
                 left.append(chunk)
-            elif room > 0:
-                left.append(chunk[:room])
-                right.append(chunk[room:])
+            elif cut > 0:
+                left.append(chunk[:cut])
+                right.append(chunk[cut:])
             else:
                 right.append(chunk)
-            room = max(room - len(chunk), 0)
+            cut = max(cut - len(chunk), 0)
         return (
             Rows(left, n_tokens, self.token_bytes),
             Rows(right, self.n_tokens - n_tokens, self.token_bytes),
@@ -71,7 +71,7 @@ class Checkpoint:
 
 @dataclass(slots=True, frozen=True)
 class Ghost:
-    """A stretch that was cached once: when it went, and whose request needed the room, of which namespace."""
+    """A stretch that was cached once: when it went, and for whose request, of which namespace."""
 
     evicted_ns: int
     request: str | None

@@ -168,6 +168,13 @@ class Node:
         found.reverse()
         return found
 
+    def subtree(self) -> list[Node]:
+        """This node and all below it, parents first."""
+        found = [self]
+        for node in found:  # it grows meanwhile
+            found.extend(node.children.values())
+        return found
+
     def tokens(self) -> bytes:
         """All tokens from the start of the prompt to the end of this node."""
         return b"".join(node.key for node in self.path())
@@ -253,10 +260,6 @@ class PrefixTree:
     def end_of(self, slot: int) -> Node | None:
         """Last node of a slot's path; None: it holds nothing."""
         return self._ends.get(slot)
-
-    def held(self) -> dict[int, int]:
-        """Tokens on the path of every slot that holds some."""
-        return {slot: node.end for slot, node in self._ends.items()}
 
     def nodes(self) -> Iterator[Node]:
         """Every node, parents first."""

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from mullama.errors import StoreError
 from mullama.kv.eviction.policy import EvictionPolicy
 from mullama.kv.index.payload import Checkpoint, Rows
-from mullama.kv.index.tree import Node, Payload, PrefixTree
-from mullama.kv.tiers.disk_records import DiskRecord
+from mullama.kv.index.tree import TOKEN_BYTES, Node, Payload, PrefixTree
+from mullama.kv.tiers.disk_records import CHUNK_TOKENS, DiskRecord
 from mullama.kv.tiers.disk_store import DiskStore
 
 log = logging.getLogger("mullama.engine")
 
 RANKED = 64  # nodes that may go before the policy is asked about all of them again
-MOST_PENDING = 512 << 20  # bytes that wait for the disk; what comes then is not written
+MAX_PENDING = 512 << 20  # bytes that wait for the disk; what comes then is not written
 
 
 @dataclass(slots=True)
@@ -103,9 +103,19 @@ class DiskTier:
         self._ranked_by: EvictionPolicy | None = None
         for record in store.scan():
             self._attach(record)
-        self._make_room(0)  # the budget may be smaller than it was
+        self.ensure_free(0, time.monotonic_ns())  # the budget may be smaller than it was
+        self._is_detached = False  # from the tree
+        self._is_over = False  # the writer has ended: what comes is answered by who brings it
         self._thread = threading.Thread(target=self._run, name="mullama-kv-disk", daemon=True)
         self._thread.start()
+
+    @property
+    def budget(self) -> int:
+        return self.store.budget_bytes
+
+    @property
+    def used(self) -> int:
+        return self.store.bytes_used
 
     def lacks(self, node: Node, with_checkpoint: bool) -> bool:
         """Whether a node's KV, or the checkpoint at its end, is neither on disk nor on its way."""
@@ -118,30 +128,34 @@ class DiskTier:
         """Stretches that are not on disk though they should be."""
         return self.n_behind + self.n_too_large + self.n_failed
 
-    def keep(self, node: Node, rows: Payload | None = None, at_end: Payload | None = None) -> None:
-        """Write a node's KV, unless the disk has it or it is on its way: what is given, or what host memory holds."""
-        rows = node.host if rows is None else rows
-        at_end = node.checkpoint if at_end is None else at_end
-        if not isinstance(rows, Rows) or node.mixed or not self.lacks(node, at_end is not None):
-            return
+    def put(self, node: Node, payload: Payload | None, now_ns: int, at_end: Payload | None = None) -> bool:
+        """Hand a node's KV, with the checkpoint at its end, to the writer, unless the disk has it or it is on its way.
+
+        False: it will not be written.
+        """
+        if not isinstance(payload, Rows) or node.mixed:
+            return False
+        if not self.lacks(node, at_end is not None):
+            return True
         checkpoint = at_end.data if isinstance(at_end, Checkpoint) else None
         size = self.store.size_of(node.namespace, node.start, node.end, None if checkpoint is None else len(checkpoint))
-        if self._pending and self._pending_bytes + size > MOST_PENDING:
+        if self._pending and self._pending_bytes + size > MAX_PENDING:
             self.n_behind += 1
-            return
-        if not self._make_room(size, node):
+            return False
+        if not self.ensure_free(size, now_ns, node):
             self.n_too_large += 1
-            return
+            return False
         self._pending.add(node.id)
         self._pending_bytes += size
-        self._jobs.put(_Job(node, node.namespace, node.tokens(), node.start, list(rows.chunks), checkpoint))
+        self._jobs.put(_Job(node, node.namespace, node.tokens(), node.start, list(payload.chunks), checkpoint))
+        return True
 
     def error_since(self, n_failed: int) -> StoreError | None:
         """Why something was not written since ``n_failed`` was read."""
         return self.last_error if self.n_failed > n_failed else None
 
     def hand_over(self, work: Callable[[], object]) -> bool:
-        """Run what calls ``keep``. False: the writer has too much to do; run it again when all is ``written``."""
+        """Run what calls ``put``. False: the writer has too much to do; run it again when all is ``written``."""
         before = self.n_behind
         work()
         is_all, self.n_behind = self.n_behind == before, before
@@ -159,11 +173,11 @@ class DiskTier:
             log.warning("%s", error.message)
             self._forget(held.shared)
             return None
-        step = 64 * self._token_bytes
+        step = CHUNK_TOKENS * self._token_bytes
         chunks = [data[at : at + step] for at in range(0, len(data), step)] if step else []
         return Rows(chunks, node.n_tokens, self._token_bytes), checkpoint
 
-    def drop(self, node: Node) -> int:
+    def drop(self, node: Node, now_ns: int = 0) -> int:
         """Give up a node's KV on disk, or on its way there. Returns the bytes of a file that nobody needs any more."""
         self._pending.discard(node.id)
         held = node.disk
@@ -186,7 +200,7 @@ class DiskTier:
     def detach(self) -> None:
         """Leave the tree, which goes on without this tier; what is on its way is still written. ``close`` may follow
         on any thread."""
-        self._detached = True
+        self._is_detached = True
         for node in list(self._tree.nodes()):
             if isinstance(node.disk, DiskRows):
                 node.disk = None
@@ -210,14 +224,11 @@ class DiskTier:
         self._thread.join()
         self._is_over = True
         self._answer_waiting()
-        if not self._detached:
-            self._make_room(0)
+        if not self._is_detached:
+            self.ensure_free(0, time.monotonic_ns())
         self.store.close()
 
     # -- the writer thread --------------------------------------------------------------------------------------
-
-    _detached = False
-    _is_over = False  # the writer has ended: what comes is answered by who brings it
 
     def _run(self) -> None:
         while True:
@@ -270,11 +281,11 @@ class DiskTier:
                 self.last_error, self.is_failing = result, True
                 return
             record, self.is_failing = result, False
-            if self._detached:
+            if self._is_detached:
                 return
             if is_wanted:
                 self._attach(record)
-                self._make_room(0)  # others were on their way when room was made for it
+                self.ensure_free(0, time.monotonic_ns())  # others were on their way when it was fitted in
             else:
                 self._remove(record)
 
@@ -286,7 +297,7 @@ class DiskTier:
         """Every node on the record's path learns that the disk has it."""
         now = time.monotonic_ns()
         if record.start > 0:
-            self._tree.insert(record.namespace, record.tokens[: 4 * record.start], now)
+            self._tree.insert(record.namespace, record.tokens[: TOKEN_BYTES * record.start], now)
         end = self._tree.insert(record.namespace, record.tokens, now)
         shared = _Shared(record)
         if record.has_checkpoint and isinstance(end.disk, DiskRows) and not end.disk.has_checkpoint:
@@ -304,15 +315,17 @@ class DiskTier:
                 node.disk = None
                 self._tree.prune(node)
 
-    def _make_room(self, n_bytes: int, keep: Node | None = None) -> bool:
-        """Remove records, the policy's lowest first and what depends on a stretch before it; ``keep``'s path stays."""
-        if n_bytes > self.store.budget_bytes:
+    def ensure_free(self, n_bytes: int, now_ns: int, keep: Node | None = None) -> bool:
+        """Remove records until ``n_bytes`` more fit, the policy's lowest first; ``keep`` and what is above it stay.
+
+        False: they do not fit.
+        """
+        if n_bytes > self.budget:
             return False
-        now = time.monotonic_ns()
         safe = set(keep.path()) if keep is not None else set()
         is_fresh = False
         while self.store.over_budget(n_bytes) > 0:
-            node = self._next_to_go(now, safe)
+            node = self._next_to_go(now_ns, safe)
             if node is not None:
                 self._on_evict(node)
                 self.drop(node)
@@ -321,7 +334,7 @@ class DiskTier:
             elif is_fresh:
                 return False
             else:
-                self._rank(now, safe)
+                self._rank(now_ns, safe)
                 is_fresh = True
         return True
 

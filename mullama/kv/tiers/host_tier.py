@@ -1,7 +1,6 @@
 """Which KV stays in host memory: a budget, and an eviction policy that says who goes first. Sans-I/O.
 
-What can go is a leaf: a node of the tree in this tier below which nothing is in this tier, because KV is of use only
-with all that comes before it. A long leaf is cut, and its end goes first.
+What can go is a leaf (see ``Tier``). A long leaf is cut, and its end goes first.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from mullama.kv.eviction.policy import EvictionPolicy
 from mullama.kv.index.tree import Node, Payload, PrefixTree
 
 GRAIN = 32  # tokens; a leaf is cut at multiples of it
-LEAST_STORED = 16  # tokens: a shorter prefix is not worth a place in host memory
+MIN_STORED = 16  # tokens: a shorter prefix is not worth a place in host memory
 
 
 class HostTier:
@@ -28,22 +27,21 @@ class HostTier:
         policy: EvictionPolicy,
         *,
         can_cut: bool = True,
-        on_evict: Callable[[Node, int], None] | None = None,
+        on_evict: Callable[[Node], None] | None = None,
     ) -> None:
         self.budget = budget
         self.used = 0
-        self.evicted_tokens = 0
         self._tree = tree
         self._can_cut = can_cut
-        self._on_evict = on_evict  # (node, tokens) before they go
+        self._on_evict = on_evict  # told of a node before it goes
         self._heap: list[tuple[float, int, Node]] = []
         self._valid: dict[Node, int] = {}  # number of a leaf's entry in the heap
         self._numbers = itertools.count()
         self._stale = False  # whether the scores in the heap are another policy's
         self._install(policy)
 
-    def put(self, node: Node, payload: Payload, now_ns: int, checkpoint: Payload | None = None) -> bool:
-        """Keep a node's KV, making room. False: it does not fit, or what is above it is not here.
+    def put(self, node: Node, payload: Payload | None, now_ns: int, checkpoint: Payload | None = None) -> bool:
+        """Keep a node's KV. False: it does not fit, or what is above it is not here.
 
         The node's ancestors are safe meanwhile; the order of calls is from the root down.
         """
@@ -51,10 +49,10 @@ class HostTier:
         assert above is not None
         if node.host is not None:
             return checkpoint is None or self.put_checkpoint(node, checkpoint, now_ns)
-        if above.parent is not None and above.host is None:
+        if payload is None or (above.parent is not None and above.host is None):
             return False
         n_bytes = payload.n_bytes + (checkpoint.n_bytes if checkpoint is not None else 0)
-        if not self.make_room(n_bytes, now_ns, keep=above):
+        if not self.ensure_free(n_bytes, now_ns, keep=above):
             return False
         node.host = payload
         if checkpoint is not None:
@@ -65,11 +63,11 @@ class HostTier:
         return True
 
     def put_checkpoint(self, node: Node, checkpoint: Payload, now_ns: int) -> bool:
-        """Keep what cannot be cut beside a node's KV, instead of what was. False: no KV there, or no room."""
+        """Keep what cannot be cut beside a node's KV, instead of what was. False: no KV there, or it does not fit."""
         if node.host is None:
             return False
         before = node.checkpoint.n_bytes if node.checkpoint is not None else 0
-        if not self.make_room(max(checkpoint.n_bytes - before, 0), now_ns, keep=node):
+        if not self.ensure_free(max(checkpoint.n_bytes - before, 0), now_ns, keep=node):
             return False
         self._set_checkpoint(node, checkpoint)
         if node in self._valid:
@@ -91,7 +89,7 @@ class HostTier:
         for node in [node for node in nodes if node in valid]:
             self._push(node, now_ns)
 
-    def make_room(self, n_bytes: int, now_ns: int, keep: Node | None = None) -> bool:
+    def ensure_free(self, n_bytes: int, now_ns: int, keep: Node | None = None) -> bool:
         """Evict until ``n_bytes`` more fit. ``keep`` and what is above it stay, and so does what is pinned.
 
         False: they do not fit. Beside ``keep`` that is known at once, and nothing goes; beside what is pinned it is
@@ -118,22 +116,18 @@ class HostTier:
             heapq.heappush(self._heap, entry)  # with the score it had: nothing has happened to it
         return self.used + n_bytes <= self.budget
 
-    def room_below(self, above: Node | None) -> int:
+    def budget_below(self, above: Node | None) -> int:
         """Bytes that there would be for a node below ``above`` if all but what it hangs on had gone."""
         return max(self.budget - sum(node.n_bytes for node in (above.path() if above is not None else ())), 0)
 
     def drop(self, node: Node, now_ns: int) -> int:
-        """Give up a node's KV and that of all below it. Returns the tokens."""
-        above = node.parent
-        found = [node]
-        for one in found:  # it grows meanwhile: parents before children
-            found.extend(one.children.values())
-        dropped = 0
-        for one in reversed(found):
-            dropped += self._remove(one)
+        """Give up a node's KV and that of all below it. Returns the bytes that that freed."""
+        above, before = node.parent, self.used
+        for one in reversed(node.subtree()):
+            self._remove(one)
             self._tree.prune(one)
         self._leaf_again(above, now_ns)
-        return dropped
+        return before - self.used
 
     def set_policy(self, policy: EvictionPolicy, now_ns: int) -> None:
         """Another policy decides from now on; nothing moves."""
@@ -167,28 +161,21 @@ class HostTier:
             if kept > 0:
                 self._tree.split(node, kept)
         above = node.parent
-        self._evicted(node)
+        if self._on_evict is not None:
+            self._on_evict(node)
         self._remove(node)
         self._tree.prune(node)
         self._leaf_again(above, now_ns)
 
-    def _evicted(self, node: Node) -> None:
-        self.evicted_tokens += node.n_tokens
-        if self._on_evict is not None:
-            self._on_evict(node, node.n_tokens)
-
-    def _remove(self, node: Node) -> int:
-        """Let go of what a node has here. Returns the tokens of its KV."""
-        n_tokens = 0
+    def _remove(self, node: Node) -> None:
+        """Give up what a node has here."""
         if node.host is not None:
             self.used -= node.host.n_bytes
             node.host = None
-            n_tokens = node.n_tokens
         if node.checkpoint is not None:
             self.used -= node.checkpoint.n_bytes
             node.checkpoint = None
         self._valid.pop(node, None)
-        return n_tokens
 
     def _leaf_again(self, node: Node | None, now_ns: int) -> None:
         """Something below a node has gone: it may be the next."""

@@ -20,11 +20,7 @@ from mullama.machine.processor import processor
 from mullama.models.files import gguf
 from mullama.models.files.gguf import Header, Tensor
 from mullama.models.files.shape import Shape, shape_of
-
-#: Types that the cells of a KV cache may have, and bytes of a block of 32 values.
-CELL_TYPES = {
-    "f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18,
-}  # fmt: skip
+from mullama.types import CELL_TYPES
 
 _PLAIN_CELLS = ("f32", "f16", "bf16")
 

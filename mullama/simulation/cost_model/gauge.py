@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mullama.kv.index.tree import PrefixTree, pack
 from mullama.simulation.cost_model.costs import PAD
 from mullama.types import SamplingParams
 
@@ -137,6 +138,7 @@ class Gauge:
         self._tokens = [rng.randrange(n_vocab) for _ in range(core.n_ctx)]
         self._cells = [0] * core.n_slots  # tokens in the KV cache
         self._own = [0] * core.n_slots  # of these, leading ones that are of _tokens
+        self._tree = PrefixTree()  # the prompts of the slots
         self._handle = 0
         self._visit = 0
 
@@ -176,9 +178,12 @@ class Gauge:
 
     def _open(self, slot: int, n_tokens: int, reuse: int, params: SamplingParams = GREEDY) -> None:
         prompt = self._tokens[:n_tokens]
+        key = pack(prompt)
         self._handle += 1
         start = self._clock()
+        self._tree.match(b"", key)  # as an engine does: look it up, open it, enter it
         self._core.open(slot, self._handle, prompt, params, reuse=reuse)
+        self._tree.hold(slot, b"", key, start)
         self.measured.admit_ns.append(self._clock() - start)
         self._cells[slot], _ = self._core.slot_fill(slot)  # less where the model's memory cannot be cut
         self._own[slot] = n_tokens
