@@ -19,7 +19,7 @@ from typing import Any
 from mullama import Engine
 from mullama.config import ServeConfig
 from mullama.models.files.estimate import estimate
-from mullama.observe import process_memory as system
+from mullama.observe import process_memory
 
 PARALLEL = 4
 WORDS = 80
@@ -28,11 +28,11 @@ MIB = 1 << 20
 
 def share(engine: Engine) -> tuple[float, int, dict[str, Any]]:
     """Unaccounted bytes as a share of the process's real use, that use, and the engine's report."""
-    report, process = engine.memory_report_sync(), system.process_memory()
+    report, process = engine.memory_report_sync(), process_memory.process_memory()
     if process is None:
         raise SystemExit("this system does not say what a process takes")
     libraries = process.file - report["weights"]["mapped_bytes"]
-    total = report["resident_bytes"] + libraries + system.baseline()
+    total = report["resident_bytes"] + libraries + process_memory.baseline()
     return (process.rss - total) / process.rss, process.rss, report
 
 

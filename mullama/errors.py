@@ -2,6 +2,9 @@
 
 The web layer turns any :class:`MullamaError` into ``{"error": {"message", "type", "param", "code"}}``;
 the CLI prints ``str(error)`` as one line. Nothing else may reach a user as a traceback.
+
+Each class spells its status, type and code out, also where another's are the same: read together they are the table of
+what a client may be told.
 """
 
 from __future__ import annotations

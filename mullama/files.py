@@ -127,3 +127,13 @@ def human_size(size: int) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of everything in a folder."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for file in path.rglob("*") if path.is_dir() else (path,):
+            with contextlib.suppress(OSError):
+                total += file.stat().st_size if file.is_file() else 0
+    return total

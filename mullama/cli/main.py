@@ -41,8 +41,7 @@ class Commands(click.Group):
 
 def _print_version(context: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
-        from mullama.cli.version import llama_commit
-        from mullama.installation import VERSION
+        from mullama.installation import VERSION, llama_commit
 
         click.echo(f"mullama {VERSION} (llama.cpp {(llama_commit() or 'unknown')[:9]})")
         context.exit()

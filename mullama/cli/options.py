@@ -14,11 +14,6 @@ from mullama.files import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-SEEDS_HELP = "play that many workloads, of --seed and the seeds after it; the report has their intervals"
-SWEEP_HELP = "an entry for each value, of the policies that have the parameter; repeatable"
-CSV_HELP = "write every run's numbers as CSV to FILE; -: to stdout, and the table to stderr"
-JSON_HELP = "write the report as JSON to FILE; -: to stdout, and the table to stderr"
-
 
 class Grouped(click.Command):
     """A command whose help shows the options of ``ServeConfig`` in groups."""

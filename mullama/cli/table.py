@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import click
 
-from mullama.files import human_size as human_size
-
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Left-aligned columns on stdout, two spaces apart."""

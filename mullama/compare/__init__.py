@@ -1,1 +1,1 @@
-"""One workload against several policies on the real engine: played, measured, recorded, reported."""
+"""One workload against several policies on the real engine: played, measured, recorded, reported. Internal."""

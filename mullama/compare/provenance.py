@@ -5,9 +5,18 @@ from __future__ import annotations
 import hashlib
 import inspect
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
+from mullama.installation import VERSION, llama_commit
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def build() -> dict[str, str | None]:
+    """Which mullama, on which llama.cpp, and when."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"version": VERSION, "commit": commit(), "llama_cpp": llama_commit(), "date": date}
 
 
 def commit() -> str | None:

@@ -1,4 +1,4 @@
-"""The engine: one thread a model, commands in, records out.
+"""The engine: one thread a model, commands in, records out. Internal.
 
 client      what the rooms above may ask (a protocol; no compiled code)
 lifecycle   the states of a sequence

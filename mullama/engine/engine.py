@@ -31,7 +31,7 @@ from mullama.engine.memory import fits, sizing
 from mullama.engine.memory import report as memory
 from mullama.engine.parts import EngineParts
 from mullama.engine.planning.control import PlanningControl
-from mullama.engine.planning.policy_host import IDLE_LIMIT_NS, PolicyHost
+from mullama.engine.planning.policy_host import PolicyHost
 from mullama.engine.planning.steps import Steps
 from mullama.engine.requests import handover
 from mullama.engine.requests.chat_text import ChatText, ControlTokens
@@ -59,6 +59,7 @@ from mullama.machine.ways import words_of
 from mullama.observe.process_memory import give_back_heap
 from mullama.plugins.arguments import parse_args
 from mullama.scheduling import registry
+from mullama.scheduling.base import IDLE_LIMIT_NS
 from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
 
 log = logging.getLogger("mullama.engine")

@@ -61,7 +61,7 @@ def _damage(head: bytes, size: int) -> str | None:
     if not sys.platform.startswith("linux"):
         return None
     if head[:4] != b"\x7fELF" or len(head) < 64:
-        return "is damaged: it is no library"
+        return "is damaged: it is not a library"
     if head[4:6] == b"\x02\x01":  # 64 bits, little endian
         # The table of sections is the last thing in a file: where it begins, bytes of an entry, entries.
         (begin,) = struct.unpack_from("<Q", head, 0x28)

@@ -1,4 +1,4 @@
-"""The machine: what the processor, its system and this build carry. No other room asks the system itself.
+"""The machine: what the processor, its system and this build carry. No other room asks the system itself. Internal.
 
 processor  name, family, instruction sets, whether AMX tiles may be used
 cgroups    the control groups of this process, of version 1 and 2, and what they limit

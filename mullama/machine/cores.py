@@ -34,7 +34,7 @@ def threads_for(n_cores: int, quota: float | None) -> int:
     return max(int(quota), 1)
 
 
-def cores(proc: Path = cgroups.PROC) -> Cores:
+def own_cores(proc: Path = cgroups.PROC) -> Cores:
     """What this process may use now."""
     online = os.cpu_count() or 1
     try:
@@ -46,4 +46,4 @@ def cores(proc: Path = cgroups.PROC) -> Cores:
 
 def usable_threads() -> int:
     """Threads that computing takes where nobody says another number."""
-    return cores().threads
+    return own_cores().threads

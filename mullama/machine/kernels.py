@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mullama.errors import ModelLoadError
-from mullama.machine import way_choice as choices
+from mullama.machine import way_choice
 from mullama.machine.cores import usable_threads
 from mullama.machine.remembered import ATTENTION_WEIGHTS, OfType, Remembered, Weights, timed_shape
 from mullama.machine.trials import ATTENTION, LAYOUTS
@@ -79,7 +79,7 @@ def prepare(
         new: dict[int, InCharge] = {}
         for kind, of in known.items():
             shape = timed_shape(by_type[kind])
-            wanted = InCharge(of.name, of, shape, choices.choose(of.found, shape, named), named)
+            wanted = InCharge(of.name, of, shape, way_choice.choose(of.found, shape, named), named)
             before = _in_charge.get(kind)
             if before is not None and kind in serving:
                 _refuse_second(before, wanted)
@@ -155,16 +155,11 @@ def in_charge() -> dict[int, InCharge]:
     return _in_charge
 
 
-def named_way() -> str:
-    """The way that the user asked for, or ``auto``."""
-    return _named
-
-
 def for_child(weights: Iterable[Weights], *, root: Path | None = None) -> dict[str, str]:
     """What a child that loads these weights needs in its environment, to compute in ways that work (``adopt()``)."""
     by_type = _by_type(weights)
     known = Remembered(root).find(by_type, _threads(), niceness=_niceness(None))
-    chosen = [choices.choose(of.found, timed_shape(by_type[kind])) for kind, of in known.items()]
+    chosen = [way_choice.choose(of.found, timed_shape(by_type[kind])) for kind, of in known.items()]
     return {_ADOPT: json.dumps([each.to_json() for each in chosen])}
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from mullama.machine.cores import cores as own_cores
+from mullama.machine.cores import own_cores
 
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 LOUD = 0.25  # cores: neighbours that take so much are worth a word

@@ -30,9 +30,9 @@ VERSION = 1
 #: Weights of one type below this many bytes are not worth timing: what they cost is lost in the noise of a step.
 WORTH_TIMING = 4 << 20
 #: Values of a matrix that is timed, at most; larger ones are cut to so many rows.
-MOST_VALUES = 4 << 20
+MAX_VALUES = 4 << 20
 #: Shapes of a type that are proved, at most: those that hold most of the weights.
-MOST_SHAPES = 6
+MAX_SHAPES = 6
 #: Seconds after which a machine that was too busy for timing is asked again.
 BUSY_S = 600.0
 #: Seconds that one process waits for another that tries the same.
@@ -62,7 +62,7 @@ class Weights:
     @property
     def cut(self) -> tuple[int, int]:
         """The shape that stands for it in a trial."""
-        return self.k, min(self.n, max(64, MOST_VALUES // self.k // 64 * 64))
+        return self.k, min(self.n, max(64, MAX_VALUES // self.k // 64 * 64))
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def timed_shape(weights: Sequence[Weights]) -> str:
 
 
 def _largest(weights: Sequence[Weights]) -> list[Weights]:
-    return sorted(weights, key=lambda each: each.bytes, reverse=True)[:MOST_SHAPES]
+    return sorted(weights, key=lambda each: each.bytes, reverse=True)[:MAX_SHAPES]
 
 
 def _task(weights: Sequence[Weights]) -> Task:

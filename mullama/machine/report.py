@@ -9,7 +9,7 @@ from typing import Any
 from mullama.errors import MachineUnfit
 from mullama.installation import VERSION, instructions, libraries
 from mullama.machine import cgroups, memory
-from mullama.machine.cores import cores
+from mullama.machine.cores import own_cores
 from mullama.machine.folders import Folder
 from mullama.machine.processor import amx_tiles, processor
 from mullama.machine.ways import ways_report
@@ -20,7 +20,7 @@ def machine_report(n_threads: int, folders: dict[str, Folder]) -> dict[str, Any]
 
     ``n_threads``: those that were asked for, 0: automatic. ``folders`` by what they are for. Sizes are bytes.
     """
-    own = cores()
+    own = own_cores()
     return {
         "processor": _processor(),
         "threads": {
@@ -52,7 +52,7 @@ def machine_report(n_threads: int, folders: dict[str, Folder]) -> dict[str, Any]
 
 def provenance() -> dict[str, Any]:
     """What a number needs of the machine so that it can be reproduced or doubted. Unknown values are None."""
-    own, total = cores(), memory.total_memory()
+    own, total = own_cores(), memory.total_memory()
     return {
         "cpu": processor().name,
         "instruction_sets": list(processor().instruction_sets),

@@ -24,7 +24,7 @@ STREAMED, FEWEST, MOST = 64 << 20, 2, 64
 #: Columns up to which reading the weights is what a product costs; from there on, fewer matrices take as long.
 FEW = 4
 #: Rounds over the ways, of which the best counts: as few as show the same twice, to within so much of it.
-LEAST_ROUNDS, MOST_ROUNDS, AGREEMENT = 3, 12, 1.08
+MIN_ROUNDS, MAX_ROUNDS, AGREEMENT = 3, 12, 1.08
 #: Rows and values of a matrix of a model that are proved, at most; the end that fills no tile stays as it is.
 PROVED_ROWS, PROVED_VALUES = 512, 2 << 20
 
@@ -171,7 +171,7 @@ def _times(task: Task) -> tuple[dict[str, dict[int, float]], bool]:
             continue
     seen: dict[tuple[str, int], list[float]] = {}
     is_quiet = False
-    for i in range(MOST_ROUNDS):
+    for i in range(MAX_ROUNDS):
         for way in task.ways:
             layout = _take(task, way)
             if layout not in products:
@@ -185,7 +185,7 @@ def _times(task: Task) -> tuple[dict[str, dict[int, float]], bool]:
                 if kernels.counts()[way] > before:
                     seen.setdefault((way, m), []).append(seconds)
         is_quiet = all(sorted(each)[1] <= AGREEMENT * min(each) for each in seen.values()) if i else False
-        if is_quiet and i + 1 >= LEAST_ROUNDS:
+        if is_quiet and i + 1 >= MIN_ROUNDS:
             break
     best: dict[str, dict[int, float]] = {way: {} for way in task.ways}
     for (way, m), each in seen.items():

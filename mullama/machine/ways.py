@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mullama.machine import kernels
-from mullama.machine import way_choice as choices
+from mullama.machine import kernels, way_choice
 from mullama.machine.remembered import OfType, Remembered
 from mullama.machine.trials import TIMED
 from mullama.machine.way_choice import Choice
@@ -53,7 +52,7 @@ def words_of(ways: Mapping[str, dict[str, Any]]) -> dict[str, str]:
 
 def _of_type(of: OfType, running: kernels.InCharge | None) -> dict[str, Any]:
     shape = running.shape if running else next((shape for each in of.found for shape in each.times), "")
-    chosen = running.choice if running else choices.choose(of.found, shape)
+    chosen = running.choice if running else way_choice.choose(of.found, shape)
     return {
         "type": of.name,
         "in_charge": running is not None,

@@ -1,5 +1,7 @@
 """References, sources, the store, and what a GGUF file says of itself. No compiled code.
 
-``reference`` parses what a user wrote, ``sources`` says who fetches it, ``store`` keeps what was fetched,
-``gguf`` reads and checks the file.
+``parse`` reads what a user wrote, ``sources`` fetches it, ``store`` keeps what was fetched, ``files`` reads what model
+files say of themselves, ``child`` opens them where a crash does no harm.
+
+Internal but for the protocols in ``sources/base.py``.
 """

@@ -30,7 +30,7 @@ from mullama.models.sources.base import Progress
 from mullama.models.sources.selection import quant_of
 from mullama.models.store.digests import digest_of
 from mullama.models.store.entry import Entry
-from mullama.models.store.pulling import sweep
+from mullama.models.store.pulling import add_file, sweep
 from mullama.models.store.store import Store, hash_key, no_progress
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,8 @@ def quantize_variant(
                 source.path, target, ftype, header, progress, cancel,
                 imatrix=imatrix, n_threads=n_threads, label=source.label,
             )  # fmt: skip
-            return store.add_file(
+            return add_file(
+                store,
                 target, key=key, variant_of=source.key, quant=ftype,
                 filename=_filename(source.filename, ftype), progress=progress,
                 made_of=model if isinstance(model, Entry) else None,
@@ -124,7 +125,7 @@ def check_type(ftype: str) -> str:
 
     known = {name.upper(): name for name in quantize_types()}
     if ftype.upper() not in known:
-        raise InvalidRequest(f"'{ftype[:40]}' is no quantisation type; there are {', '.join(known)}", param="type")
+        raise InvalidRequest(f"'{ftype[:40]}' is not a quantisation type; there are {', '.join(known)}", param="type")
     return known[ftype.upper()]
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from mullama.errors import ReferenceNotFound
 from mullama.models.files import gguf
-from mullama.models.reference import ModelSpec, Reference, check_quant, parse_spec
+from mullama.models.parse import ModelSpec, check_quant, parse_spec
+from mullama.models.reference import Reference
 from mullama.models.sources.base import Progress
 from mullama.models.sources.selection import quant_of
-from mullama.models.store.store import Entry, Store, no_progress
+from mullama.models.store import pulling
+from mullama.models.store.entry import Entry
+from mullama.models.store.store import Store, no_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def resolve_model(
         if found is not None and store.is_damaged(found):
             store.checked_path(found)
         if pull:
-            entry = store.pull(reference, progress)
+            entry = pulling.pull(store, reference, progress)
     path = store.checked_path(entry, progress) if entry else store.resolve(reference)
     gguf.check(path)
     return ResolvedModel(spec.served_name(entry.filename if entry else path.name), path, spec, entry)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 120  # characters of what foreign code said
-MOST_PARAMS = 64 << 10  # bytes of a plugin's parameters as JSON
+MAX_PARAMS = 64 << 10  # bytes of a plugin's parameters as JSON
 
 
 def is_fault(error: BaseException) -> bool:
@@ -68,8 +68,8 @@ def publish(plugin: Any, noun: str, spec: str) -> Published:
         if not (isinstance(name, str) and 0 < len(name) <= SHOWN and name.isprintable()):
             raise TypeError(f"its name is {shown(repr, name)}; a text of 1 to {SHOWN} printable characters is needed")
         data = orjson.dumps({"name": str.__str__(name), "params": dict(plugin.params())})
-        if len(data) > MOST_PARAMS:
-            raise ValueError(f"its params() have {len(data)} bytes as JSON, {MOST_PARAMS} are allowed")
+        if len(data) > MAX_PARAMS:
+            raise ValueError(f"its params() have {len(data)} bytes as JSON, {MAX_PARAMS} are allowed")
         return Published(**orjson.loads(data))
     except BaseException as error:
         if not is_fault(error):

@@ -12,7 +12,7 @@ from mullama.errors import InvalidRequest
 Value = bool | int | float | str
 
 TRUE = ("true", "yes", "on", "1")
-MOST_WHOLE = (1 << 63) - 1  # what JSON's readers and the core can hold
+MAX_WHOLE = (1 << 63) - 1  # what JSON's readers and the core can hold
 FALSE = ("false", "no", "off", "0")
 
 
@@ -74,7 +74,7 @@ def convert(value: Any, kind: type) -> Value | None:
             return None
         return number if math.isfinite(number) else None
     if type(value) is int and kind is int:
-        return value if -MOST_WHOLE <= value <= MOST_WHOLE else None
+        return value if -MAX_WHOLE <= value <= MAX_WHOLE else None
     return value if type(value) is kind and isinstance(value, (bool, str)) else None
 
 
@@ -86,7 +86,7 @@ def _parse(text: str, kind: type) -> Value | None:
     except ValueError:
         return None
     if isinstance(number, int):
-        return number if -MOST_WHOLE <= number <= MOST_WHOLE else None
+        return number if -MAX_WHOLE <= number <= MAX_WHOLE else None
     return number if isinstance(number, float) and math.isfinite(number) else None
 
 

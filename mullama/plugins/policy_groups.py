@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 from mullama.errors import InvalidRequest, MullamaError, PluginError
 from mullama.plugins.foreign import Seam, complete, construct, make, signature_params
@@ -19,7 +19,10 @@ def names_code(spec: str, params: Mapping[str, Any] | None = None) -> bool:
     return any(isinstance(text, str) and is_path(text) for text in texts)
 
 
-class PolicyGroup:
+P = TypeVar("P")
+
+
+class PolicyGroup(Generic[P]):
     """What a :class:`PluginGroup` offers, made and described as the policies of ``seam``."""
 
     def __init__(self, plugins: PluginGroup, builtins: Mapping[str, str], seam: Seam) -> None:
@@ -35,7 +38,7 @@ class PolicyGroup:
         """Every registered name, built-ins first."""
         return self._plugins.names()
 
-    def create(self, spec: str, params: Mapping[str, Any] | None = None) -> Any:
+    def create(self, spec: str, params: Mapping[str, Any] | None = None) -> P:
         """A new policy. ``spec`` is a name, ``FILE.py:CLASS`` or ``package.module:CLASS``.
 
         Values of ``params`` may be texts, as from a command line. Raises InvalidRequest for an unknown policy or
@@ -43,8 +46,8 @@ class PolicyGroup:
         """
         found = self._find(spec)
         if issubclass(found, Policy):
-            return complete(make(found, spec, params or {}, self._seam), {}, self._seam)
-        return construct(found, spec, params or {}, self._seam)
+            return cast(P, complete(make(found, spec, params or {}, self._seam), {}, self._seam))
+        return cast(P, construct(found, spec, params or {}, self._seam))
 
     def describe(self, spec: str) -> dict[str, Any]:
         """``name``, ``summary``, ``source``, ``builtin`` and ``params`` of a policy; the errors of :meth:`create`."""

@@ -1,4 +1,4 @@
-"""Scheduling policies: small classes that decide, by name. ``_core`` carries out."""
+"""Scheduling policies: small classes that decide, by name; ``_core`` carries out. Public: what ``__all__`` names."""
 
 from mullama.plugins.parameters import Param, Policy
 from mullama.scheduling.base import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan

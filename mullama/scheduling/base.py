@@ -127,6 +127,7 @@ class Scheduler(Protocol):
 
 MAX_REPEAT = (1 << 31) - 1
 MAX_NS = (1 << 63) - 1
+IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
 
 
 def own_plan(plan: object) -> Plan:
@@ -161,6 +162,24 @@ def _preempt(seq_id: object, how: object) -> Preempt:
 def wanting(n: int) -> str:
     """How many sequences want to compute, in words."""
     return f"{counted(n, 'sequence')} {'wants' if n == 1 else 'want'} to compute"
+
+
+class Progress:
+    """Whether the plans of a policy get anywhere."""
+
+    def __init__(self) -> None:
+        self._idle_since = 0
+
+    def check(self, plan: Plan, now_ns: int, n_wanting: int) -> None:
+        """After each plan. Raises PluginError for an empty one that wants no time to pass, or too many in a row."""
+        if plan.tokens or not n_wanting:
+            self._idle_since = 0
+            return
+        self._idle_since = self._idle_since or now_ns
+        if plan.until_ns <= now_ns:
+            raise PluginError(f"the plan is empty while {wanting(n_wanting)}")
+        if now_ns - self._idle_since > IDLE_LIMIT_NS:
+            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {wanting(n_wanting)}")
 
 
 def check_plan(plan: Plan, known: Mapping[int, SeqView], state: EngineState) -> None:

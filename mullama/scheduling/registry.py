@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from mullama.plugins.foreign import Seam
 from mullama.plugins.groups import PluginGroup
@@ -24,29 +24,13 @@ BUILTINS = {
 
 SCHEDULERS = PluginGroup("mullama.schedulers", "scheduler", BUILTINS)
 
-_GROUP = PolicyGroup(SCHEDULERS, BUILTINS, Seam("scheduler", ("add", "remove", "plan")))
+_GROUP: PolicyGroup[Scheduler] = PolicyGroup(SCHEDULERS, BUILTINS, Seam("scheduler", ("add", "remove", "plan")))
 
-
-def is_builtin(spec: str) -> bool:
-    """Whether the policy is one of mullama's own."""
-    return _GROUP.is_builtin(spec)
+#: See the methods of these names.
+is_builtin, create = _GROUP.is_builtin, _GROUP.create
+describe, describe_all = _GROUP.describe, _GROUP.describe_all
 
 
 def is_foreign(spec: str, params: Mapping[str, Any] | None = None) -> bool:
     """Whether it runs somebody's code, be it that of a parameter: such a policy has a thread of its own."""
     return not is_builtin(spec) or names_code(spec, params)
-
-
-def create(spec: str, params: Mapping[str, Any] | None = None) -> Scheduler:
-    """A new policy: see :meth:`PolicyGroup.create`."""
-    return cast(Scheduler, _GROUP.create(spec, params))
-
-
-def describe(spec: str) -> dict[str, Any]:
-    """What a policy is: see :meth:`PolicyGroup.describe`."""
-    return _GROUP.describe(spec)
-
-
-def describe_all() -> list[dict[str, Any]]:
-    """Every registered policy: see :meth:`PolicyGroup.describe_all`."""
-    return _GROUP.describe_all()

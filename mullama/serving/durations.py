@@ -22,7 +22,7 @@ def parse_duration(text: str | float, param: str = "keep_alive") -> float:
             parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
             seconds = sum(float(number) * units[unit] for number, unit in parts)
         else:
-            raise InvalidRequest(f"{param}: '{text[:40]}' is no duration; write 90, 5m, 1h30m, or -1", param=param)
+            raise InvalidRequest(f"{param}: '{text[:40]}' is not a duration; write 90, 5m, 1h30m, or -1", param=param)
     if seconds != seconds or seconds > 1e9:
-        raise InvalidRequest(f"{param}: {seconds} is no duration; at most 1e9 seconds", param=param)
+        raise InvalidRequest(f"{param}: {seconds} is not a duration of at most 1e9 seconds", param=param)
     return -1.0 if seconds < 0 else seconds

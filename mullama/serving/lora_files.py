@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mullama.errors import BadModelFile, InvalidRequest, ModelLoadError, PermissionDenied
-from mullama.models.reference import parse_spec
+from mullama.models.parse import parse_spec
 from mullama.models.resolve import resolve_model
 from mullama.models.store.store import Store
 

@@ -89,7 +89,7 @@ def folder_findings(config: ServeConfig, folders: dict[str, Folder], found: Find
 
 def _model(text: str, config: ServeConfig, folder: Folder, found: Findings) -> None:
     """Whether a model is here, or there is room to fetch it; and whether memory holds it."""
-    from mullama.models.reference import parse_spec
+    from mullama.models.parse import parse_spec
     from mullama.models.resolve import in_quant
     from mullama.models.store.pulling import check_space
 

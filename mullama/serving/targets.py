@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mullama.errors import InvalidRequest, PermissionDenied, ReferenceNotFound
 from mullama.models.child.probe import check_model
+from mullama.models.parse import parse_spec
 from mullama.models.quantizing import check_type, quantize_variant
-from mullama.models.reference import aliases, parse_spec
+from mullama.models.reference import aliases
 from mullama.models.resolve import resolve_model
 from mullama.models.sources.selection import quant_of
 from mullama.models.store.entry import Entry

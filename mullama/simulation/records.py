@@ -1,11 +1,13 @@
-"""What a simulation is told, and what it gives back."""
+"""What a simulation is told, what it keeps of a request, and what it gives back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from mullama.errors import ConfigError
-from mullama.workload.base import Outcome
+from mullama.scheduling import SeqView
+from mullama.types import SeqState
+from mullama.workload.base import Outcome, TraceRequest
 
 EVER = 1 << 62
 
@@ -36,6 +38,39 @@ class Override:
 
     cached_tokens: int | None = None  # prompt tokens that it finds in the cache
     max_tokens: int | None = None  # what it allowed, where it generated less
+
+
+@dataclass(slots=True)
+class SimSequence:
+    """A request on its way: what the policy sees, and where it lives."""
+
+    view: SeqView
+    index: int
+    request: TraceRequest
+    found: int | None  # prompt tokens it is known to find in the cache; None: what matches
+    key: bytes = b""  # its prompt as the prefix tree takes it; empty: nobody needed it yet
+    slot: int = -1
+    saved: bool = False  # while PREEMPTED: its KV is in host memory
+    computed: int = 0  # tokens it had in the KV cache when it was preempted
+    token_ns: list[int] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """Tokens it will still generate."""
+        return self.request.output_tokens - self.view.generated
+
+    @property
+    def done(self) -> bool:
+        return self.view.generated >= self.request.output_tokens
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens known of it: its prompt and what it generated."""
+        return self.view.prompt_tokens + self.view.generated
+
+    def move(self, state: SeqState, now: int) -> None:
+        self.view.state = state
+        self.view.state_ns = now
 
 
 @dataclass(slots=True)

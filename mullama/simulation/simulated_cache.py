@@ -7,19 +7,16 @@ counted. Slots are those of full attention: any prefix of theirs can be cut, cop
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from mullama.kv.choice import Choice, Foreseen, KvCosts, KvSource, SlotFill, SlotOffer, choose, foreseen, tail_weight
 from mullama.kv.eviction.lru import Lru
 from mullama.kv.index.tree import TOKEN_BYTES, Match, Node, PrefixTree
 from mullama.kv.placement import Placement, SlotView, holes, place, place_choice
 from mullama.kv.tiers.host_tier import GRAIN, MIN_STORED, HostTier
+from mullama.simulation.cost_model.costs import CostModel
+from mullama.simulation.records import Counters, SimConfig, SimSequence
 from mullama.workload.base import TraceRequest
-
-if TYPE_CHECKING:
-    from mullama.simulation.cost_model.costs import CostModel
-    from mullama.simulation.records import Counters, SimConfig
-    from mullama.simulation.simulated_sequences import SimSequence
 
 
 class Texts:

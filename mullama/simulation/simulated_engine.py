@@ -13,19 +13,18 @@ from mullama.errors import ConfigError, PluginError
 from mullama.logs import said
 from mullama.plugins.groups import is_fault
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
-from mullama.scheduling.base import wanting
+from mullama.scheduling.base import Progress
 from mullama.scheduling.kv_budget import PRESSURE_STEPS, fit_or_go_on
 from mullama.simulation.cost_model.costs import BUCKET, CostModel
 from mullama.simulation.cost_model.timing import StepCosts
 from mullama.simulation.feed import SECOND, Feed
-from mullama.simulation.records import EVER, Override, SimConfig, Simulated
-from mullama.simulation.simulated_sequences import Sequences, SimSequence
+from mullama.simulation.records import EVER, Override, SimConfig, SimSequence, Simulated
+from mullama.simulation.simulated_sequences import Sequences
 from mullama.types import SeqState
 from mullama.workload.base import Outcome, TraceRequest, Workload
 
 ORIGIN_NS = SECOND  # when the workload starts; a policy never sees the time 0, which means "no limit"
 NAP_NS = 1_000_000  # how long the engine sleeps when a plan did nothing and said nothing
-IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
 
 
 def simulate(
@@ -72,7 +71,7 @@ class Simulator:
         self._admit_ns, self._deliver_ns = round(costs.admit_ns), round(costs.deliver_ns)
         self._policy_costs: dict[tuple[int, int], Costs] = {}
         self._last_tokens: dict[int, int] = {}
-        self._idle_since = 0
+        self._progress = Progress()
 
     def _check_fit(self, workload: Workload) -> None:
         for index, request in enumerate(workload.all_requests()):
@@ -204,7 +203,7 @@ class Simulator:
             raise self._broken(f"plan() raised {said(error)}") from error
         try:
             check_plan(plan, self._seqs.views, state)
-            self._check_progress(plan)
+            self._progress.check(plan, self.now, len(self._seqs.views))
         except PluginError as error:
             raise self._broken(error.message) from None
         counters = self.result.counters
@@ -212,16 +211,6 @@ class Simulator:
         counters.replans += plan.tokens != self._last_tokens
         self._last_tokens = dict(plan.tokens)
         return plan
-
-    def _check_progress(self, plan: Plan) -> None:
-        if plan.tokens:
-            self._idle_since = 0
-            return
-        self._idle_since = self._idle_since or self.now
-        if plan.until_ns <= self.now:
-            raise PluginError(f"the plan is empty while {wanting(len(self._seqs.views))}")
-        if self.now - self._idle_since > IDLE_LIMIT_NS:
-            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while work waits")
 
     def _state(self) -> EngineState:
         seqs, config = self._seqs, self.config

@@ -3,53 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from mullama.kv.choice import ESTIMATES
 from mullama.kv.index.tree import TOKEN_BYTES
 from mullama.scheduling import Plan, SeqView
 from mullama.simulation.cost_model.costs import CostModel
+from mullama.simulation.cost_model.timing import StepCosts
+from mullama.simulation.records import Counters, SimConfig, SimSequence
 from mullama.simulation.simulated_cache import Cache, Texts, own
 from mullama.types import Preempt, SeqState
-from mullama.workload.base import TraceRequest
-
-if TYPE_CHECKING:
-    from mullama.simulation.cost_model.timing import StepCosts
-    from mullama.simulation.records import Counters, SimConfig
-
-
-@dataclass(slots=True)
-class SimSequence:
-    """A request on its way: what the policy sees, and where it lives."""
-
-    view: SeqView
-    index: int
-    request: TraceRequest
-    found: int | None  # prompt tokens it is known to find in the cache; None: what matches
-    key: bytes = b""  # its prompt as the prefix tree takes it; empty: nobody needed it yet
-    slot: int = -1
-    saved: bool = False  # while PREEMPTED: its KV is in host memory
-    computed: int = 0  # tokens it had in the KV cache when it was preempted
-    token_ns: list[int] = field(default_factory=list)
-
-    @property
-    def left(self) -> int:
-        """Tokens it will still generate."""
-        return self.request.output_tokens - self.view.generated
-
-    @property
-    def done(self) -> bool:
-        return self.view.generated >= self.request.output_tokens
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens known of it: its prompt and what it generated."""
-        return self.view.prompt_tokens + self.view.generated
-
-    def move(self, state: SeqState, now: int) -> None:
-        self.view.state = state
-        self.view.state_ns = now
 
 
 class Sequences:

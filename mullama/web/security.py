@@ -67,7 +67,7 @@ class Security:
         for name in config.allowed_host:
             if "/" in name:
                 raise ConfigError(
-                    f"--allowed-host: '{name}' is no host name; leave out http:// and paths", param="allowed_host"
+                    f"--allowed-host: '{name}' is not a host name; leave out http:// and paths", param="allowed_host"
                 )
         names = [host_name(name.removeprefix("*")) if name != "*" else name for name in config.allowed_host]
         self._domains = tuple(name for name in names if name.startswith("."))
@@ -116,6 +116,7 @@ class Security:
         self, req: Request, resp: falcon.asgi.Response, resource: object, params: dict[str, Any]
     ) -> None:
         access = getattr(resource, "access", Access.OPERATOR)  # what forgets to say so is shown to nobody else
+        req.spell_error = getattr(resource, "spell_error", None)
         given = _key(req) if self._api_keys or self._admin_key else b""
         is_client = self._is_client(given)
         is_admin = _same(given, self._admin_key)

@@ -60,11 +60,6 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def read_outcomes(path: Path) -> list[Outcome]:
-    """The outcomes of a file. Raises ConfigError that names the line."""
-    return [_outcome(record, where) for record, where in _records(path)]
-
-
 def read_trace(path: Path) -> Workload:
     """The workload of a file, or of the requests of a file of outcomes. Raises ConfigError that names the line."""
     head = _Head(FORMAT, VERSION)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mullama.errors import ConfigError
-from mullama.workload.base import TraceRequest, Workload
+from mullama.workload.base import Workload
 from mullama.workload.recorded import read_trace
 from mullama.workload.synthetic import bursty, closed, poisson, two_class
 from mullama.workload.traces import OPTIONS, azure, mooncake
@@ -56,11 +56,3 @@ def parse_seeds(spec: str, seed: int, n: int) -> list[Workload]:
             f"'{spec}' is the same for every seed, so that several seeds say nothing; several rounds do", param="seeds"
         )
     return found
-
-
-def parse_trace(spec: str, seed: int = 0) -> list[TraceRequest]:
-    """The requests of an open-loop workload by arrival. Raises ConfigError, also for one with closed-loop clients."""
-    workload = parse_workload(spec, seed)
-    if workload.clients:
-        raise ConfigError(f"'{spec}' has closed-loop clients; this needs arrivals at given times", param="trace")
-    return list(workload.requests)

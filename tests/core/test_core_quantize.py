@@ -132,7 +132,7 @@ def test_from_plain_nothing_is_said(store: Store, plain: Path, caplog: pytest.Lo
 
 
 def test_an_unknown_type(store: Store, plain: Path) -> None:
-    with pytest.raises(InvalidRequest, match="'Q9_9' is no quantisation type; there are F32"):
+    with pytest.raises(InvalidRequest, match="'Q9_9' is not a quantisation type; there are F32"):
         quantize_variant(store, plain, "Q9_9")
     assert left_over(store) == []
 

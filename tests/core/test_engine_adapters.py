@@ -357,7 +357,7 @@ def _spoil(tensors: dict[str, Any], name: str) -> None:
         (
             lambda f, t: f(1, change=lambda x: x.update({"x.weight": next(iter(x.values()))})),
             BadModelFile,
-            "no part of a LoRA",
+            "not part of a LoRA",
         ),
         (
             lambda f, t: f(1, change=lambda x: x.update({k: v * float("nan") for k, v in x.items()})),

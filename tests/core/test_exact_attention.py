@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mullama.installation.instructions import library_folder
 from mullama.machine.processor import processor
 
-MOST_ROWS = 4
+MAX_ROWS = 4
 F16 = 1  # enum ggml_type
 
 
@@ -36,10 +36,10 @@ class Attention(ctypes.Structure):
         ("start", ctypes.c_int64),
         ("end", ctypes.c_int64),
         ("scale", ctypes.c_float),
-        ("q", ctypes.c_void_p * MOST_ROWS),
-        ("sum", ctypes.c_void_p * MOST_ROWS),
-        ("m", ctypes.c_float * MOST_ROWS),
-        ("s", ctypes.c_float * MOST_ROWS),
+        ("q", ctypes.c_void_p * MAX_ROWS),
+        ("sum", ctypes.c_void_p * MAX_ROWS),
+        ("m", ctypes.c_float * MAX_ROWS),
+        ("s", ctypes.c_float * MAX_ROWS),
     )
 
 
@@ -125,7 +125,7 @@ def attend(
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    n_rows=st.integers(1, MOST_ROWS),
+    n_rows=st.integers(1, MAX_ROWS),
     dk=st.sampled_from((64, 128, 192, 256)),
     dv=st.sampled_from((64, 128, 256)),
     n_cells=st.integers(1, 80),

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
 import pytest
-
-#: What such a container lacks: the id's entry in the user database, HOME, a temporary folder.
-CHILD = """
-import pwd, sys, tempfile
-def nobody(*_):
-    raise KeyError("getpwuid(): uid not found: 54321")
-def nowhere(*_):
-    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
-pwd.getpwuid = pwd.getpwnam = nobody
-tempfile._get_default_tempdir = nowhere
-from mullama.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def homeless(folder: Path, *args: str) -> subprocess.Popen[str]:
-    gone = ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "TMPDIR")
-    env = {name: value for name, value in os.environ.items() if name not in gone and not name.startswith("MULLAMA_")}
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", CHILD, *args],
-        cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+from homes import homeless
 
 
 def test_it_serves_a_file(smollm2: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from cli_support import model_info
 
 from mullama.errors import InvalidRequest, MullamaError
 from mullama.types import Delta, Finish, FinishReason, Profile, Request
+from mullama.workload.base import TraceRequest
+from mullama.workload.spec import parse_workload
 
 T = TypeVar("T")
 
@@ -166,3 +168,10 @@ class TimedEngine:
         generation.queue.put_nowait(None)
         self._free += 1
         self._admit()
+
+
+def requests_of(spec: str, seed: int = 0) -> list[TraceRequest]:
+    """The requests of an open-loop workload, by arrival."""
+    workload = parse_workload(spec, seed)
+    assert not workload.clients
+    return list(workload.requests)

@@ -93,10 +93,10 @@ def test_control_characters_do_not_reach_a_message(base: Path, tmp_path: Path) -
 
 def test_any_damage_is_a_clear_error(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bits flipped anywhere in the header: the file is refused in one line, or it is sound and goes to the child."""
-    from mullama.models.files import lora_file as checks
+    from mullama.models.files import lora_file
 
     monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(checks, "probe", lambda *_, **__: ProbeResult(ok=True, finite=True))
+    monkeypatch.setattr(lora_file, "probe", lambda *_, **__: ProbeResult(ok=True, finite=True))
     whole = adapters.build(tmp_path / "whole.gguf", base).read_bytes()
     bad, refused = tmp_path / "bad.gguf", 0
     for seed in range(300):
@@ -115,7 +115,7 @@ def test_any_damage_is_a_clear_error(base: Path, tmp_path: Path, monkeypatch: py
 def test_the_child_is_asked_once_a_file_and_model(
     base: Path, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mullama.models.files import lora_file as checks
+    from mullama.models.files import lora_file
 
     asked: list[tuple[Path, Path]] = []
     results = [ProbeResult(ok=True, finite=True)]
@@ -124,7 +124,7 @@ def test_the_child_is_asked_once_a_file_and_model(
         asked.append((path, adapter))
         return results[0]
 
-    monkeypatch.setattr(checks, "probe", probe)
+    monkeypatch.setattr(lora_file, "probe", probe)
     path = adapters.build(tmp_path / "a.gguf", base)
     other = tiny_model("llama", seed=8)
     for model in (base, base, other, base):

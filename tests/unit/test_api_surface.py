@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -10,10 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
+from docs_support import table
+
 import mullama
 from mullama.types import GenerateOptions, Request, SamplingParams
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "mullama"
 OF_A_REQUEST = {"priority", "user", "slo_ms", "preempt", "cache_salt", "context_shift", "lora"}
 
 
@@ -50,3 +54,24 @@ def test_no_public_method_takes_anything() -> None:
 def test_numpy_comes_along() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert any(one.startswith("numpy") for one in project["dependencies"])
+
+
+def test_what_is_not_public_says_so() -> None:
+    """The homes of docs/architecture.md are there, and every other room calls itself internal."""
+    homes = {row[0].strip("`") for row in table(ROOT / "docs" / "architecture.md", "What is public")}
+    assert {"mullama", "mullama.abi", "mullama.scheduling"} <= homes
+    for home in homes:
+        assert importlib.import_module(home).__doc__
+    rooms = [file for file in PACKAGE.glob("*/__init__.py") if not file.parent.name.startswith("_")]
+    assert len(rooms) > 10
+    texts = {file.parent.name: ast.get_docstring(ast.parse(file.read_text())) or "" for file in rooms}
+    assert {room for room, text in texts.items() if "Internal" not in text} == {"scheduling"}
+
+
+def test_the_homes_of_plugins_have_protocols() -> None:
+    """Each of its homes has the protocols that it implements."""
+    homes = {row[0].strip("`") for row in table(ROOT / "docs" / "architecture.md", "What is public")}
+    for home in homes - {"mullama", "mullama.abi"}:
+        module = importlib.import_module(home)
+        protocols = [value for value in vars(module).values() if getattr(value, "_is_protocol", False)]
+        assert [one for one in protocols if one.__module__.startswith(home)], home

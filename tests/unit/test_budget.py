@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mullama.scheduling import Plan, SeqView
-from mullama.scheduling import kv_budget as budget
+from mullama.scheduling import Plan, SeqView, kv_budget
 from mullama.types import Preempt, SeqState
 
 
@@ -15,8 +14,8 @@ def view(i: int, state: SeqState, cells: int = 0, *, left: int = 0, priority: in
                    priority=priority)  # fmt: skip
 
 
-def fit(plan: Plan, views: list[SeqView], tokens: int) -> budget.Fitted:
-    return budget.fit(plan, {v.id: v for v in views}, tokens)
+def fit(plan: Plan, views: list[SeqView], tokens: int) -> kv_budget.Fitted:
+    return kv_budget.fit(plan, {v.id: v for v in views}, tokens)
 
 
 def test_what_fits_is_left_alone() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 import pytest
 
-from mullama.cli import progress as module
+from mullama.cli import progress
 from mullama.cli.main import COMMANDS, cli
 from mullama.cli.progress import HashProgress, LoadProgress, PullProgress
-from mullama.cli.table import human_size
 from mullama.cli.talk.repl import COMMANDS as CHAT_COMMANDS
 from mullama.config import options
+from mullama.files import human_size
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 
@@ -33,7 +33,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     return clock
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from mullama.config import options
 from mullama.errors import ConfigError, ContextLengthExceeded, InvalidRequest
-from mullama.web.openai.context import (
+from mullama.web.openai.context_policy import (
     NOTHING,
     SYSTEM_ROLES,
     ContextPolicy,
     Dropped,
-    Room,
+    PromptLimits,
     context_member,
     default_policy,
     drop_tokens,
@@ -55,16 +55,18 @@ def tokens(messages: Sequence[Msg]) -> int:
 
 
 def cut(
-    messages: Sequence[Msg], policy: ContextPolicy, room: Room, count: Callable[[Sequence[Msg]], int] = tokens
+    messages: Sequence[Msg], policy: ContextPolicy, limits: PromptLimits, count: Callable[[Sequence[Msg]], int] = tokens
 ) -> range:
-    return drop_turns(messages, count, policy, room, n_whole=count(messages))
+    return drop_turns(messages, count, policy, limits, n_whole=count(messages))
 
 
-def room_of(wanted: int, limit: int | None = None) -> Room:
-    """A room with just these bounds."""
-    room = Room((wanted + 1 if limit is None else limit + 1), max_tokens=1 if limit is None else limit + 1 - wanted)
-    assert room.wanted == wanted
-    return room
+def limits_of(wanted: int, limit: int | None = None) -> PromptLimits:
+    """Limits with just these bounds."""
+    limits = PromptLimits(
+        (wanted + 1 if limit is None else limit + 1), max_tokens=1 if limit is None else limit + 1 - wanted
+    )
+    assert limits.wanted == wanted
+    return limits
 
 
 def leading_systems(messages: Sequence[Msg]) -> int:
@@ -92,11 +94,11 @@ def chats(draw: st.DrawFn, alphabet: str = "sduat") -> list[Msg]:
 
 
 @st.composite
-def rooms(draw: st.DrawFn) -> Room:
-    return Room(draw(st.integers(2, 400)), draw(st.none() | st.integers(1, 400)))
+def rooms(draw: st.DrawFn) -> PromptLimits:
+    return PromptLimits(draw(st.integers(2, 400)), draw(st.none() | st.integers(1, 400)))
 
 
-# -- the room
+# -- the limits
 
 
 @pytest.mark.parametrize(
@@ -113,13 +115,13 @@ def rooms(draw: st.DrawFn) -> Room:
     ],
 )
 def test_room(n_ctx: int, max_tokens: int | None, wanted: int) -> None:
-    room = Room(n_ctx, max_tokens)
-    assert (room.wanted, room.limit) == (wanted, n_ctx - 1)
+    limits = PromptLimits(n_ctx, max_tokens)
+    assert (limits.wanted, limits.limit) == (wanted, n_ctx - 1)
 
 
 @given(rooms())
-def test_the_prompt_has_at_least_half_and_the_completion_at_least_one_token(room: Room) -> None:
-    assert room.n_ctx / 2 <= room.wanted <= room.limit < room.n_ctx
+def test_the_prompt_has_at_least_half_and_the_completion_at_least_one_token(limits: PromptLimits) -> None:
+    assert limits.n_ctx / 2 <= limits.wanted <= limits.limit < limits.n_ctx
 
 
 # -- chats
@@ -153,8 +155,8 @@ def test_the_prompt_has_at_least_half_and_the_completion_at_least_one_token(room
     ],
 )
 def test_what_goes(policy: ContextPolicy, letters: str, n_fit: int, span: range) -> None:
-    """``n_fit``: how many messages there is room for."""
-    assert cut(chat(letters), policy, room_of(TEMPLATE + 10 * n_fit)) == span
+    """``n_fit``: how many messages fit."""
+    assert cut(chat(letters), policy, limits_of(TEMPLATE + 10 * n_fit)) == span
 
 
 @both
@@ -162,9 +164,9 @@ def test_what_goes(policy: ContextPolicy, letters: str, n_fit: int, span: range)
 def test_what_always_stays_does_not_fit(policy: ContextPolicy, letters: str) -> None:
     messages = chat(letters)
     n = tokens(messages)
-    assert cut(messages, policy, room_of(n - 5, limit=n)) == NOTHING, "one token is left for the completion"
+    assert cut(messages, policy, limits_of(n - 5, limit=n)) == NOTHING, "one token is left for the completion"
     with pytest.raises(ContextLengthExceeded) as raised:
-        cut(messages, policy, room_of(n - 1))
+        cut(messages, policy, limits_of(n - 1))
     assert raised.value.param == "messages"
     assert f"one request may use {n}, completion included" in raised.value.message
 
@@ -172,35 +174,35 @@ def test_what_always_stays_does_not_fit(policy: ContextPolicy, letters: str) -> 
 @both
 def test_a_refusal_says_the_sizes(policy: ContextPolicy) -> None:
     with pytest.raises(ContextLengthExceeded, match=r"has 43 tokens, .* alone 23; one request may use 20,"):
-        cut(chat("suau"), policy, Room(20))
+        cut(chat("suau"), policy, PromptLimits(20))
 
 
 @both
 def test_the_largest_cut_is_taken_when_it_leaves_less_than_is_wanted(policy: ContextPolicy) -> None:
     """What ``error`` would take is not refused, and no history stays at the completion's cost."""
     messages = chat("suauau", [10, 10, 10, 10, 10, 50])
-    assert cut(messages, policy, room_of(60, limit=70)) == range(1, 5)
-    assert cut(messages, policy, room_of(60, limit=110)) == range(1, 5)
+    assert cut(messages, policy, limits_of(60, limit=70)) == range(1, 5)
+    assert cut(messages, policy, limits_of(60, limit=110)) == range(1, 5)
 
 
 @given(chats(), rooms(), st.sampled_from([LEFT, MIDDLE]))
 @settings(max_examples=400, deadline=None)
-def test_the_rest_fits_and_keeps_what_it_must(messages: list[Msg], room: Room, policy: ContextPolicy) -> None:
+def test_the_rest_fits_and_keeps_what_it_must(messages: list[Msg], limits: PromptLimits, policy: ContextPolicy) -> None:
     n_system, always = leading_systems(messages), what_stays(messages)
     try:
-        span = cut(messages, policy, room)
+        span = cut(messages, policy, limits)
     except ContextLengthExceeded:
-        assert tokens(messages) > room.limit
-        assert tokens(always) > room.limit
+        assert tokens(messages) > limits.limit
+        assert tokens(always) > limits.limit
         return
     rest = without(messages, span)
     assert [m.at for m in rest] == [m.at for m in messages if m.at not in span], "the order is kept"
     assert set(always) <= set(rest)
-    assert tokens(rest) <= room.limit
+    assert tokens(rest) <= limits.limit
     if not span:
         return
-    assert tokens(messages) > room.wanted, "what fits is left alone"
-    assert tokens(rest) <= room.wanted or tokens(rest) >= tokens(always)
+    assert tokens(messages) > limits.wanted, "what fits is left alone"
+    assert tokens(rest) <= limits.wanted or tokens(rest) >= tokens(always)
     behind = [m.role for m in messages[span.stop :] if m.role not in SYSTEM_ROLES]
     assert behind[0] == "user", "behind a gap the user speaks"
     assert policy is MIDDLE or span.start == n_system
@@ -219,28 +221,28 @@ def candidates(messages: list[Msg], start: int) -> list[range]:
 
 @given(chats(), rooms())
 @settings(max_examples=400, deadline=None)
-def test_left_takes_the_fewest_turns(messages: list[Msg], room: Room) -> None:
+def test_left_takes_the_fewest_turns(messages: list[Msg], limits: PromptLimits) -> None:
     fitting = [
         span
         for span in candidates(messages, leading_systems(messages))
-        if tokens(without(messages, span)) <= room.wanted
+        if tokens(without(messages, span)) <= limits.wanted
     ]
-    if tokens(messages) > room.wanted and fitting:
-        assert cut(messages, LEFT, room) == min(fitting, key=len)
+    if tokens(messages) > limits.wanted and fitting:
+        assert cut(messages, LEFT, limits) == min(fitting, key=len)
 
 
 @given(chats(), rooms())
 @settings(max_examples=400, deadline=None)
-def test_middle_keeps_the_first_turn_where_it_can(messages: list[Msg], room: Room) -> None:
+def test_middle_keeps_the_first_turn_where_it_can(messages: list[Msg], limits: PromptLimits) -> None:
     n_system = leading_systems(messages)
     borders = [span.stop for span in candidates(messages, n_system)]
     if messages[n_system : n_system + 1] and messages[n_system].role != "user":
         borders = borders[1:]  # the first one ends a greeting
-    if tokens(messages) <= room.wanted or not borders:
+    if tokens(messages) <= limits.wanted or not borders:
         return
-    fitting = [span for span in candidates(messages, borders[0]) if tokens(without(messages, span)) <= room.wanted]
+    fitting = [span for span in candidates(messages, borders[0]) if tokens(without(messages, span)) <= limits.wanted]
     try:
-        span = cut(messages, MIDDLE, room)
+        span = cut(messages, MIDDLE, limits)
     except ContextLengthExceeded:
         assert not fitting
         return
@@ -256,9 +258,9 @@ def test_alternation_survives(num_turns: int, sizes: list[int], data: st.DataObj
     letters = "s" + "ua" * num_turns + "u"
     messages = chat(letters, sizes[: len(letters)] if len(letters) <= 25 else sizes + [5] * (len(letters) - 25))
     least = tokens([messages[0], messages[-1]])
-    room = room_of(data.draw(st.integers(least, max(least, tokens(messages)))))
+    limits = limits_of(data.draw(st.integers(least, max(least, tokens(messages)))))
     for policy in (LEFT, MIDDLE):
-        rest = without(messages, cut(messages, policy, room))
+        rest = without(messages, cut(messages, policy, limits))
         assert [m.role for m in rest[1:]] == (["user", "assistant"] * num_turns + ["user"])[: len(rest) - 1]
 
 
@@ -273,7 +275,7 @@ def test_it_is_bisection(num_turns: int, n_keep: int, policy: ContextPolicy) -> 
         return tokens(kept)
 
     n_keep = min(n_keep, num_turns)
-    drop_turns(messages, count, policy, room_of(TEMPLATE + 10 * (2 * n_keep + 1)), n_whole=tokens(messages))
+    drop_turns(messages, count, policy, limits_of(TEMPLATE + 10 * (2 * n_keep + 1)), n_whole=tokens(messages))
     assert len(asked) <= 3 + 2 * math.ceil(math.log2(num_turns))
     # However long the chat is, what is looked at is never much longer than what fits.
     assert max(asked, default=0) <= 2 * (2 * n_keep + 1) + 4
@@ -281,7 +283,9 @@ def test_it_is_bisection(num_turns: int, n_keep: int, policy: ContextPolicy) -> 
 
 @given(chats(), rooms(), st.sampled_from([LEFT, MIDDLE]), st.integers(0, 2**32))
 @settings(max_examples=300, deadline=None)
-def test_a_template_may_count_as_it_likes(messages: list[Msg], room: Room, policy: ContextPolicy, seed: int) -> None:
+def test_a_template_may_count_as_it_likes(
+    messages: list[Msg], limits: PromptLimits, policy: ContextPolicy, seed: int
+) -> None:
     """Fewer messages with more tokens: what is returned fits all the same, and what ``error`` takes is taken."""
 
     def count(kept: Sequence[Msg]) -> int:
@@ -289,12 +293,12 @@ def test_a_template_may_count_as_it_likes(messages: list[Msg], room: Room, polic
 
     n_whole = count(messages)
     try:
-        span = cut(messages, policy, room, count)
+        span = cut(messages, policy, limits, count)
     except ContextLengthExceeded:
-        assert n_whole > room.limit
+        assert n_whole > limits.limit
         return
     n = count(without(messages, span))
-    assert n <= room.limit
+    assert n <= limits.limit
     assert n < n_whole if span else n == n_whole
 
 
@@ -303,24 +307,24 @@ def test_a_template_may_count_as_it_likes(messages: list[Msg], room: Room, polic
 
 @given(st.integers(0, 500), rooms(), st.booleans(), st.sampled_from([LEFT, MIDDLE]))
 @settings(max_examples=300, deadline=None)
-def test_tokens_fill_the_room(n: int, room: Room, has_bos: bool, policy: ContextPolicy) -> None:
+def test_tokens_fill_the_room(n: int, limits: PromptLimits, has_bos: bool, policy: ContextPolicy) -> None:
     prompt = list(range(n))
-    span = drop_tokens(n, policy, room, has_bos=has_bos)
+    span = drop_tokens(n, policy, limits, has_bos=has_bos)
     rest = without(prompt, span)
-    assert len(rest) == min(n, room.wanted)
+    assert len(rest) == min(n, limits.wanted)
     if not span:
         assert rest == prompt
         return
     assert rest[-1] == n - 1, "the completion goes on behind the prompt's last token"
     if policy is LEFT:
-        assert span.start == (1 if has_bos and room.wanted > 1 else 0)
+        assert span.start == (1 if has_bos and limits.wanted > 1 else 0)
     else:
         assert len(prompt) - span.stop - span.start in (0, 1), "two halves"
 
 
 def test_a_room_for_one_token_is_for_the_last() -> None:
     for policy in (LEFT, MIDDLE):
-        assert without([1, 5, 6, 7], drop_tokens(4, policy, Room(2), has_bos=True)) == [7]
+        assert without([1, 5, 6, 7], drop_tokens(4, policy, PromptLimits(2), has_bos=True)) == [7]
 
 
 # -- names and reports

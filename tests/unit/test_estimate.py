@@ -162,7 +162,7 @@ def test_a_windows_cells() -> None:
 
 
 def test_an_unknown_type_of_cells() -> None:
-    with pytest.raises(ConfigError, match="'q3' is no type of KV cells; there are f32"):
+    with pytest.raises(ConfigError, match="'q3' is not a type of KV cells; there are f32"):
         estimate(header(), n_ctx=256, type_k="q3")
 
 

@@ -22,8 +22,9 @@ from models_support import FakePip, make_gguf, make_wheel
 from mullama.cli.progress import LoadProgress
 from mullama.errors import DiskFull, StoreError
 from mullama.files import disk_errors, write_text
-from mullama.models.reference import parse_reference
+from mullama.models.parse import parse_reference
 from mullama.models.sources import pypi
+from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store
 from mullama.types import Finish, FinishReason, Profile
 from mullama.web.profile_log import ProfileLog
@@ -72,13 +73,13 @@ def test_a_pull_is_whole_or_not_at_all(store: Store, n_bytes: int) -> None:
     reference = parse_reference("pypi:tiny")
     try:
         with disk_of(n_bytes):
-            entry = store.pull(reference)
+            entry = pull(store, reference)
     except StoreError as error:
         assert "\n" not in error.message
         assert store.list() == [] and not list(store.refs.glob("*")), "a ref without its model, or half of one"
     else:
         assert store.path_of(entry).read_bytes() == DATA  # only what is noted for later was not written
-    entry = store.pull(reference)
+    entry = pull(store, reference)
     assert store.path_of(entry).read_bytes() == DATA
     assert [one.key for one in store.list()] == ["pypi:tiny"]
     assert len(placed(store)) == 2
@@ -87,7 +88,7 @@ def test_a_pull_is_whole_or_not_at_all(store: Store, n_bytes: int) -> None:
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 100, 200])
 def test_a_name_is_given_whole_or_not_at_all(store: Store, n_bytes: int) -> None:
-    store.pull(parse_reference("pypi:tiny"))
+    pull(store, parse_reference("pypi:tiny"))
     with pytest.raises(StoreError, match="cannot copy pypi:tiny to mine"), disk_of(n_bytes):
         store.copy("pypi:tiny", "mine")
     assert [one.key for one in store.list()] == ["pypi:tiny"]
@@ -200,9 +201,9 @@ def test_a_log_that_is_full_stops_no_load() -> None:
 
 
 def test_the_writer_of_kv_tells_the_log_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
-    from mullama.kv.tiers import disk_tier as kvdisk
+    from mullama.kv.tiers import disk_tier
 
-    tier = kvdisk.DiskTier.__new__(kvdisk.DiskTier)
+    tier = disk_tier.DiskTier.__new__(disk_tier.DiskTier)
     tier._told = (0.0, "")
     with caplog.at_level(logging.WARNING):
         for _ in range(100):

@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from homes import homeless
 from models_support import make_gguf
 
 from mullama import home
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError, MullamaError
 from mullama.models.child.probe import Verdicts
-from mullama.models.reference import parse_spec
+from mullama.models.parse import parse_spec
 from mullama.models.sources.local import LocalSource
 from mullama.models.store.store import Store
 from mullama.plugins.user_code import load_object
 from mullama.web.profile_log import ProfileLog
 
-#: What such a container lacks: the id's entry in the user database, HOME, a temporary folder.
-CHILD = """
-import os, pwd, sys, tempfile
-def nobody(*_):
-    raise KeyError("getpwuid(): uid not found: 54321")
-def nowhere(*_):
-    raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
-pwd.getpwuid = pwd.getpwnam = nobody
-tempfile._get_default_tempdir = nowhere
-from mullama.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 
-
-def homeless_env() -> dict[str, str]:
-    gone = ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "MULLAMA_HOME", "TMPDIR")
-    return {name: value for name, value in os.environ.items() if name not in gone}
-
-
-def run(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-c", CHILD, *args],
-        cwd=tmp_path, env=homeless_env(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def run(folder: Path, *args: str) -> tuple[int, str, str]:
+    """Exit status, stdout, stderr."""
+    process = homeless(folder, *args)
+    stdout, stderr = process.communicate(timeout=60)
+    return process.returncode, stdout, stderr
 
 
 @pytest.mark.parametrize(
@@ -60,35 +40,35 @@ def run(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_every_command_answers_in_a_line(tmp_path: Path, args: list[str], status: int, said: str) -> None:
-    done = run(tmp_path, *args)
-    assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode == status, done.stderr
-    assert said in done.stdout + done.stderr
-    assert done.returncode == 0 or done.stderr.count("error: ") == 1
+    returned, stdout, stderr = run(tmp_path, *args)
+    assert "Traceback" not in stderr, stderr
+    assert returned == status, stderr
+    assert said in stdout + stderr
+    assert returned == 0 or stderr.count("error: ") == 1
     assert list(tmp_path.iterdir()) == [], "a folder that is called ~ is nobody's home"
 
 
 def test_a_file_is_shown_all_the_same(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(make_gguf())
-    done = run(tmp_path, "show", str(path))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "llama" in done.stdout
+    returned, stdout, stderr = run(tmp_path, "show", str(path))
+    assert (returned, stderr) == (0, "")
+    assert "llama" in stdout
 
 
 @pytest.fixture
-def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     import pwd
 
-    def nobody(*_: object) -> None:
+    def unknown(*_: object) -> None:
         raise KeyError("getpwuid(): uid not found: 54321")
 
     for name in ("HOME", "XDG_CACHE_HOME", "MULLAMA_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
-def test_the_root_of_nobody(homeless: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_root_of_nobody(nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert home.default_root() == home.NOWHERE
     store = Store()
     assert store.list() == [] and store.find("smollm2:135m") is None and store.lookup("x") is None
@@ -106,7 +86,7 @@ def test_the_root_of_nobody(homeless: None, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("path", ["~/x", "~nobody-of-this-name/x"])
-def test_a_home_that_nobody_knows(homeless: None, path: str) -> None:
+def test_a_home_that_nobody_knows(nobody: None, path: str) -> None:
     with pytest.raises(ConfigError, match=r"nobody knows the home that '~.*' means; write the path out"):
         home.expand(path)
 

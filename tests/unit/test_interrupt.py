@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from mullama.cli import load_progress as loading
+from mullama.cli import load_progress
 from mullama.errors import LoadCancelled
 
 PRELUDE = """
@@ -190,5 +190,5 @@ def test_an_engine_that_is_loaded_too_late_is_closed(monkeypatch: pytest.MonkeyP
     model: Any = type("Found", (), {"name": "m", "path": Path("m"), "entry": None})()
     config: Any = None
     with pytest.raises(KeyboardInterrupt):
-        loading.load_engine(model, config)
+        load_progress.load_engine(model, config)
     assert Engine.closed == is_late

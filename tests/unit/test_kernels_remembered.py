@@ -23,8 +23,8 @@ from mullama import faults
 from mullama.machine import processor, remembered
 from mullama.machine.remembered import (
     BUSY_S,
-    MOST_SHAPES,
-    MOST_VALUES,
+    MAX_SHAPES,
+    MAX_VALUES,
     WORTH_TIMING,
     OfType,
     Remembered,
@@ -356,14 +356,14 @@ def test_as_many_shapes_as_that_are_proved(tmp_path: Path, tried: Trials) -> Non
     find(tmp_path, *(weights(n=64 * n) for n in range(1, 41)), weights(n=64 * 40))
     (task,) = tried.tasks
     assert (
-        len(task.shapes) <= MOST_SHAPES and task.shapes[0] == (2048, 2048) and len(set(task.shapes)) == len(task.shapes)
+        len(task.shapes) <= MAX_SHAPES and task.shapes[0] == (2048, 2048) and len(set(task.shapes)) == len(task.shapes)
     )
 
 
 @pytest.mark.parametrize(("k", "n"), [(64, 1 << 40), (1 << 17, 1 << 40), (1 << 17, 1), (64, 64), (8960, 151_936)])
 def test_a_matrix_that_is_timed_is_bounded(k: int, n: int) -> None:
     of_k, rows = weights(k=k, n=n).cut
-    assert of_k == k and 1 <= rows <= n and k * rows <= max(MOST_VALUES, 64 * k)
+    assert of_k == k and 1 <= rows <= n and k * rows <= max(MAX_VALUES, 64 * k)
 
 
 # -- several processes

@@ -76,8 +76,8 @@ def test_each_missing_file_has_a_line(build: Build) -> None:
     ("content", "words"),
     [
         (b"", "is empty"),
-        (b"<html>not found</html>" * 10, "is damaged: it is no library"),
-        (b"\x7fELF", "is damaged: it is no library"),
+        (b"<html>not found</html>" * 10, "is damaged: it is not a library"),
+        (b"\x7fELF", "is damaged: it is not a library"),
         (elf()[:4000], "is damaged: it is cut off after 4000 bytes"),
         (elf()[:64], "is damaged: it is cut off after 64 bytes"),
     ],

@@ -22,7 +22,7 @@ def test_this_machine() -> None:
     free = memory.available_memory()
     assert free is None or free > 0
     assert (memory.total_memory() or 1 << 62) >= (free or 0)
-    found = cores.cores()
+    found = cores.own_cores()
     assert 1 <= len(found.affinity) <= found.online
     assert 1 <= found.threads == cores.usable_threads() <= len(found.affinity)
 
@@ -32,7 +32,7 @@ def test_the_affinity_counts() -> None:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {max(before)})
-        assert cores.cores().affinity == (max(before),)
+        assert cores.own_cores().affinity == (max(before),)
         assert cores.usable_threads() == 1
     finally:
         os.sched_setaffinity(0, before)

@@ -15,8 +15,8 @@ from hub_support import Hub, LocalServer, Registry, Reply, Seen, file_reply
 from models_support import METADATA, make_gguf
 
 from mullama.faults import POINTS, VARIABLE, crash_point
-from mullama.models.reference import parse_reference
-from mullama.models.sources import private_addresses as policy
+from mullama.models.parse import parse_reference
+from mullama.models.sources import private_addresses
 from mullama.models.store.entry import Entry
 from mullama.models.store.store import Store
 from mullama.models.store.upkeep import verify
@@ -32,7 +32,8 @@ import sys
 from pathlib import Path
 from mullama.models.sources import base as sources
 from mullama.models.sources.local import LocalSource
-from mullama.models.reference import parse_reference
+from mullama.models.parse import parse_reference
+from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store
 
 class Copied(LocalSource):
@@ -45,7 +46,7 @@ class Copied(LocalSource):
         return "copied.gguf"
 
 sources.SOURCES._builtins["copied"] = "__main__:Copied"
-Store(Path(sys.argv[1])).pull(parse_reference(sys.argv[2]))
+pull(Store(Path(sys.argv[1])), parse_reference(sys.argv[2]))
 """
 
 
@@ -102,7 +103,7 @@ class World:
             "HF_ENDPOINT": self.server.url,
             "HF_HOME": str(self.folder / "hf"),
             "HF_TOKEN": "",
-            policy.VARIABLE: "1",
+            private_addresses.VARIABLE: "1",
             **extra,
         }
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from mullama.errors import PluginError, ReferenceNotFound
-from mullama.models.reference import parse_reference
+from mullama.models.parse import parse_reference
 from mullama.models.sources.base import SOURCES, load_source
 from mullama.models.sources.local import LocalSource
+from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store
 from mullama.plugins.groups import PluginGroup
 
@@ -56,7 +57,7 @@ def test_a_third_party_source_works_end_to_end(site: Path) -> None:
     model.write_bytes(make_gguf())
     reference = parse_reference(f"mine:{model}")
     assert reference.source == "mine"
-    entry = Store(site / "home").pull(reference)
+    entry = pull(Store(site / "home"), reference)
     assert entry.filename == "Fetched.gguf"
     assert "mine" in SOURCES.names()
     sys.modules.pop("third_party_a")

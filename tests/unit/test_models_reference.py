@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mullama.errors import ConfigError, ReferenceNotFound
-from mullama.models.reference import Reference, aliases, name_of_file, parse_reference, parse_spec
+from mullama.models.parse import parse_reference, parse_spec
+from mullama.models.reference import Reference, aliases, name_of_file
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def test_aliases_in_any_case_and_by_their_first_part(text: str) -> None:
 
 def test_a_first_part_that_is_ambiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     one = aliases()["smollm2:135m"]
-    monkeypatch.setattr("mullama.models.reference.aliases", lambda: {"a:1": one, "a:2": one})
+    monkeypatch.setattr("mullama.models.parse.aliases", lambda: {"a:1": one, "a:2": one})
     with pytest.raises(ReferenceNotFound, match="may be any of"):
         parse_reference("a")
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mullama.errors import ReferenceNotFound
-from mullama.models.sources.selection import PREFERRED, Candidate, bits_of, choose, quant_of
+from mullama.models.sources.selection import _FULL, _LIKED, Candidate, bits_of, choose, quant_of
 
 
 def pick(names: list[str], **wish: object) -> list[str]:
@@ -87,6 +87,9 @@ def test_the_choice(names: list[str], wish: dict[str, object], expected: list[st
 def test_no_choice_lists_what_is_there(names: list[str], wish: dict[str, object], says: str) -> None:
     with pytest.raises(ReferenceNotFound, match=says):
         pick(names, **wish)
+
+
+PREFERRED = (*(quant for liked in _LIKED.values() for quant in liked), *_FULL)
 
 
 @given(st.lists(st.sampled_from(PREFERRED), min_size=1, unique=True))

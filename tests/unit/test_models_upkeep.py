@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from models_support import METADATA, FakePip, make_gguf, make_wheel
 
 from mullama.errors import ConfigError, ModelLoadError, ReferenceNotFound, StoreError
 from mullama.models.files import gguf
-from mullama.models.reference import Reference, parse_reference
+from mullama.models.parse import parse_reference
+from mullama.models.reference import Reference
 from mullama.models.resolve import resolve_model
 from mullama.models.sources import pypi
 from mullama.models.store import digests
 from mullama.models.store.digests import Digests, digest_of
 from mullama.models.store.entry import Entry, is_plain_name, set_digest
+from mullama.models.store.pulling import add_file, pull
 from mullama.models.store.store import Store, named
 from mullama.models.store.upkeep import entry_of, usage, verify
 
@@ -59,7 +62,7 @@ def damage(path: Path, data: bytes | None = None) -> None:
 
 
 def test_a_copy_shares_the_file(store: Store) -> None:
-    entry = store.pull(REF)
+    entry = pull(store, REF)
     copied = store.copy("tiny:1", "Mine/too:v1")
     assert (copied.key, copied.sha256) == ("mine/too:v1", SHA)
     assert store.path_of(copied) == store.path_of(entry)
@@ -70,7 +73,7 @@ def test_a_copy_shares_the_file(store: Store) -> None:
 
 @pytest.mark.parametrize("name", ["tiny:1", "smollm2:135m", "hf:a/b", "pypi:tiny", "file:x", "../x", "a b", "", "/etc"])
 def test_names_that_cannot_be_given(store: Store, name: str) -> None:
-    store.pull(REF)
+    pull(store, REF)
     with pytest.raises((StoreError, ConfigError)):
         store.copy("tiny:1", name)
     assert [entry.key for entry in store.list()] == ["tiny:1"]
@@ -88,11 +91,11 @@ def made(store: Store, **options: Any) -> Entry:
     with store.temp_folder() as folder:
         path = folder / "out.gguf"
         path.write_bytes(make_gguf(seed=8))
-        return store.add_file(path, **options)
+        return add_file(store, path, **options)
 
 
 def test_a_made_file_is_a_variant(store: Store) -> None:
-    base = store.pull(REF)
+    base = pull(store, REF)
     entry = made(store, key="tiny-q8_0", variant_of="tiny:1", quant="Q8_0")
     assert store.variants("tiny:1") == [entry]
     assert (entry.license, entry.variant_of, entry.quant) == (base.license, "tiny:1", "Q8_0")
@@ -103,7 +106,7 @@ def test_a_made_file_is_a_variant(store: Store) -> None:
 
 
 def test_a_variant_is_found_by_its_quant_and_serves_under_the_same_name(store: Store) -> None:
-    store.pull(REF)
+    pull(store, REF)
     entry = made(store, key="tiny-q8_0", variant_of="tiny:1", quant="Q8_0")
     found = resolve_model("tiny:1", store=store, quant="q8_0")
     assert (found.entry, found.name) == (entry, "tiny:1")
@@ -116,7 +119,7 @@ def test_a_made_file_cannot_be_fetched_again(store: Store) -> None:
     entry = made(store, key="mine", quant="Q8_0")
     reference = entry.to_reference()
     store.path_of(entry).unlink()
-    for action in (store.resolve, store.pull):
+    for action in (store.resolve, partial(pull, store)):
         with pytest.raises(ReferenceNotFound, match="made here"):
             action(reference)
 
@@ -125,9 +128,9 @@ def test_what_is_made_must_be_sound_and_well_named(store: Store) -> None:
     with store.temp_folder() as folder:
         (folder / "x").write_bytes(DATA[:-50])
         with pytest.raises(ModelLoadError, match="truncated"):
-            store.add_file(folder / "x", key="mine")
+            add_file(store, folder / "x", key="mine")
         with pytest.raises(ConfigError):
-            store.add_file(folder / "x", key="../mine")
+            add_file(store, folder / "x", key="../mine")
     assert store.list() == []
     assert list(store.tmp.iterdir()) == []
 
@@ -135,7 +138,7 @@ def test_what_is_made_must_be_sound_and_well_named(store: Store) -> None:
 def test_a_working_folder_outlives_a_pull_of_another(store: Store) -> None:
     with store.temp_folder() as folder:
         (folder / "half").write_bytes(b"x")
-        store.pull(REF)
+        pull(store, REF)
         assert (folder / "half").exists()
     assert not list(store.locks.glob("work-*"))
 
@@ -146,7 +149,7 @@ def test_a_full_disk_while_placing(store: Store, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(StoreError, match="the disk is full"):
-        store.pull(REF)
+        pull(store, REF)
     monkeypatch.undo()
     assert store.list() == []
     assert list(store.tmp.rglob("*.gguf")) == []
@@ -156,7 +159,7 @@ def test_a_full_disk_while_placing(store: Store, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_blob_that_changed_is_hashed_before_it_is_used(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = store.path_of(store.pull(REF))
+    path = store.path_of(pull(store, REF))
     hashed: list[Path] = []
     monkeypatch.setattr(
         digests, "hash_file", lambda p, *_: hashed.append(p) or hashlib.sha256(p.read_bytes()).hexdigest()
@@ -170,7 +173,7 @@ def test_a_blob_that_changed_is_hashed_before_it_is_used(store: Store, monkeypat
 
 
 def test_a_damaged_blob_is_set_aside(store: Store) -> None:
-    entry = store.pull(REF)
+    entry = pull(store, REF)
     store.copy("tiny:1", "mine")
     damage(store.path_of(entry))
     for name in ("tiny:1", "mine", "tiny:1"):
@@ -181,14 +184,14 @@ def test_a_damaged_blob_is_set_aside(store: Store) -> None:
     assert [path.name for path in store.quarantine.iterdir()] == [f"sha256-{SHA}.gguf"]
     assert verify(store, entry, silent) == "damaged"
     # Another pull brings it back, and takes the damaged one away.
-    store.pull(REF, force=True)
+    pull(store, REF, force=True)
     assert resolve_model("mine", store=store).path.read_bytes() == DATA
     assert list(store.quarantine.iterdir()) == []
 
 
 def test_the_default_lookup_still_knows_a_damaged_model(store: Store) -> None:
     """So that its name leads to the error above, and not to "no such model"."""
-    store.pull(named(parse_reference("pypi:tiny"), "mine"))
+    pull(store, named(parse_reference("pypi:tiny"), "mine"))
     damage(store.blob_path(SHA))
     for _ in range(2):
         with pytest.raises(StoreError, match="mine is damaged"):
@@ -196,7 +199,7 @@ def test_the_default_lookup_still_knows_a_damaged_model(store: Store) -> None:
 
 
 def test_verify(store: Store) -> None:
-    entry, other = store.pull(REF), store.pull(parse_reference("pypi:other"))
+    entry, other = pull(store, REF), pull(store, parse_reference("pypi:other"))
     steps: list[tuple[str, int, int | None]] = []
     assert verify(store, entry, lambda *step: steps.append(step)) == "ok"
     assert steps == [("verifying", len(DATA), len(DATA))]
@@ -212,7 +215,7 @@ def test_verify(store: Store) -> None:
 
 
 def test_removing_a_damaged_model_frees_what_was_set_aside(store: Store) -> None:
-    entry = store.pull(REF)
+    entry = pull(store, REF)
     damage(store.path_of(entry))
     with pytest.raises(StoreError):
         store.checked_path(entry)
@@ -221,8 +224,8 @@ def test_removing_a_damaged_model_frees_what_was_set_aside(store: Store) -> None
 
 
 def test_which_entry_is_meant(store: Store) -> None:
-    store.pull(named(REF, "mine"))
-    store.pull(parse_reference("pypi:tiny"))
+    pull(store, named(REF, "mine"))
+    pull(store, parse_reference("pypi:tiny"))
     assert entry_of(store, "MINE").key == "mine"
     assert entry_of(store, "pypi:Tiny").key == "pypi:tiny"
     for text, says in (("./x.gguf", "a file of yours"), ("smollm2", "not in the store"), ("nosuch", "neither a file")):
@@ -234,7 +237,7 @@ def test_which_entry_is_meant(store: Store) -> None:
 
 
 def test_shared_bytes_count_once(store: Store) -> None:
-    entry, other = store.pull(REF), store.pull(parse_reference("pypi:other"))
+    entry, other = pull(store, REF), pull(store, parse_reference("pypi:other"))
     store.copy("tiny:1", "mine")
     found = usage(store)
     assert found.total == entry.size + other.size
@@ -258,7 +261,7 @@ def test_the_size_of_no_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x.gguf", "a/b.gguf", "..", "", "a\\b", "x" * 300, "a\0b"])
 def test_no_file_name_of_a_ref_leaves_its_folder(store: Store, name: str) -> None:
     assert not is_plain_name(name)
-    entry = store.pull(REF)
+    entry = pull(store, REF)
     path = next(store.refs.glob("*.json"))
     part = {"filename": name, "sha256": SHA, "size": 1}
     for change in ({"place": "/tmp", "filename": name}, {"parts": [part, part]}):
@@ -267,7 +270,7 @@ def test_no_file_name_of_a_ref_leaves_its_folder(store: Store, name: str) -> Non
 
 
 def test_a_ref_of_an_earlier_version_is_understood(store: Store) -> None:
-    entry = store.pull(REF)
+    entry = pull(store, REF)
     fields = ("key", "source", "locations", "filename", "sha256", "size", "license", "pulled_at")
     assert tuple(entry.to_json()) == fields
     assert Entry.from_json(json.loads(json.dumps(entry.to_json()))) == entry

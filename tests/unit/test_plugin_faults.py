@@ -14,7 +14,7 @@ from mullama.engine.planning.planner import Planner
 from mullama.engine.planning.policy_host import PolicyHost
 from mullama.errors import PluginError
 from mullama.kv.eviction import registry as kv_registry
-from mullama.plugins.groups import MOST_PARAMS, PluginGroup, publish
+from mullama.plugins.groups import MAX_PARAMS, PluginGroup, publish
 from mullama.scheduling import EngineState, Plan, SeqView, check_plan, create, own_plan, registry
 from mullama.simulation.shadow_policy import ShadowPolicy
 from mullama.types import Preempt, SeqState
@@ -224,7 +224,7 @@ BAD_PARAMS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("params", [*BAD_PARAMS, {"x": "y" * MOST_PARAMS}], ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize("params", [*BAD_PARAMS, {"x": "y" * MAX_PARAMS}], ids=lambda value: repr(value)[:30])
 def test_parameters_that_cannot_be_shown_are_refused(params: Any) -> None:
     class Bad(Mine):
         def params(self) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from mullama import child
 from mullama.cli.main import main
 from mullama.errors import ConfigError, InvalidRequest, LoadCancelled, ModelLoadError, StoreError
 from mullama.machine import memory
-from mullama.models import quantizing as quantize
+from mullama.models import quantizing
 from mullama.models.files import gguf
 from mullama.models.quantizing import Source, quantize_variant, source_of, variant_key
 from mullama.models.store.entry import Entry
@@ -62,14 +62,14 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
         )
 
     monkeypatch.setattr(child, "start", start)
-    monkeypatch.setattr(quantize, "check_type", _check_type)
+    monkeypatch.setattr(quantizing, "check_type", _check_type)
     write("shutil.copy(source, target); end(ok=True, size=1)")
     return write
 
 
 def _check_type(name: str) -> str:
     if name.upper() not in ("Q8_0", "Q4_0", "IQ2_XS"):
-        raise InvalidRequest(f"'{name}' is no quantisation type; there are Q8_0", param="type")
+        raise InvalidRequest(f"'{name}' is not a quantisation type; there are Q8_0", param="type")
     return name.upper()
 
 
@@ -154,7 +154,7 @@ def test_failures(store: Store, model: Path, fake: Fake, code: str, reason: str)
 def test_a_full_disk(store: Store, model: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake('end(ok=False, reason="basic_ios::clear: iostream error")')
     free = iter([1 << 40, 10])
-    monkeypatch.setattr(quantize.shutil, "disk_usage", lambda path: type("Usage", (), {"free": next(free)})())
+    monkeypatch.setattr(quantizing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": next(free)})())
     with pytest.raises(StoreError, match="the disk is full"):
         quantize_variant(store, model, "Q8_0")
     assert left_over(store) == []
@@ -172,7 +172,7 @@ def test_waiting_for_another_can_be_cancelled(store: Store, model: Path) -> None
     key = "some-model-q8_0"
     store.make_folders()
     seen: list[str] = []
-    with store.lock(f"quantize-{quantize.hash_key(key)}"), pytest.raises(LoadCancelled):
+    with store.lock(f"quantize-{quantizing.hash_key(key)}"), pytest.raises(LoadCancelled):
         # Of another store object, as of another process: the same lock.
         quantize_variant(
             Store(store.root), model, "Q8_0", lambda what, done, total: seen.append(what), cancel=lambda: bool(seen)
@@ -195,7 +195,7 @@ def test_a_variant_older_than_its_base_is_made_again(
     store: Store, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Source("base", "base", "base", model, "base.gguf")
-    monkeypatch.setattr(quantize, "source_of", lambda store, model: source)
+    monkeypatch.setattr(quantizing, "source_of", lambda store, model: source)
     made = quantize_variant(store, model, "Q8_0")
     assert quantize_variant(store, model, "Q8_0") == made
     source = Source("base", "base", "base", model, "base.gguf", since="2999-01-01T00:00:00+00:00")
@@ -220,7 +220,7 @@ def test_the_command(store: Store, model: Path, capsys: pytest.CaptureFixture[st
 
 def test_the_command_fails_in_one_line(store: Store, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", str(model), "Q9"]) == 1
-    assert "'Q9' is no quantisation type" in capsys.readouterr().err
+    assert "'Q9' is not a quantisation type" in capsys.readouterr().err
     assert main(["quantize", "smollm2:135m", "Q8_0"]) == 1
     assert "is not in the store" in capsys.readouterr().err
     assert main(["quantize", str(model), "IQ2_XS"]) == 1

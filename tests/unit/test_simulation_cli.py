@@ -18,7 +18,7 @@ from mullama.cli.research import calibrate
 from mullama.errors import ModelLoadError
 from mullama.machine.neighbours import Neighbours
 from mullama.simulation import read_costs, write_costs
-from mullama.workload.recorded import read_outcomes, write_trace
+from mullama.workload.recorded import write_trace
 from mullama.workload.spec import parse_workload
 
 TRACE = "poisson:rate=3,n=40,prompt=uniform(20,200),out=20"
@@ -101,9 +101,10 @@ def test_sizes(run: Run, tmp_path: Path) -> None:
 
 def test_outcomes_are_written(run: Run, tmp_path: Path) -> None:
     assert simulate(run, "--schedulers", "fcfs", "--out", "out/x")[0] == 0
-    outcomes = read_outcomes(tmp_path / "out" / "x" / "outcomes-fcfs-1.jsonl")
+    lines = (tmp_path / "out" / "x" / "outcomes-fcfs-1.jsonl").read_text().splitlines()
+    outcomes = [json.loads(line) for line in lines]
     assert len(outcomes) == 40
-    assert all(len(outcome.token_s) == 20 for outcome in outcomes)
+    assert all(len(outcome["token_s"]) == 20 for outcome in outcomes)
     assert (tmp_path / "out" / "x" / "trace.jsonl").exists()
 
 

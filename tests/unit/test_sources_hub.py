@@ -15,8 +15,9 @@ from hub_support import COMMIT, Hub, LocalServer, Reply
 from models_support import METADATA, make_gguf
 
 from mullama.errors import ReferenceNotFound, StoreError
-from mullama.models.reference import parse_reference, parse_spec
+from mullama.models.parse import parse_reference, parse_spec
 from mullama.models.resolve import resolve_model
+from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store
 
 REPO = "Qwen/Qwen2.5-7B-Instruct-GGUF"
@@ -139,7 +140,7 @@ def test_which_file_is_meant(hub: Hub, store: Store, text: str, file: str) -> No
 )
 def test_what_the_hub_does_not_have(hub: Hub, store: Store, text: str, says: str) -> None:
     with pytest.raises(ReferenceNotFound, match=says) as raised:
-        store.pull(parse_reference(text))
+        pull(store, parse_reference(text))
     assert "\n" not in str(raised.value)
     assert store.list() == []
 
@@ -147,40 +148,40 @@ def test_what_the_hub_does_not_have(hub: Hub, store: Store, text: str, says: str
 def test_a_token_is_sent(hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.token = "hf_secret"
     with pytest.raises(ReferenceNotFound, match="HF_TOKEN"):
-        store.pull(parse_reference(REPO))
+        pull(store, parse_reference(REPO))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert store.pull(parse_reference(REPO)).parts
+    assert pull(store, parse_reference(REPO)).parts
 
 
 def test_a_gated_repository(hub: Hub, store: Store) -> None:
     hub.is_gated = True
     with pytest.raises(StoreError, match="is gated: accept its terms"):
-        store.pull(parse_reference(REPO))
+        pull(store, parse_reference(REPO))
 
 
 def test_a_rate_limit(hub: Hub, store: Store) -> None:
     hub.limited = 10**6
     with pytest.raises(StoreError, match="limits how much you may fetch"):
-        store.pull(parse_reference(REPO))
+        pull(store, parse_reference(REPO))
 
 
 def test_a_hub_that_is_away(hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(StoreError, match="cannot be reached"):
-        store.pull(parse_reference(REPO))
+        pull(store, parse_reference(REPO))
 
 
 def test_a_hub_that_is_broken(hub: Hub, store: Store) -> None:
     hub.server.routes.insert(0, lambda seen: Reply(500))  # type: ignore[attr-defined]
     with pytest.raises(StoreError, match="HTTP 500"):
-        store.pull(parse_reference(REPO))
+        pull(store, parse_reference(REPO))
 
 
 def test_a_broken_download_is_resumed(hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     # The client writes 10 MB at a time, which is more than these files have.
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     hub.cut = 50_000
-    entry = store.pull(parse_reference(f"{REPO}:Q8_0"))
+    entry = pull(store, parse_reference(f"{REPO}:Q8_0"))
     assert store.path_of(entry).read_bytes() == FILES[f"{STEM}-q8_0.gguf"]
     assert "bytes=50000-" in [seen.headers.get("range") for seen in hub.server.seen]  # type: ignore[attr-defined]
 
@@ -191,11 +192,11 @@ def test_a_file_that_is_not_the_listed_one(hub: Hub, store: Store, cache: Path) 
     hub.lies[name] = model(7)
     reference = parse_reference(f"{REPO}:Q8_0")
     with pytest.raises(StoreError, match="is not the file that the hub lists"):
-        store.pull(reference)
+        pull(store, reference)
     assert store.list() == []
     assert not [path for path in cache.rglob("*.gguf") if path.exists()]
     hub.lies.clear()
-    assert store.path_of(store.pull(reference)).read_bytes() == FILES[name]
+    assert store.path_of(pull(store, reference)).read_bytes() == FILES[name]
 
 
 def test_offline_what_is_cached_is_found(
@@ -205,16 +206,16 @@ def test_offline_what_is_cached_is_found(
     huggingface_hub.hf_hub_download(REPO, f"{STEM}-q8_0.gguf")
     hub.server.routes.clear()  # type: ignore[attr-defined]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    entry = store.pull(parse_reference(REPO))
+    entry = pull(store, parse_reference(REPO))
     assert (entry.filename, entry.revision, entry.is_borrowed) == (f"{STEM}-q8_0.gguf", COMMIT, True)
     with pytest.raises(ReferenceNotFound, match="no model in Q4_K_M"):
-        store.pull(parse_reference(f"{REPO}:Q4_K_M"))
+        pull(store, parse_reference(f"{REPO}:Q4_K_M"))
     with pytest.raises(StoreError, match="not cached"):
-        store.pull(parse_reference("some/other"))
+        pull(store, parse_reference("some/other"))
 
 
 def test_removing_takes_out_of_the_cache_what_was_put_there(hub: Hub, store: Store, cache: Path) -> None:
-    entry = store.pull(parse_reference(f"{REPO}:Q8_0"))
+    entry = pull(store, parse_reference(f"{REPO}:Q8_0"))
     store.copy(entry.key, "mine")
     assert store.remove("mine") == 0
     assert store.path_of(entry).exists()
@@ -224,7 +225,7 @@ def test_removing_takes_out_of_the_cache_what_was_put_there(hub: Hub, store: Sto
 
 def test_removing_leaves_what_another_program_put_there(hub: Hub, store: Store) -> None:
     path = Path(str(huggingface_hub.hf_hub_download(REPO, f"{STEM}-q8_0.gguf")))
-    entry = store.pull(parse_reference(f"{REPO}:Q8_0"))
+    entry = pull(store, parse_reference(f"{REPO}:Q8_0"))
     assert store.path_of(entry) == path
     assert store.remove(entry.key) == 0
     assert path.read_bytes() == FILES[f"{STEM}-q8_0.gguf"]
@@ -232,7 +233,7 @@ def test_removing_leaves_what_another_program_put_there(hub: Hub, store: Store) 
 
 def test_a_file_that_changed_in_the_cache_is_not_used(hub: Hub, store: Store) -> None:
     reference = parse_reference(f"{REPO}:Q8_0")
-    path = store.path_of(store.pull(reference))
+    path = store.path_of(pull(store, reference))
     blob = path.resolve()
     blob.chmod(0o644)
     blob.write_bytes(model(5))
@@ -241,7 +242,7 @@ def test_a_file_that_changed_in_the_cache_is_not_used(hub: Hub, store: Store) ->
         resolve_model(f"{REPO}:Q8_0", store=store)
     with pytest.raises(StoreError, match="damaged"):  # and stays so, whatever the file is then
         store.resolve(reference)
-    assert store.pull(reference, force=True)
+    assert pull(store, reference, force=True)
     assert resolve_model(f"{REPO}:Q8_0", store=store).path.read_bytes() == FILES[f"{STEM}-q8_0.gguf"]
 
 
@@ -255,8 +256,8 @@ def test_names(hub: Hub, store: Store) -> None:
 def test_two_quants_of_one_repository_share_nothing_but_the_name(hub: Hub, store: Store) -> None:
     from mullama.models.store.upkeep import usage, verify
 
-    first, second = store.pull(parse_reference(REPO)), store.pull(parse_reference(f"{REPO}:Q4_K_M"))
-    third = store.pull(parse_reference(f"{REPO}:Q8_0"))
+    first, second = pull(store, parse_reference(REPO)), pull(store, parse_reference(f"{REPO}:Q4_K_M"))
+    third = pull(store, parse_reference(f"{REPO}:Q8_0"))
     assert first.sha256 == second.sha256 != third.sha256
     found: Any = usage(store)
     assert found.total == found.elsewhere == first.size + third.size

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from models_support import METADATA, TENSORS, make_gguf
 
 from mullama.errors import PrivateAddress, ReferenceNotFound, StoreError
-from mullama.models.reference import parse_reference
-from mullama.models.sources import download, net
-from mullama.models.sources import private_addresses as policy
+from mullama.models.parse import parse_reference
+from mullama.models.sources import download, net, private_addresses
 from mullama.models.sources.download import Fetcher
 from mullama.models.sources.net import CheckedBackend, is_public, make_client
+from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store
 
 DATA = make_gguf(tensors=[("token_embd.weight", (32, 4000), 8, 4000 * 34)])
@@ -35,7 +35,7 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setattr(policy, "_allowed", True)
+    monkeypatch.setattr(private_addresses, "_allowed", True)
     return None
 
 
@@ -83,7 +83,7 @@ def cutting(at: int, answer: Callable[[Seen], Reply | None]) -> Callable[[Seen],
 def test_a_file_is_fetched_verified_and_named(store: Store, server: LocalServer) -> None:
     server.routes.append(serve("/d/My.Q8_0.gguf", DATA))
     steps: list[tuple[str, int, int | None]] = []
-    entry = store.pull(parse_reference(f"{server.url}/d/My.Q8_0.gguf?download=true"), lambda *step: steps.append(step))
+    entry = pull(store, parse_reference(f"{server.url}/d/My.Q8_0.gguf?download=true"), lambda *step: steps.append(step))
     assert (entry.sha256, entry.filename, entry.revision, entry.quant) == (SHA, "My.Q8_0.gguf", '"v1"', "Q8_0")
     assert store.path_of(entry).read_bytes() == DATA
     assert store.path_of(entry).stat().st_mode & 0o777 == 0o444
@@ -95,14 +95,14 @@ def test_a_file_is_fetched_verified_and_named(store: Store, server: LocalServer)
 def test_a_pin_is_compared(store: Store, server: LocalServer) -> None:
     server.routes.append(serve("/m.gguf", DATA))
     with pytest.raises(StoreError, match=rf"sha256 is {SHA}, expected 0000.*nothing was kept"):
-        store.pull(parse_reference(f"{server.url}/m.gguf#sha256={'0' * 64}"))
+        pull(store, parse_reference(f"{server.url}/m.gguf#sha256={'0' * 64}"))
     assert left(store) == []
-    assert store.pull(parse_reference(f"{server.url}/m.gguf#sha256={SHA}")).sha256 == SHA
+    assert pull(store, parse_reference(f"{server.url}/m.gguf#sha256={SHA}")).sha256 == SHA
 
 
 def test_a_broken_connection_is_resumed(store: Store, server: LocalServer, pauses: list[float]) -> None:
     server.routes.append(cutting(50_000, serve("/m.gguf", DATA)))
-    assert store.pull(parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
+    assert pull(store, parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
     assert ranges(server) == [None, "bytes=50000-"]
     assert server.seen[1].headers["if-range"] == '"v1"'
     assert pauses == [0.5]
@@ -115,9 +115,9 @@ def test_another_pull_goes_on_where_the_first_gave_up(
     server.routes.append(cutting(70_000, serve("/m.gguf", DATA)))
     reference = parse_reference(f"{server.url}/m.gguf")
     with pytest.raises(StoreError, match="cannot download"):
-        store.pull(reference)
+        pull(store, reference)
     assert store.find(reference.key) is None
-    assert store.pull(reference).sha256 == SHA
+    assert pull(store, reference).sha256 == SHA
     assert ranges(server) == [None, "bytes=70000-"]
     assert {path.parent.name for path in left(store)} == {"blobs", "refs", "digests"}
 
@@ -131,8 +131,8 @@ def test_ctrl_c_keeps_what_can_be_gone_on_with(store: Store, server: LocalServer
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.pull(reference, stop)
-    assert store.pull(reference).sha256 == SHA
+        pull(store, reference, stop)
+    assert pull(store, reference).sha256 == SHA
     first = ranges(server)[1]
     assert first is not None
     assert int(first[6:-1]) > 20_000
@@ -147,20 +147,20 @@ def _in_pieces(reply: Reply | None) -> Reply | None:
 def test_last_modified_serves_where_there_is_no_etag(store: Store, server: LocalServer) -> None:
     when = "Wed, 21 Oct 2015 07:28:00 GMT"
     server.routes.append(cutting(1000, serve("/m.gguf", DATA, None, last_modified=when)))
-    assert store.pull(parse_reference(f"{server.url}/m.gguf")).revision == when
+    assert pull(store, parse_reference(f"{server.url}/m.gguf")).revision == when
     assert server.seen[1].headers["if-range"] == when
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"weak"'])
 def test_without_a_validator_it_starts_again(store: Store, server: LocalServer, etag: str | None) -> None:
     server.routes.append(cutting(1000, serve("/m.gguf", DATA, etag)))
-    assert store.pull(parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
+    assert pull(store, parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
     assert ranges(server) == [None, None]
 
 
 def test_a_pin_makes_a_range_safe_without_a_validator(store: Store, server: LocalServer) -> None:
     server.routes.append(cutting(1000, serve("/m.gguf", DATA, None)))
-    assert store.pull(parse_reference(f"{server.url}/m.gguf#sha256={SHA}")).sha256 == SHA
+    assert pull(store, parse_reference(f"{server.url}/m.gguf#sha256={SHA}")).sha256 == SHA
     assert ranges(server) == [None, "bytes=1000-"]
 
 
@@ -173,7 +173,7 @@ def test_a_file_that_changed_meanwhile_is_fetched_whole(store: Store, server: Lo
         return reply
 
     server.routes.append(route)
-    entry = store.pull(parse_reference(f"{server.url}/m.gguf"))
+    entry = pull(store, parse_reference(f"{server.url}/m.gguf"))
     assert (entry.sha256, entry.revision) == (SHA, '"v2"')
 
 
@@ -215,19 +215,19 @@ LIES = {
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
 def test_a_lie_about_ranges_starts_again_from_zero(store: Store, server: LocalServer, lie: Any) -> None:
     _lie(server, lie, forever=False)
-    assert store.pull(parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
+    assert pull(store, parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
     assert ranges(server) == [None, "bytes=1000-", None]
 
 
 def test_a_server_that_ignores_ranges_sends_it_whole(store: Store, server: LocalServer) -> None:
     _lie(server, lambda seen: Reply(200, {"ETag": '"v1"'}, DATA), forever=False)
-    assert store.pull(parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
+    assert pull(store, parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
 
 
 def test_what_the_digest_finds_wrong_after_resuming_is_fetched_whole(store: Store, server: LocalServer) -> None:
     """The range looks right in every way, and is another file's."""
     _lie(server, _partial(f"bytes 1000-{N - 1}/{N}", OTHER[1000:]), forever=False)
-    assert store.pull(parse_reference(f"{server.url}/m.gguf#sha256={SHA}")).sha256 == SHA
+    assert pull(store, parse_reference(f"{server.url}/m.gguf#sha256={SHA}")).sha256 == SHA
     assert ranges(server) == [None, "bytes=1000-", None]
 
 
@@ -250,7 +250,7 @@ def test_what_the_digest_finds_wrong_after_resuming_is_fetched_whole(store: Stor
 def test_what_stays_wrong_is_a_clear_error(store: Store, server: LocalServer, reply: Any, says: str) -> None:
     server.routes.append(lambda seen: reply())
     with pytest.raises(Exception, match=says) as raised:
-        store.pull(parse_reference(f"{server.url}/m.gguf"))
+        pull(store, parse_reference(f"{server.url}/m.gguf"))
     assert isinstance(raised.value, StoreError) or raised.type.__name__ in ("ReferenceNotFound", "ModelLoadError")
     assert "\n" not in str(raised.value)
     assert not list((store.root / "blobs").iterdir())
@@ -276,7 +276,7 @@ def test_a_server_that_sends_too_much(store: Store, server: LocalServer) -> None
 def test_rate_limits_are_waited_for(store: Store, server: LocalServer, pauses: list[float]) -> None:
     answers = [Reply(429, {"Retry-After": "2"}), Reply(503)]
     server.routes.append(lambda seen: answers.pop(0) if answers else file_reply(seen, DATA, '"v1"'))
-    assert store.pull(parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
+    assert pull(store, parse_reference(f"{server.url}/m.gguf")).sha256 == SHA
     assert pauses == [2.0, 1.0]
 
 
@@ -289,7 +289,7 @@ def test_retry_after_may_be_a_date() -> None:
 def test_what_cannot_fit_is_refused_by_its_announced_size(store: Store, server: LocalServer) -> None:
     server.routes.append(lambda seen: Reply(200, {"ETag": '"v1"'}, b"GGUF", length=1 << 60))
     with pytest.raises(StoreError, match="MB free"):
-        store.pull(parse_reference(f"{server.url}/m.gguf"))
+        pull(store, parse_reference(f"{server.url}/m.gguf"))
     assert left(store) == []
 
 
@@ -308,7 +308,7 @@ def test_a_split_model_is_fetched_in_all_its_parts(store: Store, server: LocalSe
         server.routes.append(serve(f"/Big-0000{number}-of-00003.gguf", data))
     reference = parse_reference(f"{server.url}/Big-00001-of-00003.gguf")
     steps: list[str] = []
-    entry = store.pull(reference, lambda what, *_: steps.append(what))
+    entry = pull(store, reference, lambda what, *_: steps.append(what))
     assert [part.sha256 for part in entry.parts] == [hashlib.sha256(data).hexdigest() for data in parts]
     assert entry.size == sum(map(len, parts))
     first = store.resolve(reference)
@@ -323,7 +323,7 @@ def test_a_part_that_is_not_there(store: Store, server: LocalServer) -> None:
     for number, data in enumerate(split_parts()[:2], 1):
         server.routes.append(serve(f"/Big-0000{number}-of-00003.gguf", data))
     with pytest.raises(ReferenceNotFound, match="Big-00003-of-00003"):
-        store.pull(parse_reference(f"{server.url}/Big-00001-of-00003.gguf"))
+        pull(store, parse_reference(f"{server.url}/Big-00001-of-00003.gguf"))
     assert store.list() == []
 
 
@@ -371,30 +371,30 @@ def test_no_mapped_address_is_more_public_than_itself(address: Any) -> None:
     ],
 )
 def test_private_places_are_refused(store: Store, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_allowed", False)
+    monkeypatch.setattr(private_addresses, "_allowed", False)
     # No name server is asked; these spellings of 127.0.0.1 are what the system's resolver makes of them.
     monkeypatch.setattr(
         socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
     )
     with pytest.raises(StoreError, match="--allow-private-sources"):
-        store.pull(parse_reference(text))
+        pull(store, parse_reference(text))
     assert store.list() == []
 
 
 def test_what_httpx_takes_for_no_address(store: Store) -> None:
     """Our own reader of addresses is laxer in places."""
-    with pytest.raises(StoreError, match="is no address"):
-        store.pull(parse_reference("https://example.org/m.gguf?" + "x" * 70_000))
+    with pytest.raises(StoreError, match="is not an address"):
+        pull(store, parse_reference("https://example.org/m.gguf?" + "x" * 70_000))
 
 
 def test_the_setting_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_allowed", None)
-    monkeypatch.delenv(policy.VARIABLE, raising=False)
-    assert not policy.is_private_allowed()
-    monkeypatch.setenv(policy.VARIABLE, "1")
-    assert policy.is_private_allowed()
-    policy.allow_private(False)
-    assert not policy.is_private_allowed()
+    monkeypatch.setattr(private_addresses, "_allowed", None)
+    monkeypatch.delenv(private_addresses.VARIABLE, raising=False)
+    assert not private_addresses.is_private_allowed()
+    monkeypatch.setenv(private_addresses.VARIABLE, "1")
+    assert private_addresses.is_private_allowed()
+    private_addresses.allow_private(False)
+    assert not private_addresses.is_private_allowed()
 
 
 class Recorder(httpcore.NetworkBackend):

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from compare_support import requests_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama.errors import ConfigError
 from mullama.workload.base import Client, Outcome, TraceRequest, Workload
-from mullama.workload.recorded import read_outcomes, read_trace, write_outcomes, write_trace
-from mullama.workload.spec import parse_trace, parse_workload
+from mullama.workload.recorded import read_trace, write_outcomes, write_trace
+from mullama.workload.spec import parse_workload
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -43,21 +44,21 @@ def mooncake(tmp_path: Path) -> Path:
 
 
 def test_azure(azure: Path) -> None:
-    trace = parse_trace(f"azure:{azure}")
+    trace = requests_of(f"azure:{azure}")
     assert [round(request.at_s, 4) for request in trace] == [0.0, 4.25, 4.5, 60.0]
     assert [(r.prompt_tokens, r.output_tokens) for r in trace] == [(374, 44), (396, 109), (879, 55), (91, 1)]
 
 
 def test_azure_scaled(azure: Path) -> None:
     spec = f"azure:{azure},skip=1,n=2,time_scale=2,length_scale=0.5,max_prompt=400,max_out=50,priority=3,slo_ms=900"
-    assert parse_trace(spec) == [
+    assert requests_of(spec) == [
         TraceRequest(0.0, 198, 50, priority=3, slo_ms=900.0),
         TraceRequest(pytest.approx(0.5), 400, 28, priority=3, slo_ms=900.0),
     ]
 
 
 def test_mooncake_keeps_its_blocks(mooncake: Path) -> None:
-    trace = parse_trace(f"mooncake:{mooncake}")
+    trace = requests_of(f"mooncake:{mooncake}")
     assert [(r.at_s, r.prompt_tokens, r.blocks, r.block_tokens) for r in trace] == [
         (0.0, 1300, (0, 1, 2), 512),
         (2.5, 1024, (0, 1), 512),
@@ -67,13 +68,13 @@ def test_mooncake_keeps_its_blocks(mooncake: Path) -> None:
 
 @pytest.mark.parametrize("scale", ["length_scale=0.0625", "block=32", "block=32,length_scale=0.0625"])
 def test_mooncake_scales_blocks_with_lengths(mooncake: Path, scale: str) -> None:
-    trace = parse_trace(f"mooncake:{mooncake},{scale}")
+    trace = requests_of(f"mooncake:{mooncake},{scale}")
     assert [(r.prompt_tokens, r.blocks, r.block_tokens) for r in trace] == [
         (81, (0, 1, 2), 32),
         (64, (0, 1), 32),
         (44, (0, 9), 32),
     ]
-    cut = parse_trace(f"mooncake:{mooncake},{scale},max_prompt=33")
+    cut = requests_of(f"mooncake:{mooncake},{scale},max_prompt=33")
     assert [(r.prompt_tokens, r.blocks) for r in cut] == [(33, (0, 1)), (33, (0, 1)), (33, (0, 9))]
 
 
@@ -174,8 +175,10 @@ def test_outcomes_survive_and_can_be_played(tmp_path: Path) -> None:
     ]
     file = tmp_path / "outcomes-fcfs-1.jsonl"
     write_outcomes(file, outcomes)
-    assert read_outcomes(file) == [outcomes[1], outcomes[0]]
-    assert parse_trace(f"file:{file}") == [outcomes[1].request, outcomes[0].request]
+    first, second = (json.loads(line) for line in file.read_text().splitlines())
+    assert (first["index"], first["token_s"], first["cached_tokens"]) == (0, [0.5, 0.75], 4)
+    assert (second["index"], second["error"], second["finished_s"]) == (1, "it failed", 3.0)
+    assert requests_of(f"file:{file}") == [outcomes[1].request, outcomes[0].request]
 
 
 def test_a_plain_file_of_requests(tmp_path: Path) -> None:
@@ -183,7 +186,7 @@ def test_a_plain_file_of_requests(tmp_path: Path) -> None:
     file.write_text(
         '{"at_s": 1, "prompt_tokens": 5, "output_tokens": 2}\n\n{"at_s":0,"prompt_tokens":1,"output_tokens":1}'
     )
-    assert parse_trace(f"file:{file}") == [TraceRequest(0.0, 1, 1), TraceRequest(1.0, 5, 2)]
+    assert requests_of(f"file:{file}") == [TraceRequest(0.0, 1, 1), TraceRequest(1.0, 5, 2)]
 
 
 @pytest.mark.parametrize(

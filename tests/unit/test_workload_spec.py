@@ -7,18 +7,19 @@ import statistics
 from pathlib import Path
 
 import pytest
+from compare_support import requests_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama.errors import ConfigError, MullamaError
 from mullama.workload.grammar import SHAPES, split
-from mullama.workload.spec import KINDS, parse_trace, parse_workload
+from mullama.workload.spec import KINDS, parse_workload
 
 # -- what a spec gives ---------------------------------------------------------------------------------------
 
 
 def test_poisson_has_its_rate_and_lengths() -> None:
-    trace = parse_trace("poisson:rate=4,n=4000,prompt=lognormal(median=120,sigma=0.6,max=800),out=uniform(16,64)", 7)
+    trace = requests_of("poisson:rate=4,n=4000,prompt=lognormal(median=120,sigma=0.6,max=800),out=uniform(16,64)", 7)
     assert len(trace) == 4000
     arrivals = [request.at_s for request in trace]
     assert arrivals == sorted(arrivals)
@@ -34,7 +35,7 @@ def test_poisson_has_its_rate_and_lengths() -> None:
 
 
 def test_bursty_keeps_the_rate_and_has_the_asked_variation() -> None:
-    arrivals = [request.at_s for request in parse_trace("bursty:rate=5,cv=2.5,n=20000", 1)]
+    arrivals = [request.at_s for request in requests_of("bursty:rate=5,cv=2.5,n=20000", 1)]
     gaps = [b - a for a, b in itertools.pairwise([0.0, *arrivals])]
     assert statistics.fmean(gaps) == pytest.approx(0.2, rel=0.08)
     assert statistics.pstdev(gaps) / statistics.fmean(gaps) == pytest.approx(2.5, rel=0.1)
@@ -42,13 +43,13 @@ def test_bursty_keeps_the_rate_and_has_the_asked_variation() -> None:
 
 def test_a_distribution_takes_positions_names_and_defaults() -> None:
     same = [
-        parse_trace(f"poisson:rate=1,n=50,prompt={text}", 3)
+        requests_of(f"poisson:rate=1,n=50,prompt={text}", 3)
         for text in ("lognormal(128,0.6)", "lognormal(sigma=0.6, median=128)", "lognormal", "lognormal()")
     ]
     assert all(trace == same[0] for trace in same)
-    mean = statistics.fmean(r.prompt_tokens for r in parse_trace("poisson:n=5000,prompt=exponential(90)", 3))
+    mean = statistics.fmean(r.prompt_tokens for r in requests_of("poisson:n=5000,prompt=exponential(90)", 3))
     assert mean == pytest.approx(90, rel=0.05)
-    assert {request.prompt_tokens for request in parse_trace("poisson:n=20,prompt=0", 0)} == {1}  # never empty
+    assert {request.prompt_tokens for request in requests_of("poisson:n=20,prompt=0", 0)} == {1}  # never empty
 
 
 def test_the_seed_decides_everything() -> None:
@@ -58,13 +59,13 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_lengths_leave_the_arrivals_alone() -> None:
-    short, long = (parse_trace(f"poisson:rate=2,n=40,prompt={prompt}", 5) for prompt in ("10", "lognormal"))
+    short, long = (requests_of(f"poisson:rate=2,n=40,prompt={prompt}", 5) for prompt in ("10", "lognormal"))
     assert [r.at_s for r in short] == [r.at_s for r in long]
 
 
 def test_a_tenant_is_the_same_alone() -> None:
-    both = parse_trace("poisson:users=flood:10,quiet:1,seconds=60,prompt=lognormal", 2)
-    alone = parse_trace("poisson:users=quiet:1,seconds=60,prompt=lognormal", 2)
+    both = requests_of("poisson:users=flood:10,quiet:1,seconds=60,prompt=lognormal", 2)
+    alone = requests_of("poisson:users=quiet:1,seconds=60,prompt=lognormal", 2)
     assert [request for request in both if request.user == "quiet"] == alone
     flood = sum(request.user == "flood" for request in both)
     assert flood == pytest.approx(600, rel=0.15)
@@ -72,7 +73,7 @@ def test_a_tenant_is_the_same_alone() -> None:
 
 
 def test_two_classes() -> None:
-    trace = parse_trace("two-class:rate=2,n=60,prompt=200,out=64,urgent_prompt=20,urgent_out=8,urgent_slo_ms=500", 1)
+    trace = requests_of("two-class:rate=2,n=60,prompt=200,out=64,urgent_prompt=20,urgent_out=8,urgent_slo_ms=500", 1)
     batch = [request for request in trace if request.group == "batch"]
     urgent = [request for request in trace if request.group == "urgent"]
     assert len(batch) == 60
@@ -105,8 +106,6 @@ def test_closed_loop_deals_requests_and_users() -> None:
     assert [client.requests[0].user for client in workload.clients] == ["a", "a", "b"]
     assert workload.stop_s is None
     assert workload.requests == ()
-    with pytest.raises(ConfigError, match="closed-loop"):
-        parse_trace("closed:clients=2")
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -213,5 +212,5 @@ def test_split_loses_nothing(parts: list[str]) -> None:
 def test_a_path_may_hold_commas(tmp_path: Path) -> None:
     file = tmp_path / "a,b=c.csv"
     file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n")
-    (request,) = parse_trace(f"azure:{file},n=3,max_out=10")
+    (request,) = requests_of(f"azure:{file},n=3,max_out=10")
     assert (request.prompt_tokens, request.output_tokens) == (374, 10)

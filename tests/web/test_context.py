@@ -14,9 +14,9 @@ from docs_support import ROOT, blocks, names
 
 from mullama.config import ServeConfig
 from mullama.web.openai.chunks import ChunkFormat
-from mullama.web.openai.context import ContextPolicy
+from mullama.web.openai.context_policy import ContextPolicy
 from mullama.web.services import Services
-from mullama.web.stream.events import EventStream
+from mullama.web.stream.event_stream import EventStream
 
 from .conftest import Client, Live, Result
 from .fake_engine import BOS, FakeEngine

@@ -17,7 +17,7 @@ from mullama.web.openai.chunks import ChunkFormat
 from mullama.web.openai.schemas import options_of, parse_chat
 from mullama.web.services import Services
 from mullama.web.stream.direct import DirectBody
-from mullama.web.stream.events import PING, EventStream
+from mullama.web.stream.event_stream import PING, EventStream
 from mullama.web.stream.generations import Group, Merged
 
 from .conftest import Live, parse_events

@@ -229,7 +229,7 @@ def test_what_is_not_http_gets_an_error_object(live: Start, what: bytes) -> None
     with connect(live()) as raw:
         raw.sock.sendall(what)
         status, body = raw.response()
-        assert status == 400 and "no valid HTTP request" in body["error"]["message"]
+        assert status == 400 and "not a valid HTTP request" in body["error"]["message"]
 
 
 def test_a_head_that_never_ends(live: Start) -> None:

@@ -17,10 +17,10 @@ from mullama.config import ServeConfig
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.index.namespaces import short_namespace
 from mullama.kv.index.tree import pack
-from mullama.web.internal import kv_event_routes as kv_events
+from mullama.web.internal import kv_event_routes
 from mullama.web.internal.kv_event_routes import KvEventStream
 from mullama.web.services import Services
-from mullama.web.stream.events import PING
+from mullama.web.stream.event_stream import PING
 
 from .conftest import Live
 from .fake_engine import FakeEngine
@@ -160,7 +160,7 @@ def test_lost_events_are_counted() -> None:
 
 
 def test_pieces_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_events, "MAX_PIECE", 2000)
+    monkeypatch.setattr(kv_event_routes, "MAX_PIECE", 2000)
     log = KvEventLog()
     add(log, 50, tokens=100)
 
@@ -183,14 +183,14 @@ def test_the_engine_thread_rings_once_for_many_events() -> None:
     async def main() -> None:
         async with following(log) as (stream, _):
             rings = 0
-            call = stream._loop.call_soon_threadsafe
+            call = stream._bell._loop.call_soon_threadsafe
 
             def counted(*args: Any) -> Any:
                 nonlocal rings
                 rings += 1
                 return call(*args)
 
-            stream._loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+            stream._bell._loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
             add(log, 200)
             assert rings == 1
             assert len(parse(await anext(stream))) == 200
@@ -251,7 +251,7 @@ def test_an_event_after_the_loop_is_closed_is_nobody_s_trouble() -> None:
 
     stream = asyncio.run(main())
     add(log)
-    assert not stream._some.is_set()
+    assert not stream._bell._rang.is_set()
 
 
 def test_responses_that_come_during_the_shutdown_end_at_once() -> None:

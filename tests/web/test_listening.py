@@ -152,7 +152,7 @@ def test_what_lies_where_a_unix_socket_shall_be(tmp_path: Path) -> None:
             bind(config)
         socket.socket(socket.AF_UNIX).connect(str(path))
     path.write_text("mine")
-    with pytest.raises(ConfigError, match="a file that is no socket"):
+    with pytest.raises(ConfigError, match="a file that is not a socket"):
         bind(config)
     assert path.read_text() == "mine"
     path.unlink()

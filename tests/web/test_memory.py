@@ -6,7 +6,7 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import EngineDead
-from mullama.observe import process_memory as system
+from mullama.observe import process_memory
 from mullama.observe.process_memory import ProcessMemory
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
@@ -21,8 +21,8 @@ MEMORY = "/internal/memory"
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
     now = ProcessMemory(rss=20_000, pss=18_000, anonymous=12_000, file=8_000, swapped=0)
-    monkeypatch.setattr(system, "process_memory", lambda: now)
-    monkeypatch.setattr(system, "baseline", lambda: 5_000)
+    monkeypatch.setattr(process_memory, "process_memory", lambda: now)
+    monkeypatch.setattr(process_memory, "baseline", lambda: 5_000)
 
 
 @pytest.mark.usefixtures("process")
@@ -47,7 +47,7 @@ def test_one_model(client: Client) -> None:
 
 
 def test_a_system_that_says_nothing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system, "process_memory", lambda: None)
+    monkeypatch.setattr(process_memory, "process_memory", lambda: None)
     body = client.get(MEMORY).json
     assert (body["process"], body["unaccounted_bytes"], body["total_bytes"]) == (None, None, 6_000)
 

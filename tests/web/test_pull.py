@@ -14,15 +14,15 @@ import pytest
 
 from mullama.config import ServeConfig
 from mullama.errors import QueueFull, StoreError
-from mullama.models.reference import parse_reference
-from mullama.models.sources import private_addresses as policy
+from mullama.models.parse import parse_reference
+from mullama.models.sources import private_addresses
 from mullama.models.sources.base import SOURCES, Fetched, FetchedFile, Job
-from mullama.models.store import background_pulls as background
+from mullama.models.store import background_pulls
 from mullama.models.store.background_pulls import Pulls
 from mullama.models.store.store import Store
-from mullama.web.internal import pull_routes as pull_module
+from mullama.web.internal import pull_routes
 from mullama.web.internal.pull_routes import PullStream, Speed, Watch
-from mullama.web.stream.events import PING
+from mullama.web.stream.event_stream import PING
 
 from .conftest import Client
 
@@ -75,8 +75,8 @@ def source(
 ) -> Iterator[type[Controlled]]:
     """Of every test here, and before its app: nothing must reach the user's own store."""
     monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(policy, "_allowed", None)
-    monkeypatch.setattr(pull_module, "GAP_SECONDS", 0.0)
+    monkeypatch.setattr(private_addresses, "_allowed", None)
+    monkeypatch.setattr(pull_routes, "GAP_SECONDS", 0.0)
 
     class Mine(Controlled):
         data = tiny_model().read_bytes()
@@ -165,7 +165,7 @@ def test_a_stream_that_fails_says_why(client: Client, source: type[Controlled]) 
         ({"model": "a b=test:a"}, 400, "cannot be the name"),
         ({"model": "smollm2:135m=test:a"}, 500, "is an alias"),
         ({"model": "http://10.0.0.1/x.gguf"}, 403, "--allow-private-sources"),
-        ({"model": "test:a", "quant": "Q8 0"}, 400, "no quantisation"),
+        ({"model": "test:a", "quant": "Q8 0"}, 400, "not a quantisation"),
         ({"modle": "test:a"}, 400, "modle"),
         ({}, 400, "model"),
         (b"{", 400, ""),
@@ -282,11 +282,11 @@ def test_one_who_comes_after_the_last_left_starts_anew(source: type[Controlled],
 def test_too_many_at_once(source: type[Controlled], store: Store) -> None:
     async def main() -> None:
         pulls = Pulls(store)
-        async with visits(pulls, *(str(number) for number in range(background.MAX_PULLS))) as visitors:
+        async with visits(pulls, *(str(number) for number in range(background_pulls.MAX_PULLS))) as visitors:
             with pytest.raises(QueueFull, match="pulls are running"):
                 Visitor(pulls, "more")
             Visitor(pulls, "0").watch.close()  # one that runs can be joined
-            let(source, *(str(number) for number in range(background.MAX_PULLS)))
+            let(source, *(str(number) for number in range(background_pulls.MAX_PULLS)))
             for visitor in visitors:
                 await visitor.watch.result()
 

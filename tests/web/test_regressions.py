@@ -18,7 +18,7 @@ from mullama.config import ServeConfig
 from mullama.errors import ModelLoadError, MullamaError
 from mullama.kv.index.tree import namespace_of
 from mullama.models.files import gguf
-from mullama.models.reference import parse_spec
+from mullama.models.parse import parse_spec
 from mullama.models.store.entry import is_plain_name
 from mullama.models.store.store import Store
 from mullama.serving.manager import ModelManager

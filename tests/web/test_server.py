@@ -231,7 +231,7 @@ def test_a_port_in_use_is_one_line_before_anything_starts() -> None:
 
 
 def test_addresses_that_cannot_be_had() -> None:
-    with pytest.raises(ConfigError, match=r"cannot listen on no such host:80: .*no address"):
+    with pytest.raises(ConfigError, match=r"cannot listen on no such host:80: .*not an address"):
         bind(ServeConfig(host="no such host", port=80))
     with pytest.raises(ConfigError, match="does not have that address"):
         bind(ServeConfig(host="192.0.2.1", port=0))

@@ -11,7 +11,7 @@ import pytest
 
 from mullama.errors import ComputeFailed, QueueFull
 from mullama.web.services import Services
-from mullama.web.stream.events import PING, Silence, event_json
+from mullama.web.stream.event_stream import PING, Silence, event_json
 from mullama.web.stream.generations import Merged
 
 from .conftest import Client

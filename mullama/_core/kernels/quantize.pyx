@@ -51,7 +51,7 @@ def quantize(src, dst, ftype, *, int n_threads=1, imatrix=None, bint allow_requa
     """
     init_backend()
     if ftype not in FTYPES:
-        raise InvalidRequest(f"'{ftype}' is no quantisation type; there are {', '.join(FTYPES)}", param="type")
+        raise InvalidRequest(f"'{ftype}' is not a quantisation type; there are {', '.join(FTYPES)}", param="type")
     if not 1 <= n_threads <= 512:
         raise InvalidRequest(f"n_threads must be 1 to 512, got {n_threads}", param="threads")
     if not os.path.isfile(src):

@@ -91,13 +91,13 @@ def _warn(busy: float, kept: str = "kept", advice: str = "the costs are too high
 def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress: Any) -> CostModel:
     from mullama.cli.load_progress import load_engine
     from mullama.engine.memory import fits
-    from mullama.engine.weights import load as loading
+    from mullama.engine.weights import load
     from mullama.simulation.cost_model.calibration import measure_core, measure_engine, with_about
 
     sizes = fits.sizes_for(found.path, config, found.name)
-    model = loading.load_model(found.path, config, None)
+    model = load.load_model(found.path, config, None)
     try:
-        core = loading.make_core(model, found.name, config, sizes=sizes)
+        core = load.make_core(model, found.name, config, sizes=sizes)
         try:
             costs = measure_core(core, model.n_vocab, seconds=seconds, progress=progress)
         finally:
@@ -113,11 +113,7 @@ def _measure(found: ResolvedModel, config: ServeConfig, seconds: float, progress
 
 
 def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
-    from mullama.cli.version import llama_commit
-    from mullama.compare.provenance import commit
-    from mullama.installation import VERSION
+    from mullama.compare.provenance import build
     from mullama.machine.cores import usable_threads
     from mullama.machine.report import provenance
 
@@ -133,14 +129,11 @@ def _about(engine: Engine, config: ServeConfig) -> dict[str, Any]:
             "kv_host_tokens": engine.planning.host_tokens,
         },
         "machine": provenance(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "threads": config.threads or usable_threads(),
         "batch_size": config.batch_size,
         "flash_attn": config.flash_attn,
         "computing": engine.computing(),
-        "version": VERSION,
-        "commit": commit(),
-        "llama_cpp": llama_commit(),
+        **build(),
     }
 
 

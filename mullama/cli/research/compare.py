@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mullama.cli.options import CSV_HELP, JSON_HELP, SEEDS_HELP, SWEEP_HELP, config_from, config_options
+from mullama.cli.options import config_from, config_options
+from mullama.cli.research.common import FILE, SEEDS_HELP, policy_options, report_options, sweep_option, write_report
 from mullama.config import DEFAULT_MODEL, ServeConfig
 from mullama.files import STDIO
 
@@ -27,34 +28,17 @@ CONFIG_OPTIONS = (
 )
 _CTX_STEP = 256  # an automatic context is a multiple of it
 
-_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
-_FOLDER = click.Path(path_type=Path, file_okay=False)
-_MS = click.FloatRange(min=0, min_open=True)
-
 
 @click.command(short_help="Compare scheduling policies under one workload.")
 @click.option("--model", "reference", metavar="MODEL", help="model to load  [default: the default model]")
-@click.option(
-    "--schedulers",
-    required=True,
-    metavar="NAMES",
-    help="policies, with commas: names, FILE:CLASS, or NAME(PARAM=VALUE,…)",
-)
-@click.option("--scheduler-arg", "policy_args", multiple=True, metavar="POLICY.PARAM=VALUE", help="repeatable")
-@click.option("--trace", "spec", required=True, metavar="SPEC", help="workload, such as poisson:rate=2,n=200")
+@policy_options
 @click.option("--seeds", type=click.IntRange(1, 100), default=1, show_default=True, help=SEEDS_HELP)
-@click.option("--sweep", "sweeps", multiple=True, metavar="[POLICY.]PARAM=V,V", help=SWEEP_HELP)
+@sweep_option
 @click.option("--rounds", type=click.IntRange(1, 100), default=1, show_default=True, help="runs of each policy")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of arrivals, lengths, prompts")
-@click.option("--slo-ttft-ms", type=_MS, metavar="MS", help="goodput: most time to the first token")
-@click.option("--slo-itl-ms", type=_MS, metavar="MS", help="goodput: most mean time between tokens")
-@click.option("--slo-e2e-ms", type=_MS, metavar="MS", help="goodput: most time to the end of the answer")
-@click.option("--out", type=_FOLDER, metavar="DIR", help="write report, trace, outcomes and plots to DIR")
-@click.option("--plots/--no-plots", default=True, help="with --out: draw figures (needs matplotlib)")
-@click.option("--json", "json_file", type=_FILE, metavar="FILE", help=JSON_HELP)
-@click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help=CSV_HELP)
+@report_options
 @click.option(
-    "--record", type=_FILE, metavar="FILE", help="write the workload to FILE (-: stdout), for --trace file:FILE"
+    "--record", type=FILE, metavar="FILE", help="write the workload to FILE (-: stdout), for --trace file:FILE"
 )
 @config_options(CONFIG_OPTIONS)
 def command(
@@ -80,8 +64,7 @@ def command(
 
     Ctrl-C ends it early; what was measured until then is reported.
     """
-    from mullama.compare.plots import require_matplotlib, write_plots
-    from mullama.compare.recording import write_csv, write_folder, write_json
+    from mullama.compare.plots import require_matplotlib
     from mullama.compare.report import make_report, to_markdown
     from mullama.compare.runner import parse_policies
     from mullama.workload.metrics import Slo
@@ -115,14 +98,7 @@ def command(
         entry["source"] = sources[entry["label"]]
     if runs:
         click.echo(to_markdown(report), nl=False, err=STDIO in (json_file, csv_file, record))
-    if json_file is not None:
-        write_json(json_file, report)
-    if csv_file is not None:
-        write_csv(csv_file, report)
-    if out is not None:
-        write_folder(out, report, runs, workloads)
-        if plots and runs:
-            write_plots(out, runs)
+    write_report(report, runs, workloads, json_file=json_file, csv_file=csv_file, out=out, plots=plots)
     if report["interrupted"]:
         raise KeyboardInterrupt
 
@@ -203,12 +179,8 @@ def _measure(
 
 
 def _provenance(engine: Engine, config: ServeConfig) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
-    from mullama.cli.version import llama_commit
-    from mullama.compare.provenance import commit
+    from mullama.compare.provenance import build
     from mullama.config import default_of, options
-    from mullama.installation import VERSION
     from mullama.machine.report import provenance
 
     changed = {
@@ -217,10 +189,7 @@ def _provenance(engine: Engine, config: ServeConfig) -> dict[str, Any]:
         if not option.metadata.get("secret") and getattr(config, option.name) != default_of(option)
     }
     return {
-        "version": VERSION,
-        "commit": commit(),
-        "llama_cpp": llama_commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **build(),
         "command": shlex.join(["mullama", *sys.argv[1:]]),
         "machine": provenance(),
         "model": asdict(engine.info),

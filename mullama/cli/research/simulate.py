@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mullama.cli.options import CSV_HELP, JSON_HELP, SEEDS_HELP, SWEEP_HELP, Size
+from mullama.cli.options import Size
+from mullama.cli.research.common import FILE, SEEDS_HELP, policy_options, report_options, sweep_option, write_report
 from mullama.cli.research.compare import make_policy, swept
 from mullama.files import STDIO
 
@@ -21,25 +22,15 @@ if TYPE_CHECKING:
 
 _CTX_STEP = 256  # a context is a multiple of it
 
-_FILE = click.Path(path_type=Path, dir_okay=False, allow_dash=True)
-_MS = click.FloatRange(min=0, min_open=True)
-
 
 @click.command(short_help="Compare scheduling policies in a simulator.")
 @click.option(
-    "--costs", "cost_file", required=True, type=_FILE, metavar="FILE", help="what calibrate wrote; -: from stdin"
+    "--costs", "cost_file", required=True, type=FILE, metavar="FILE", help="what calibrate wrote; -: from stdin"
 )
-@click.option(
-    "--schedulers",
-    required=True,
-    metavar="NAMES",
-    help="policies, with commas: names, FILE:CLASS, or NAME(PARAM=VALUE,…)",
-)
-@click.option("--scheduler-arg", "policy_args", multiple=True, metavar="POLICY.PARAM=VALUE", help="repeatable")
-@click.option("--trace", "spec", required=True, metavar="SPEC", help="workload, such as poisson:rate=2,n=200")
+@policy_options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="seed of arrivals and lengths")
 @click.option("--seeds", type=click.IntRange(1, 1000), default=1, show_default=True, help=SEEDS_HELP)
-@click.option("--sweep", "sweeps", multiple=True, metavar="[POLICY.]PARAM=V,V", help=SWEEP_HELP)
+@sweep_option
 @click.option("--parallel", type=click.IntRange(1, 256), help="requests that run at once  [default: as calibrated]")
 @click.option(
     "--ctx-size",
@@ -62,13 +53,7 @@ _MS = click.FloatRange(min=0, min_open=True)
     help="KV of prefixes kept in host memory  [default: as calibrated]",
 )
 @click.option("--sampled", is_flag=True, help="tokens cost what the default samplers cost, not greedy ones")
-@click.option("--slo-ttft-ms", type=_MS, metavar="MS", help="goodput: most time to the first token")
-@click.option("--slo-itl-ms", type=_MS, metavar="MS", help="goodput: most mean time between tokens")
-@click.option("--slo-e2e-ms", type=_MS, metavar="MS", help="goodput: most time to the end of the answer")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="write everything to DIR")
-@click.option("--plots/--no-plots", default=True, help="with --out: draw figures (needs matplotlib)")
-@click.option("--json", "json_file", type=_FILE, metavar="FILE", help=JSON_HELP)
-@click.option("--csv", "csv_file", type=_FILE, metavar="FILE", help=CSV_HELP)
+@report_options
 def command(
     cost_file: Path,
     schedulers: str,
@@ -95,8 +80,7 @@ def command(
 
     The same arguments give the same numbers.
     """
-    from mullama.compare.plots import require_matplotlib, write_plots
-    from mullama.compare.recording import write_csv, write_folder, write_json
+    from mullama.compare.plots import require_matplotlib
     from mullama.compare.report import make_report, to_markdown
     from mullama.compare.runner import parse_policies
     from mullama.simulation import SimConfig, read_costs
@@ -142,14 +126,7 @@ def command(
     click.echo(to_markdown(report), nl=False, err=STDIO in (json_file, csv_file))
     n = sum(len(run.outcomes) for run in runs)
     click.echo(f"simulated {n} requests in {spent:.2f} s: {n / max(spent, 1e-9):,.0f} a second", err=True)
-    if json_file is not None:
-        write_json(json_file, report)
-    if csv_file is not None:
-        write_csv(csv_file, report)
-    if out is not None:
-        write_folder(out, report, runs, workloads)
-        if plots:
-            write_plots(out, runs)
+    write_report(report, runs, workloads, json_file=json_file, csv_file=csv_file, out=out, plots=plots)
 
 
 def _simulate(

@@ -84,7 +84,7 @@ def _ranges(cores: Sequence[int]) -> str:
 
 
 def _size(size: int | None) -> str:
-    from mullama.cli.table import human_size
+    from mullama.files import human_size
 
     return "unknown" if size is None else human_size(size)
 

@@ -9,7 +9,8 @@ from urllib.parse import quote
 import click
 
 from mullama.cli.remote import Server, server_options
-from mullama.cli.table import human_size, print_table, printable
+from mullama.cli.table import print_table, printable
+from mullama.files import human_size
 from mullama.home import expand
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -69,8 +69,7 @@ def _serve(params: dict[str, Any], on_ready: Callable[[], None]) -> None:
 
 def _summary(models: ModelManager, config: ServeConfig) -> None:
     """What is served, in a line each: what one looks for first when something is slow or refused."""
-    from mullama.cli.version import llama_commit
-    from mullama.installation import VERSION
+    from mullama.installation import VERSION, llama_commit
     from mullama.machine.cores import usable_threads
     from mullama.machine.ways import words_of
 

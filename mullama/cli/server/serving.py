@@ -11,7 +11,7 @@ from mullama.engine.memory import sizing
 from mullama.errors import MullamaError
 from mullama.files import identity_of
 from mullama.machine import memory
-from mullama.models.reference import parse_spec
+from mullama.models.parse import parse_spec
 from mullama.models.store.store import Store
 from mullama.serving.durations import parse_duration
 from mullama.serving.hot_swap import Swaps

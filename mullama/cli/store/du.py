@@ -31,7 +31,8 @@ def command(as_json: bool) -> None:
 
 
 def _print(found: Usage) -> None:
-    from mullama.cli.table import human_size, print_table
+    from mullama.cli.table import print_table
+    from mullama.files import human_size
 
     if found.models:
         rows = [

@@ -25,13 +25,14 @@ def command(model: str, n_ctx: int | None, n_parallel: int | None, quant: str | 
     Nothing is loaded: the numbers come from the file's header. Without --ctx and --parallel they are those that serve
     starts from. The exit status is 1 when it does not fit.
     """
-    from mullama.cli.table import human_size, print_table
+    from mullama.cli.table import print_table
     from mullama.engine.memory import sizing
+    from mullama.files import human_size
     from mullama.machine import memory
     from mullama.models.files import gguf
     from mullama.models.files.estimate import estimate, fit, is_enough, verdict, way_out
     from mullama.models.files.shape import shape_of
-    from mullama.models.reference import parse_spec
+    from mullama.models.parse import parse_spec
     from mullama.models.resolve import in_quant
     from mullama.models.store.store import Store
 
@@ -82,7 +83,7 @@ def command(model: str, n_ctx: int | None, n_parallel: int | None, quant: str | 
 
 def print_estimate(needs: Estimate) -> None:
     """The parts of an estimate, a line each."""
-    from mullama.cli.table import human_size
+    from mullama.files import human_size
 
     parts = {
         "weights, mapped": needs.weights_mapped,

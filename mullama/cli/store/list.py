@@ -11,7 +11,8 @@ from mullama.cli.options import echo_json, json_option
 @json_option
 def command(as_json: bool) -> None:
     """List the models in the store."""
-    from mullama.cli.table import human_size, print_table, printable
+    from mullama.cli.table import print_table, printable
+    from mullama.files import human_size
     from mullama.models.store.store import Store
 
     store = Store()

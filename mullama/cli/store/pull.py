@@ -9,7 +9,8 @@ import click
 from mullama.cli.options import config_from, config_options, echo_json, json_option
 
 if TYPE_CHECKING:
-    from mullama.models.store.store import Entry, Store
+    from mullama.models.store.entry import Entry
+    from mullama.models.store.store import Store
 
 
 @click.command(short_help="Fetch a model into the store.")
@@ -29,9 +30,10 @@ def command(reference: str, force: bool, as_json: bool, **params: Any) -> None:
     NAME=FILE a copy of a file.
     """
     from mullama.cli.progress import PullProgress
-    from mullama.models.reference import parse_spec
+    from mullama.models.parse import parse_spec
     from mullama.models.resolve import in_quant
     from mullama.models.sources.private_addresses import allow_private
+    from mullama.models.store.pulling import keep_copy, pull
     from mullama.models.store.store import Store, named
 
     config = config_from(params)
@@ -43,7 +45,7 @@ def command(reference: str, force: bool, as_json: bool, **params: Any) -> None:
     wanted = named(spec.reference, spec.name) if spec.name else spec.reference
     if spec.reference.is_local and spec.name:
         with PullProgress(wanted.key) as progress:
-            entry = store.keep_copy(store.resolve(spec.reference), wanted.key, progress)
+            entry = keep_copy(store, store.resolve(spec.reference), wanted.key, progress)
         if as_json:
             echo_json(summary(store, entry, was_there=False))
         else:
@@ -51,7 +53,7 @@ def command(reference: str, force: bool, as_json: bool, **params: Any) -> None:
         return
     was_there = store.find(wanted.key) is not None and not force
     with PullProgress(wanted.key) as progress:
-        entry = store.pull(wanted, progress, force=force)
+        entry = pull(store, wanted, progress, force=force)
     if as_json:
         echo_json(summary(store, entry, was_there))
         return
@@ -60,20 +62,11 @@ def command(reference: str, force: bool, as_json: bool, **params: Any) -> None:
 
 def summary(store: Store, entry: Entry, was_there: bool) -> dict[str, Any]:
     """What ``--json`` prints."""
-    return {
-        "name": entry.key,
-        "sha256": entry.sha256,
-        "size": entry.size,
-        "license": entry.license,
-        "path": str(store.path_of(entry)),
-        "files": [str(path) for path, _, _ in store.files_of(entry)],
-        "quant": entry.quant,
-        "downloaded": not was_there,
-    }
+    return store.describe(entry, was_there) | {"files": [str(path) for path, _, _ in store.files_of(entry)]}
 
 
 def _print(entry: Entry, was_there: bool) -> None:
-    from mullama.cli.table import human_size
+    from mullama.files import human_size
 
     state = "is here already" if was_there else "is ready"
     files = f" in {len(entry.parts)} files" if entry.parts else ""

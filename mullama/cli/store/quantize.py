@@ -28,10 +28,10 @@ def command(model: str, type_: str, imatrix: Path | None, name: str | None, thre
     MODEL is in the store or a local file. It is served with --model NAME, or with --model MODEL --quant TYPE.
     """
     from mullama.cli.progress import PullProgress
-    from mullama.cli.table import human_size
+    from mullama.files import human_size
     from mullama.machine.cores import usable_threads
+    from mullama.models.parse import parse_spec
     from mullama.models.quantizing import quantize_variant
-    from mullama.models.reference import parse_spec
     from mullama.models.store.store import Store
 
     store = Store()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @json_option
 def command(names: tuple[str, ...], as_json: bool) -> None:
     """Remove models from the store. A file goes when no other name uses it; files of your own are never touched."""
-    from mullama.cli.table import human_size
+    from mullama.files import human_size
     from mullama.models.store.store import Store
 
     store = Store()
@@ -33,7 +33,7 @@ def command(names: tuple[str, ...], as_json: bool) -> None:
 
 def _key(name: str, store: Store) -> str:
     """The store's key for what the user wrote. Raises ReferenceNotFound."""
-    from mullama.models.reference import parse_reference
+    from mullama.models.parse import parse_reference
 
     for key in (name, name.lower()):
         if store.has(key):

@@ -12,7 +12,7 @@ from mullama.cli.options import Size, echo_json, json_option
 
 if TYPE_CHECKING:
     from mullama.models.files.gguf import Header
-    from mullama.models.store.store import Entry
+    from mullama.models.store.entry import Entry
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -26,7 +26,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 def command(reference: str, only_template: bool, quant: str | None, n_ctx: int | None, as_json: bool) -> None:
     """Show sizes, metadata, variants and chat template of a model in the store or of a local file."""
     from mullama.models.files import gguf
-    from mullama.models.reference import parse_spec
+    from mullama.models.parse import parse_spec
     from mullama.models.resolve import in_quant
     from mullama.models.sources.selection import quant_of
     from mullama.models.store.store import Store
@@ -106,7 +106,8 @@ def _summary(header: Header) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any], header: Header) -> None:
-    from mullama.cli.table import human_size, printable
+    from mullama.cli.table import printable
+    from mullama.files import human_size
 
     shown = {
         **facts,

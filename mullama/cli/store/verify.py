@@ -16,7 +16,7 @@ def command(names: tuple[str, ...], as_json: bool) -> int:
     A damaged file is set aside and not used any more. Exit status 1 when there is one, or a file is missing.
     """
     from mullama.cli.progress import PullProgress
-    from mullama.cli.table import human_size
+    from mullama.files import human_size
     from mullama.models.store.store import Store
     from mullama.models.store.upkeep import DAMAGED, SOUND, entry_of, verify
 

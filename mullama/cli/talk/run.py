@@ -82,7 +82,7 @@ def command(model: str | None, prompt: str | None, system: str | None, as_json: 
 def _is_prompt(text: str, store: Store) -> bool:
     """Whether a lone argument is meant as a prompt: it has several words and names no model."""
     from mullama.errors import ReferenceNotFound
-    from mullama.models.reference import parse_spec
+    from mullama.models.parse import parse_spec
 
     if len(text.split()) < 2 or text.lower().endswith(".gguf"):
         return False

@@ -20,7 +20,7 @@ from mullama.logs import said
 from mullama.plugins.fallback import replaced
 from mullama.plugins.groups import Published, publish
 from mullama.scheduling import EngineState, Fcfs, Plan, Scheduler, SeqView, check_plan
-from mullama.scheduling.base import wanting
+from mullama.scheduling.base import Progress
 from mullama.types import SeqState
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("mullama.engine")
 
 GRACE_S = 0.002  # how long the engine waits for a user's plan while it could repeat the last one
-IDLE_LIMIT_NS = 1_000_000_000  # how long a policy may leave everything idle while work waits
 WINDOW = 1024  # plans that the statistics look back on
 
 
@@ -58,7 +57,6 @@ class PolicyHost:
         self.last_plan = Plan()
         self._timeout_ns = int(timeout_ms * 1e6)
         self._recent: deque[tuple[int, int]] = deque(maxlen=WINDOW)  # (when, ns)
-        self._idle_since = 0
         self._planner: Planner | None = None
         self._install(policy, spec, own_thread, facts or publish(policy, "scheduler", spec))
 
@@ -68,7 +66,7 @@ class PolicyHost:
         self.spec = spec
         self._asked: tuple[EngineState, int] | None = None
         self._version = 0  # of what the policy was told
-        self._idle_since = 0
+        self._progress = Progress()
         self._planner = Planner(policy, spec) if own_thread else None
 
     @property
@@ -154,7 +152,7 @@ class PolicyHost:
                 if not isinstance(plan, Plan):
                     raise PluginError(f"plan() returned {type(plan).__name__}, not a Plan")
                 check_plan(plan, self.views, state)
-                self._check_progress(plan, state)
+                self._progress.check(plan, state.now_ns, len(self.views))
                 return plan
             except BaseException as error:
                 if type(self.policy) is Fcfs and self._planner is None:
@@ -163,16 +161,6 @@ class PolicyHost:
                     self._fall_back(error.message, error.__cause__)
                 else:
                     self._fall_back(f"plan() raised {said(error)}", error)
-
-    def _check_progress(self, plan: Plan, state: EngineState) -> None:
-        if plan.tokens or not self.views:
-            self._idle_since = 0
-            return
-        self._idle_since = self._idle_since or state.now_ns
-        if plan.until_ns <= state.now_ns:
-            raise PluginError(f"the plan is empty while {wanting(len(self.views))}")
-        if state.now_ns - self._idle_since > IDLE_LIMIT_NS:
-            raise PluginError(f"no progress for {IDLE_LIMIT_NS / 1e9:g} s while {wanting(len(self.views))}")
 
     def _fall_back(self, reason: str, error: BaseException | None = None) -> None:
         fallback = replaced(log, "scheduler", self.spec, Fcfs.name, reason, error)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
-
 from mullama.kv.eviction.policy import EvictionPolicy
 from mullama.plugins.foreign import Seam
 from mullama.plugins.groups import PluginGroup
@@ -22,9 +19,7 @@ BUILTINS = {
 
 KV_POLICIES = PluginGroup("mullama.kv_policies", "KV policy", BUILTINS)
 
-GROUP = PolicyGroup(KV_POLICIES, BUILTINS, Seam("KV policy", ("score",), optional=("evicted",), param="kv_policy"))
-
-
-def create(spec: str, params: Mapping[str, Any] | None = None) -> EvictionPolicy:
-    """A new policy: see :meth:`PolicyGroup.create`. Of a user's class only ``score`` is needed."""
-    return cast(EvictionPolicy, GROUP.create(spec, params))
+GROUP: PolicyGroup[EvictionPolicy] = PolicyGroup(
+    KV_POLICIES, BUILTINS, Seam("KV policy", ("score",), optional=("evicted",), param="kv_policy")
+)
+create = GROUP.create  # of a user's class only ``score`` is needed

@@ -18,6 +18,7 @@ import secrets
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,7 @@ def check_model(
         _check_digest(path, digest, root)
         if known_good:
             return ProbeResult(ok=True)
-    verdicts = Verdicts(root)
-    found = verdicts.find(path, digest)
-    if found is None:
-        found = probe(path, timeout_s=timeout_s)
-        if found.lasting:
-            verdicts.note(path, digest, found)
-        log.info("%s: probed in %d ms: %s", path, found.wall_ms, found.reason or "ok")
+    found = Verdicts(root).of(path, digest, lambda: probe(path, timeout_s=timeout_s), said=str(path))
     if not found.ok:
         raise ModelLoadError(_named(path, found.reason))
     return found
@@ -227,6 +222,16 @@ class Verdicts:
 
     def __init__(self, root: Path | None = None) -> None:
         self.folder = (root if root is not None else default_root()) / "verdicts"
+
+    def of(self, path: Path, digest: str | None, look: Callable[[], ProbeResult], *, said: str) -> ProbeResult:
+        """What is remembered of the file, or else what ``look`` finds. ``said``: what the log calls it."""
+        found = self.find(path, digest)
+        if found is None:
+            found = look()
+            if found.lasting:
+                self.note(path, digest, found)
+            log.info("%s: probed in %d ms: %s", said, found.wall_ms, found.reason or "ok")
+        return found
 
     def find(self, path: Path, digest: str | None) -> ProbeResult | None:
         try:

@@ -22,7 +22,7 @@ LOAD, DECODE, TEMPLATE = "loading", "decoding one token", "rendering its chat te
 ADAPT = "loading the adapter"  # between the first two, where there is one
 
 N_CTX, N_BATCH = 256, 32
-MOST_RENDERED = 1 << 20  # characters of a prompt of three short messages
+MAX_RENDERED = 1 << 20  # characters of a prompt of three short messages
 NOT_FINITE = 1  # CORE_NOT_FINITE of _core/compute/guard.h
 
 _MESSAGES = (
@@ -58,20 +58,10 @@ def main(path: str, memory: int, cpu_s: int, template_s: float, adapter: str = "
 
 
 def _probe(path: str, template_s: float) -> dict[str, Any]:
-    tell(stage=LOAD)
-    from mullama._core import Core, Model
-    from mullama.machine import kernels
-
-    kernels.adopt()
-
-    started = time.monotonic()
-    # ChatML instead of the file's own template, which has a stage of its own.
-    model = Model(path, gpu_layers=0, chat_template="chatml")
+    model, started = _open(path)
     tell(stage=DECODE, after_ms=_ms(started))
-    core = Core(model, n_slots=1, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=1, threads_fixed=True)
-    is_finite = _decode(core)
+    is_finite = _decode(model)
     has_template = any(key.startswith("tokenizer.chat_template") for key in model.metadata())
-    core.close()
     model.close()
     template = "none"
     if has_template:
@@ -81,40 +71,49 @@ def _probe(path: str, template_s: float) -> dict[str, Any]:
 
 
 def _probe_adapter(path: str, adapter_path: str) -> dict[str, Any]:
-    tell(stage=LOAD)
-    from mullama._core import Adapter, Core, Model
-    from mullama.machine import kernels
+    model, started = _open(path)
+    from mullama._core import Adapter
 
-    kernels.adopt()
-    started = time.monotonic()
-    model = Model(path, gpu_layers=0, chat_template="chatml")
     tell(stage=ADAPT, after_ms=_ms(started))
     adapter = Adapter(model, adapter_path)
     tell(stage=DECODE, after_ms=_ms(started))
-    core = Core(model, n_slots=1, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=1, threads_fixed=True)
-    is_finite = _decode(core, [(adapter, 1.0)])
-    core.close()
+    is_finite = _decode(model, [(adapter, 1.0)])
     adapter.close()
     model.close()
     return {"finite": is_finite, "template": "none", "wall_ms": _ms(started)}
 
 
-def _decode(core: Any, adapters: Any = ()) -> bool:
+def _open(path: str) -> tuple[Any, float]:
+    """The model, and when its loading began."""
+    tell(stage=LOAD)
+    from mullama._core import Model
+    from mullama.machine import kernels
+
+    kernels.adopt()
+    started = time.monotonic()
+    # ChatML instead of the file's own template, which has a stage of its own.
+    return Model(path, gpu_layers=0, chat_template="chatml"), started
+
+
+def _decode(model: Any, adapters: Any = ()) -> bool:
     """One token after a short prompt; whether its logits were finite. Raises ModelLoadError for other failures."""
-    from mullama._core import FINISH
+    from mullama._core import FINISH, Core
     from mullama.errors import ModelLoadError
     from mullama.types import SamplingParams
 
-    prompt = core.model.tokenize("Hello")[: N_BATCH // 2] or [0]
+    core = Core(model, n_slots=1, n_ctx=N_CTX, n_batch=N_BATCH, n_threads=1, threads_fixed=True)
+    prompt = model.tokenize("Hello")[: N_BATCH // 2] or [0]
     core.open(0, 1, prompt, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True), adapters=adapters)
     core.run([], [(0, len(prompt))], 1)
-    for record in core.drain_records():
+    records = core.drain_records()
+    core.close()
+    for record in records:
         if record[0] == FINISH:
             error = record[4]
             if error not in (0, NOT_FINITE):
-                raise ModelLoadError(f"{core.model.path}: llama.cpp cannot decode with it (core error {error})")
+                raise ModelLoadError(f"{model.path}: llama.cpp cannot decode with it (core error {error})")
             return bool(error == 0)
-    raise ModelLoadError(f"{core.model.path}: decoding one token did not end")
+    raise ModelLoadError(f"{model.path}: decoding one token did not end")
 
 
 def _render(path: str, seconds: float) -> str:
@@ -134,7 +133,7 @@ def _render(path: str, seconds: float) -> str:
     finally:
         with contextlib.suppress(AttributeError):
             signal.setitimer(signal.ITIMER_PROF, 0)
-    if len(text) > MOST_RENDERED:
+    if len(text) > MAX_RENDERED:
         raise ModelLoadError(
             f"{path}: its chat template makes {len(text)} characters of three short messages; it is broken or hostile"
         )

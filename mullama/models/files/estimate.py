@@ -162,7 +162,7 @@ class Fit:
     fits: bool  # whether that is no more than is free
 
 
-MOST_PARALLEL = 256  # llama_max_parallel_sequences()
+MAX_PARALLEL = 256  # llama_max_parallel_sequences()
 
 
 def fit(
@@ -191,7 +191,7 @@ def fit(
             Fit(
                 kv_type=kv_type,
                 n_ctx=largest(lambda n: total(n * _PAD, n_parallel) <= free, most_ctx // _PAD, _PAD),
-                n_parallel=largest(lambda n: total(n_ctx, n) <= free, MOST_PARALLEL, 1),
+                n_parallel=largest(lambda n: total(n_ctx, n) <= free, MAX_PARALLEL, 1),
                 total=total(n_ctx, n_parallel),
                 fits=total(n_ctx, n_parallel) <= free,
             )
@@ -341,7 +341,7 @@ def _compute(
 
 def _cell(name: str) -> int:
     if name not in CELL_TYPES:
-        raise ConfigError(f"'{name}' is no type of KV cells; there are {', '.join(CELL_TYPES)}")
+        raise ConfigError(f"'{name}' is not a type of KV cells; there are {', '.join(CELL_TYPES)}")
     return CELL_TYPES[name]
 
 

@@ -195,7 +195,7 @@ def check(path: str | Path, *, label: str | None = None) -> Header:
     label = str(path) if label is None else label
     number = header.get("split.no", 0)
     if type(number) is not int:
-        raise ModelLoadError(f"{label}: damaged GGUF header: split.no is {_shown(str(number))}, which is no number")
+        raise ModelLoadError(f"{label}: damaged GGUF header: split.no is {_shown(str(number))}, which is not a number")
     if number != 0:
         raise ModelLoadError(f"{label}: this is part {number + 1} of {count}; name the first part")
     paths = part_paths(path)
@@ -354,7 +354,7 @@ class _Reader:
     def alignment(self, metadata: dict[str, Any]) -> int:
         value = metadata.get(ALIGNMENT_KEY, 32)
         if type(value) is not int or value <= 0 or value & (value - 1) or value > 1 << 20:
-            raise _Damaged(f"{ALIGNMENT_KEY} is {_shown(str(value))}, which is no power of two")
+            raise _Damaged(f"{ALIGNMENT_KEY} is {_shown(str(value))}, which is not a power of two")
         return value
 
     def tensor(self, alignment: int) -> Tensor:

@@ -17,9 +17,9 @@ from mullama.models.files.gguf import Header, Tensor
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _F32 = 0
-_MOST_ENTRIES = 1 << 17
-_MOST_NAME = 255  # bytes
-_MOST_FILE = 1 << 30  # bytes; a matrix of the largest models has a few hundred megabytes
+_MAX_ENTRIES = 1 << 17
+_MAX_NAME = 255  # bytes
+_MAX_FILE = 1 << 30  # bytes; a matrix of the largest models has a few hundred megabytes
 
 
 def read_imatrix(path: str | Path) -> dict[str, bytes]:
@@ -28,7 +28,7 @@ def read_imatrix(path: str | Path) -> dict[str, bytes]:
     try:
         if not path.is_file():
             raise ModelLoadError(f"{path}: there is no such importance matrix")
-        if path.stat().st_size > _MOST_FILE:
+        if path.stat().st_size > _MAX_FILE:
             raise ModelLoadError(f"{path}: too large to be an importance matrix")
         data = path.read_bytes()
     except OSError as error:
@@ -100,11 +100,11 @@ def _from_dat(path: Path, data: bytes) -> dict[str, array.array[float]]:
     found: dict[str, array.array[float]] = {}
     try:
         (n_entries,), at = struct.unpack_from("<i", data, 0), 4
-        if not 0 < n_entries <= _MOST_ENTRIES:
+        if not 0 < n_entries <= _MAX_ENTRIES:
             raise ValueError
         for _ in range(n_entries):
             (length,) = struct.unpack_from("<i", data, at)
-            if not 0 < length <= _MOST_NAME:
+            if not 0 < length <= _MAX_NAME:
                 raise ValueError
             name = data[at + 4 : at + 4 + length].decode("ascii")
             n_calls, n_values = struct.unpack_from("<ii", data, at + 4 + length)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 A, B = ".lora_a", ".lora_b"
 #: Types that every backend multiplies with; converters write the first three.
 TYPES = ("F32", "F16", "BF16", "Q8_0")
-MOST_RANK = 4096
+MAX_RANK = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def _pairs(header: Header, label: str) -> dict[str, tuple[Tensor, Tensor]]:
         if ending in (A, B):
             halves.setdefault(name, {})[ending] = tensor
         elif not tensor.name.endswith("_norm.weight"):
-            raise BadModelFile(f"{label}: the tensor {_text(tensor.name)} is no part of a LoRA adapter", param="path")
+            raise BadModelFile(f"{label}: the tensor {_text(tensor.name)} is not part of a LoRA adapter", param="path")
     for name, found in halves.items():
         if len(found) != 2:
             missing = B if A in found else A
@@ -134,8 +134,8 @@ def _check_pair(name: str, a: Tensor, b: Tensor, base: Tensor | None, label: str
             f"{label}: the tensors of {_text(name)} have the shapes {a.shape} and {b.shape}, which do not fit the "
             f"model's {base.shape}"
         )
-    if not 1 <= rank <= MOST_RANK:
-        raise BadModelFile(f"{label}: {_text(name)} has the rank {rank}; it must be 1 to {MOST_RANK}", param="path")
+    if not 1 <= rank <= MAX_RANK:
+        raise BadModelFile(f"{label}: {_text(name)} has the rank {rank}; it must be 1 to {MAX_RANK}", param="path")
     return rank
 
 
@@ -155,13 +155,7 @@ def _probe(path: Path, base: Path, digest: str, root: Path | None) -> None:
     parts = [part.stat() for part in gguf.part_paths(base)]
     told = [digest, *(f"{part.st_dev} {part.st_ino} {part.st_size} {part.st_mtime_ns}" for part in parts)]
     key = hashlib.sha256("\n".join(told).encode()).hexdigest()
-    verdicts = Verdicts(root)
-    found = verdicts.find(path, key)
-    if found is None:
-        found = probe(base, adapter=path)
-        if found.lasting:
-            verdicts.note(path, key, found)
-        log.info("%s: probed on %s in %d ms: %s", path, base, found.wall_ms, found.reason or "ok")
+    found = Verdicts(root).of(path, key, lambda: probe(base, adapter=path), said=f"{path} on {base}")
     if not found.ok:
         reason = found.reason if found.reason.startswith(str(path)) else f"{path}: {found.reason}"
         raise BadModelFile(reason, param="path")

@@ -60,10 +60,6 @@ class Shape:
     n_window: int  # tokens; 0: no layer has a window
 
     @property
-    def has_attention(self) -> bool:
-        return any(layer.k for layer in self.layers)
-
-    @property
     def n_state(self) -> int:
         return max((layer.state for layer in self.layers), default=0)
 

@@ -108,7 +108,7 @@ class Fetcher:
         try:
             current = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise StoreError(f"'{url[:120]}' is no address: {error}") from None
+            raise StoreError(f"'{url[:120]}' is not an address: {error}") from None
         origin, has_authorized = _origin(current), False
         for _ in range(MAX_REDIRECTS + 1):
             check_url(current, allow_private=self._allow_private, trusted=self._trusted)
@@ -120,7 +120,7 @@ class Fetcher:
                 try:
                     current = current.join(response.headers["location"])
                 except httpx.InvalidURL as error:
-                    raise StoreError(f"{shown(current)} redirects to what is no address: {error}") from None
+                    raise StoreError(f"{shown(current)} redirects to what is not an address: {error}") from None
                 continue
             # SAFETY: only the registry's own word for it opens the token dance, never that of a redirect's target.
             if response.status_code == 401 and self._authorize and not has_authorized and _origin(current) == origin:

@@ -210,7 +210,7 @@ def check_url(url: httpx.URL, *, allow_private: bool, trusted: Iterable[tuple[st
     port = url.port or (443 if url.scheme == "https" else 80)
     if allow_private or (url.host.lower(), port) in set(trusted):
         if url.scheme not in ("http", "https"):
-            raise StoreError(f"{shown(url)} is no web address")
+            raise StoreError(f"{shown(url)} is not a web address")
         return
     if url.scheme != "https":
         raise PrivateAddress(

@@ -19,7 +19,7 @@ from mullama.errors import StoreError
 from mullama.models.sources.base import Fetched, FetchedFile, Job
 from mullama.models.sources.download import Fetcher
 from mullama.models.sources.net import make_client
-from mullama.models.sources.ollama import Location
+from mullama.models.sources.ollama_location import Location
 from mullama.models.sources.selection import quant_of
 from mullama.models.store.entry import is_digest
 
@@ -92,7 +92,7 @@ def _registry(location: Location) -> tuple[str, frozenset[tuple[str, int]]]:
     try:
         url = httpx.URL(base)
     except httpx.InvalidURL as error:
-        raise StoreError(f"{VARIABLE} is no address: {error}") from None
+        raise StoreError(f"{VARIABLE} is not an address: {error}") from None
     return base, frozenset({(url.host.lower(), url.port or (443 if url.scheme == "https" else 80))})
 
 
@@ -158,7 +158,7 @@ def _parameters(text: str | None, location: Location) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise StoreError(f"the parameters of {location} are no JSON object")
+        raise StoreError(f"the parameters of {location} are not a JSON object")
     return found
 
 

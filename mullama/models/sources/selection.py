@@ -24,7 +24,6 @@ _LIKED = {
     2: ("Q2_K_L", "Q2_K_XL", "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "TQ2_0", "Q2_0"),
 }
 _FULL = ("F16", "BF16", "F32")
-PREFERRED = (*(quant for liked in _LIKED.values() for quant in liked), *_FULL)
 _BITS = tuple(_LIKED)
 #: Types of forks of llama.cpp and of its past: it does not read them.
 _FOREIGN = re.compile(r"IQ\d_K[A-Z]*|I?Q\d(?:_[A-Z0-9]+)*_R\d+|Q4_0_[48]_[48]|Q6_0|Q8_KV")

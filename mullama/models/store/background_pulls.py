@@ -11,6 +11,7 @@ from mullama.child import step_back
 from mullama.errors import PullCancelled, QueueFull, StoreError
 from mullama.models.reference import Reference
 from mullama.models.store.entry import Entry
+from mullama.models.store.pulling import pull
 from mullama.models.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class RunningPull:
     def _run(self) -> None:
         step_back(_NICE)
         try:
-            self.entry = self._store.pull(self.reference, self._progress, force=self._force)
+            self.entry = pull(self._store, self.reference, self._progress, force=self._force)
         except BaseException as error:  # the watchers raise it
             self.error = error
             if not isinstance(error, StoreError):

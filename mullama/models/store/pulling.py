@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mullama.errors import StoreError
+from mullama.errors import ReferenceNotFound, StoreError
 from mullama.faults import crash_point
-from mullama.files import disk_errors, sync_folder
+from mullama.files import disk_errors, human_size, sync_folder
 from mullama.machine.folders import free_bytes
 from mullama.models.files import gguf
-from mullama.models.reference import Reference
+from mullama.models.reference import Reference, check_name
 from mullama.models.sources.base import (
     Fetched,
     FetchedFile,
@@ -37,19 +37,32 @@ from mullama.models.sources.private_addresses import is_private_allowed
 from mullama.models.sources.selection import quant_of
 from mullama.models.store.digests import hash_file
 from mullama.models.store.entry import MADE, Entry, Part, is_digest, is_plain_name, set_digest
-from mullama.models.store.store import hash_key, placed
-
-if TYPE_CHECKING:
-    from mullama.models.store.store import Store
+from mullama.models.store.store import Store, hash_key, how_to_get, no_progress
 
 #: In the temporary folder of a resumable source; tells the sweep whose it is, and its own age how old.
 RESUME_FILE = "resume.json"
 _RESUME_SECONDS = 7 * 24 * 3600.0
+_READ_ONLY = 0o444
 _WAIT_SECONDS = 0.5  # until somebody who waits for another process is asked again whether to go on
 
 
-def pull(store: Store, reference: Reference, progress: Progress, *, force: bool) -> Entry:
-    """See ``Store.pull``, which has looked whether there is anything to do."""
+def pull(store: Store, reference: Reference, progress: Progress = no_progress, *, force: bool = False) -> Entry:
+    """Fetch a reference unless it is there, verify it and place it.
+
+    ``force`` trusts nothing that is there: it is hashed again where the sha256 is known, else fetched again.
+    A second process that pulls the same waits and finds it done. Raises ReferenceNotFound (no such model,
+    or a local file, which is used where it lies), StoreError (network, disk full, wrong checksum),
+    ModelLoadError (what was fetched is not a sound GGUF). Whatever is raised, nothing half-placed stays.
+    """
+    if reference.is_local:
+        raise ReferenceNotFound(
+            f"{reference.key} is a local file; it is used where it lies, and mullama pull NAME={reference.key} "
+            "keeps a copy of it under a name"
+        )
+    if not force and (entry := store.find(reference.key)):
+        return entry
+    if reference.source == MADE:
+        raise ReferenceNotFound(f"{reference.key} is not in the store; {how_to_get(reference)}")
     with disk_errors(f"keep {reference.key} in the store {store.root}"):
         store.make_folders()
         with _key_lock(store, reference.key, progress):
@@ -62,41 +75,70 @@ def pull(store: Store, reference: Reference, progress: Progress, *, force: bool)
             return entry
 
 
-def place_made(
+def add_file(
     store: Store,
     path: Path,
+    *,
     key: str,
-    variant_of: str | None,
-    quant: str | None,
-    filename: str,
-    progress: Progress,
+    variant_of: str | None = None,
+    quant: str | None = None,
+    filename: str | None = None,
+    progress: Progress = no_progress,
     made_of: Entry | None = None,
 ) -> Entry:
-    """See ``Store.add_file``."""
-    header = gguf.check(path, label=key)
-    size = path.stat().st_size
-    digest = hash_file(path, lambda done: progress("hashing", done, size))
-    base = made_of or (store.read(variant_of) if variant_of is not None else None)
-    # What came beside the weights holds for every quantisation of them.
-    beside: dict[str, Any] = {}
-    if base is not None:
-        beside = {name: getattr(base, name) for name in ("defaults", "template", "system", "license_text")}
-    entry = Entry(
-        key=key.lower(),
-        source=MADE,
-        locations=(filename,),
-        filename=filename,
-        sha256=digest,
-        size=size,
-        license=base.license if base is not None else _licence_of(header),
-        pulled_at=_now(),
-        quant=quant,
-        variant_of=variant_of,
-        **beside,
-    )
-    with store.store_lock():
-        _place_blob(store, path, digest)
-        return store.write_entry(entry)
+    """Move a finished file of :meth:`Store.temp_folder` into the store, under a new key; one of that key is replaced.
+
+    ``made_of``, or else the entry of ``variant_of``, gives it its licence and what came beside the weights:
+    parameters, template, system message.
+
+    Raises StoreError (disk), ModelLoadError (not a sound GGUF), ConfigError (a key that cannot be a name).
+    """
+    check_name(key)
+    filename = filename or path.name
+    with disk_errors(f"keep {key} in the store {store.root}"):
+        store.make_folders()
+        header = gguf.check(path, label=key)
+        size = path.stat().st_size
+        digest = hash_file(path, lambda done: progress("hashing", done, size))
+        base = made_of or (store.read(variant_of) if variant_of is not None else None)
+        # What came beside the weights holds for every quantisation of them.
+        beside: dict[str, Any] = {}
+        if base is not None:
+            beside = {name: getattr(base, name) for name in ("defaults", "template", "system", "license_text")}
+        entry = Entry(
+            key=key.lower(),
+            source=MADE,
+            locations=(filename,),
+            filename=filename,
+            sha256=digest,
+            size=size,
+            license=base.license if base is not None else _licence_of(header),
+            pulled_at=_now(),
+            quant=quant,
+            variant_of=variant_of,
+            **beside,
+        )
+        with store.store_lock():
+            _place_blob(store, path, digest)
+            return store.write_entry(entry)
+
+
+def keep_copy(store: Store, path: Path, key: str, progress: Progress = no_progress) -> Entry:
+    """Copy a file of the user's into the store under a name; one that is there under it is replaced.
+
+    Raises what ``add_file`` raises, and StoreError for a model in parts.
+    """
+    if len(gguf.part_paths(path)) > 1:
+        raise StoreError(f"{path} is one part of several; a copy under a name is made of a single file only")
+    with store.temp_folder() as folder, disk_errors(f"copy {path} into the store {store.root}"):
+        target, size = folder / "model.gguf", path.stat().st_size
+        if shutil.disk_usage(folder).free < size:
+            raise StoreError(f"cannot copy {path}: the disk of {store.root} has no {human_size(size)} free")
+        with path.open("rb") as source, target.open("wb") as file:
+            while block := source.read(1 << 22):
+                file.write(block)
+                progress("copying", file.tell(), size)
+        return add_file(store, target, key=key, quant=quant_of(path.name), filename=path.name, progress=progress)
 
 
 def sweep(store: Store, own: str) -> None:
@@ -245,7 +287,7 @@ def _take(store: Store, reference: Reference, fetched: Fetched) -> Entry:
         license_text=fetched.license_text,
     )
     if not all(is_plain_name(part.filename) for part in parts):
-        raise StoreError(f"{reference.key}: '{first.filename}' is no name of a file; nothing was kept")
+        raise StoreError(f"{reference.key}: '{first.filename}' is not a file name; nothing was kept")
     with store.store_lock():
         if fetched.is_in_place:
             store.quarantine_path(entry).unlink(missing_ok=True)
@@ -266,10 +308,21 @@ def _is_ours(store: Store, path: Path) -> bool:
     )
 
 
+def _make_durable(path: Path) -> None:
+    """Make a file read-only and durable, before it is renamed into the blobs."""
+    if os.name != "nt":  # there, only who writes a file can sync it
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    path.chmod(_READ_ONLY)
+
+
 def _place_blob(store: Store, path: Path, digest: str) -> None:
     """Move a verified file among the blobs. The caller holds the store's lock."""
     blob = store.blob_path(digest)
-    placed(path)
+    _make_durable(path)
     # One that is there already is replaced, for it may be damaged; who has it open keeps the old one.
     # On Windows an open file cannot be replaced, and need not be.
     with contextlib.suppress(*((PermissionError,) if blob.exists() else ())):
@@ -285,7 +338,7 @@ def _place_parts(store: Store, files: list[Path], parts: tuple[Part, ...], diges
     shutil.rmtree(ready, ignore_errors=True)
     ready.mkdir()
     for path in files:
-        placed(path)
+        _make_durable(path)
         path.rename(ready / path.name)
     sync_folder(ready)
     target = store.blobs / f"sha256-{digest}.parts"

@@ -28,27 +28,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mullama.errors import ReferenceNotFound, StoreError
-from mullama.files import disk_errors, human_size, store_error, sync_folder
-from mullama.home import HOME_VARIABLE, default_root, need_home
-from mullama.models.files import gguf
+from mullama.files import disk_errors, size_on_disk, store_error, sync_folder
+from mullama.home import default_root, need_home
 from mullama.models.reference import Reference, aliases, check_name
 from mullama.models.sources.base import SOURCES, Progress, load_source
-from mullama.models.sources.selection import quant_of
-from mullama.models.store.digests import Digests, hash_file
-from mullama.models.store.entry import MADE, Entry, Part
+from mullama.models.store.digests import Digests
+from mullama.models.store.entry import MADE, Entry
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-__all__ = ["HOME_VARIABLE", "MADE", "Entry", "Part", "Store", "default_root", "hash_file", "named", "no_progress"]
-
 log = logging.getLogger(__name__)
-
-_READ_ONLY = 0o444
 
 
 def no_progress(what: str, done: int, total: int | None) -> None:
@@ -103,6 +97,18 @@ class Store:
         whole = self.blob_path(entry.sha256) if entry.place is None else Path(entry.place) / entry.filename
         return [(whole, entry.sha256, entry.size)]
 
+    def describe(self, entry: Entry, was_there: bool) -> dict[str, Any]:
+        """What is told of a model that was pulled."""
+        return {
+            "name": entry.key,
+            "sha256": entry.sha256,
+            "size": entry.size,
+            "license": entry.license,
+            "path": str(self.path_of(entry)),
+            "quant": entry.quant,
+            "downloaded": not was_there,
+        }
+
     def blob_path(self, sha256: str) -> Path:
         return self.blobs / f"sha256-{sha256}.gguf"
 
@@ -117,7 +123,7 @@ class Store:
             return self.checked_path(entry)
         located = None if reference.source == MADE else load_source(reference.source).locate(reference)
         if located is None:
-            raise ReferenceNotFound(f"{reference.key} is not in the store; {_how_to_get(reference)}")
+            raise ReferenceNotFound(f"{reference.key} is not in the store; {how_to_get(reference)}")
         return located
 
     def checked_path(self, entry: Entry, progress: Progress = no_progress) -> Path:
@@ -132,10 +138,7 @@ class Store:
                 if self.digests.known(path) == sha256:
                     continue
                 if self.digests.of(path, partial(_report_verifying, progress, size)) != sha256:
-                    # PERF: imported here, for nearly no start needs it.
-                    from mullama.models.store.upkeep import set_aside
-
-                    set_aside(self, entry)
+                    self.set_aside(entry)
                     raise self._damaged(entry)
         return self.path_of(entry)
 
@@ -177,73 +180,10 @@ class Store:
     def _damaged(self, entry: Entry) -> StoreError:
         return StoreError(
             f"the file of {entry.key} is damaged (it is not the one that was verified) and is not used; "
-            f"{_how_to_get(entry.to_reference(), 'fetch it again with: mullama pull --force')}"
+            f"{how_to_get(entry.to_reference(), 'fetch it again with: mullama pull --force')}"
         )
 
     # -- changing
-
-    def pull(self, reference: Reference, progress: Progress = no_progress, *, force: bool = False) -> Entry:
-        """Fetch a reference unless it is there, verify it and place it.
-
-        ``force`` trusts nothing that is there: it is hashed again where the sha256 is known, else fetched again.
-        A second process that pulls the same waits and finds it done. Raises ReferenceNotFound (no such model,
-        or a local file, which is used where it lies), StoreError (network, disk full, wrong checksum),
-        ModelLoadError (what was fetched is not a sound GGUF). Whatever is raised, nothing half-placed stays.
-        """
-        from mullama.models.store.pulling import pull
-
-        if reference.is_local:
-            raise ReferenceNotFound(
-                f"{reference.key} is a local file; it is used where it lies, and mullama pull NAME={reference.key} "
-                "keeps a copy of it under a name"
-            )
-        if not force and (entry := self.find(reference.key)):
-            return entry
-        if reference.source == MADE:
-            raise ReferenceNotFound(f"{reference.key} is not in the store; {_how_to_get(reference)}")
-        return pull(self, reference, progress, force=force)
-
-    def add_file(
-        self,
-        path: Path,
-        *,
-        key: str,
-        variant_of: str | None = None,
-        quant: str | None = None,
-        filename: str | None = None,
-        progress: Progress = no_progress,
-        made_of: Entry | None = None,
-    ) -> Entry:
-        """Move a finished file of :meth:`temp_folder` into the store, under a new key; one of that key is replaced.
-
-        ``made_of``, or else the entry of ``variant_of``, gives it its licence and what came beside the weights:
-        parameters, template, system message.
-
-        Raises StoreError (disk), ModelLoadError (not a sound GGUF), ConfigError (a key that cannot be a name).
-        """
-        from mullama.models.store.pulling import place_made
-
-        check_name(key)
-        with disk_errors(f"keep {key} in the store {self.root}"):
-            self.make_folders()
-            return place_made(self, path, key, variant_of, quant, filename or path.name, progress, made_of)
-
-    def keep_copy(self, path: Path, key: str, progress: Progress = no_progress) -> Entry:
-        """Copy a file of the user's into the store under a name; one that is there under it is replaced.
-
-        Raises what ``add_file`` raises, and StoreError for a model in parts.
-        """
-        if len(gguf.part_paths(path)) > 1:
-            raise StoreError(f"{path} is one part of several; a copy under a name is made of a single file only")
-        with self.temp_folder() as folder, disk_errors(f"copy {path} into the store {self.root}"):
-            target, size = folder / "model.gguf", path.stat().st_size
-            if shutil.disk_usage(folder).free < size:
-                raise StoreError(f"cannot copy {path}: the disk of {self.root} has no {human_size(size)} free")
-            with path.open("rb") as source, target.open("wb") as file:
-                while block := source.read(1 << 22):
-                    file.write(block)
-                    progress("copying", file.tell(), size)
-            return self.add_file(target, key=key, quant=quant_of(path.name), filename=path.name, progress=progress)
 
     @contextlib.contextmanager
     def temp_folder(self) -> Iterator[Path]:
@@ -278,13 +218,30 @@ class Store:
                 raise StoreError(f"'{new}' is in the store already; remove it first with: mullama rm {new}")
             return self.write_entry(replace(entry, key=new))
 
+    def set_aside(self, entry: Entry) -> None:
+        """Take a damaged model out of use: its blob moves to ``quarantine/``; files elsewhere only get a mark there."""
+        self.quarantine.mkdir(parents=True, exist_ok=True)
+        target = self.quarantine_path(entry)
+        with self.store_lock():
+            for path, _, _ in self.files_of(entry):
+                self.digests.forget(path)
+            if entry.place is not None:
+                target.touch()
+            elif entry.parts:
+                target.touch()
+                shutil.rmtree(target.with_suffix(".parts"), ignore_errors=True)
+                with contextlib.suppress(FileNotFoundError):
+                    self.path_of(entry).parent.rename(target.with_suffix(".parts"))
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    self.path_of(entry).replace(target)
+        log.error("%s is damaged; it was set aside in %s", entry.key, self.quarantine)
+
     def remove(self, key: str) -> int:
         """Forget a key, and its blob when no other key uses it; returns the bytes freed.
 
         A server that has the file open keeps its pages. Raises ReferenceNotFound, StoreError.
         """
-        from mullama.models.store.upkeep import drop_unused, remove_in_place
-
         path = self._ref_path(key)
         if not self.has(key):
             raise ReferenceNotFound(f"'{key}' is not in the store")
@@ -292,10 +249,52 @@ class Store:
         with disk_errors(f"remove {key} from the store"), self.store_lock():
             path.unlink(missing_ok=True)
             sync_folder(self.refs)
-            freed = drop_unused(self)
+            freed = self._drop_unused()
             if entry is not None and entry.place is not None:
-                freed += remove_in_place(self, entry)
+                freed += self._remove_in_place(entry)
             return freed
+
+    def _drop_unused(self) -> int:
+        """Remove the blobs of no ref; the bytes freed. The caller holds the store's lock; a damaged ref keeps all."""
+        if self.is_any_ref_damaged():
+            log.warning("a file in %s is damaged; no model file is removed", self.refs)
+            return 0
+        used = {entry.sha256 for entry in self.entries()}
+        freed = 0
+        for folder in (self.blobs, self.quarantine):
+            for path in [*folder.glob("sha256-*.gguf"), *folder.glob("sha256-*.parts")]:
+                if path.stem.removeprefix("sha256-") in used:
+                    continue
+                freed += size_on_disk(path)
+                for file in path.glob("*") if path.is_dir() else (path,):
+                    self.digests.forget(file)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        return freed
+
+    def _remove_in_place(self, entry: Entry) -> int:
+        """Remove an entry's files from another program's cache, where this store put them there and no entry needs
+        them; the bytes freed. The caller holds the store's lock."""
+        if entry.is_borrowed or self.is_any_ref_damaged():
+            return 0
+        needed = {path for other in self.entries() for path, _, _ in self.files_of(other)}
+        freed = 0
+        for path, _, _ in self.files_of(entry):
+            if path in needed or not path.exists():
+                continue
+            target, size = path.resolve(), path.stat().st_size
+            is_link = path.is_symlink()
+            if not is_link or not _is_linked(target, but=path):
+                self.digests.forget(path)
+                freed += size
+            path.unlink()
+            # The cache's snapshots are links to files that several revisions may share.
+            if is_link and not _is_linked(target, but=path):
+                target.unlink(missing_ok=True)
+        self.quarantine_path(entry).unlink(missing_ok=True)
+        return freed
 
     def write_entry(self, entry: Entry) -> Entry:
         """Place the ref atomically. The caller holds the store's lock."""
@@ -356,17 +355,6 @@ def named(reference: Reference, name: str) -> Reference:
     return replace(reference, key=name, alias=name)
 
 
-def placed(path: Path) -> None:
-    """Make a file read-only and durable, before it is renamed into the blobs."""
-    if os.name != "nt":  # there, only who writes a file can sync it
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    path.chmod(_READ_ONLY)
-
-
 def _report_verifying(progress: Progress, size: int, done: int) -> None:
     progress("verifying", done, size)
 
@@ -376,7 +364,13 @@ def hash_key(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _how_to_get(reference: Reference, how: str = "fetch it with: mullama pull") -> str:
+def how_to_get(reference: Reference, how: str = "fetch it with: mullama pull") -> str:
     if reference.source == MADE:
         return "it was made here, and only making it again brings it back"
     return f"{how} {reference.key}"
+
+
+def _is_linked(target: Path, *, but: Path) -> bool:
+    """Whether another link of a hub's cache (``models--a--b/snapshots``) leads to the file ``target`` in ``blobs``."""
+    snapshots = target.parent.parent / "snapshots"
+    return any(link != but and link.is_symlink() and link.resolve() == target for link in snapshots.rglob("*"))

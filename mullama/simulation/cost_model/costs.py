@@ -103,7 +103,7 @@ def read_costs(path: Path) -> CostModel:
     except OSError as error:
         reason = f"cannot read the cost file {path}: {error.strerror}"
     except msgspec.ValidationError as error:
-        reason = f"{path} is no cost file of mullama: {error}"
+        reason = f"{path} is not a cost file of mullama: {error}"
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         reason = f"{path} is not JSON; mullama calibrate writes cost files"
     raise ConfigError(reason, param="costs")

@@ -5,13 +5,8 @@ A step's tokens are seen at its end: the engine wakes its readers once a step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mullama.simulation.cost_model.costs import BUCKET, PAD, CostModel, padded
-
-if TYPE_CHECKING:
-    from mullama.simulation.records import Counters
-    from mullama.simulation.simulated_sequences import SimSequence
+from mullama.simulation.records import Counters, SimSequence
 
 Shape = tuple[int, int, int, bool]  # first slot, tokens, padded cells, a prompt chunk with logits
 

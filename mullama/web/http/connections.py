@@ -63,6 +63,9 @@ def _n_open() -> int:
 class Connection(Protocol):
     """What is asked of a connection (``protocol.py``)."""
 
+    @property
+    def transport(self) -> Any: ...
+
     def is_late(self, now: float, limits: Limits) -> bool: ...
 
     def give_up(self, limits: Limits) -> None: ...
@@ -77,10 +80,10 @@ class Limits:
         self.most = most
         self.n_refused = 0  # connections that came when there were as many as there may be
         self.n_late = 0  # requests that were given up
-        self._refused: dict[Any, float] = {}  # connections that still read their refusal, and until when
+        self._refused: dict[Connection, float] = {}  # connections that still read their refusal, and until when
         self._told = 0.0
 
-    def refuses(self, connection: Any, n_open: int, now: float) -> bool | None:
+    def refuses(self, connection: Connection, n_open: int, now: float) -> bool | None:
         """Whether a new connection is one too many of ``n_open``. None: so many that it is not even told."""
         if self.most is None or n_open - len(self._refused) <= self.most:
             return False
@@ -93,7 +96,7 @@ class Limits:
         self._refused[connection] = now + FALTERING_S
         return True
 
-    def lost(self, connection: Any) -> None:
+    def lost(self, connection: Connection) -> None:
         """A connection has ended."""
         self._refused.pop(connection, None)
 

@@ -7,7 +7,7 @@ import zlib
 from mullama.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 
 TAKEN = ("gzip", "deflate")
-_MOST_LAYERS = 3  # a body may be encoded several times, but nobody does it
+_MAX_LAYERS = 3  # a body may be encoded several times, but nobody does it
 _GZIP, _ZLIB, _RAW = 16 + zlib.MAX_WBITS, zlib.MAX_WBITS, -zlib.MAX_WBITS
 
 
@@ -22,7 +22,7 @@ def encodings_of(header: str | None) -> list[str]:
             raise UnsupportedMediaType(
                 f"Content-Encoding: '{name[:40]}' is not taken; it must be {' or '.join(TAKEN)}, or left out"
             )
-    if len(names) > _MOST_LAYERS:
+    if len(names) > _MAX_LAYERS:
         raise UnsupportedMediaType(f"Content-Encoding: {len(names)} encodings are too many")
     return names[::-1]
 

@@ -25,7 +25,7 @@ class Cors(falcon.CORSMiddleware):  # type: ignore[type-arg]
         for name in names:
             if name not in ("*", "null") and not _ORIGIN.fullmatch(name):
                 raise ConfigError(
-                    f"--cors-origin: '{name}' is no origin; it must look like https://chat.example.org",
+                    f"--cors-origin: '{name}' is not an origin; it must look like https://chat.example.org",
                     param="cors_origin",
                 )
         super().__init__(allow_origins="*" if "*" in names else names, expose_headers=EXPOSED)

@@ -109,7 +109,9 @@ def _addresses(host: str, port: int, where: str) -> list[tuple[int, Any]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
-        raise ConfigError(f"cannot listen on {where}: '{host}' is no address here", param="host") from None
+        raise ConfigError(
+            f"cannot listen on {where}: '{host}' is not an address of this machine", param="host"
+        ) from None
     addresses = {(int(family), address) for family, _, _, _, address in found}
     if host.lower() == "localhost":  # whatever the machine's list of hosts says
         addresses |= {(int(socket.AF_INET), ("127.0.0.1", port)), (int(socket.AF_INET6), ("::1", port, 0, 0))}
@@ -163,7 +165,7 @@ def _clear(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise OSError(errno.EEXIST, "there is a file that is no socket")
+        raise OSError(errno.EEXIST, "there is a file that is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

@@ -47,7 +47,7 @@ _TOO_MANY = _refusal(
 _TOO_SLOW = _refusal(
     b"408 Request Timeout", "the request did not come in time (--request-timeout of the server)", "request_timeout"
 )
-_NOT_HTTP = _refusal(b"400 Bad Request", "this is no valid HTTP request", None)
+_NOT_HTTP = _refusal(b"400 Bad Request", "this is not a valid HTTP request", None)
 
 
 class Protocol(HttpToolsProtocol):
@@ -137,7 +137,7 @@ class Protocol(HttpToolsProtocol):
         A server may go on with this one, but the parser gives up the body: it is told again. Raises HttpParserError.
         """
         if self.parser.get_method() == b"CONNECT":
-            raise httptools.HttpParserError("this server is no proxy")
+            raise httptools.HttpParserError("this server is not a proxy")
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/", self.parser.get_http_version().encode(), b"\r\n"]
         for name, value in self.headers:
             if name == b"connection":

@@ -9,7 +9,6 @@ nothing of what was told before is cached any more, and the stream goes on with 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from typing import Any
 from mullama.kv.events import KvEvent, KvEventLog
 from mullama.kv.index.namespaces import short_namespace
 from mullama.kv.index.tree import TOKEN_BYTES, unpack
-from mullama.web.http.request import Receive, until_disconnect
-from mullama.web.stream.events import PING, Silence, event_json
+from mullama.web.http.request import Receive, on_disconnect
+from mullama.web.stream.event_stream import PING, Bell, Silence, event_json
 
 MAX_PIECE = 64 << 10  # bytes after which a piece of the body ends
 
@@ -47,40 +46,23 @@ class KvEventStream:
         self._with_tokens = with_tokens
         self._unix_ns = time.time_ns() - time.monotonic_ns()
         self._events: deque[KvEvent] = deque()
-        self._loop = asyncio.get_running_loop()
-        self._some = asyncio.Event()
-        self._is_ringing = False
+        self._bell = Bell()
         self._ended = False
         self._is_reset = False
         self._on_close: Callable[[], None] | None = on_close
         self._silence = Silence(ping_seconds)
-        self._watcher = self._loop.create_task(self._watch(receive))
-        self._unwatch = log.watch(self._ring)
+        self._watcher = asyncio.ensure_future(on_disconnect(receive, self.end))
+        self._unwatch = log.watch(self._bell.ring)
 
     def follow(self, log: KvEventLog | None) -> None:
         """Go on with the log of another engine; None: the model is not loaded now. On the event loop."""
         self._unwatch()
         self._log = KvEventLog() if log is None else log
-        self._unwatch = self._log.watch(self._ring)
+        self._unwatch = self._log.watch(self._bell.ring)
         self._seq = 0
         self._events.clear()
         self._is_reset = True
-        self._some.set()
-
-    def _ring(self) -> None:
-        """Wake the iterator, from any thread, without waiting."""
-        if not self._is_ringing:
-            self._is_ringing = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the connection
-                self._loop.call_soon_threadsafe(self._answer)
-
-    def _answer(self) -> None:
-        self._is_ringing = False  # before the log is read: what comes later rings again
-        self._some.set()
-
-    async def _watch(self, receive: Receive) -> None:
-        await until_disconnect(receive)
-        self.end()
+        self._bell.ring_here()
 
     def __aiter__(self) -> KvEventStream:
         return self
@@ -88,14 +70,10 @@ class KvEventStream:
     async def __anext__(self) -> bytes:
         """The next events, as many as fit in a piece; never empty."""
         while not self._ended:
-            self._some.clear()
+            self._bell.clear()
             if piece := self._piece():
                 return piece
-            rang = False
-            with self._silence:
-                await self._some.wait()
-                rang = True
-            if not rang:
+            if not await self._silence.broken_by(self._bell.wait()):
                 return PING
         raise StopAsyncIteration
 
@@ -139,7 +117,7 @@ class KvEventStream:
     def end(self) -> None:
         """Let the response end. On the event loop; idempotent."""
         self._ended = True
-        self._some.set()
+        self._bell.ring_here()
 
     async def close(self) -> None:
         """Stop following. Idempotent."""

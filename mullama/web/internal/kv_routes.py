@@ -15,7 +15,7 @@ from mullama.web.internal.scheduler_routes import Internal, Policies, dump
 from mullama.web.internal.views import kv_for_client
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
-from mullama.web.stream.events import start_stream
+from mullama.web.stream.event_stream import start_stream
 
 DEFAULT_NODES = 1000
 MAX_NODES = 100_000

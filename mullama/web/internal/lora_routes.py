@@ -19,7 +19,7 @@ from mullama.types import LoraUse
 from mullama.web.internal.views import adapter_for_client
 
 SEPARATOR = "+"  # between a model and its adapters in a name
-MOST_NAMED = 16
+MAX_NAMED = 16
 
 #: Methods below /internal/models/NAME.
 ADAPTER_ROUTES = {"adapters": {"GET", "POST"}, "adapters/ID": {"GET", "DELETE"}}
@@ -51,7 +51,7 @@ def split_name(name: str | None, models: ModelManager) -> tuple[str, tuple[str, 
     """
     if name is None or SEPARATOR not in name:
         return models.get(name).name, ()
-    parts = name.split(SEPARATOR, MOST_NAMED + 1)
+    parts = name.split(SEPARATOR, MAX_NAMED + 1)
     for n in range(len(parts), 0, -1):
         try:
             return models.get(SEPARATOR.join(parts[:n])).name, tuple(parts[n:])

@@ -10,12 +10,12 @@ import falcon.asgi
 import orjson
 
 from mullama.errors import EngineDead
-from mullama.observe import process_memory as system
+from mullama.observe import process_memory
 from mullama.web.http.request import Request
 from mullama.web.internal.scheduler_routes import Internal
 from mullama.web.security import Access
 
-MOST_FILES = 20
+MAX_FILES = 20
 
 
 class MemoryView(Internal):
@@ -35,12 +35,12 @@ class MemoryView(Internal):
         resp.data = orjson.dumps(await asyncio.to_thread(self._report, models, bool(named)))
 
     def _report(self, models: dict[str, dict[str, Any]], is_part: bool) -> dict[str, Any]:
-        process = system.process_memory()
+        process = process_memory.process_memory()
         # Pages of files that are no weights: programs and libraries, the instrumentation pages.
         mapped = sum(one["weights"]["mapped_bytes"] for one in models.values())
         of_models = sum(one["resident_bytes"] for one in models.values())
         libraries = max(process.file - mapped, 0) if process is not None else 0
-        total = of_models if process is None or is_part else of_models + libraries + system.baseline()
+        total = of_models if process is None or is_part else of_models + libraries + process_memory.baseline()
         return {
             "total_bytes": total,
             # One model's share says nothing of the rest.
@@ -53,12 +53,12 @@ class MemoryView(Internal):
                 "anonymous_bytes": process.anonymous,
                 "file_bytes": process.file,
                 "swapped_bytes": process.swapped,
-                "baseline_bytes": system.baseline(),
+                "baseline_bytes": process_memory.baseline(),
                 "libraries_bytes": None if is_part else libraries,
-                "heap_free_bytes": system.heap_free(),
+                "heap_free_bytes": process_memory.heap_free(),
                 "mappings": [
                     {"file": one.file, "rss_bytes": one.rss, "pss_bytes": one.pss}
-                    for one in (system.mapped_files() or [])[:MOST_FILES]
+                    for one in (process_memory.mapped_files() or [])[:MAX_FILES]
                 ],
             },
             "models": models,

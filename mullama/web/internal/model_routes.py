@@ -13,13 +13,13 @@ from mullama.errors import InvalidRequest, ModelNotLoaded, NotFound
 from mullama.serving.durations import parse_duration
 from mullama.serving.hot_swap import SwapRecord
 from mullama.serving.states import Served
-from mullama.web.http.request import Receive, Request, until_disconnect
-from mullama.web.internal import lora_routes as lora
+from mullama.web.http.request import Receive, Request, on_disconnect
+from mullama.web.internal import lora_routes
 from mullama.web.internal.views import model_for_client
 from mullama.web.openai.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.events import PING, Silence, event_json, start_stream
+from mullama.web.stream.event_stream import PING, Silence, event_json, start_stream
 
 
 class UnloadBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -54,7 +54,8 @@ class ShareBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 _decoders = {
-    kind: msgspec.json.Decoder(kind) for kind in (UnloadBody, PinBody, SwapBody, SleepBody, ShareBody, lora.AdapterBody)
+    kind: msgspec.json.Decoder(kind)
+    for kind in (UnloadBody, PinBody, SwapBody, SleepBody, ShareBody, lora_routes.AdapterBody)
 }
 
 
@@ -143,14 +144,14 @@ class ModelActions:
     async def on_get(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """One model's row, or its adapters. Raises ModelNotFound."""
         models = self._services.models
-        if (named := lora.split_path(name)) is not None:
-            await lora.show(models, *named, resp, sees_files=req.is_operator)
+        if (named := lora_routes.split_path(name)) is not None:
+            await lora_routes.show(models, *named, resp, sees_files=req.is_operator)
             return
         resp.data = orjson.dumps(_row_for(req, models.get(name), models.now()))
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """Carry out an action. Raises NotFound for an unknown one, ModelNotFound, and what the action raises."""
-        if (named := lora.split_path(name)) is not None and not named[1]:
+        if (named := lora_routes.split_path(name)) is not None and not named[1]:
             await self._load_adapter(req, resp, named[0])
             return
         model, _, action = name.rpartition("/")
@@ -160,17 +161,17 @@ class ModelActions:
 
     async def on_delete(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """Unload an adapter. Raises NotFound for another path, AdapterNotFound, AdapterBusy."""
-        named = lora.split_path(name)
+        named = lora_routes.split_path(name)
         if named is None:
             raise NotFound("only /internal/models/NAME/adapters/ID can be deleted")
-        await lora.unload(self._services.models, *named, resp)
+        await lora_routes.unload(self._services.models, *named, resp)
 
     async def _load_adapter(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """The model is loaded first where it has to be, and stays while the adapter comes."""
-        body: lora.AdapterBody = await self._body(req, lora.AdapterBody)
+        body: lora_routes.AdapterBody = await self._body(req, lora_routes.AdapterBody)
         lease = await self._services.lease(req, name)
         try:
-            resp.data = await lora.load(lease.engine, body, may_read_files=bool(self._services.config.admin_key))
+            resp.data = await lora_routes.load(lease.engine, body, may_read_files=bool(self._services.config.admin_key))
         finally:
             lease.release()
 
@@ -266,11 +267,7 @@ class SwapStream:
         self._record = record
         self._silence = Silence(ping_seconds)
         self._is_over = False
-        self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
-
-    async def _watch(self, receive: Receive) -> None:
-        await until_disconnect(receive)
-        self.end()
+        self._watcher = asyncio.ensure_future(on_disconnect(receive, self.end))
 
     def __aiter__(self) -> SwapStream:
         return self
@@ -280,11 +277,7 @@ class SwapStream:
         if self._is_over:
             raise StopAsyncIteration
         if not record.ended.is_set():
-            changed = False
-            with self._silence:
-                await record.changed.wait()
-                changed = True
-            if not changed:
+            if not await self._silence.broken_by(record.changed.wait()):
                 return PING
             record.changed.clear()
         if self._is_over:

@@ -7,7 +7,6 @@ same model share one pull, which ends early when the last of them has left.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,18 +17,19 @@ import orjson
 
 from mullama.config import ServeConfig
 from mullama.errors import InvalidRequest, MullamaError, ShuttingDown
-from mullama.models.reference import Reference, parse_spec
+from mullama.models.parse import parse_spec
+from mullama.models.reference import Reference
 from mullama.models.resolve import in_quant
 from mullama.models.sources.private_addresses import allow_private
 from mullama.models.store.background_pulls import Pulls, RunningPull
 from mullama.models.store.entry import Entry
 from mullama.models.store.store import Store, named
 from mullama.web.error_responses import as_mullama_error
-from mullama.web.http.request import Receive, Request, until_disconnect
+from mullama.web.http.request import Receive, Request, on_disconnect
 from mullama.web.openai.schemas import decode_body
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.events import PING, Silence, event_json, start_stream
+from mullama.web.stream.event_stream import PING, Bell, Silence, event_json, start_stream
 
 GAP_SECONDS = 0.1  # at least, between two progress events of one stream
 
@@ -67,7 +67,7 @@ class ModelPull:
             return
         try:
             entry = await watch.result()
-            resp.data = orjson.dumps(_summary(self._pulls.store, entry, watch.pull.was_there))
+            resp.data = orjson.dumps(self._pulls.store.describe(entry, watch.pull.was_there))
         finally:
             watch.close()
 
@@ -90,36 +90,19 @@ class Watch:
 
     def __init__(self, pulls: Pulls, reference: Reference, force: bool, receive: Receive) -> None:
         """Raises QueueFull."""
-        self._loop = asyncio.get_running_loop()
-        self._changed = asyncio.Event()
-        self._is_ringing = False
+        self._changed = Bell()
         self.has_ended = False  # the client left, or the server shuts down
         self.store = pulls.store
         self.pull: RunningPull
         self._leave: Callable[[], None]
-        self.pull, self._leave = pulls.start(reference, self._ring, force=force)
-        self._watcher = self._loop.create_task(self._watch(receive))
-
-    def _ring(self) -> None:
-        """In the pull's thread; at most one call is on its way to the loop."""
-        if not self._is_ringing:
-            self._is_ringing = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the connection
-                self._loop.call_soon_threadsafe(self._answer)
-
-    def _answer(self) -> None:
-        self._is_ringing = False  # before the state is read: what comes later rings again
-        self._changed.set()
-
-    async def _watch(self, receive: Receive) -> None:
-        await until_disconnect(receive)
-        self.end()
+        self.pull, self._leave = pulls.start(reference, self._changed.ring, force=force)
+        self._watcher = asyncio.ensure_future(on_disconnect(receive, self.end))
 
     def end(self) -> None:
         """The client left, or the server shuts down. Idempotent."""
         self.has_ended = True
         self._leave()
-        self._changed.set()
+        self._changed.ring_here()
 
     async def wait(self) -> None:
         """Until something changed."""
@@ -170,11 +153,7 @@ class PullStream:
             left = self._said_at + GAP_SECONDS - time.monotonic()
             if left > 0:
                 await asyncio.sleep(left)
-            rang = False
-            with self._silence:
-                await watch.wait()
-                rang = True
-            if not rang:
+            if not await self._silence.broken_by(watch.wait()):
                 return PING
             if not watch.pull.is_finished and not watch.has_ended:
                 self._said_at = time.monotonic()
@@ -199,7 +178,7 @@ class PullStream:
             entry = entry_of(self._watch.pull)
         except MullamaError as error:
             return _event("error", error.to_openai())
-        return _event("done", _summary(self._watch.store, entry, self._watch.pull.was_there))
+        return _event("done", self._watch.store.describe(entry, self._watch.pull.was_there))
 
     async def close(self) -> None:
         """Leave the pull. Idempotent."""
@@ -226,18 +205,6 @@ class Speed:
             self._speed = fresh if self._speed is None else 0.7 * self._speed + 0.3 * fresh
             self._last = (now, done)
         return self._speed
-
-
-def _summary(store: Store, entry: Entry, was_there: bool) -> dict[str, Any]:
-    return {
-        "name": entry.key,
-        "sha256": entry.sha256,
-        "size": entry.size,
-        "license": entry.license,
-        "path": str(store.path_of(entry)),
-        "quant": entry.quant,
-        "downloaded": not was_there,
-    }
 
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:

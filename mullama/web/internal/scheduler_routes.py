@@ -1,4 +1,4 @@
-"""``/internal``: the engine's decisions, as they are now. ``?model=`` picks a served model. (KV cache: ``kv.py``.)"""
+"""``/internal``: the engine's decisions, as they are now. ``?model=`` picks a served model. (KV: ``kv_routes.py``.)"""
 
 from __future__ import annotations
 

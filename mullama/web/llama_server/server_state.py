@@ -8,9 +8,9 @@ from typing import Any
 import falcon.asgi
 import orjson
 
-from mullama import __version__
 from mullama.engine.client import EngineClient
 from mullama.errors import QueueFull
+from mullama.installation import VERSION
 from mullama.serving.states import ModelState
 from mullama.types import SamplingParams
 from mullama.web.http.request import Request
@@ -38,7 +38,7 @@ class Props(Internal):
                     "chat_template": known["chat_template"],
                     "bos_token": known["bos_token"],
                     "eos_token": known["eos_token"],
-                    "build_info": f"mullama {__version__}",
+                    "build_info": f"mullama {VERSION}",
                     "is_sleeping": self._models.get(name).state is ModelState.ASLEEP,
                 }
             )

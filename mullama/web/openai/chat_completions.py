@@ -13,7 +13,7 @@ from mullama.engine.client import EngineClient, Speaker
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_turns, without
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import ChatCall, Message, parse_chat
@@ -47,19 +47,19 @@ async def open_chat(
 
     async def begin(lease: Lease) -> Opened:
         opening = await Opening.of(services, req, call, lease)
-        errand, engine, policy, room = opening.errand, opening.engine, opening.policy, opening.room
+        errand, engine, policy, limits = opening.errand, opening.engine, opening.policy, opening.limits
         is_large = len(call.messages_json) > LARGE_TEXT
         pace = errand.checkpoint if is_large else None
-        whole = await errand.run(is_large, partial(_whole, engine, call, policy, room, pace))
+        whole = await errand.run(is_large, partial(_whole, engine, call, policy, limits, pace))
         prompt, n_whole = (whole, len(whole)) if isinstance(whole, list) else ([], whole)
         dropped = None
-        if policy.truncates and n_whole > room.wanted:
+        if policy.truncates and n_whole > limits.wanted:
             prompt, dropped = await errand.run(
-                True, partial(_cut, engine, call, prompt, n_whole, policy, room, errand.checkpoint)
+                True, partial(_cut, engine, call, prompt, n_whole, policy, limits, errand.checkpoint)
             )
         translate = partial(_translated, messages_json=_messages_json(call, dropped))
         group = await opening.submit([prompt], id_prefix=id_prefix, endpoint=endpoint, translate=translate)
-        return Opened(group, opening.options, [dropped])
+        return Opened(group, opening.options, [dropped], load_ns=opening.load_ns)
 
     try:
         return await with_lease(services, req, call.model, begin)
@@ -78,7 +78,7 @@ def _messages_json(call: ChatCall, dropped: Dropped | None) -> bytes:
 
 
 def _whole(
-    engine: EngineClient, call: ChatCall, policy: ContextPolicy, room: Room, pace: Callable[[], None] | None
+    engine: EngineClient, call: ChatCall, policy: ContextPolicy, limits: PromptLimits, pace: Callable[[], None] | None
 ) -> list[int] | int:
     """The prompt of a chat. One that surely does not fit, and has many messages: how many tokens it has at least.
 
@@ -86,15 +86,15 @@ def _whole(
     """
     if len(call.messages) > MANY_MESSAGES and pace is not None:
         n_least = _least(engine, call.messages, pace)
-        if n_least > room.limit:
+        if n_least > limits.limit:
             if policy.truncates:
                 return n_least
             raise ContextLengthExceeded(
-                f"the prompt has at least {n_least} tokens; one request may use {room.n_ctx}, completion included",
+                f"the prompt has at least {n_least} tokens; one request may use {limits.n_ctx}, completion included",
                 param="messages",
                 n_tokens=n_least,
             )
-    return _prompt(engine, call.messages_json, None if policy.truncates else room.limit, pace)
+    return _prompt(engine, call.messages_json, None if policy.truncates else limits.limit, pace)
 
 
 def _least(engine: EngineClient, messages: Sequence[Message], pace: Callable[[], None]) -> int:
@@ -126,7 +126,7 @@ def _cut(
     whole: list[int],
     n_whole: int,
     policy: ContextPolicy,
-    room: Room,
+    limits: PromptLimits,
     pace: Callable[[], None],
 ) -> tuple[list[int], Dropped | None]:
     """The prompt of the chat less what ``policy`` drops, and what that is. Raises ContextLengthExceeded."""
@@ -136,12 +136,12 @@ def _cut(
 
     def fits(messages: Sequence[Message]) -> bool:
         try:
-            prompt_of(messages, room.wanted)
+            prompt_of(messages, limits.wanted)
         except ContextLengthExceeded:
             return False
         return True
 
-    span = drop_turns(call.messages, lambda kept: len(prompt_of(kept)), policy, room, n_whole=n_whole, fits=fits)
+    span = drop_turns(call.messages, lambda kept: len(prompt_of(kept)), policy, limits, n_whole=n_whole, fits=fits)
     if not span:
         return whole, None
     prompt = prompt_of(without(call.messages, span))

@@ -7,9 +7,9 @@ from typing import Any
 
 from mullama.errors import MullamaError
 from mullama.types import Finish
-from mullama.web.openai.context import shift_member
+from mullama.web.openai.context_policy import shift_member
 from mullama.web.openai.usage import profile_fields, usage
-from mullama.web.stream.events import PING, event_json
+from mullama.web.stream.event_stream import PING, event_json
 from mullama.web.stream.generations import Group
 
 DONE = b"data: [DONE]\n\n"

@@ -12,7 +12,7 @@ from mullama.engine.client import EngineClient
 from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.openai.context import ContextPolicy, Dropped, Room, drop_tokens, without
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import CompletionCall, completion_prompts, parse_completion
@@ -51,20 +51,20 @@ async def open_completion(
 
     async def begin(lease: Lease) -> Opened:
         opening = await Opening.of(services, req, call, lease)
-        errand, engine, policy, room = opening.errand, opening.engine, opening.policy, opening.room
+        errand, engine, policy, limits = opening.errand, opening.engine, opening.policy, opening.limits
         asked = completion_prompts(call.body, opening.options, engine.info)
         size = sum(len(prompt) for prompt in asked)
         pace = errand.checkpoint if size > LARGE_TEXT else None
-        most = None if policy.truncates else room.limit
+        most = None if policy.truncates else limits.limit
         prompts = await errand.run(size > LARGE_TEXT, partial(_tokens, engine, asked, most, pace))
         echoes = None
         if call.body.echo:
             echoes = await errand.run(size > LARGE_TEXT, partial(_echoes, engine, asked, opening.options.n))
         dropped: list[Dropped | None] = []
-        if policy.truncates and any(len(prompt) > room.wanted for prompt in prompts):
-            prompts, dropped = await errand.run(True, partial(_cut, engine, prompts, policy, room))
+        if policy.truncates and any(len(prompt) > limits.wanted for prompt in prompts):
+            prompts, dropped = await errand.run(True, partial(_cut, engine, prompts, policy, limits))
         group = await opening.submit(prompts, id_prefix=id_prefix, endpoint=endpoint)
-        return Opened(group, opening.options, dropped, echoes)
+        return Opened(group, opening.options, dropped, echoes, opening.load_ns)
 
     return await with_lease(services, req, call.model, begin)
 
@@ -82,14 +82,14 @@ def _tokens(
 
 
 def _cut(
-    engine: EngineClient, prompts: list[list[int]], policy: ContextPolicy, room: Room
+    engine: EngineClient, prompts: list[list[int]], policy: ContextPolicy, limits: PromptLimits
 ) -> tuple[list[list[int]], list[Dropped | None]]:
     """The prompts less what ``policy`` drops, and what that is; None for a prompt that fits."""
     marked, plain = (engine.tokenize("a", add_special=special)[:1] for special in (True, False))
     bos = marked if marked != plain else []
     cut, dropped = [], []
     for prompt in prompts:
-        span = drop_tokens(len(prompt), policy, room, has_bos=bool(bos) and prompt[:1] == bos)
+        span = drop_tokens(len(prompt), policy, limits, has_bos=bool(bos) and prompt[:1] == bos)
         kept = without(prompt, span) if span else prompt
         cut.append(kept)
         dropped.append(Dropped(policy, len(prompt), len(kept), span, is_chat=False) if span else None)

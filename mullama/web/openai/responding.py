@@ -12,12 +12,12 @@ import orjson
 from mullama.web.http.request import Request
 from mullama.web.http.request_log import note_group
 from mullama.web.openai.chunks import ChunkFormat
-from mullama.web.openai.context import context_member, shift_member
+from mullama.web.openai.context_policy import context_member, shift_member
 from mullama.web.openai.opening import Opened
 from mullama.web.openai.usage import profile_fields, usage
 from mullama.web.services import Services
 from mullama.web.stream.direct import direct_body
-from mullama.web.stream.events import EventStream, start_stream
+from mullama.web.stream.event_stream import EventStream, start_stream
 from mullama.web.stream.generations import Reply
 
 

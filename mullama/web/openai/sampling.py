@@ -85,7 +85,7 @@ _FIELDS = tuple((param, field) for param in _PARAMS for field in _SPELLINGS.get(
 NO_LIMIT = -1
 #: Counts of tokens to generate: the engine knows what room they have. It takes none above this.
 _LIMITS = {"max_tokens", "min_tokens"}
-MOST_TOKENS = 1 << 30
+MAX_TOKENS = 1 << 30
 #: Counts of tokens looked at: beyond the context they mean the context, and C code gets no number it cannot hold.
 _COUNTS = {"repeat_last_n", "dry_allowed_length", "dry_penalty_last_n"}
 
@@ -109,11 +109,11 @@ def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
             continue
         check_range(field, value)
         if param not in values:
-            most = MOST_TOKENS if param in _LIMITS else info.n_ctx if param in _COUNTS else value
+            most = MAX_TOKENS if param in _LIMITS else info.n_ctx if param in _COUNTS else value
             values[param] = min(value, most)
     if "top_k" in values:
         values["top_k"] = min(max(values["top_k"], 0), info.n_vocab)  # -1 switches it off, as in vLLM
-    if values.get("min_tokens", 0) > (values.get("max_tokens") or MOST_TOKENS):
+    if values.get("min_tokens", 0) > (values.get("max_tokens") or MAX_TOKENS):
         raise InvalidRequest("min_tokens: it must not be greater than max_tokens", param="min_tokens")
     return values
 

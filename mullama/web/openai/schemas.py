@@ -21,7 +21,7 @@ from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web.internal.lora_routes import LoraBody, split_name
 from mullama.web.openai import sampling
-from mullama.web.openai.context import ContextPolicy, policy_of
+from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, refuse_unbuilt
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -184,6 +184,15 @@ def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
     refuse_unbuilt(data, CHAT)
     _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
     _refuse(any(kind != "text" for kind in body.modalities or ()), "modalities", "anything but text")
+    return _chat_call(body, model, named)
+
+
+def chat_call(body: ChatBody, models: ModelManager) -> ChatCall:
+    """The call of a body that another API's was translated into. Raises InvalidRequest, ModelNotFound."""
+    return _chat_call(body, *split_name(body.model, models))
+
+
+def _chat_call(body: ChatBody, model: str, named: tuple[str, ...]) -> ChatCall:
     messages = normalise(body.messages)
     return ChatCall(model, body, messages, msgspec.json.encode(messages), named)
 
@@ -384,7 +393,7 @@ def _half_a_pair(data: bytes) -> str | None:
         is_escape = (len(before) - len(before.rstrip(b"\\"))) % 2 == 0  # and not an escaped backslash
         if is_escape and found[1] is None:
             half = found[0].decode()
-            return f"{half} at byte {found.start()} is half a surrogate pair, which alone is no character"
+            return f"{half} at byte {found.start()} is half a surrogate pair, which by itself is not a character"
     return None
 
 

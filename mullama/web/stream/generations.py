@@ -18,7 +18,7 @@ from mullama.errors import ClientLeft
 from mullama.serving.states import Lease
 from mullama.types import Delta, Finish, FinishReason, LoraUse, Request
 from mullama.web.error_responses import finish_error, internal_error
-from mullama.web.http import request as web_request
+from mullama.web.http.request import Receive, until_disconnect
 from mullama.web.openai.schemas import Options
 from mullama.web.security import salt_of
 from mullama.web.services import Services
@@ -121,12 +121,12 @@ class Group:
             self.close()
             raise
 
-    def watch(self, receive: web_request.Receive) -> None:
+    def watch(self, receive: Receive) -> None:
         """Cancel everything once ``receive`` reports that the client is gone."""
         self._watcher = asyncio.get_running_loop().create_task(self._watch(receive))
 
-    async def _watch(self, receive: web_request.Receive) -> None:
-        await web_request.until_disconnect(receive)
+    async def _watch(self, receive: Receive) -> None:
+        await until_disconnect(receive)
         # NOTE: uvicorn reports the end of the response the same way; cancelling what has ended does no harm.
         self.disconnected = True
         self._services.n_left += any(generation.finish is None for generation in self.generations)

@@ -5,8 +5,8 @@ Sans-I/O: templates and the tokeniser come in as ``count``. One span goes from a
     chat    [system ...] [turn 0] [turn 1] [turn 2] ... [last turn]
                          |<-- truncate_left: as few as will do
                                   |<-- truncate_middle: the same, and turn 0 only when nothing else helps
-    tokens  [BOS] |<-- truncate_left -->| the last of the room
-            the first half of the room |<-- truncate_middle -->| the last half
+    tokens  [BOS] |<-- truncate_left -->| the last of what fits
+            the first half of what fits |<-- truncate_middle -->| the last half
 
 A turn is a user message and all up to the next one, so that a tool call keeps its result. System messages directly
 before a user message belong to its turn. The leading ones and the last turn always stay; no message is cut in two.
@@ -55,7 +55,7 @@ M = TypeVar("M", bound=HasRole)
 
 
 @dataclass(slots=True, frozen=True)
-class Room:
+class PromptLimits:
     """How many tokens a prompt may have in a context of ``n_ctx``.
 
     ``wanted`` leaves the completion its ``max_tokens`` (``USUAL_COMPLETION`` without), at most half of the context;
@@ -145,7 +145,7 @@ def drop_turns(
     messages: Sequence[M],
     count: Callable[[Sequence[M]], int],
     policy: ContextPolicy,
-    room: Room,
+    limits: PromptLimits,
     *,
     n_whole: int,
     fits: Callable[[Sequence[M]], bool] | None = None,
@@ -159,21 +159,21 @@ def drop_turns(
     completion less than it wants, that cut is taken if the rest fits at all: no policy refuses what ``error`` takes.
     Raises ContextLengthExceeded with the sizes.
     """
-    if n_whole <= room.wanted:
+    if n_whole <= limits.wanted:
         return NOTHING
     spans = _cuts([message.role for message in messages], policy)
 
     if fits is None:
 
         def fits(kept: Sequence[M]) -> bool:
-            return count(kept) <= room.wanted
+            return count(kept) <= limits.wanted
 
     n_least = count(without(messages, spans[-1])) if spans else n_whole
-    if n_least > room.wanted:
-        if min(n_least, n_whole) > room.limit:
+    if n_least > limits.wanted:
+        if min(n_least, n_whole) > limits.limit:
             raise ContextLengthExceeded(
                 f"messages: the chat has {n_whole} tokens, its system messages and last turn alone {n_least}; "
-                f"one request may use {room.n_ctx}, completion included",
+                f"one request may use {limits.n_ctx}, completion included",
                 param="messages",
             )
         return spans[-1] if n_least < n_whole else NOTHING
@@ -218,12 +218,12 @@ def _turns(roles: Sequence[object], n_system: int) -> list[int]:
     return turns
 
 
-def drop_tokens(n_tokens: int, policy: ContextPolicy, room: Room, *, has_bos: bool) -> range:
+def drop_tokens(n_tokens: int, policy: ContextPolicy, limits: PromptLimits, *, has_bos: bool) -> range:
     """The tokens that ``policy`` takes out of a prompt so that it fits exactly; an empty span: none.
 
     ``has_bos``: the prompt begins with the vocabulary's beginning-of-sequence token, which stays.
     """
-    n = room.wanted
+    n = limits.wanted
     if n_tokens <= n:
         return NOTHING
     if policy is ContextPolicy.TRUNCATE_MIDDLE:

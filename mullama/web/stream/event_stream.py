@@ -7,8 +7,9 @@ The hot path is ``EventStream._sink`` where the server offers a direct way to th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -62,6 +63,37 @@ class StreamFormat(Protocol):
         """What a client is told when the stream ends in the middle."""
 
 
+class Bell:
+    """What a stream waits for and any thread may ring, without waiting: one call at most is on its way to the loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._rang = asyncio.Event()
+        self._is_ringing = False
+
+    def ring(self) -> None:
+        """From any thread."""
+        if not self._is_ringing:
+            self._is_ringing = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the connection
+                self._loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._is_ringing = False  # before the waiting one looks: what comes later rings again
+        self._rang.set()
+
+    def ring_here(self) -> None:
+        """On the event loop."""
+        self._rang.set()
+
+    async def wait(self) -> None:
+        """Until it rings, or has rung since ``clear``."""
+        await self._rang.wait()
+
+    def clear(self) -> None:
+        self._rang.clear()
+
+
 class Silence:
     """Ends a wait that lasts longer than ``seconds``: ``with silence: await …`` is then simply left.
 
@@ -79,6 +111,13 @@ class Silence:
         self.is_waiting = False
         self._fired = False
         self._cancelling = 0
+
+    async def broken_by(self, what: Awaitable[object]) -> bool:
+        """Wait; whether it came in time."""
+        with self:
+            await what
+            return True
+        return False
 
     def __enter__(self) -> None:
         if self._task is None:
