@@ -14,7 +14,7 @@ from weights_support import PROMPTS, Streams, begins_alike, request, requests, r
 
 from mullama.engine.engine import Engine
 from mullama.engine.weights import change
-from mullama.engine.weights.change import why_unsound
+from mullama.engine.weights.soundness import why_unsound
 from mullama.errors import (
     EngineDead,
     InvalidRequest,
