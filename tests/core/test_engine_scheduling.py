@@ -408,3 +408,16 @@ def test_a_broken_shadow_disturbs_nobody(make_engine: Callable[..., Engine], tmp
         engine.planning.set_shadow("sprt")
     engine.planning.set_shadow(None)
     assert engine.planning.snapshot()["shadow"] is None
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31) - 1, 10**30])
+def test_a_priority_beside_others_that_no_integer_of_c_holds_is_refused(
+    make_engine: Callable[..., Engine], priority: int
+) -> None:
+    """Found by thousands of mutated requests: it was an internal error."""
+    engine = make_engine()
+    with pytest.raises(InvalidRequest, match=r"a priority must be -2147483648 to 2147483647"):
+        engine.planning.set_share(priority=priority)
+    engine.planning.set_share(priority=2**31 - 1)
+    assert engine.planning.share()[1]["priority"] == 2**31 - 1
+    engine.planning.set_share(priority=0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mullama.engine.parts import EngineParts
 from mullama.engine.planning import report
-from mullama.errors import ModelBusy
+from mullama.errors import InvalidRequest, ModelBusy
 from mullama.plugins.groups import Published, publish
 from mullama.scheduling import Scheduler, registry
 
@@ -123,6 +123,10 @@ class PlanningControl:
 
     def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
         """What this engine may expect beside others. Raises InvalidRequest."""
+        if not -(2**31) <= priority < 2**31:  # SAFETY: it becomes an int of C
+            raise InvalidRequest(
+                f"a priority must be {-(2**31)} to {2**31 - 1}, got {str(priority)[:40]}", param="priority"
+            )
         self._parts.core.turns.set_share(self._parts.core.seat, weight=weight, priority=priority)
 
     def set_arbiter_policy(self, policy: str) -> None:
