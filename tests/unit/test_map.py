@@ -20,12 +20,7 @@ MAX_FILES = 14
 SHARED_NAMES = {"__init__", "base", "registry", "control", "report"}
 
 # What is not yet as it should be. Nothing is ever added here; what is mended is taken out.
-KNOWN_CIRCLES: set[str] = set()
-KNOWN_CUT = {
-    "mullama._core.machine:Machine",
-    "mullama._core.parking:Parking",
-    "mullama._core.slots:Slots",
-}
+KNOWN_CUT = {"mullama._core.machine:Machine", "mullama._core.parking:Parking", "mullama._core.slots:Slots"}
 KNOWN_FOLDERS = {"mullama/_core"}
 KNOWN_NAMES = {"kernels", "lora", "quantize", "sampling", "swap", "wake"}
 
@@ -94,11 +89,12 @@ def circles(edges: dict[str, set[str]]) -> list[set[str]]:
 
 def test_files_import_in_no_circle() -> None:
     edges = {name: targets(files) - {name} for name, files in modules().items()}
-    assert edges["mullama.web.app"] and edges["mullama._core.loop"], "the reading of imports has come apart"
+    compiled = [of for name, of in edges.items() if name.startswith("mullama._core.")]
+    assert edges["mullama.web.app"] and any(compiled), "the reading of imports has come apart"
     found = [
         sorted(f"{node} -> {other}" for node in group for other in edges[node] & group) for group in circles(edges)
     ]
-    assert [group for group in found if not KNOWN_CIRCLES & {edge.split(" ")[0] for edge in group}] == []
+    assert found == []
 
 
 def test_a_circle_is_found() -> None:
