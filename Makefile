@@ -7,7 +7,7 @@ UNIT := $(VENV)/.dependencies
 ARGS ?=
 
 # What an installed build depends on; Python files are read from the checkout and need no rebuild.
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard mullama/_core/*) mullama/abi.h $(wildcard mullama/*.pxd) \
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard mullama/_core/* mullama/_core/*/*) mullama/abi.h $(wildcard mullama/*.pxd) \
            $(wildcard vendor/*.toml vendor/*.py vendor/patches/*)
 
 .PHONY: serve test lint unit debug asan tsan bench clean help
