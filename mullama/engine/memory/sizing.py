@@ -13,7 +13,10 @@ KV_SHARE = 0.5  # of the free memory, at most
 
 
 def default_host_bytes() -> int:
-    """Host memory that KV outside the context may take (that of preempted requests, the host tier): a quarter of what is free, 1 GiB where unknown."""
+    """Host memory that KV of preempted requests may take, and the host tier: a quarter of what is free.
+
+    1 GiB where that is unknown.
+    """
     free = memory.available_memory()
     return (1 << 30) if free is None else free // 4
 
