@@ -23,8 +23,7 @@ from mullama.errors import ModelLoadError
 from mullama.files import identity_of
 from mullama.home import expand
 from mullama.machine import memory
-from mullama.models.files import gguf
-from mullama.models.files import lora_file as adapters
+from mullama.models.files import gguf, lora_file
 from mullama.models.files.estimate import Estimate, check_fits, estimate, is_enough, largest, token_bytes
 from mullama.models.files.gguf import Header
 from mullama.models.files.shape import shape_of
@@ -156,7 +155,7 @@ def _adapter_bytes(config: ServeConfig, header: Header) -> int:
         path = expand(spec.partition("=")[2])
         try:
             own = header_of(path)
-            adapters.compare(own, header, str(path))
+            lora_file.compare(own, header, str(path))
         except ModelLoadError:  # of another model, or no adapter: loading it tells
             continue
         found += sum(tensor.size or 0 for tensor in own.tensors)

@@ -48,7 +48,7 @@ class Steps:
     def _max_prefill(self) -> int:
         """Prompt tokens of one step: fewer while somebody waits for its end, another engine or a change of weights."""
         core = self._parts.core
-        if self._parts.weights.active is not None or core.turns.busy_beside(core.seat, BESIDE_S):
+        if self._parts.weights.change is not None or core.turns.busy_beside(core.seat, BESIDE_S):
             return min(core.n_batch, SHARED_PREFILL)
         return core.n_batch
 
