@@ -373,7 +373,7 @@ class Engine:
         same = self.weights.is_same_vocab(other.weights)
         travellers = self.call(
             lambda: handover.depart(
-                self._core, self._seqs, self._reader, other, other.info.n_ctx - 1, same_vocab=same
+                self._core, self._seqs, self._reader, other, other.info.n_ctx, same_vocab=same
             )
         ).result()  # fmt: skip
         try:

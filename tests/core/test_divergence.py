@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from weights_support import requests, run, say
 
-from mullama._core import Context, Divergence, Model, gate
+from mullama._core import Context, Divergence, Model
+from mullama._core.testing import gate
 from mullama.engine.engine import Engine
 from mullama.engine.weights import comparing
 from mullama.errors import InvalidRequest

@@ -1,6 +1,6 @@
 """A change of weights where memory holds both: the old ones compute until the new ones have warmed up.
 
-A context of the new model takes the KV over where it lies, at a step boundary (_core/swap.pyx).
+A context of the new model takes the KV over where it lies, at a step boundary (_core/weights/carrier.pyx).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any
 
 from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
-from mullama._core.kernels import weights_by_layout
+from mullama._core.kernels.products import weights_by_layout
 from mullama.config import ServeConfig
 from mullama.engine.memory import fits, sizing
 from mullama.engine.weights import sharing

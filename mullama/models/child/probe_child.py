@@ -23,7 +23,7 @@ ADAPT = "loading the adapter"  # between the first two, where there is one
 
 N_CTX, N_BATCH = 256, 32
 MAX_RENDERED = 1 << 20  # characters of a prompt of three short messages
-NOT_FINITE = 1  # CORE_NOT_FINITE of _core/guard.h
+NOT_FINITE = 1  # CORE_NOT_FINITE of _core/compute/guard.h
 
 _MESSAGES = (
     b'[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, '
