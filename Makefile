@@ -36,7 +36,7 @@ lint: $(STAMP)
 
 # Where mullama is built this hides its compiled part, so that a test that needs it is found everywhere.
 unit: $(UNIT)
-	PYTHONPATH="$(CURDIR)/tests/without_core:$(CURDIR)" $(BIN)/python -m pytest tests/unit tests/web $(ARGS)
+	PYTHONPATH="$(CURDIR)/tests/without_core:$(CURDIR)" $(BIN)/python -m pytest -n auto tests/unit tests/web $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.peers $(ARGS)

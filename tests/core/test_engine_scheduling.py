@@ -260,7 +260,7 @@ class Slow(Base):
 
 def as_users(engine: Engine, policy: Any) -> None:
     """Put an object in charge the way a user's class is."""
-    engine.call(lambda: engine._policy.swap(policy, "mine", own_thread=True)).result()
+    engine.call(lambda: engine._policy.change(policy, "mine", own_thread=True)).result()
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_steady_decoding_asks_nobody(make_engine: Callable[..., Engine]) -> None
             plans.append(state.step)
             return super().plan(state)
 
-    engine.call(lambda: engine._policy.swap(Counting(), "fcfs", own_thread=False)).result()
+    engine.call(lambda: engine._policy.change(Counting(), "fcfs", own_thread=False)).result()
     texts(run_all(engine, [request(f"r{i}", "HELLO", 300) for i in range(4)]))
     assert engine.counters()["steps"] >= 300
     assert len(plans) < 30

@@ -133,7 +133,7 @@ def read_class(node: ast.ClassDef, module: str, names: dict[str, str]) -> Class:
     one = Class(node.name, module, [resolved(base, module, names) for base in node.bases])
     marks = " ".join(ast.unparse(mark) for mark in node.decorator_list)
     is_data = "dataclass" in marks or any(_DATA.search(base) for base in one.bases)
-    one.is_interface = "Protocol" in one.bases
+    one.is_interface = any(base.rpartition(":")[2] == "Protocol" for base in one.bases)
     for item in node.body:
         if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
             one.is_interface |= "abstractmethod" in " ".join(map(ast.unparse, item.decorator_list))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mullama.engine.background import in_background
+from mullama.engine.client import WeightsClient
 from mullama.engine.parts import EngineParts
 from mullama.engine.weights import comparing
 from mullama.engine.weights.change import SwapReport
@@ -20,7 +21,7 @@ from mullama.types import GapMode, KvMode, MemoryLeft, SleepLevel
 Choice = TypeVar("Choice", KvMode, GapMode, SleepLevel)
 
 
-class WeightControl:
+class WeightControl(WeightsClient):
     """What blocks is not for an event loop's thread. WeightsClient says more of what is not explained here."""
 
     def __init__(self, parts: EngineParts) -> None:
