@@ -26,7 +26,7 @@ from mullama._core.compute.arbiter import Arbiter, arbiter
 from mullama._core.compute.governor import Governor
 from mullama._core.core.core import FINISH, TEXT, Core
 from mullama._core.core.parking import Parked
-from mullama._core.kernels.quantize import quantize, quantize_types
+from mullama._core.kernels.quantization import quantize, quantize_types
 from mullama._core.kv.cells import Cells
 from mullama._core.lora.adapters import Adapter
 from mullama._core.model.context import Context

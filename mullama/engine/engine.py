@@ -88,7 +88,7 @@ class Engine:
         policy = GuardedPolicy(
             kv_registry.create(config.kv_policy, parse_args(config.kv_policy_arg, "kv_policy_arg")), config.kv_policy
         )
-        host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_swap_bytes()
+        host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_host_bytes()
         self._kv = KvCache(core, Cells(core), host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
         token_bytes = self._kv.cells.token_bytes or fits.token_bytes_of(model.path, config)
         self._reader = Reader(core, TEXT, token_bytes)
@@ -99,7 +99,7 @@ class Engine:
             self._reader,
             info.name,
             info.weights,
-            config.swap_bytes or sizing.default_swap_bytes(),
+            config.swap_bytes or sizing.default_host_bytes(),
             self._kv,
             self._ended,
         )

@@ -94,7 +94,7 @@ class ModelManager:
     def add(self, name: str, reference: str, *, from_store: bool = False) -> Served:
         """Serve a name, loaded on demand. Raises ConfigError when it is taken."""
         with self._lock:
-            if name in self.served:
+            if name in self.served.by_name:
                 raise ConfigError(f"two models are served as '{name}'; give one another name with NAME=REFERENCE")
             served = Served(name, reference, self._keep_alive_s, from_store=from_store)
             self.served.add(served)
@@ -114,12 +114,12 @@ class ModelManager:
             for first in self.served:
                 return first
             raise ModelNotFound("no model is served", param="model")
-        served = self.served.find(name)
+        served = self.served.by_name.get(name) or self.served.in_any_case(name)
         if served is not None:
             return served
         if len(name) <= 200 and (reference := self._find(name)) is not None:
             with self._lock:
-                return self.served.find(name) or self.add(name.lower(), reference, from_store=True)
+                return self.served.in_any_case(name) or self.add(name.lower(), reference, from_store=True)
         known = ", ".join(one.name for one in self.served) or "none"
         raise ModelNotFound(f"the model '{name[:200]}' is not served here; served models: {known}", param="model")
 
@@ -155,7 +155,7 @@ class ModelManager:
         """(name, reference) of what could be loaded as well, and nobody has asked for yet."""
         if self._others is None:
             return []
-        return [(name, reference) for name, reference in self._others() if self.served.find(name) is None]
+        return [(name, reference) for name, reference in self._others() if self.served.in_any_case(name) is None]
 
     @property
     def has_others(self) -> bool:

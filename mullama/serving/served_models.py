@@ -31,27 +31,24 @@ class ServedModels:
         self.watchers: list[Callable[[str, EngineClient | None], None]] = []  # told of engines that come and go
         self.on_wanted: Callable[[Served], None] = lambda served: None
         self.on_idle: Callable[[], None] = lambda: None
-        self._by_name: dict[str, Served] = {}
+        self.by_name: dict[str, Served] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        return len(self._by_name)
+        return len(self.by_name)
 
     def __iter__(self) -> Iterator[Served]:
-        return iter(self._by_name.values())
+        return iter(self.by_name.values())
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._by_name
-
-    def find(self, name: str) -> Served | None:
-        """What is served as ``name``, capitals or not; the lower-case one of several."""
+    def in_any_case(self, name: str) -> Served | None:
+        """What is served as ``name`` but for its capitals; the lower-case one of several."""
         folded = name.lower()
-        alike = [one for served, one in self._by_name.items() if served.lower() == folded]
-        return self._by_name.get(name) or self._by_name.get(folded) or (alike[0] if alike else None)
+        found = [one for served, one in self.by_name.items() if served.lower() == folded]
+        return self.by_name.get(folded) or (found[0] if found else None)
 
     def add(self, served: Served) -> None:
         """The name is not taken; the caller sees that one thread at a time adds."""
-        self._by_name = {**self._by_name, served.name: served}  # another one: somebody may be iterating
+        self.by_name = {**self.by_name, served.name: served}  # another one: somebody may be iterating
 
     def all(self) -> list[Served]:
         """Every one as it is now: engines that have stopped are given up."""

@@ -214,8 +214,8 @@ CALLS: dict[str, Callable[..., bool]] = {
     "products.Products.check": lambda: products().check(products(), 3) == (True, True, 0.0),
     "products.Products.is_steady": lambda: products().is_steady(3, 2) == (True, True),
     "products.Products.time": lambda: products().time(1, 1, 2, 1) > 0,
-    "quantize.quantize_types": lambda: "Q4_0" in mullama._core.quantize_types(),
-    "quantize.quantize": lambda: refuses(mullama._core.quantize, "/no/file", "/no/where", "Q4_0"),
+    "quantization.quantize_types": lambda: "Q4_0" in mullama._core.quantize_types(),
+    "quantization.quantize": lambda: refuses(mullama._core.quantize, "/no/file", "/no/where", "Q4_0"),
     "page.Page": lambda: Page(1) is not None,
     "page.Page.path": lambda p: p.path == "",
     "page.Page.buffer": lambda p: abi.Reader(p.buffer()).header.n_rows == 2,
@@ -365,7 +365,7 @@ def test_there_are_compiled_modules() -> None:
         "page",
         "parking",
         "products",
-        "quantize",
+        "quantization",
         "vacancy",
     }
 

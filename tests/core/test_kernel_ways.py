@@ -15,7 +15,7 @@ from core_support import Driver, greedy
 from mullama import faults
 from mullama._core import Model
 from mullama._core.kernels import products as kernels
-from mullama._core.kernels.quantize import quantize
+from mullama._core.kernels.quantization import quantize
 from mullama.engine.engine import Engine
 from mullama.errors import ModelLoadError
 from mullama.installation.instructions import library_folder

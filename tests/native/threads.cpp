@@ -10,7 +10,7 @@
 #include "log_sink.h"
 #include "page_write.h"
 #include "ring.h"
-#include "wake.h"
+#include "wakeup.h"
 
 #include <poll.h>
 

@@ -1,7 +1,7 @@
 // Clocks and the machine's load, without the GIL.
 #pragma once
 
-#include "wake.h"
+#include "wakeup.h"
 
 #include <atomic>
 #include <chrono>

@@ -1,11 +1,11 @@
-// What the engine thread tells: records for the reader (ring.h), whom wake.h wakes, and the page (page_write.h) that
+// What the engine thread tells: records for the reader (ring.h), whom wakeup.h wakes, and the page (page_write.h) that
 // anybody may look at. Nothing here knows of Python.
 #pragma once
 
 #include "clock.h"
 #include "page_write.h"
 #include "ring.h"
-#include "wake.h"
+#include "wakeup.h"
 
 #include <cstdint>
 #include <string>

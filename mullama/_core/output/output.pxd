@@ -13,7 +13,7 @@ from mullama._core.output.clock cimport Flag
 from mullama.abi cimport mullama_counters, mullama_event, mullama_row
 
 
-cdef extern from "wake.h" namespace "mullama" nogil:
+cdef extern from "wakeup.h" namespace "mullama" nogil:
     cppclass Wake:
         int read_fd
         cbool open()

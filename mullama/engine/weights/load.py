@@ -129,7 +129,7 @@ def chat_template(value: str) -> str:
             return value.lower()
         file = f"; for the file of that name write @{value}" if Path(value).is_file() else ""
         raise ConfigError(
-            f"'{value[:80]}' is no chat template: it must be Jinja, @FILE, or one of {', '.join(names)}{file}",
+            f"'{value[:80]}' is not a chat template: it must be Jinja, @FILE, or one of {', '.join(names)}{file}",
             param="chat_template",
         )
     try:

@@ -16,9 +16,9 @@ import falcon.asgi
 import msgspec
 import orjson
 
-from mullama import __version__
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest, ModelBusy, MullamaError, ReferenceNotFound
+from mullama.installation import VERSION
 from mullama.models.parse import parse_spec
 from mullama.models.sources.private_addresses import allow_private
 from mullama.models.store.background_pulls import Pulls
@@ -67,7 +67,7 @@ def _name_of(data: bytes) -> tuple[str, bool]:
 
 class Version(OllamaRoute):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
-        resp.data = orjson.dumps({"version": __version__})
+        resp.data = orjson.dumps({"version": VERSION})
 
 
 class Tags(OllamaRoute):
