@@ -7,7 +7,7 @@ UNIT := $(VENV)/.dependencies
 ARGS ?=
 
 # What an installed build depends on; Python files are read from the checkout and need no rebuild.
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard mullama/_core/*) mullama/abi.h $(wildcard mullama/*.pxd) \
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard mullama/_core/* mullama/_core/*/*) mullama/abi.h $(wildcard mullama/*.pxd) \
            $(wildcard vendor/*.toml vendor/*.py vendor/patches/*)
 
 .PHONY: serve test lint unit debug asan tsan bench clean help
@@ -36,7 +36,7 @@ lint: $(STAMP)
 
 # Where mullama is built this hides its compiled part, so that a test that needs it is found everywhere.
 unit: $(UNIT)
-	PYTHONPATH="$(CURDIR)/tests/without_core:$(CURDIR)" $(BIN)/python -m pytest tests/unit tests/web $(ARGS)
+	PYTHONPATH="$(CURDIR)/tests/without_core:$(CURDIR)" $(BIN)/python -m pytest -n auto tests/unit tests/web $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.peers $(ARGS)

@@ -55,7 +55,7 @@ def measure(model: str, n_ctx: int, rounds: int) -> dict[str, Any]:
             shares.append(share(engine)[0])
         _, rss_end, report = share(engine)
         with_adapter = share_with_adapter(engine)
-        engine.sleep()
+        engine.weights.sleep()
         asleep, rss_asleep, _ = share(engine)
     return {
         "model": model, "n_ctx": n_ctx, "estimate": expected, "allocated": allocated, "rss": rss, "rss_end": rss_end,

@@ -77,13 +77,13 @@ def load(engine: Any, prompts: PromptMaker, *, clients: int, requests: int, n_pr
 
 
 def measure(engine: Any, prompts: PromptMaker, spec: str, args: argparse.Namespace) -> dict[str, float]:
-    engine.set_scheduler_sync(spec)
+    engine.planning.set_policy(spec)
     load(engine, prompts, clients=args.clients, requests=1, n_prompt=16, n_out=4)  # the policy is warm
     before = engine.counters()
     load(engine, prompts, clients=args.clients, requests=args.requests, n_prompt=args.prompt, n_out=args.tokens)
     after = engine.counters()
     delta = {key: after[key] - before[key] for key in after}
-    snapshot = engine.scheduler_snapshot()
+    snapshot = engine.planning.snapshot()
     if snapshot["fallback"] is not None:
         raise SystemExit(f"{spec} was replaced: {snapshot['fallback']['reason']}")
     return {

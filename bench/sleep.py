@@ -56,11 +56,11 @@ def measure(model: Path, level: str, n_chats: int, rounds: int, folder: str) -> 
         for i in range(rounds):
             found["rss_awake"].append(rss(system))
             begun = time.monotonic()
-            engine.sleep(level)
+            engine.weights.sleep(level)
             found["fall"].append((time.monotonic() - begun) * 1e3)
             found["rss_asleep"].append(rss(system))
             begun = time.monotonic()
-            found["wake"].append(engine.wake())
+            found["wake"].append(engine.weights.wake())
             if n_chats:
                 _, hit = first_token_ms(engine, [*tokens_of(i % n_chats), 5 + i])
                 if hit < CHAT - 1:

@@ -28,21 +28,15 @@ from typing import Any, NoReturn, TypeVar, Unpack, cast, get_type_hints, overloa
 from mullama.config import ServeConfig, load_config
 from mullama.engine.engine import Engine as CoreEngine
 from mullama.engine.requests.generation import SyncGeneration
-from mullama.engine.weights.change import SwapReport
-from mullama.engine.weights.sleeping import SleepReport
 from mullama.errors import ConfigError, InvalidRequest, QueueFull
-from mullama.kv.events import KvEventLog
 from mullama.types import (
     Finish,
     FinishReason,
-    GapMode,
     GenerateOptions,
-    KvMode,
     LoraUse,
     Preempt,
     Request,
     SamplingParams,
-    SleepLevel,
 )
 
 Prompt = str | Sequence[int]
@@ -260,14 +254,6 @@ class Engine(CoreEngine):
         """What ``GET /internal/scheduler`` shows."""
         return self.planning.snapshot()
 
-    def set_scheduler_sync(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Put another scheduling policy in charge (see ``planning.set_policy``)."""
-        return self.planning.set_policy(spec, params)
-
-    async def set_scheduler(self, spec: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The same on an event loop."""
-        return await self.planning.aset_policy(spec, params)
-
     def kv_snapshot_sync(self) -> dict[str, Any]:
         """What ``GET /internal/kv`` shows."""
         return self.kv.snapshot()
@@ -280,11 +266,6 @@ class Engine(CoreEngine):
         """Drop every retained prefix; returns the number of cells freed."""
         return await asyncio.to_thread(self.kv.drop)
 
-    @property
-    def kv_events(self) -> KvEventLog:
-        """What happened to cached KV."""
-        return self.kv.events
-
     def adapters(self) -> list[dict[str, Any]]:
         """The LoRA adapters that requests may name."""
         return self.weights.loras()
@@ -296,27 +277,6 @@ class Engine(CoreEngine):
     def unload_adapter(self, id: str) -> None:  # noqa: A002
         """Free a LoRA adapter. Raises AdapterNotFound, AdapterBusy while a request uses it."""
         self.weights.unload_lora(id)
-
-    def swap_weights(
-        self,
-        path: str | Path,
-        *,
-        label: str = "",
-        kv: KvMode | str = KvMode.AUTO,
-        gap: GapMode | str = GapMode.AUTO,
-        kl: bool = False,
-        progress: Callable[[float], bool | None] | None = None,
-    ) -> SwapReport:
-        """Go on with the weights of another file; no request is dropped (see ``weights.swap``)."""
-        return self.weights.swap(path, label=label, kv=kv, gap=gap, kl=kl, progress=progress)
-
-    def sleep(self, level: SleepLevel | str = SleepLevel.HOST) -> SleepReport:
-        """Free weights and context until ``wake()`` (see ``weights.sleep``)."""
-        return self.weights.sleep(level)
-
-    def wake(self) -> float:
-        """Load the weights again; ms it took."""
-        return self.weights.wake()
 
     def _window(self) -> int:
         """Prompts of a batch that are submitted at once: the scheduler has something to choose from."""

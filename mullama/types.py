@@ -50,7 +50,7 @@ class SleepLevel(enum.StrEnum):
 
 
 @dataclass(slots=True, frozen=True)
-class Room:
+class MemoryLeft:
     """Bytes that a budget leaves new weights: ``beside`` the old ones, and ``alone``, in their place."""
 
     beside: int
@@ -64,7 +64,6 @@ class SeqState(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     PREEMPTED = "preempted"  # its KV is in host memory, or dropped
-    MIGRATING = "migrating"  # a swap moves it to other weights
     DONE = "done"
 
 

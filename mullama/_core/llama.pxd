@@ -4,21 +4,10 @@ from libcpp cimport bool as cbool
 
 
 cdef extern from "ggml.h" nogil:
-    ctypedef struct ggml_threadpool:
-        pass
-    ctypedef ggml_threadpool * ggml_threadpool_t
-    ctypedef struct ggml_threadpool_params:
-        int n_threads
-        uint32_t poll
-        cbool paused
-    ggml_threadpool_params ggml_threadpool_params_default(int n_threads)
     ctypedef cbool (*ggml_abort_callback)(void * data) noexcept
     ctypedef enum ggml_type:
-        GGML_TYPE_F16
         GGML_TYPE_COUNT
-    int64_t ggml_blck_size(ggml_type type)
     const char * ggml_type_name(ggml_type type)
-    void ggml_time_init()
 
 cdef extern from "ggml-backend.h" nogil:
     ctypedef struct ggml_backend_device:
@@ -39,10 +28,6 @@ cdef extern from "ggml-backend.h" nogil:
     void ggml_backend_load_all_from_path(const char * dir_path)
 
 cdef extern from "pool.h" namespace "mullama" nogil:
-    ggml_threadpool_t pool_new(ggml_threadpool_params * params)
-    void pool_free(ggml_threadpool_t pool)
-    void pool_pause(ggml_threadpool_t pool)
-    void pool_resume(ggml_threadpool_t pool)
     int process_id()
 
 cdef extern from "llama.h" nogil:
@@ -66,7 +51,6 @@ cdef extern from "llama.h" nogil:
         LLAMA_SPLIT_MODE_LAYER
         LLAMA_SPLIT_MODE_ROW
     ctypedef enum llama_load_mode:
-        LLAMA_LOAD_MODE_AUTO
         LLAMA_LOAD_MODE_NONE
         LLAMA_LOAD_MODE_MMAP
     ctypedef enum llama_flash_attn_type:
@@ -130,33 +114,25 @@ cdef extern from "llama.h" nogil:
         float bias
     ctypedef struct llama_sampler_chain_params:
         cbool no_perf
-    ctypedef struct llama_perf_context_data:
-        int32_t n_reused
 
     const char * llama_version()
     void llama_backend_init()
     const char * llama_print_system_info()
     size_t llama_max_devices()
     size_t llama_max_parallel_sequences()
-    cbool llama_supports_gpu_offload()
 
     llama_model_params llama_model_default_params()
     llama_context_params llama_context_default_params()
     llama_sampler_chain_params llama_sampler_chain_default_params()
 
     llama_model * llama_model_load_from_file(const char * path, llama_model_params params) except +
-    void llama_model_free(llama_model * model)
     llama_context * llama_init_from_model(llama_model * model, llama_context_params params) except +
     void llama_free(llama_context * ctx)
-    void llama_attach_threadpool(llama_context * ctx, ggml_threadpool_t pool, ggml_threadpool_t pool_batch)
     void llama_detach_threadpool(llama_context * ctx)
-    void llama_set_abort_callback(llama_context * ctx, ggml_abort_callback callback, void * data)
-    const llama_model * llama_get_model(const llama_context * ctx)
     void llama_set_n_threads(llama_context * ctx, int32_t n_threads, int32_t n_threads_batch)
 
     uint32_t llama_n_ctx_seq(const llama_context * ctx)
     uint32_t llama_n_ctx(const llama_context * ctx)
-    uint32_t llama_n_batch(const llama_context * ctx)
     llama_memory_t llama_get_memory(const llama_context * ctx)
     const char * llama_vocab_get_text(const llama_vocab * vocab, llama_token token)
     size_t llama_state_get_size(llama_context * ctx) except +
@@ -166,7 +142,6 @@ cdef extern from "llama.h" nogil:
     int32_t llama_model_n_ctx_train(const llama_model * model)
     int32_t llama_model_n_embd(const llama_model * model)
     int32_t llama_model_n_layer(const llama_model * model)
-    int32_t llama_model_n_head_kv(const llama_model * model)
     int32_t llama_model_n_swa(const llama_model * model)
     int llama_model_rope_type(const llama_model * model)
     int32_t llama_model_desc(const llama_model * model, char * buf, size_t size)
@@ -184,9 +159,6 @@ cdef extern from "llama.h" nogil:
     int32_t llama_vocab_n_tokens(const llama_vocab * vocab)
     int llama_vocab_type(const llama_vocab * vocab)
     int LLAMA_VOCAB_TYPE_NONE
-    llama_token llama_vocab_bos(const llama_vocab * vocab)
-    llama_token llama_vocab_eos(const llama_vocab * vocab)
-    cbool llama_vocab_get_add_bos(const llama_vocab * vocab)
     int llama_vocab_get_attr(const llama_vocab * vocab, llama_token token)
     int LLAMA_TOKEN_ATTR_LSTRIP
     int LLAMA_TOKEN_ATTR_RSTRIP
@@ -207,7 +179,6 @@ cdef extern from "llama.h" nogil:
     void llama_memory_seq_cp(llama_memory_t mem, llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1)
     void llama_memory_clear(llama_memory_t mem, cbool data)
     llama_pos llama_memory_seq_pos_min(llama_memory_t mem, llama_seq_id seq)
-    llama_pos llama_memory_seq_pos_max(llama_memory_t mem, llama_seq_id seq)
     size_t llama_state_seq_get_size(llama_context * ctx, llama_seq_id seq) except +
     size_t llama_state_seq_get_data(llama_context * ctx, uint8_t * dst, size_t size, llama_seq_id seq) except +
     size_t llama_state_seq_set_data(llama_context * ctx, const uint8_t * src, size_t size, llama_seq_id seq) except +
@@ -223,11 +194,9 @@ cdef extern from "llama.h" nogil:
     void llama_batch_free(llama_batch batch)
     void llama_synchronize(llama_context * ctx)
     float * llama_get_logits_ith(llama_context * ctx, int32_t i)
-    llama_perf_context_data llama_perf_context(const llama_context * ctx)
 
     llama_sampler * llama_sampler_chain_init(llama_sampler_chain_params params)
     void llama_sampler_chain_add(llama_sampler * chain, llama_sampler * smpl)
-    void llama_sampler_accept(llama_sampler * smpl, llama_token token) except +
     void llama_sampler_free(llama_sampler * smpl)
     llama_sampler * llama_sampler_init_greedy()
     llama_sampler * llama_sampler_init_dist(uint32_t seed)
@@ -269,7 +238,6 @@ cdef extern from "llama-cells.h" nogil:
                                void * dst) except +
     cbool llama_cells_put_rows(llama_context * ctx, int32_t cache, llama_seq_id seq, llama_pos p0, llama_pos p1,
                                const void * src) except +
-    void llama_cells_wipe(llama_context * ctx, llama_seq_id seq) except +
     cbool llama_memory_exchange(llama_context * a, llama_context * b) except +
     cbool llama_cells_carry_rows(llama_context * src, llama_seq_id seq_src, llama_context * dst, llama_seq_id seq_dst,
                                  int32_t cache, llama_pos p0, llama_pos p1) except +

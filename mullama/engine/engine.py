@@ -40,11 +40,10 @@ from mullama.engine.requests.intake import Intake
 from mullama.engine.requests.reader import Reader
 from mullama.engine.requests.sequences import LiveSequence, Sequences
 from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens
-from mullama.engine.weights import load as loading
-from mullama.engine.weights.change import Weights
+from mullama.engine.weights import load
 from mullama.engine.weights.control import WeightControl
-from mullama.engine.weights.loras import Adapters
-from mullama.engine.weights.sleeping import Sleep
+from mullama.engine.weights.in_charge import Boundary, Weights
+from mullama.engine.weights.loras import Loras
 from mullama.errors import (
     EngineDead,
     MullamaError,
@@ -89,7 +88,7 @@ class Engine:
         policy = GuardedPolicy(
             kv_registry.create(config.kv_policy, parse_args(config.kv_policy_arg, "kv_policy_arg")), config.kv_policy
         )
-        host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_swap_bytes()
+        host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_host_bytes()
         self._kv = KvCache(core, Cells(core), host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
         token_bytes = self._kv.cells.token_bytes or fits.token_bytes_of(model.path, config)
         self._reader = Reader(core, TEXT, token_bytes)
@@ -100,14 +99,14 @@ class Engine:
             self._reader,
             info.name,
             info.weights,
-            config.swap_bytes or sizing.default_swap_bytes(),
+            config.swap_bytes or sizing.default_host_bytes(),
             self._kv,
             self._ended,
         )
         self._policy.views = self._seqs.views
         self._commands = commands = Commands(core, info.name)
-        self._changes = Weights(core, self._kv, self._seqs, config, commands.post_quietly)
-        self._loras = self._changes.adapters = Adapters(core, self._changes, commands.lock)
+        self._in_charge = Weights()
+        self._loras = Loras(core, self._in_charge, commands.lock)
         capacity = core.kv_cells
         kv_tokens = min(config.kv_tokens or capacity, capacity)
         # What fits alone never fails: no request may use more than the whole budget.
@@ -120,9 +119,8 @@ class Engine:
             seqs=self._seqs,
             reader=self._reader,
             policy=self._policy,
-            weights=self._changes,
+            weights=self._in_charge,
             loras=self._loras,
-            sleep=Sleep(self._changes),
             commands=commands,
             page=abi.Reader(core.page.buffer()),
             config=config,
@@ -146,7 +144,7 @@ class Engine:
         self._has_ended = False  # a request has, since it was last looked what goes next
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         try:
-            self._kv.attach_disk(loading.open_disk_tier(model, core, self._kv, config, commands.post_quietly))
+            self._kv.attach_disk(load.open_disk_tier(model, core, self._kv, config, commands.post_quietly))
         except BaseException:
             self._policy.close()
             core.close()
@@ -192,16 +190,16 @@ class Engine:
         sizes = fits.sizes_for(path, config, name)
         meter = memory.LoadMeter()
         if background:
-            model = in_background(lambda: loading.load_model(path, config, progress), nice=NICE_URGENT)
+            model = in_background(lambda: load.load_model(path, config, progress), nice=NICE_URGENT)
         else:
-            model = loading.load_model(path, config, progress)
+            model = load.load_model(path, config, progress)
         try:
-            core = loading.make_core(model, name, config, sizes=sizes, quick=background)
+            core = load.make_core(model, name, config, sizes=sizes, quick=background)
             tables = meter.tables(core)
         except BaseException:
             model.close()
             raise
-        engine = cls(model, core, loading.info_of(model, core, name, weights), config)
+        engine = cls(model, core, load.info_of(model, core, name, weights), config)
         engine._parts.tables_bytes = tables
         try:
             engine._loras.load_configured(config.lora)
@@ -322,7 +320,7 @@ class Engine:
             return False
         if self._commands.stopping or self._commands.draining or not self._thread.is_alive():
             return False
-        if self._idle or self._changes.in_gap:
+        if self._idle or self._in_charge.are_away:
             return True
         return time.monotonic_ns() - int(self._parts.page.counters().heartbeat_ns) < STALLED_SECONDS * 1e9
 
@@ -375,7 +373,7 @@ class Engine:
         same = self.weights.is_same_vocab(other.weights)
         travellers = self.call(
             lambda: handover.depart(
-                self._core, self._seqs, self._reader, other, other.info.n_ctx - 1, same_vocab=same
+                self._core, self._seqs, self._reader, other, other.info.n_ctx, same_vocab=same
             )
         ).result()  # fmt: skip
         try:
@@ -437,7 +435,7 @@ class Engine:
         self._reader.end_all(ShuttingDown(f"'{self.info.name}' was closed"))
         self._policy.close()
         self._kv.close(keep=self._commands.failure is None)
-        self._changes.close()
+        self._in_charge.close()
         self._core.close()
         self._seqs.close()
         self._loras.close()
@@ -460,14 +458,12 @@ class Engine:
                 if self._commands.stopping:
                     break
                 self._commands.take()
-                if self._changes.broken is not None:
-                    raise self._changes.broken
-                swap = self._changes.active
-                if swap is not None:
-                    swap.advance(busy=bool(self._seqs))
+                change = self._in_charge.change
                 if self._seqs:
-                    self._step()
-                elif self._changes.active is None:
+                    self._step(change)
+                elif change is not None:
+                    change.at_boundary(busy=False, quiet=True)
+                else:
                     self._wait_for_work()
         except BaseException as error:
             log.exception("the engine of '%s' stopped", self.info.name)
@@ -478,8 +474,8 @@ class Engine:
             # What stopped it may quote anybody's request: that is for the log.
             self._reader.end_all(EngineDead(f"the engine of '{self.info.name}' stopped; the server's log says why"))
         finally:
-            if self._changes.active is not None:
-                self._changes.active.abort(EngineDead(f"the engine of '{self.info.name}' stopped meanwhile"))
+            if self._in_charge.change is not None:
+                self._in_charge.change.abort(EngineDead(f"the engine of '{self.info.name}' stopped meanwhile"))
             self._commands.end()
 
     def _wait_for_work(self, until_ns: int = 0) -> None:
@@ -511,7 +507,7 @@ class Engine:
         for difference in audit.differences(self._kv):
             log.error("KV cache of '%s': %s", self.info.name, difference)
 
-    def _step(self) -> None:
+    def _step(self, change: Boundary | None) -> None:
         """Plan, preempt, admit, run, follow."""
         state = self._steps.state()
         plan = self._policy.plan(state)
@@ -534,11 +530,10 @@ class Engine:
         self._seqs.collect()  # a sequence that could not be moved has ended
         decode, prefill = self._steps.shape(plan)
         self._core.note_plan(planned_ns, self._parts.n_waiting, len(decode), sum(n for _, n in prefill))
-        swap = self._changes.active
-        if swap is not None:
-            swap.commit(quiet=not fresh)
+        if change is not None and not change.at_boundary(busy=True, quiet=not fresh):
+            return  # every slot is empty now
         if decode or prefill:
-            is_short = fresh or swap is not None
+            is_short = fresh or change is not None
             self._core.run(decode, prefill, 1 if is_short else steps, plan.until_ns)
             self._seqs.collect()
         elif self._seqs:

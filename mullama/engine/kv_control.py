@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, TypeVar
 
+from mullama.engine.client import KvClient
 from mullama.engine.parts import EngineParts
 from mullama.errors import InvalidRequest, ModelBusy
 from mullama.kv import audit, control, report, rows
@@ -23,7 +24,7 @@ from mullama.kv.tiers.disk_tier import DiskTier
 T = TypeVar("T")
 
 
-class KvControl:
+class KvControl(KvClient):
     """Everything is done on the engine thread between two steps; the plain methods wait there for that, on any other.
 
     The ``a`` methods are what KvClient says.

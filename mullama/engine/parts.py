@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from mullama.engine.planning.policy_host import PolicyHost
     from mullama.engine.requests.reader import Reader
     from mullama.engine.requests.sequences import Sequences
-    from mullama.engine.weights.change import Weights
-    from mullama.engine.weights.loras import Adapters
-    from mullama.engine.weights.sleeping import Sleep
+    from mullama.engine.weights.in_charge import Weights
+    from mullama.engine.weights.loras import Loras
     from mullama.kv.cache import KvCache
 
 
@@ -34,8 +33,7 @@ class EngineParts:
     reader: Reader
     policy: PolicyHost
     weights: Weights
-    loras: Adapters
-    sleep: Sleep
+    loras: Loras
     commands: Commands
     page: abi.Reader
     config: ServeConfig

@@ -35,7 +35,7 @@ def libraries() -> list[Library]:
     record, folder = instructions.build_record(), instructions.library_folder()
     suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
     files = [folder / name for name in _texts(record.get("libraries"))]
-    modules = [folder.parent / "_core" / f"{name}{suffix}" for name in _texts(record.get("modules"))]
+    modules = [folder.parent / "_core" / f"{path}{suffix}" for path in _texts(record.get("modules"))]
     return [_look(path) for path in files + modules]
 
 
@@ -91,7 +91,7 @@ def check() -> None:
         raise MachineUnfit(found)
     for name in _texts(instructions.build_record().get("modules")):
         try:
-            importlib.import_module(f"mullama._core.{name}")
+            importlib.import_module(f"mullama._core.{name.replace('/', '.')}")
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise MachineUnfit([f"the library {name} does not load: {reason}; {BUILD_AGAIN}"]) from error

@@ -56,24 +56,20 @@ class KvCache:
         self.core = core
         self.cells = cells
         self.tree = PrefixTree()
-        host = HostTier(
+        self.host = HostTier(
             self.tree,
             host_bytes if cells.can_store else 0,
             policy,
             can_cut=not cells.needs_checkpoint,
             on_evict=self._leaves_host,
         )
-        self.tiers = Tiers(host)
+        self.tiers = Tiers(self.host)
         self.finder = KvFinder(core, cells, self.tree, self.tiers)
         self.history = KvHistory(core.note_evicted)
         self.hits: dict[KvSource, int] = dict.fromkeys(KvSource, 0)  # tokens reused, by where they came from
         self.version = 0  # changes with every change of the tree
         self._place = place_unified if core.unified else place
         self._exchange: Callable[[int, int], None] | None = exchange
-
-    @property
-    def host(self) -> HostTier:
-        return self.tiers.host
 
     @property
     def disk(self) -> DiskTier | None:
@@ -265,7 +261,7 @@ class KvCache:
         upto = n_past if upto is None else min(upto, n_past)
         if end is None or not self.tiers.has_any or upto < MIN_STORED:
             return 0
-        now = time.monotonic_ns()
+        now, host, disk = time.monotonic_ns(), self.host, self.disk
         todo = end.path()[::-1]
         needs_checkpoint = self.cells.needs_checkpoint and upto == n_past
         if self.cells.needs_checkpoint and not needs_checkpoint:
@@ -287,16 +283,16 @@ class KvCache:
                 checkpoint = Checkpoint(self.cells.checkpoint(slot))
             if node.host is not None:
                 if checkpoint is not None:
-                    self.host.put_checkpoint(node, checkpoint, now)
-            elif self.host.budget > 0 or (self.disk is not None and self.disk.lacks(node, at_end)):
+                    host.put_checkpoint(node, checkpoint, now)
+            elif host.budget > 0 or (disk is not None and disk.lacks(node, at_end)):
                 rows = Rows(self.cells.save(slot, node.start, node.end), node.n_tokens, self.cells.token_bytes)
                 node.cost_ns = node.cost_ns or node.n_tokens * self.finder.costs().prefill_token
-                if self.host.put(node, rows, now, checkpoint):
+                if host.put(node, rows, now, checkpoint):
                     self.history.note(KvEventKind.STORED, KvTier.HOST, node.start, node.end, node, source=KvTier.DEVICE)
-                elif self.disk is None:
+                elif disk is None:
                     break
-            if self.disk is not None:
-                self.disk.put(node, rows or node.host, now, checkpoint or node.checkpoint)
+            if disk is not None:
+                disk.put(node, rows or node.host, now, checkpoint or node.checkpoint)
             saved = node.end
         self.version += 1
         return saved
@@ -376,13 +372,15 @@ class KvCache:
 
     def _views(self, running: Sequence[bool]) -> list[SlotView]:
         """The slots for ``place``: the one with the lowest ``last_used`` makes room."""
-        now = time.monotonic_ns()
-        views = []
+        now, views = time.monotonic_ns(), []
+        retained, end_of, score_of, is_pinned = (
+            self.core.retained, self.tree.end_of, self.host.policy.score, self.finder.is_pinned,
+        )  # fmt: skip
         for slot, runs in enumerate(running):
-            tokens, _ = self.core.retained(slot)
-            end = self.tree.end_of(slot)
-            score = self.host.policy.score(end, now) if tokens and end is not None else 0.0
-            if self.finder.is_pinned(slot, now):
+            tokens, _ = retained(slot)
+            end = end_of(slot)
+            score = score_of(end, now) if tokens and end is not None else 0.0
+            if is_pinned(slot, now):
                 score = float("inf")
             views.append(SlotView(runs, tokens, score))
         return views

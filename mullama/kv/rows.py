@@ -31,7 +31,7 @@ _ROPE_IN_SOME = {
 
 
 def export(kv: KvCache, slot: int) -> dict[str, Any]:
-    """Keys and values of a slot (see KvAccess.export)."""
+    """Keys and values of a slot (see KvControl.export)."""
     n_past, _ = kv.core.slot_fill(slot)
     if n_past == 0 or not kv.cells.has_rows:
         return _described(kv, [], None)
@@ -40,7 +40,7 @@ def export(kv: KvCache, slot: int) -> dict[str, Any]:
 
 
 def read(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, Any]:
-    """Keys and values of as much of a prefix as is in a slot or in host memory (see KvAccess.read)."""
+    """Keys and values of as much of a prefix as is in a slot or in host memory (see KvControl.read)."""
     rows = _cached(kv, namespace, tokens)
     return _described(kv, list(tokens[: len(rows)]) if rows is not None else [], rows)
 
@@ -48,7 +48,7 @@ def read(kv: KvCache, namespace: bytes, tokens: Sequence[int]) -> dict[str, Any]
 def write(
     kv: KvCache, running: Sequence[bool], namespace: bytes, tokens: Sequence[int], layers: Sequence[Mapping[str, Any]]
 ) -> int:
-    """Put KV of a prefix into the cache (see KvAccess.write). Returns the slot that retains it."""
+    """Put KV of a prefix into the cache (see KvControl.write). Returns the slot that retains it."""
     cells = kv.cells
     if not cells.has_rows or cells.needs_checkpoint:
         raise InvalidRequest(

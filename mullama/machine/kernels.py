@@ -139,7 +139,7 @@ def _what(name: str) -> str:
 
 
 def _put_in_charge(chosen: Choice) -> None:
-    from mullama._core import kernels
+    from mullama._core.kernels import products as kernels
 
     if chosen.type == ATTENTION:
         kernels.set_attention(chosen.layout == "attention")

@@ -58,7 +58,7 @@ def main(threads: int, niceness: int) -> int:
 
 def _try_attention(task: Task, threads: int) -> None:
     """Prove one way of attention, or time several."""
-    from mullama._core import kernels
+    from mullama._core.kernels import products as kernels
 
     if task.is_timing:
         times: dict[str, dict[int, float]] = {}
@@ -99,7 +99,7 @@ def _misbehave(way: str) -> None:
 
 def _take(task: Task, way: str) -> str:
     """Have products of the type computed that way. Returns the layout that their weights must have."""
-    from mullama._core import kernels
+    from mullama._core.kernels import products as kernels
 
     layout = LAYOUTS.get(way, "")
     for log2 in range(kernels.N_CLASSES):
@@ -114,7 +114,7 @@ def proved_shape(k: int, n: int) -> tuple[int, int]:
 
 
 def _prove(task: Task, way: str, threads: int) -> None:
-    from mullama._core import kernels
+    from mullama._core.kernels import products as kernels
 
     tell(at="start", way=way)
     _misbehave(way)
@@ -159,7 +159,7 @@ def _times(task: Task) -> tuple[dict[str, dict[int, float]], bool]:
     Numbers of columns that do not go a way are left out. One thread: several meet at a barrier after every product, and
     one that loses its core for a moment would make the others' times anything.
     """
-    from mullama._core import kernels
+    from mullama._core.kernels import products as kernels
 
     ((k, n),) = task.shapes
     copies = max(FEWEST, min(MOST, -(-STREAMED // (task.row_bytes(k) * n))))

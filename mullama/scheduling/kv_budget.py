@@ -24,6 +24,16 @@ class Fitted:
     preempt: list[int] = field(default_factory=list)
     cells: int = 0
 
+    @property
+    def wanted(self) -> int:
+        """Free cells that it should find, so that it need not be cut again soon."""
+        return self.cells + max(len(self.plan.tokens), 1) * PRESSURE_STEPS
+
+    def steps(self, free: int) -> int:
+        """How often it may be repeated with so many free cells."""
+        steps = max(1, free // max(len(self.plan.tokens), 1))
+        return min(self.plan.repeat, steps) if self.plan.repeat else steps
+
 
 def fit(plan: Plan, views: Mapping[int, SeqView], budget: int) -> Fitted:
     """Cut ``plan`` so that running sequences and what it adds need at most ``budget`` tokens of KV.
@@ -59,13 +69,18 @@ def fit(plan: Plan, views: Mapping[int, SeqView], budget: int) -> Fitted:
 
 
 def fit_or_go_on(plan: Plan, views: Mapping[int, SeqView], budget: int, n_batch: int) -> Fitted:
-    """``fit``; where all is paused for somebody who does not fit beside them, they go on, or nobody ever would."""
+    """``fit``, and its plan preempts in the ways that the requests wish.
+
+    Where all is paused for somebody who does not fit beside them, they go on, or nobody ever would.
+    """
     fitted = fit(plan, views, budget)
-    if not plan.tokens or fitted.plan.tokens or fitted.preempt:
-        return fitted
-    going = {
-        view.id: max(min(view.prefill_left, n_batch), 1)
-        for view in views.values()
-        if view.is_running and view.id not in plan.preempt
-    }
-    return fit(replace(plan, tokens=going), views, budget)
+    if plan.tokens and not fitted.plan.tokens and not fitted.preempt:
+        going = {
+            view.id: max(min(view.prefill_left, n_batch), 1)
+            for view in views.values()
+            if view.is_running and view.id not in plan.preempt
+        }
+        fitted = fit(replace(plan, tokens=going), views, budget)
+    for handle in fitted.preempt:
+        fitted.plan.preempt[handle] = views[handle].preempt
+    return fitted

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mullama.serving.states import Resident, Served
-from mullama.types import Room
+from mullama.types import MemoryLeft
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Budget:
         return max(taken + served.n_bytes - self.n_bytes, 0)
 
     def fits(self, served: Served, models: Iterable[Served], *, with_left: bool = True) -> bool:
-        """Whether there is room for one more; ``with_left``: beside those that drain."""
+        """Whether it holds one more; ``with_left``: beside those that drain."""
         others = [one for one in models if one is not served]
         if self.max_models and sum(one.resident is not None for one in others) >= self.max_models:
             return False
@@ -39,12 +39,12 @@ class Budget:
         """Whether an engine may go on closing while one more is loaded: it is known that its memory is not needed."""
         return bool(self.n_bytes) and self.missing(served, models, with_closing=True) == 0
 
-    def room(self, served: Served, models: Iterable[Served]) -> Room | None:
+    def memory_left(self, served: Served, models: Iterable[Served]) -> MemoryLeft | None:
         """What is left for other weights of a loaded model; None: no limit."""
         if not self.n_bytes:
             return None
         alone = self.n_bytes - self._taken(served, models, with_left=True, with_closing=True)
-        return Room(alone - served.held_bytes, alone)
+        return MemoryLeft(alone - served.held_bytes, alone)
 
     def _taken(self, but: Served, models: Iterable[Served], *, with_left: bool, with_closing: bool) -> int:
         taken = sum(self.left.values()) if with_left else 0

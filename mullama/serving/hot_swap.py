@@ -33,7 +33,7 @@ from mullama.models.quantizing import MAKING
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease, Resident, Served
 from mullama.serving.targets import Target
-from mullama.types import GapMode, KvMode, Room
+from mullama.types import GapMode, KvMode, MemoryLeft
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ class SwappableWeights(WeightsClient, Protocol):
     """What a swap asks of an engine's weights."""
 
     def swap(
-        self, path: Any, *, label: str = "", kv: Any = "auto", gap: Any = "auto", room: Room | None = None,
-        kl: bool = False, on_phase: Callable[[str], None] = ...,
+        self, path: Any, *, label: str = "", kv: Any = "auto", gap: Any = "auto",
+        memory_left: MemoryLeft | None = None, kl: bool = False, on_phase: Callable[[str], None] = ...,
     ) -> Any: ...  # fmt: skip
 
     def texts_for(self, other: Any) -> Any: ...
@@ -198,7 +198,7 @@ class Swaps:
             log.info("%s: %s", served.name, record.report)
         except Exception as error:
             if isinstance(error, EngineDead):
-                self._models.give_up(served.name, error)
+                self._models.served.give_up(served, error)
             record.error = (
                 error if isinstance(error, MullamaError) else MullamaError(f"{type(error).__name__}: {error}")
             )
@@ -232,7 +232,7 @@ class Swaps:
                     label=target.label,
                     kv=record.kv,
                     gap=record.gap,
-                    room=self._models.room(served.name),
+                    memory_left=self._models.memory_left(served.name),
                     kl=record.kl,
                     on_phase=progress,
                 )
@@ -258,7 +258,7 @@ class Swaps:
         load_ms = (time.monotonic() - loading) * 1e3
         try:
             texts = await asyncio.to_thread(old.weights.texts_for, new.weights) if record.kl else None
-            resident = self._models.replace(served.name, new, reference=target.reference)
+            resident = self._models.served.replace(served, new, target.reference)
         except BaseException:
             await asyncio.to_thread(new.close)
             raise
@@ -313,6 +313,6 @@ class Swaps:
         except TimeoutError:
             log.warning("an engine that was replaced is still used after %g s: it is cut", self._drain_s)
             await resident.engine.drain(0)
-        await self._models.retire(resident)
+        await self._models.served.retire(resident)
         if guard is not None:
             guard.release()

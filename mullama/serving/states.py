@@ -1,4 +1,11 @@
-"""A served name, the engine behind it, and the leases that keep the engine alive."""
+"""A served name: its states as a table, the engine behind it, and the leases that keep the engine alive.
+
+    UNLOADED, FAILED -> LOADING -> READY -> UNLOADING -> UNLOADED
+    READY <-> YIELDING                              (it takes no new requests while another model wants its memory)
+    READY -> FALLING_ASLEEP -> ASLEEP -> WAKING -> READY
+
+A move that is not in TRANSITIONS raises IllegalMove, which is a bug.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ from mullama.errors import MullamaError
 from mullama.types import SleepLevel
 
 FIRST_PAUSE_S = 0.5  # after the second failed load in a row; it doubles with each
-MOST_PAUSE_S = 30.0
+MAX_PAUSE_S = 30.0
 STEADY_S = 60.0  # an engine that stops after such a time did not stop because it was loaded
 
 
@@ -24,17 +31,48 @@ class ModelState(enum.StrEnum):
     UNLOADED = "unloaded"
     LOADING = "loading"
     READY = "ready"
+    YIELDING = "yielding"  # it takes no new requests as long as another model wants its memory
     UNLOADING = "unloading"  # it takes no new requests; those that run end first
+    FALLING_ASLEEP = "falling_asleep"
     ASLEEP = "asleep"  # without weights; the next request wakes it
+    WAKING = "waking"
     FAILED = "failed"  # the last load failed; the next request tries again
+
+    @property
+    def shown(self) -> str:
+        """What clients are told: three of the states are the server's own affair."""
+        return _SHOWN.get(self, self).value
+
+
+S = ModelState
+
+_SHOWN = {S.YIELDING: S.UNLOADING, S.FALLING_ASLEEP: S.UNLOADING, S.WAKING: S.LOADING}
+
+TRANSITIONS: dict[ModelState, frozenset[ModelState]] = {
+    S.UNLOADED: frozenset({S.LOADING, S.READY, S.FAILED}),  # READY: it was loaded before it was served
+    S.LOADING: frozenset({S.READY, S.UNLOADED, S.FAILED}),
+    S.READY: frozenset({S.YIELDING, S.UNLOADING, S.FALLING_ASLEEP, S.FAILED}),
+    S.YIELDING: frozenset({S.READY, S.UNLOADING, S.FAILED}),
+    S.UNLOADING: frozenset({S.UNLOADED, S.LOADING, S.READY, S.FAILED}),  # READY: a swap put another engine there
+    S.FALLING_ASLEEP: frozenset({S.ASLEEP, S.READY}),
+    S.ASLEEP: frozenset({S.WAKING, S.UNLOADED}),
+    S.WAKING: frozenset({S.READY, S.ASLEEP, S.LOADING, S.UNLOADED}),  # LOADING: it could not be woken
+    S.FAILED: frozenset({S.LOADING, S.UNLOADED}),
+}
+
+
+class IllegalMove(RuntimeError):
+    """A bug in the server: a model was moved along an edge that does not exist."""
 
 
 class Resident:
     """A loaded engine and how many use it. Event loop only, but for reading ``n_leases``."""
 
-    def __init__(self, engine: EngineClient, on_return: Callable[[bool], None]) -> None:
+    def __init__(self, engine: EngineClient, on_return: Callable[[bool], None], loaded_at: float = 0.0) -> None:
         """``on_return`` is told of every lease that is given back, and whether it was a request's."""
         self.engine = engine
+        self.loaded_at = loaded_at  # of the manager's clock
+        self.cannot_sleep = False  # it was tried, and will not be tried again by itself
         self.n_leases = 0
         self.n_holds = 0  # leases that stand for no request
         self._on_return = on_return
@@ -84,6 +122,14 @@ class Lease:
 
 
 @dataclass(slots=True, frozen=True)
+class FallingAsleep:
+    """An engine that nobody can reach any more, and the task in which it falls asleep."""
+
+    resident: Resident
+    task: asyncio.Task[None]
+
+
+@dataclass(slots=True, frozen=True)
 class Asleep:
     """A sleeping engine, and what it holds."""
 
@@ -95,57 +141,78 @@ class Asleep:
 
 
 @dataclass(slots=True)
-class Served:
-    """One name that clients may ask for."""
+class Load:
+    """A load, or a waking, that goes on."""
 
-    name: str
-    reference: str
-    keep_alive_s: float  # idle seconds after which it is unloaded; < 0: never
-    state: ModelState = ModelState.UNLOADED
-    resident: Resident | None = None
-    asleep: Asleep | None = None
-    dozing: asyncio.Task[None] | None = None  # while it falls asleep
-    falling: Resident | None = None  # the engine that does
-    is_unwanted: bool = False  # it was unloaded while it is being loaded
-    load_over: asyncio.Event | None = None  # of the load that goes on
-    n_failures: int = 0  # loads that failed, one after the other
+    is_unwanted: bool = False  # the model was unloaded meanwhile
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True)
+class Failures:
+    """Loads that failed, and when the next may be tried. ``now`` is the manager's clock."""
+
+    n: int = 0  # one after the other
     n_deaths: int = 0  # engines that stopped soon after they were loaded, one after the other
-    retry_at: float = 0.0  # of the manager's clock: before that no load is tried
-    failure: Exception | None = None  # of the last one
-    cannot_sleep: bool = False  # it was tried, and will not be tried again by itself before the next load
-    error: str | None = None  # why the last load failed
-    pinned: bool = False
-    gives_way: bool = False  # UNLOADING, but only as long as another model wants its room
-    n_bytes: int = 0  # memory it takes or will take, without adapters that are loaded meanwhile; 0: unknown
-    n_requests: int = 0
-    last_used: float = 0.0  # of the manager's clock
-    loaded_at: float = 0.0
-    from_store: bool = False  # nobody named it: it is served because the store has it
-    waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
+    retry_at: float = 0.0  # before that no load is tried
+    last: Exception | None = None
 
-    def note_failure(self, error: Exception, now: float) -> None:
+    def note(self, error: Exception, now: float) -> None:
         """A load failed; from the second one on the next has to wait, ever longer."""
-        self.n_failures, self.failure = self.n_failures + 1, error
-        pause = min(FIRST_PAUSE_S * 2.0 ** (min(self.n_failures, 20) - 2), MOST_PAUSE_S)
-        self.retry_at = now + (pause if self.n_failures > 1 else 0.0)
+        self.n, self.last = self.n + 1, error
+        pause = min(FIRST_PAUSE_S * 2.0 ** (min(self.n, 20) - 2), MAX_PAUSE_S)
+        self.retry_at = now + (pause if self.n > 1 else 0.0)
 
-    def note_death(self, error: Exception, now: float) -> None:
-        """Its engine stopped by itself. One that had been at work for a while is loaded anew at once; those that
+    def note_death(self, error: Exception, now: float, loaded_at: float) -> None:
+        """An engine stopped by itself. One that had been at work for a while is loaded anew at once; those that
         stop soon, one after the other, wait like loads that fail."""
-        self.n_deaths = 0 if now - self.loaded_at > STEADY_S else self.n_deaths
-        self.n_failures = self.n_deaths
+        self.n_deaths = 0 if now - loaded_at > STEADY_S else self.n_deaths
+        self.n = self.n_deaths
         self.n_deaths += 1
-        self.note_failure(error, now)
+        self.note(error, now)
 
     def check_pause(self, now: float) -> None:
         """Raise the last load's error again while it is too early for another try."""
         left = self.retry_at - now
-        if self.state is not ModelState.FAILED or self.failure is None or left <= 0:
+        if self.last is None or left <= 0:
             return
-        error = copy.copy(self.failure).with_traceback(None)
+        error = copy.copy(self.last).with_traceback(None)
         if isinstance(error, MullamaError):
             error.retry_after = math.ceil(left)
         raise error
+
+    def clear(self) -> None:
+        """A load has succeeded; whether the engine lasts is not known yet."""
+        self.n, self.last = 0, None
+
+
+@dataclass(slots=True)
+class Served:
+    """One name that clients may ask for. Of ``resident``, ``falling``, ``asleep`` and ``load``, its state says which
+    there are: at most one of the first three, and ``load`` beside none or (WAKING) beside ``asleep``."""
+
+    name: str
+    reference: str
+    keep_alive_s: float  # idle seconds after which it is unloaded; < 0: never
+    from_store: bool = False  # nobody named it: it is served because the store has it
+    pinned: bool = False
+    state: ModelState = ModelState.UNLOADED
+    resident: Resident | None = None
+    falling: FallingAsleep | None = None
+    asleep: Asleep | None = None
+    load: Load | None = None
+    error: str | None = None  # why the last load failed
+    failures: Failures = field(default_factory=Failures)
+    n_bytes: int = 0  # memory it takes or will take, without LoRA adapters that are loaded meanwhile; 0: unknown
+    n_requests: int = 0
+    last_used: float = 0.0  # of the manager's clock
+    waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
+
+    def move(self, state: ModelState) -> None:
+        """Change the state. Raises IllegalMove."""
+        if state is not self.state and state not in TRANSITIONS[self.state]:
+            raise IllegalMove(f"{self.name}: {self.state} -> {state}")
+        self.state = state
 
     @property
     def engine(self) -> EngineClient | None:
@@ -165,6 +232,15 @@ class Served:
         return 0 if self.state in (ModelState.UNLOADED, ModelState.FAILED) else self.held_bytes
 
     @property
+    def n_leases(self) -> int:
+        return self.resident.n_leases if self.resident is not None else 0
+
+    @property
     def in_use(self) -> int:
         """Requests that have a lease; what only holds the engine does not count."""
         return self.resident.n_leases - self.resident.n_holds if self.resident is not None else 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Loaded, and nobody uses it."""
+        return self.state is ModelState.READY and not self.n_leases

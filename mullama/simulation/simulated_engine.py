@@ -14,7 +14,7 @@ from mullama.logs import said
 from mullama.plugins.groups import is_fault
 from mullama.scheduling import Costs, EngineState, Plan, Scheduler, SeqView, check_plan, own_plan
 from mullama.scheduling.base import Progress
-from mullama.scheduling.kv_budget import PRESSURE_STEPS, fit_or_go_on
+from mullama.scheduling.kv_budget import Fitted, fit_or_go_on
 from mullama.simulation.cost_model.costs import BUCKET, CostModel
 from mullama.simulation.cost_model.timing import StepCosts
 from mullama.simulation.feed import SECOND, Feed
@@ -169,14 +169,14 @@ class Simulator:
         self.now += self._plan_ns
         steps = plan.repeat
         fresh = bool(plan.preempt)
-        cells = 0
+        seqs, fitted = self._seqs, None
         if self._is_tight:
-            plan, cells = self._fit_budget(plan)
-        seqs = self._seqs
+            fitted = fit_or_go_on(plan, seqs.views, self._kv_tokens, self.config.n_batch)
+            plan = fitted.plan
         for handle, how in plan.preempt.items():
             self.now += seqs.preempt(handle, how, self.now)
-        if self._is_tight:
-            steps = self._make_room(plan, cells)
+        if fitted is not None:
+            steps = self._make_room(fitted)
         for handle in plan.tokens:
             if seqs.views[handle].is_queued and not seqs.waits_for_prefix(handle, plan):
                 self.now += self._admit_ns
@@ -230,26 +230,15 @@ class Simulator:
             costs=costs,
         )
 
-    def _fit_budget(self, plan: Plan) -> tuple[Plan, int]:
-        """Cut the plan to the KV budget. Returns it and the cells that it needs on top of the used ones."""
-        views = self._seqs.views
-        fitted = fit_or_go_on(plan, views, self._kv_tokens, self.config.n_batch)
-        for handle in fitted.preempt:
-            fitted.plan.preempt[handle] = views[handle].preempt
-        return fitted.plan, fitted.cells
-
-    def _make_room(self, plan: Plan, cells: int) -> int:
+    def _make_room(self, fitted: Fitted) -> int:
         """Give up retained prefixes, also those of whom the plan preempted. Returns the steps it may be repeated."""
         seqs = self._seqs
-        n_decode = max(len(plan.tokens), 1)
-        wanted = cells + n_decode * PRESSURE_STEPS
         free = self._kv_tokens - seqs.cells_running() - seqs.cache.retained()
-        if free < wanted:
-            freed, ns = seqs.cache.evict_retained(wanted - free, self.now)
+        if free < fitted.wanted:
+            freed, ns = seqs.cache.evict_retained(fitted.wanted - free, self.now)
             free += freed
             self.now += ns
-        steps = max(1, free // n_decode)
-        return min(plan.repeat, steps) if plan.repeat else steps
+        return fitted.steps(free)
 
     def _sleep(self, until_ns: int) -> None:
         start, arrival = self.now, self._feed.next_ns

@@ -10,6 +10,7 @@ import falcon.asgi
 
 from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
+from mullama.web.anthropic.messages import CountTokens, Messages
 from mullama.web.error_responses import add_error_handlers
 from mullama.web.health import Health, Ready
 from mullama.web.http.cors import middleware_of
@@ -34,6 +35,8 @@ from mullama.web.internal.pull_routes import ModelPull
 from mullama.web.internal.scheduler_routes import SchedulerView, ShadowScheduler
 from mullama.web.llama_server.server_state import Props, Slots
 from mullama.web.llama_server.tokens import ApplyTemplate, Detokenize, Tokenize, TokenizerInfo
+from mullama.web.ollama.answers import Answers
+from mullama.web.ollama.models import Copy, Delete, Pull, Running, Show, Tags, Unbuilt, Version
 from mullama.web.openai.chat_completions import ChatCompletions
 from mullama.web.openai.completions import Completions
 from mullama.web.openai.context_policy import ContextPolicy, default_policy
@@ -67,6 +70,9 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
         app.add_route(f"{prefix}/detokenize", Detokenize(services))
     app.add_route("/v1/completions", Completions(services))
     app.add_route("/v1/models/{model_id:path}", ModelDetail(models))
+    app.add_route("/v1/messages", Messages(services))
+    app.add_route("/v1/messages/count_tokens", CountTokens(services))
+    _add_ollama(app, services)
     app.add_route("/apply-template", ApplyTemplate(services))
     app.add_route("/tokenizer_info", TokenizerInfo(services))
     app.add_route("/props", Props(models))
@@ -93,6 +99,25 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/internal/kv/load", KvLoad(services))
     app.add_route("/internal/models/pull", ModelPull(services))
     return app
+
+
+def _add_ollama(app: App, services: Services) -> None:
+    app.add_route("/api/chat", Answers(services, is_chat=True))
+    app.add_route("/api/generate", Answers(services, is_chat=False))
+    app.add_route("/api/tags", Tags(services))
+    app.add_route("/api/ps", Running(services))
+    app.add_route("/api/show", Show(services))
+    app.add_route("/api/version", Version(services))
+    app.add_route("/api/pull", Pull(services))
+    app.add_route("/api/delete", Delete(services))
+    app.add_route("/api/copy", Copy(services))
+    for name, what in (
+        ("push", "pushing models"),
+        ("create", "making models; mullama quantize and mullama cp do it"),
+        ("embed", "embeddings"),
+        ("embeddings", "embeddings"),
+    ):
+        app.add_route(f"/api/{name}", Unbuilt(services, what))
 
 
 def _check_context_policy(config: ServeConfig, models: ModelManager) -> None:

@@ -1,4 +1,5 @@
-"""Every error becomes an OpenAI error object: ours, Falcon's own, and those nobody expected."""
+"""Every error becomes an error object, OpenAI's or that of the API that was asked: ours, Falcon's own, and those
+nobody expected."""
 
 from __future__ import annotations
 
@@ -58,16 +59,14 @@ async def _expected(req: Request, resp: falcon.asgi.Response, error: MullamaErro
     body = error.to_openai()
     if told is not None:
         body["error"]["message"] = told
-    _reply(resp, error.status, body)
+    _reply(req, resp, error.status, body)
     if error.retry_after is not None or error.status == 503:
         resp.set_header("Retry-After", str(max(1, error.retry_after or 1)))
     if error.status == 401:
         resp.set_header("WWW-Authenticate", "Bearer")
 
 
-async def _from_falcon(
-    req: falcon.asgi.Request, resp: falcon.asgi.Response, error: falcon.HTTPError, params: Any
-) -> None:
+async def _from_falcon(req: Request, resp: falcon.asgi.Response, error: falcon.HTTPError, params: Any) -> None:
     status = error.status_code
     if status == 404:
         message = f"there is no {req.path}"
@@ -77,18 +76,20 @@ async def _from_falcon(
         message = error.description or error.title or "bad request"
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = {"error": {"message": message, "type": kind, "param": None, "code": _CODES.get(status)}}
-    _reply(resp, status, body)
+    _reply(req, resp, status, body)
     if error.headers:
         resp.set_headers(error.headers)
 
 
-async def _unexpected(req: falcon.asgi.Request, resp: falcon.asgi.Response, error: Exception, params: Any) -> None:
+async def _unexpected(req: Request, resp: falcon.asgi.Response, error: Exception, params: Any) -> None:
     log.error("%s %s failed", req.method, req.path, exc_info=error)
     internal = internal_error()
-    _reply(resp, internal.status, internal.to_openai())
+    _reply(req, resp, internal.status, internal.to_openai())
 
 
-def _reply(resp: falcon.asgi.Response, status: int, body: dict[str, Any]) -> None:
+def _reply(req: Request, resp: falcon.asgi.Response, status: int, body: dict[str, Any]) -> None:
+    if req.spell_error is not None:
+        body = req.spell_error(status, body["error"])
     resp.status = status
     resp.content_type = falcon.MEDIA_JSON
     resp.stream = None

@@ -116,6 +116,7 @@ class Security:
         self, req: Request, resp: falcon.asgi.Response, resource: object, params: dict[str, Any]
     ) -> None:
         access = getattr(resource, "access", Access.OPERATOR)  # what forgets to say so is shown to nobody else
+        req.spell_error = getattr(resource, "spell_error", None)
         given = _key(req) if self._api_keys or self._admin_key else b""
         is_client = self._is_client(given)
         is_admin = _same(given, self._admin_key)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mullama import abi
-from mullama._core import TEXT, Core
+from mullama._core import TEXT, Cells, Core
 from mullama.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
@@ -79,6 +79,17 @@ class Driver:
         self.outputs[handle] = Output(tokens, slot)
         return handle
 
+    def match(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """The retained slot that saves most of ``prompt``, and the tokens it saves; (-1, 0) when none does."""
+        best, cells = (-1, 0), Cells(self.core)
+        for slot in self.slots_in(abi.RETAINED):
+            _, _, n_past, tokens, _ = self.core.slot_info(slot)
+            pairs = zip(tokens[:n_past], list(prompt)[:-1], strict=False)  # one token is left to compute
+            n = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if n > best[1] and cells.can_cut(slot, n):
+                best = slot, n
+        return best
+
     def slots_in(self, state: int) -> list[int]:
         return [slot for slot, now in enumerate(self.core.states()) if now == state]
 
@@ -142,7 +153,7 @@ class Driver:
                 output.row = abi.Row.from_buffer_copy(row)
 
     def check_law(self) -> None:
-        """The law of the KV bookkeeping (see _core/loop.pyx), and llama.cpp's own count."""
+        """The law of the KV bookkeeping (see _core/core/slots.h), and llama.cpp's own count."""
         for slot in range(self.core.n_slots):
             state, _, n_past, tokens, _ = self.core.slot_info(slot)
             if state == abi.DECODE:

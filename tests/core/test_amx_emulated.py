@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-import mullama._core.loop
+from mullama.installation.instructions import library_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 GGML = ROOT / "vendor" / "llama.cpp" / "ggml"
 PROGRAM = Path(__file__).with_name("amx_products.cpp")
 SOURCES = (GGML / "src/ggml-cpu/amx/mmq.cpp", GGML / "src/ggml-cpu/amx/amx.cpp", PROGRAM)
-LIBRARIES = Path(mullama._core.loop.__file__).parents[1] / "lib"
+LIBRARIES = library_folder()
 
 TYPES = ["f16", "q4_0", "q4_1", "q8_0", "q4_K", "q5_K", "q6_K", "iq4_xs"]
 NEEDED = {"avx2", "fma", "f16c", "bmi2", "avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}

@@ -17,7 +17,7 @@ from core_support import Driver, greedy
 
 from mullama import abi
 from mullama._core import Model, Page
-from mullama._core.page import block_sizes, layout, site_table
+from mullama._core.output.page import block_sizes, layout, site_table
 from mullama.engine.weights.load import _sweep
 
 BLOCKS = {"header": abi.Header, "counters": abi.Counters, "row": abi.Row, "event": abi.Event}

@@ -13,7 +13,7 @@ from tiny import WINDOW
 
 from mullama import abi
 from mullama._core import Cells, Model
-from mullama._core.cells import CHUNK_TOKENS
+from mullama._core.kv.cells import CHUNK_TOKENS
 
 Make = Callable[..., Driver]
 Models = Callable[..., Model]
@@ -128,7 +128,7 @@ def test_a_window_can_be_cut_only_while_it_is_whole(make_core: Make, models: Mod
     cells = Cells(driver.core)
     n = len(retained(driver, (PROMPT * 3)[:400]))
     assert cells.needs_checkpoint
-    oldest = min(pos for pos, owner in driver.core.cell_map(0, 1) if owner == 0)
+    oldest = n - driver.core.cells()["window"][0]
     assert oldest > 0, "the window's cells were used again"
     assert cells.can_cut(0, n) and cells.can_cut(0, oldest + WINDOW + 1)
     assert not cells.can_cut(0, oldest + WINDOW)

@@ -177,7 +177,7 @@ for use in (lambda: core.run([0], []), lambda: core.slot_info(0), lambda: core.c
         assert "closed" in str(error)
 model.close()
 for use in (lambda: model.tokenize("x"), lambda: model.detokenize([1]), lambda: model.facts(), lambda: model.piece(1),
-            lambda: model.render_chat(b"[]"), lambda: Core(model, n_slots=1, n_ctx=512), lambda: model.is_eog(1)):
+            lambda: model.render_chat(b"[]"), lambda: Core(model, n_slots=1, n_ctx=512), lambda: model.check_token(1)):
     try:
         use()
     except ModelLoadError as error:
@@ -218,10 +218,11 @@ def test_in_a_process_of_its_own(name: str, tiny_model: Callable[..., Path], tmp
     [
         ({"n_slots": 0, "n_ctx": 512}, "parallel must be"),
         ({"n_slots": 100_000, "n_ctx": 512}, "parallel must be"),
-        ({"n_slots": 1, "n_ctx": 0}, "n_ctx 16 to"),
-        ({"n_slots": 1, "n_ctx": 1 << 30}, "n_ctx 16 to"),
-        ({"n_slots": 1, "n_ctx": 512, "n_batch": 1}, "n_batch must be"),
-        ({"n_slots": 1, "n_ctx": 512, "n_threads": 0}, "n_threads 1 to"),
+        ({"n_slots": 1, "n_ctx": 0}, "^n_ctx must be 16 to 16777216, got 0$"),
+        ({"n_slots": 1, "n_ctx": 1 << 30}, "^n_ctx must be"),
+        ({"n_slots": 1, "n_ctx": 512, "n_batch": 1}, "^n_batch must be 32 to 16384, got 1$"),
+        ({"n_slots": 1, "n_ctx": 512, "n_threads": 0}, "^n_threads must be 1 to 512, got 0$"),
+        ({"n_slots": 1, "n_ctx": 512, "unified_cells": 9}, "^unified_cells must be 256 to 268435456, got 9$"),
         ({"n_slots": 1, "n_ctx": 512, "page_path": "/nonexistent/folder/x.page"}, "cannot be made"),
     ],
 )

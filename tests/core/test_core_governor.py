@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama._core import Governor
-from mullama._core.gate import busy_ticks
+from mullama._core.testing.gate import busy_ticks
 
 MS = 1_000_000
 LOOK = 100 * MS
@@ -59,9 +59,9 @@ class Machine:
         start = self.now
         retry = False
         while True:
-            threads = 1 if retry else self.governor.pick()
+            threads = 1 if retry else self.governor.threads_for()
             assert 1 <= threads <= self.governor.n_max
-            allowance = 0 if retry else self.governor.allow(n_tokens)
+            allowance = 0 if retry else self.governor.allowance(n_tokens)
             ns = int(self.cost(n_tokens, threads) * MS)
             if allowance and ns > allowance:
                 self.now += allowance
@@ -75,7 +75,7 @@ class Machine:
             break
         if self.now >= self.next_look:
             self.next_look = self.now + LOOK
-            self.governor.see(self.neighbours, int(self.now))
+            self.governor.look(self.neighbours, int(self.now))
         return self.now - start
 
     def run(self, seconds: float, n_tokens: int = 1) -> list[int]:
@@ -215,7 +215,7 @@ def test_fixed_never_changes() -> None:
 def test_one_core_has_no_choice() -> None:
     governor = Governor(1)
     assert governor.fixed
-    assert governor.pick() == 1 and governor.allow(1) == 0
+    assert governor.threads_for() == 1 and governor.allowance(1) == 0
 
 
 @pytest.mark.parametrize(("asked", "got"), [(0, 1), (-5, 1), (1, 1), (64, 64), (65, 64), (512, 64)])
@@ -277,14 +277,14 @@ def test_whatever_happens_the_choice_is_in_range(
     now = 0
     for kind, n_tokens, value, aborted in history:
         now += 50 * MS
-        threads = governor.pick()
+        threads = governor.threads_for()
         assert 1 <= threads <= n_max
         assert fixed is False or threads == n_max
-        assert governor.allow(max(n_tokens, 1)) >= 0
+        assert governor.allowance(max(n_tokens, 1)) >= 0
         if kind == "look":
-            governor.see(value, now)
+            governor.look(value, now)
         else:
-            may_abort = governor.allow(n_tokens) > 0
+            may_abort = governor.allowance(n_tokens) > 0
             governor.record(n_tokens, threads, int(value), now, aborted=aborted and may_abort)
     snapshot = governor.snapshot()
     assert 1 <= snapshot["threads"] <= n_max

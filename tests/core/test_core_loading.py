@@ -216,8 +216,8 @@ def load(path: Path, **options: Any) -> Engine:
     [
         ({"chat_template": "{% nonsense %}"}, ModelLoadError, "does not parse"),
         ({"chat_template": "@/none.jinja"}, ConfigError, "cannot read the chat template"),
-        ({"chat_template": "llama9"}, ConfigError, "'llama9' is no chat template: it must be Jinja.* llama3, "),
-        ({"chat_template": "user: "}, ConfigError, "'user: ' is no chat template"),
+        ({"chat_template": "llama9"}, ConfigError, "'llama9' is not a chat template: it must be Jinja.* llama3, "),
+        ({"chat_template": "user: "}, ConfigError, "'user: ' is not a chat template"),
         ({"chat_template": __file__}, ConfigError, "for the file of that name write @"),
         ({"chat_template": "@/dev/null"}, ConfigError, "/dev/null holds no chat template"),
         ({"chat_template": '{"a": 1}'}, ConfigError, "writes nothing of the messages"),

@@ -73,7 +73,7 @@ def test_what_was_given_up_is_found_again_as_a_prefix(core: Driver) -> None:
     core.prefill()
     core.step(5)
     parked = core.core.preempt(0, save=False)
-    slot, n = core.core.match(parked.tokens())
+    slot, n = core.match(parked.tokens())
     assert (slot, n) == (0, len(parked.tokens()) - 1)
     core.core.resume(0, parked, reuse=n)
     assert core.core.states()[0] == abi.DECODE, "all but the last token is there"

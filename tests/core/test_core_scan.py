@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mullama._core.gate import scan
+from mullama._core.testing.gate import scan
 
 INF, NAN = math.inf, math.nan
 

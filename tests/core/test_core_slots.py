@@ -80,7 +80,8 @@ def test_exchange_of_a_running_with_a_retained(core: Driver) -> None:
     core.finish_all()
     assert core.outputs[handle].tokens == expected
     whole = first.prompt + first.tokens
-    assert core.core.match([*whole, 65]) == (1, len(whole) - 1), "the retained prefix moved along"
+    assert core.core.retained(1)[0] == len(whole) - 1, "the retained prefix moved along"
+    assert core.core.slot_info(1)[3] == whole[:-1]
 
 
 @pytest.mark.parametrize(("a", "b"), [(-1, 0), (0, 4), (4, 0), (99, 99)])
@@ -89,7 +90,7 @@ def test_slots_out_of_range(core: Driver, a: int, b: int) -> None:
         core.core.exchange(a, b)
     calls: list[Callable[[int], object]] = [
         core.core.retained, core.core.slot_info, core.core.cancel, core.core.close_slot, core.core.evict,
-        core.core.cell_map, core.core.state_bytes, core.core.inject_nan, core.core.gap_cost_ns,
+        core.core.cell_runs, core.core.state_bytes, core.core.inject_nan, core.core.gap_cost_ns,
         lambda slot: core.core.open(slot, 1, [65], greedy(1)), lambda slot: core.core.run([slot], []),
         lambda slot: core.core.run([], [(slot, 1)]),
     ]  # fmt: skip
@@ -117,7 +118,7 @@ def test_a_conversation_continues_in_place(
     driver = make_core(models(arch), n_slots=2)
     first = driver.generate(PROMPT, greedy(n_out), retain=True)
     turn = first.prompt + first.tokens + driver.tokenize(" and now?")
-    slot, n = driver.core.match(turn)
+    slot, n = driver.match(turn)
     assert (slot, n) == (0, len(first.prompt) + n_out - 1), "the last token was sampled, not computed"
     second = driver.generate(turn, greedy(16), reuse=n)
     fresh = driver.generate(turn, greedy(16), slot=1)
@@ -131,7 +132,7 @@ def test_a_conversation_continues_in_place(
 def test_a_shared_beginning_is_reused(core: Driver, shared: int) -> None:
     first = core.generate(PROMPT, greedy(10), retain=True)
     prompt = first.prompt[:shared] + core.tokenize("### different")
-    assert core.core.match(prompt) == (0, shared)
+    assert core.match(prompt) == (0, shared)
     second = core.generate(prompt, greedy(12), reuse=shared)
     assert second.facts.kv_cache_hit == shared
     assert second.tokens == core.generate(prompt, greedy(12), slot=1).tokens
@@ -140,7 +141,7 @@ def test_a_shared_beginning_is_reused(core: Driver, shared: int) -> None:
 
 def test_the_same_prompt_again_leaves_one_token_to_compute(core: Driver) -> None:
     first = core.generate(PROMPT, greedy(10), retain=True)
-    slot, n = core.core.match(first.prompt)
+    slot, n = core.match(first.prompt)
     assert (slot, n) == (0, len(first.prompt) - 1)
     again = core.generate(PROMPT, greedy(10), reuse=n)
     assert again.tokens == first.tokens
@@ -151,17 +152,17 @@ def test_the_best_of_several_prefixes(core: Driver) -> None:
     core.generate("AB", greedy(1), slot=0, retain=True)
     core.generate("ABCDEF", greedy(1), slot=2, retain=True)
     core.generate("ABCD", greedy(1), slot=3, retain=True)
-    assert core.core.match(b"ABCDEFGH") == (2, 6)
-    assert core.core.match(b"ABCX") == (2, 3)
-    assert core.core.match(b"A") == (-1, 0), "one token has to be computed"
-    assert core.core.match(b"ZZZ") == (-1, 0)
-    assert core.core.match([]) == (-1, 0)
+    assert core.match(b"ABCDEFGH") == (2, 6)
+    assert core.match(b"ABCX") == (2, 3)
+    assert core.match(b"A") == (-1, 0), "one token has to be computed"
+    assert core.match(b"ZZZ") == (-1, 0)
+    assert core.match([]) == (-1, 0)
 
 
 def test_running_sequences_are_not_matched(core: Driver) -> None:
     core.open(PROMPT, greedy(40))
     core.prefill()
-    assert core.core.match(core.tokenize(PROMPT + " more")) == (-1, 0)
+    assert core.match(core.tokenize(PROMPT + " more")) == (-1, 0)
     core.finish_all()
 
 
@@ -171,8 +172,8 @@ def test_a_recurrent_state_serves_only_whole(
 ) -> None:
     driver = make_core(models(arch))
     first = driver.generate(PROMPT, greedy(6), retain=True)
-    assert driver.core.match(first.prompt + driver.tokenize("### other")) == (-1, 0)
-    assert driver.core.match(first.prompt) == (-1, 0)
+    assert driver.match(first.prompt + driver.tokenize("### other")) == (-1, 0)
+    assert driver.match(first.prompt) == (-1, 0)
     # Opening it with less all the same must not give a wrong text.
     prompt = first.prompt[:10] + driver.tokenize("###")
     forced = driver.generate(prompt, greedy(12), reuse=10)
@@ -192,7 +193,7 @@ def test_a_sliding_window_serves_only_what_it_still_holds(
         driver.generate("A" * 20 + "B" * 20, greedy(700), retain=True)
         prompt = whole[:n] + driver.tokenize("### other")
         fresh = driver.generate(prompt, greedy(12), slot=1, chunk=32)
-        _slot, reuse = driver.core.match(prompt)
+        _slot, reuse = driver.match(prompt)
         assert reuse == 0 or reuse >= n
         if reuse:
             served.append(n)
@@ -221,7 +222,7 @@ def test_a_stop_string_or_the_end_do_not_spoil_the_prefix(core: Driver) -> None:
     short = core.generate(PROMPT, greedy(30, stop=(stop,)), retain=True)
     assert short.reason == "stop"
     turn = short.prompt + short.tokens + core.tokenize(" go on")
-    _slot, n = core.core.match(turn)
+    _slot, n = core.match(turn)
     assert n == len(short.prompt) + len(short.tokens) - 1
     assert core.generate(turn, greedy(10), reuse=n).tokens == core.generate(turn, greedy(10), slot=1).tokens
 
@@ -362,15 +363,13 @@ def test_more_than_a_batch_is_refused(make_core: Callable[..., Driver], model: M
     driver.finish_all(chunk=32)
 
 
-def test_the_cell_map(core: Driver) -> None:
+def test_cells_are_told_as_runs(core: Driver) -> None:
     core.open("ABCDE", greedy(10), slot=2)
     core.prefill()
-    cell_map = core.core.cell_map(2)
-    assert len(cell_map) == core.core.cells()["size"]
-    assert sorted(pos for pos, owner in cell_map if owner == 2) == [0, 1, 2, 3, 4]
-    assert all((pos, owner) == (-1, -1) for pos, owner in cell_map if owner != 2)
-    assert core.core.cell_map(1) == [(-1, -1)] * core.core.cells()["size"]
-    assert core.core.cell_map(2, 1) == [] and core.core.cell_map(2, -1) == []
+    size = core.core.cells()["size"]
+    assert core.core.cell_runs(2) == [(0, 5, 2), (5, size - 5, -1)]
+    assert core.core.cell_runs(1) == [(0, size, -1)]
+    assert core.core.cell_runs(2, 1) == [] and core.core.cell_runs(2, -1) == []
     core.finish_all()
 
 
@@ -396,7 +395,7 @@ def test_any_sequence_of_operations_keeps_the_law(
             state = driver.core.states()[a]
             if what == "open" and state in (abi.FREE, abi.RETAINED):
                 tokens = driver.tokenize(prompts[b])
-                slot, n = driver.core.match(tokens)
+                slot, n = driver.match(tokens)
                 owners[driver.open(tokens, greedy(9), slot=a, reuse=n if slot == a else 0)] = b
             elif what == "step":
                 driver.prefill(5)

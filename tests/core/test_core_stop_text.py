@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mullama._core import StopText
+from mullama._core.testing.gate import StopText
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:

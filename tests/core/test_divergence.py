@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from weights_support import requests, run, say
 
-from mullama._core import Context, Divergence, Model, gate
+from mullama._core import Context, Divergence, Model
+from mullama._core.testing import gate
 from mullama.engine.engine import Engine
 from mullama.engine.weights import comparing
 from mullama.errors import InvalidRequest
-from mullama.types import Room
+from mullama.types import MemoryLeft
 
 TEXT = list(b"the sun and the others are all here and so am I, and then some more")
 
@@ -207,7 +208,7 @@ def test_what_is_refused_leaves_the_old_weights(
         engine.weights.swap(tiny_model("llama", turned=True), kl=True)
     assert caught.value.param == "kl"
     with pytest.raises(InvalidRequest, match="does not hold both") as caught:
-        engine.weights.swap(other, room=Room(beside=0, alone=1 << 40), kl=True)
+        engine.weights.swap(other, memory_left=MemoryLeft(beside=0, alone=1 << 40), kl=True)
     assert caught.value.param == "kl"
     assert engine.info.weights == before
     assert say(engine, TEXT)

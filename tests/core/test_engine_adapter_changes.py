@@ -13,11 +13,11 @@ from homes import home
 from weights_support import PROMPTS, Streams, begins_alike, run
 
 from mullama.engine.engine import Engine
-from mullama.engine.weights.loras import Adapters
+from mullama.engine.weights.loras import Loras
 from mullama.errors import AdapterMismatch, BadModelFile, ModelBusy, ModelLoadError, NeedsAnotherEngine
-from mullama.types import LoraUse, Preempt, Request, Room
+from mullama.types import LoraUse, MemoryLeft, Preempt, Request
 
-GAP = Room(beside=0, alone=1 << 40)  # a budget that does not hold both weights
+GAP = MemoryLeft(beside=0, alone=1 << 40)  # a budget that does not hold both weights
 A, B = LoraUse("a"), LoraUse("b", 0.5)
 SETS: list[tuple[LoraUse, ...]] = [(A,), (), (B,), (A, B)]
 
@@ -57,13 +57,15 @@ def texts(engine: Engine, n: int = 20) -> list[str]:
 
 @pytest.mark.parametrize("room", [None, GAP], ids=["beside", "gap"])
 @pytest.mark.parametrize("kv", ["carry", "recompute"])
-def test_twin_weights_change_nothing(make: Callable[..., Engine], twin: Path, kv: str, room: Room | None) -> None:
+def test_twin_weights_change_nothing(make: Callable[..., Engine], twin: Path, kv: str, room: MemoryLeft | None) -> None:
     plain = run(make(deterministic=True), requests()).texts
     assert len(set(plain)) == 4
     engine = make(deterministic=True)
     known(engine, twin)
     reports: list[Any] = []
-    streams = run(engine, requests(), lambda: reports.append(engine.weights.swap(twin, kv=kv, room=room, label="new")))
+    streams = run(
+        engine, requests(), lambda: reports.append(engine.weights.swap(twin, kv=kv, memory_left=room, label="new"))
+    )
     assert streams.texts == plain if kv == "carry" else begins_alike(streams, plain)
     (report,) = reports
     assert (report.kv, report.mode) == (kv, "beside" if room is None else "gap")
@@ -92,7 +94,7 @@ def test_the_adapters_lie_on_the_new_weights(make: Callable[..., Engine], other:
     engine = make()
     before = texts(engine)
     for room in (None, GAP):
-        engine.weights.swap(other, kv="recompute", room=room)
+        engine.weights.swap(other, kv="recompute", memory_left=room)
         assert texts(engine) == fresh != before
     engine.weights.swap(str(engine.info.path), kv="carry")
     assert texts(engine) == fresh
@@ -131,7 +133,7 @@ def test_a_file_that_has_gone_or_changed(
     adapters.build(tmp_path / "a.gguf", tiny_model(), seed=77)
     for room in (None, GAP):
         with pytest.raises(BadModelFile, match="'a' has changed"):
-            engine.weights.swap(twin, room=room)
+            engine.weights.swap(twin, memory_left=room)
     assert texts(engine) == plain
     assert engine.counters()["weight_swaps"] == 0
 
@@ -160,24 +162,24 @@ def test_a_swap_that_fails_leaves_them(
     engine = make()
     plain = texts(engine)
 
-    def fails(self: Adapters, model: Any) -> None:
+    def fails(self: Loras, model: Any) -> None:
         raise BadModelFile("no such luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Adapters, "twins", fails)
+        patch.setattr(Loras, "twins", fails)
         with pytest.raises(BadModelFile, match="no such luck"):
             engine.weights.swap(twin)
     calls = []
-    enter = Adapters.enter
+    load_all = Loras.load_all
 
-    def fails_once(self: Adapters, model: Any) -> None:
+    def fails_once(self: Loras, model: Any) -> None:
         calls.append(model)
         if len(calls) == 1:
             raise BadModelFile("no such luck")
-        enter(self, model)
+        load_all(self, model)
 
-    monkeypatch.setattr(Adapters, "enter", fails_once)
+    monkeypatch.setattr(Loras, "load_all", fails_once)
     with pytest.raises(ModelLoadError, match="no such luck; the old weights are in charge again"):
-        engine.weights.swap(twin, room=GAP)
+        engine.weights.swap(twin, memory_left=GAP)
     assert len(calls) == 2
     assert texts(engine) == plain

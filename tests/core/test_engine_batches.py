@@ -16,8 +16,10 @@ import pytest
 from core_support import greedy
 
 from mullama.api import Engine
+from mullama.engine.kv_control import KvControl
+from mullama.engine.planning.control import PlanningControl
+from mullama.engine.weights.control import WeightControl
 from mullama.errors import ContextLengthExceeded, InvalidRequest, QueueFull
-from mullama.kv.control import KvAccess
 from mullama.types import FinishReason, Request, SamplingParams
 
 PROMPTS = [f"PROMPT NUMBER {i} " * (1 + i % 3) for i in range(23)]
@@ -125,7 +127,7 @@ def test_help_spells_the_options_out() -> None:
         assert not any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
-@pytest.mark.parametrize("kind", [Engine, KvAccess])
+@pytest.mark.parametrize("kind", [Engine, KvControl, PlanningControl, WeightControl])
 def test_every_public_method_has_its_docstring(kind: type) -> None:
     public = [name for name in dir(kind) if not name.startswith("_")]
     assert len(public) > 5

@@ -121,7 +121,7 @@ METHODS = (
     *("generate", "agenerate", "stream", "astream", "chat", "chat_prompt", "tokenize", "detokenize", "render_chat"),
     *("prompt_tokens", "bytes_alone", "memory", "memory_report", "memory_report_sync", "kv_snapshot"),
     *("kv_snapshot_sync", "kv.atree", "kv.amap", "kv.adrop", "drop_retained", "unload_adapter", "load_adapter"),
-    *("sleep", "wake", "swap_weights"),
+    *("weights.sleep", "weights.wake", "weights.swap"),
 )
 
 

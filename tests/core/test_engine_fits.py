@@ -16,7 +16,7 @@ from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
 from mullama.engine.memory import fits, sizing
 from mullama.engine.memory.sizing import DEFAULT_CTX, DEFAULT_PARALLEL, Sizes
-from mullama.engine.weights import load as loading
+from mullama.engine.weights import load
 from mullama.errors import MemoryTooSmall, ModelLoadError
 from mullama.machine import memory as machine_memory
 from mullama.models.files.estimate import Estimate, estimate
@@ -45,7 +45,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("something was loaded")
 
     with monkeypatch.context() as patch:
-        for module, name in ((loading, "load_model"), (loading, "make_core"), (loading, "Model"), (loading, "Core")):
+        for module, name in ((load, "load_model"), (load, "make_core"), (load, "Model"), (load, "Core")):
             patch.setattr(module, name, never)
         yield
 

@@ -13,8 +13,7 @@ from weights_support import PROMPTS, Streams, begins_alike, request, requests, r
 
 from mullama.engine.engine import Engine
 from mullama.engine.memory import fits
-from mullama.engine.weights import change_with_gap as gap
-from mullama.engine.weights import load as loading
+from mullama.engine.weights import change_with_gap, load
 from mullama.engine.weights.change_with_gap import Needs, decide
 from mullama.errors import (
     EngineDead,
@@ -27,9 +26,9 @@ from mullama.errors import (
 )
 from mullama.machine import memory
 from mullama.models.files.estimate import Estimate
-from mullama.types import FinishReason, GapMode, KvMode, Preempt, Request, Room
+from mullama.types import FinishReason, GapMode, KvMode, MemoryLeft, Preempt, Request
 
-ROOM = Room(beside=0, alone=1 << 40)  # a budget that holds one only
+ONE = MemoryLeft(beside=0, alone=1 << 40)  # a budget that holds one only
 
 
 @pytest.mark.parametrize("kv", ["carry", "recompute", "auto"])
@@ -37,7 +36,9 @@ def test_twin_weights_change_nothing(make_engine: Callable[..., Engine], twin: P
     plain = run(make_engine(), requests()).texts
     engine = make_engine()
     reports: list[Any] = []
-    streams = run(engine, requests(), lambda: reports.append(engine.weights.swap(twin, kv=kv, label="twin", room=ROOM)))
+    streams = run(
+        engine, requests(), lambda: reports.append(engine.weights.swap(twin, kv=kv, label="twin", memory_left=ONE))
+    )
     (report,) = reports
     assert streams.texts == plain if kv != "recompute" else begins_alike(streams, plain)
     assert (report.mode, report.kv) == ("gap", "recompute" if kv == "recompute" else "carry")
@@ -54,16 +55,16 @@ def test_twin_weights_change_nothing(make_engine: Callable[..., Engine], twin: P
 
 
 def test_with_room_for_both_there_is_no_gap(make_engine: Callable[..., Engine], twin: Path) -> None:
-    report = make_engine().weights.swap(twin, room=Room(1 << 40, 1 << 40))
+    report = make_engine().weights.swap(twin, memory_left=MemoryLeft(1 << 40, 1 << 40))
     assert (report.mode, report.gap_ms) == ("beside", None)
 
 
 def test_short_memory_is_seen(make_engine: Callable[..., Engine], twin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()
-    needs = engine.call(lambda: gap.needs_of(engine._core)).result()
+    needs = engine.call(lambda: change_with_gap.needs_of(engine._core)).result()
     new = fits.expected(twin, engine.config, n_ctx=512, n_parallel=4)
     assert new is not None
-    monkeypatch.setattr(memory, "available_memory", lambda: gap.beside_bytes(new) - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: change_with_gap.beside_bytes(new) - 1)
     assert needs.own > 1
     assert engine.weights.swap(twin).mode == "gap"
     with pytest.raises(MemoryTooSmall, match="with a gap"):
@@ -83,18 +84,18 @@ def estimate_of(total: int) -> Estimate:
     [
         (50, 10, KvMode.AUTO, 100, None, None),
         (50, 10, KvMode.AUTO, None, None, None),
-        (50, 10, KvMode.AUTO, None, Room(49, 100), KvMode.AUTO),
-        (50, 10, KvMode.CARRY, 49, Room(99, 99), KvMode.CARRY),
+        (50, 10, KvMode.AUTO, None, MemoryLeft(49, 100), KvMode.AUTO),
+        (50, 10, KvMode.CARRY, 49, MemoryLeft(99, 99), KvMode.CARRY),
         (50, 50, KvMode.AUTO, 49, None, KvMode.RECOMPUTE),  # what is saved does not fit beside the old weights
         (75, 10, KvMode.AUTO, 49, None, KvMode.RECOMPUTE),  # nor beside the new ones
         (75, 10, KvMode.RECOMPUTE, 49, None, KvMode.RECOMPUTE),
         (75, 10, KvMode.CARRY, 49, None, "save 0 MiB of KV"),
         (80, 0, KvMode.AUTO, 49, None, "without the old weights"),
-        (50, 0, KvMode.AUTO, 1000, Room(0, 49), "without the old weights"),
+        (50, 0, KvMode.AUTO, 1000, MemoryLeft(0, 49), "without the old weights"),
     ],
 )
 def test_the_decision(
-    total: int, kv_bytes: int, kv: KvMode, free: int | None, room: Room | None, expected: KvMode | str | None
+    total: int, kv_bytes: int, kv: KvMode, free: int | None, room: MemoryLeft | None, expected: KvMode | str | None
 ) -> None:
     """The old weights are 30 bytes of the process's own."""
 
@@ -109,7 +110,7 @@ def test_the_decision(
 
 
 def test_what_nobody_can_estimate_is_loaded_beside() -> None:
-    assert decide("x.gguf", None, Needs(1, 1), 0, Room(0, 0), GapMode.AUTO, KvMode.AUTO) is None
+    assert decide("x.gguf", None, Needs(1, 1), 0, MemoryLeft(0, 0), GapMode.AUTO, KvMode.AUTO) is None
 
 
 def test_many_gaps_with_requests_coming_and_going(make_engine: Callable[..., Engine], twin: Path) -> None:
@@ -132,7 +133,7 @@ def test_many_gaps_with_requests_coming_and_going(make_engine: Callable[..., Eng
     for thread in threads:
         thread.start()
     for i in range(12):
-        engine.weights.swap([twin, old][i % 2], kv="carry", room=ROOM)
+        engine.weights.swap([twin, old][i % 2], kv="carry", memory_left=ONE)
     stop.set()
     for thread in threads:
         thread.join()
@@ -147,10 +148,10 @@ def test_new_weights_that_fail_bring_the_old_ones_back(
 ) -> None:
     plain = run(make_engine(), requests()).texts
     engine = make_engine()
-    old, right = engine.info.path, loading.load_model
+    old, right = engine.info.path, load.load_model
     tried: list[str] = []
 
-    def load(path: Any, *args: Any) -> Any:
+    def loads(path: Any, *args: Any) -> Any:
         tried.append(str(path))
         if Path(path) == twin:
             raise ModelLoadError("no such luck")
@@ -158,9 +159,9 @@ def test_new_weights_that_fail_bring_the_old_ones_back(
 
     def try_it() -> None:
         with pytest.raises(ModelLoadError, match="no such luck; the old weights are in charge again, after a gap of"):
-            engine.weights.swap(twin, kv=kv, room=ROOM)
+            engine.weights.swap(twin, kv=kv, memory_left=ONE)
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(load, "load_model", loads)
     streams = run(engine, requests(), try_it)
     # What was given up is computed again, so that its last bits may differ.
     n = 440 if kv == "carry" else 20
@@ -168,24 +169,24 @@ def test_new_weights_that_fail_bring_the_old_ones_back(
     assert tried == [str(twin), old]
     assert engine.counters()["weight_swaps"] == 0
     assert engine.info.path == engine.model.path == old
-    monkeypatch.setattr(loading, "load_model", right)
-    assert engine.weights.swap(twin, kv=kv, room=ROOM).mode == "gap"
+    monkeypatch.setattr(load, "load_model", right)
+    assert engine.weights.swap(twin, kv=kv, memory_left=ONE).mode == "gap"
 
 
 def test_a_cancelled_load_brings_the_old_ones_back(make_engine: Callable[..., Engine], twin: Path) -> None:
     engine = make_engine()
     with pytest.raises(LoadCancelled, match="in charge again"):
-        engine.weights.swap(twin, room=ROOM, progress=lambda fraction: False)
+        engine.weights.swap(twin, memory_left=ONE, progress=lambda fraction: False)
     assert say(engine, [104, 105])
 
 
 def test_a_load_that_takes_for_ever_is_given_up(
     make_engine: Callable[..., Engine], twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gap, "MOST_GAP_S", 0.0)
+    monkeypatch.setattr(change_with_gap, "MAX_GAP_S", 0.0)
     engine = make_engine()
     with pytest.raises(LoadCancelled, match="in charge again"):
-        engine.weights.swap(twin, room=ROOM)
+        engine.weights.swap(twin, memory_left=ONE)
     assert say(engine, [104, 105])
 
 
@@ -196,12 +197,12 @@ def test_without_any_weights_every_request_gets_an_error(
     streams = Streams(engine, requests())
     wait_for_tokens(engine, 20)
 
-    def load(path: Any, *args: Any) -> Any:
+    def loads(path: Any, *args: Any) -> Any:
         raise ModelLoadError(f"{Path(path).name} is gone")
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(load, "load_model", loads)
     with pytest.raises(EngineDead, match=r"twin\.gguf is gone.*, and the old ones not again"):
-        engine.weights.swap(twin, room=ROOM)
+        engine.weights.swap(twin, memory_left=ONE)
     streams.join()
     for generation in streams.generations:
         assert generation.finish is not None
@@ -234,7 +235,7 @@ def test_requests_of_the_gap_wait(make_engine: Callable[..., Engine], twin: Path
 
     plain_tokens = engine.tokenize("ab")
     plain = say(make_engine(), [104, 105])
-    assert engine.weights.swap(twin, room=ROOM, progress=meanwhile).mode == "gap"
+    assert engine.weights.swap(twin, memory_left=ONE, progress=meanwhile).mode == "gap"
     for thread in threads:
         thread.join()
     assert texts == [plain]
@@ -254,7 +255,7 @@ def test_closing_in_the_gap(make_engine: Callable[..., Engine], twin: Path) -> N
         return True
 
     with pytest.raises((ShuttingDown, EngineDead)):
-        engine.weights.swap(twin, room=ROOM, progress=close)
+        engine.weights.swap(twin, memory_left=ONE, progress=close)
     closing.join()
     streams.join()
     assert all(g.finish is not None and g.finish.reason is FinishReason.ERROR for g in streams.generations)
@@ -265,13 +266,13 @@ def test_other_shapes_do_not_take_the_place(
 ) -> None:
     engine = make_engine()
     with pytest.raises(NeedsAnotherEngine):
-        engine.weights.swap(tiny_model("gemma3"), room=ROOM)
+        engine.weights.swap(tiny_model("gemma3"), memory_left=ONE)
     with pytest.raises(InvalidRequest, match="gap must be one of auto, never"):
         engine.weights.swap(tiny_model(), gap="perhaps")
     turned = tiny_model("llama", rope_base=5000.0)
     with pytest.raises(InvalidRequest, match="rope"):
-        engine.weights.swap(turned, kv="carry", room=ROOM)
-    assert engine.weights.swap(turned, room=ROOM).kv == "recompute"
+        engine.weights.swap(turned, kv="carry", memory_left=ONE)
+    assert engine.weights.swap(turned, memory_left=ONE).kv == "recompute"
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "mamba", "lfm2"])
@@ -279,7 +280,7 @@ def test_every_kind_of_memory(make_engine: Callable[..., Engine], tiny_model: Ca
     path = tiny_model(arch)
     plain = run(make_engine(path), requests()).texts
     engine = make_engine(path)
-    streams = run(engine, requests(), lambda: engine.weights.swap(path, kv="carry", room=ROOM))
+    streams = run(engine, requests(), lambda: engine.weights.swap(path, kv="carry", memory_left=ONE))
     assert begins_alike(streams, plain)
     assert streams.texts == plain or arch == "gemma3"
 
@@ -290,7 +291,7 @@ def test_carried_prefixes_are_marked_and_the_disk_tier_follows(
     prompt = list(b"the sun and the others are all here and so am I, and then some more of it")
     engine = make_engine(kv_disk_dir=str(tmp_path / "kv"))
     say(engine, prompt)
-    engine.weights.swap(other, kv="carry", room=ROOM)
+    engine.weights.swap(other, kv="carry", memory_left=ONE)
     generation = engine.submit_sync(Request("again", [*prompt, 65], greedy(5)))
     list(generation)
     assert generation.finish is not None

@@ -403,7 +403,7 @@ def test_saving_while_the_weights_change_says_when_to_come_back(
     refused = [answer for answer in answers if isinstance(answer, MullamaError)]
     assert len(refused) < len(answers)
     assert all(isinstance(error, ModelBusy) and error.retry_after == 1 for error in refused), refused
-    with engine._changes.held():
+    with engine._parts.weights.held():
         away, engine._kv.tiers.disk = engine._kv.disk, None
         for action in (engine.kv.asave, engine.kv.aload):
             with pytest.raises(ModelBusy, match="handed to other weights in this moment") as caught:

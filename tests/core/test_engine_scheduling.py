@@ -260,7 +260,7 @@ class Slow(Base):
 
 def as_users(engine: Engine, policy: Any) -> None:
     """Put an object in charge the way a user's class is."""
-    engine.call(lambda: engine._policy.swap(policy, "mine", own_thread=True)).result()
+    engine.call(lambda: engine._policy.change(policy, "mine", own_thread=True)).result()
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_steady_decoding_asks_nobody(make_engine: Callable[..., Engine]) -> None
             plans.append(state.step)
             return super().plan(state)
 
-    engine.call(lambda: engine._policy.swap(Counting(), "fcfs", own_thread=False)).result()
+    engine.call(lambda: engine._policy.change(Counting(), "fcfs", own_thread=False)).result()
     texts(run_all(engine, [request(f"r{i}", "HELLO", 300) for i in range(4)]))
     assert engine.counters()["steps"] >= 300
     assert len(plans) < 30
@@ -408,3 +408,16 @@ def test_a_broken_shadow_disturbs_nobody(make_engine: Callable[..., Engine], tmp
         engine.planning.set_shadow("sprt")
     engine.planning.set_shadow(None)
     assert engine.planning.snapshot()["shadow"] is None
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31) - 1, 10**30])
+def test_a_priority_beside_others_that_no_integer_of_c_holds_is_refused(
+    make_engine: Callable[..., Engine], priority: int
+) -> None:
+    """Found by thousands of mutated requests: it was an internal error."""
+    engine = make_engine()
+    with pytest.raises(InvalidRequest, match=r"a priority must be -2147483648 to 2147483647"):
+        engine.planning.set_share(priority=priority)
+    engine.planning.set_share(priority=2**31 - 1)
+    assert engine.planning.share()[1]["priority"] == 2**31 - 1
+    engine.planning.set_share(priority=0)

@@ -17,8 +17,8 @@ from mullama._core import Model
 from mullama.config import ServeConfig
 from mullama.engine.engine import Engine
 from mullama.engine.memory import fits
-from mullama.engine.weights import load as loading
 from mullama.engine.weights import sharing
+from mullama.engine.weights.load import load_model
 from mullama.errors import LoadCancelled, MemoryTooSmall, ModelLoadError
 from mullama.types import LoraUse, Request
 
@@ -30,7 +30,7 @@ def answer(engine: Engine, *uses: LoraUse) -> str:
 
 
 def load(path: Path, **options: Any) -> Model:
-    return loading.load_model(path, ServeConfig(**options), None)
+    return load_model(path, ServeConfig(**options), None)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_file_that_has_changed_is_loaded_anew(file: Path, tiny_model: Callable
 def test_a_load_that_shares_can_be_cancelled_too(file: Path) -> None:
     first = load(file)
     with pytest.raises(LoadCancelled):
-        loading.load_model(file, ServeConfig(), lambda fraction: False)
+        load_model(file, ServeConfig(), lambda fraction: False)
     assert first.n_twins == 1
     first.close()
 

@@ -75,7 +75,7 @@ def waves() -> list[list[TraceRequest]]:
 def on_the_engine(engine: Engine, policy: LongestPrefix, played: Sequence[Sequence[TraceRequest]]) -> None:
     """Costs of the KV cache are given, as this machine has none that are always the same."""
     engine._kv.finder.costs = lambda: KvCosts(prefill_token=1e6, save_byte=1e-3, restore_byte=1e-3, copy_byte=2e-3)  # type: ignore[method-assign]
-    engine.call(lambda: engine._policy.swap(policy, policy.name, own_thread=False)).result()
+    engine.call(lambda: engine._policy.change(policy, policy.name, own_thread=False)).result()
     prompts, numbers = Prompts(range(256), 0), itertools.count()
     for wave in played:
         requests = []

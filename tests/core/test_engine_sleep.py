@@ -120,7 +120,7 @@ def test_what_cannot_be(make_engine: Callable[..., Engine], tiny_model: Any, tmp
 
 
 def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], monkeypatch: Any) -> None:
-    from mullama.engine.weights import load as loading
+    from mullama.engine.weights import load
 
     engine = make_engine()
     say(engine, PROMPT)
@@ -130,7 +130,7 @@ def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], 
         raise ModelLoadError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "load_model", fail)
+        patch.setattr(load, "load_model", fail)
         with pytest.raises(ModelLoadError, match="no memory"):
             engine.weights.wake()
     engine.weights.wake()
@@ -139,7 +139,7 @@ def test_a_load_that_fails_leaves_it_asleep(make_engine: Callable[..., Engine], 
 
 def test_a_wake_that_does_not_fit_loads_nothing(make_engine: Callable[..., Engine], monkeypatch: Any) -> None:
     from mullama.engine.memory import fits
-    from mullama.engine.weights import load as loading
+    from mullama.engine.weights import load
     from mullama.machine import memory
 
     engine = make_engine()
@@ -152,7 +152,7 @@ def test_a_wake_that_does_not_fit_loads_nothing(make_engine: Callable[..., Engin
         raise AssertionError("something was loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "load_model", never)
+        patch.setattr(load, "load_model", never)
         patch.setattr(memory, "available_memory", lambda: needs.total - 1)
         with pytest.raises(MemoryTooSmall, match=f"{engine.info.name} with 4 x 512 tokens does not fit"):
             engine.weights.wake()

@@ -14,7 +14,7 @@ from weights_support import PROMPTS, Streams, begins_alike, request, requests, r
 
 from mullama.engine.engine import Engine
 from mullama.engine.weights import change
-from mullama.engine.weights.change import why_unsound
+from mullama.engine.weights.soundness import why_unsound
 from mullama.errors import (
     EngineDead,
     InvalidRequest,
@@ -57,7 +57,7 @@ def test_what_the_old_weights_took_goes_back_to_the_system(
     old = engine.model
     were_open: list[bool] = []
     monkeypatch.setattr(change, "give_back_heap", lambda: were_open.append(old.is_open))
-    engine.swap_weights(twin)
+    engine.weights.swap(twin)
     assert were_open == [False]
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import mullama._core.loop
+from mullama.installation.instructions import library_folder
 from mullama.machine.processor import processor
 
 MAX_ROWS = 4
@@ -45,7 +44,7 @@ class Attention(ctypes.Structure):
 
 
 def _library() -> ctypes.CDLL:
-    folder = Path(mullama._core.loop.__file__).parents[1] / "lib"
+    folder = library_folder()
     found = sorted(folder.glob("*ggml-cpu*"))
     assert found, f"no CPU backend in {folder}"
     library = ctypes.CDLL(str(found[0]))

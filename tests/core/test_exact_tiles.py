@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mullama._core.loop
+from mullama.installation.instructions import library_folder
 
 BLOCK = 32  # values
 Q4_1, Q5_0, Q8_0 = 3, 6, 8  # enum ggml_type
@@ -25,7 +24,7 @@ Q8_K = np.dtype([("d", "<f4"), ("quants", "i1", SUPER), ("sums", "<i2", SUPER //
 
 
 def _library() -> ctypes.CDLL:
-    folder = Path(mullama._core.loop.__file__).parents[1] / "lib"
+    folder = library_folder()
     found = sorted(folder.glob("*ggml-cpu*"))
     assert found, f"no CPU backend in {folder}"
     library = ctypes.CDLL(str(found[0]))

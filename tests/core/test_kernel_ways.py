@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import shaped
 from core_support import Driver, greedy
 
 from mullama import faults
-from mullama._core import Model, kernels
-from mullama._core.quantize import quantize
+from mullama._core import Model
+from mullama._core.kernels import products as kernels
+from mullama._core.kernels.quantization import quantize
 from mullama.engine.engine import Engine
 from mullama.errors import ModelLoadError
+from mullama.installation.instructions import library_folder
 from mullama.machine import kernels as charge
 from mullama.machine import trial_child, trials, ways
 from mullama.machine.remembered import Remembered
@@ -68,8 +72,15 @@ def has(found: dict[tuple[int, str], Found], kind: int, *names: str) -> list[str
 
 
 def test_the_types_of_files_are_llama_cpp_s() -> None:
-    names = kernels.type_names()
-    assert {kind: name for kind, (name, _, _) in TENSOR_TYPES.items()} == names
+    (library,) = library_folder().glob("*ggml-base*")
+    ggml = ctypes.CDLL(str(library))
+    ggml.ggml_type_name.restype = ctypes.c_char_p
+    ggml.ggml_blck_size.restype = ctypes.c_int64
+    header = Path(__file__).parents[2] / "vendor" / "llama.cpp" / "ggml" / "include" / "ggml.h"
+    (count,) = re.findall(r"GGML_TYPE_COUNT\s*=\s*(\d+)", header.read_text(encoding="utf-8"))
+    kinds = [kind for kind in range(int(count)) if ggml.ggml_blck_size(kind) > 0]
+    found = {kind: ggml.ggml_type_name(kind).decode().upper() for kind in kinds}
+    assert {kind: name for kind, (name, _, _) in TENSOR_TYPES.items()} == found
 
 
 @pytest.mark.parametrize("kind", TRIED, ids=lambda kind: TENSOR_TYPES[kind][0])

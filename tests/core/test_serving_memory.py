@@ -96,7 +96,7 @@ def test_a_refused_model_is_not_even_opened_and_loads_when_there_is_memory(
         for _ in range(3):
             with pytest.raises(MemoryTooSmall, match=r"^b with 2 x 512 tokens does not fit: "):
                 await models.load("b")
-        assert (opened, models.get("b").n_failures) == ([], 0)
+        assert (opened, models.get("b").failures.n) == ([], 0)
         memory.free += 1
         await models.load("b")
         assert opened == [models.get("b").reference]

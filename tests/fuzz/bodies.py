@@ -58,7 +58,7 @@ class Target:
         engine.reply = ["a"]
         config = ServeConfig(max_body_bytes=1 << 20, store_models=False)
         models = ModelManager([("fake", engine)])
-        models._reap = _no_watch  # type: ignore[method-assign]
+        models.idle._watch = _no_watch  # type: ignore[method-assign]
         self._services = Services(config, models)
         self._services.swaps._find = _find_nothing
         self._client = OneLoop(create_app(config, models, self._services), self._services)

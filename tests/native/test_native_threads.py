@@ -16,7 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name("threads.cpp")
 LLAMA = ROOT / "vendor" / "llama.cpp"
-FOLDERS = [ROOT / "mullama" / "_core", LLAMA / "include", LLAMA / "ggml" / "include"]
+CORE = ROOT / "mullama" / "_core"
+FOLDERS = [CORE / "output", CORE / "compute", CORE / "model", LLAMA / "include", LLAMA / "ggml" / "include"]
 # -Wno-tsan: gcc says that ThreadSanitizer knows no fences. All that is read beside one is atomic, so it need not.
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Wno-tsan", "-pthread"]
 SANITIZERS = {"thread": ["-fsanitize=thread"], "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]}
@@ -25,7 +26,7 @@ ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=66:detect_stack_use_after_return=1:max_malloc_fill_size=1048576",
     "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=66",
 }
-SUBJECTS = ["ring", "page", "arbiter", "deadline", "log"]
+SUBJECTS = ["ring", "page", "arbiter", "governor", "deadline", "log"]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -1,18 +1,20 @@
 // What threads share in mullama/_core, without Python: driven hard, and compiled with sanitizers by test_native_threads.py.
 //
-//     threads ring|page|arbiter|deadline|log   the subject; status 0 when every value that was read is right
+//     threads ring|page|arbiter|governor|deadline|log   the subject; status 0 when every value that was read is right
 //     threads race                             two threads write one word: a run that the sanitizer must refuse
 //     threads overrun                          reads behind an allocation: the same for addresses
 //     threads overflow                         a signed overflow: the same for undefined behaviour
 #include "arbiter.h"
 #include "clock.h"
+#include "governor.h"
 #include "log_sink.h"
 #include "page_write.h"
 #include "ring.h"
-#include "wake.h"
+#include "wakeup.h"
 
 #include <poll.h>
 
+#include <atomic>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -237,7 +239,6 @@ static void arbiter() {
                 table.share(use.id, 0.5 + use.id % 3, use.id % 5);
                 (void) table.busy_beside(use.id, 1000);
             }
-            (void) table.contended();
             (void) table.taken();
             std::this_thread::yield();
         }
@@ -247,7 +248,34 @@ static void arbiter() {
     parts.push_back(operator_);
     together(parts);
     CHECK(turns == (uint64_t) ENGINES * TURNS);
-    CHECK(table.uses().empty() && !table.contended());
+    CHECK(table.uses().empty());
+}
+
+// --- the governor: the event loop looks while the engine thread decides ---------------------------------------------
+
+// Two decodes that were given up leave for one thread, and work after idling takes two again: so two threads are settled
+// on after an even number of changes, and one after an odd number. A view of two moments says something else.
+static void governor() {
+    constexpr uint64_t VIEWS = 30000, CHANGES = 100000, MS = 1000000;
+    Governor governor(2, false, 2);
+    std::atomic<uint64_t> changes{0};
+    std::atomic<int> looking{2};
+    const auto engine = [&] {
+        for (uint64_t now = 1000 * MS; looking != 0; now += MS) {
+            governor.record(1, 2, MS, true, now);
+            governor.record(1, 2, MS, true, now); // twice: down to 1
+            governor.wake(0.0, now);              // up to 2
+            changes = governor.n_changes();
+        }
+    };
+    const auto event_loop = [&] {
+        for (uint64_t n = 0; n < VIEWS || changes < CHANGES; ++n) {
+            const Governor::View view = governor.view();
+            CHECK((view.threads == 2) == (view.changes % 2 == 0));
+        }
+        looking--;
+    };
+    together({ engine, event_loop, event_loop });
 }
 
 // --- giving up a decode: the abort callback beside other threads ----------------------------------------------------
@@ -323,6 +351,7 @@ int main(int argc, char ** argv) {
     if (subject == "ring") ring();
     else if (subject == "page") page();
     else if (subject == "arbiter") arbiter();
+    else if (subject == "governor") governor();
     else if (subject == "deadline") deadline();
     else if (subject == "log") log_lines();
     else if (subject == "race") race();

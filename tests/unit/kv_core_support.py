@@ -269,7 +269,7 @@ class FakeEngine:
         self.core.exchange(a, b)
         self.kv.exchanged(a, b)
         for by_slot in (self.running, self.namespaces, self.borders):
-            by_slot[a], by_slot[b] = by_slot[b], by_slot[a]  # type: ignore[index]
+            by_slot[a], by_slot[b] = by_slot[b], by_slot[a]  # type: ignore[assignment]
 
     def admit(self, prompt: Sequence[int], *, namespace: bytes = b"", name: str | None = "a") -> Allocation:
         key = pack(list(prompt))

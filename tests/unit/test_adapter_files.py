@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mullama.errors import AdapterMismatch, BadModelFile, ModelLoadError, PermissionDenied
 from mullama.kv.index.namespaces import adapters_key
 from mullama.kv.index.tree import namespace_of
+from mullama.models.child import probe as child
 from mullama.models.child.probe import ProbeResult
 from mullama.models.files import gguf
 from mullama.models.files.lora_file import check_adapter, compare
@@ -97,6 +98,7 @@ def test_any_damage_is_a_clear_error(base: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(lora_file, "probe", lambda *_, **__: ProbeResult(ok=True, finite=True))
+    monkeypatch.setattr(child, "_versions", lambda: ["a build"])
     whole = adapters.build(tmp_path / "whole.gguf", base).read_bytes()
     bad, refused = tmp_path / "bad.gguf", 0
     for seed in range(300):
@@ -125,6 +127,7 @@ def test_the_child_is_asked_once_a_file_and_model(
         return results[0]
 
     monkeypatch.setattr(lora_file, "probe", probe)
+    monkeypatch.setattr(child, "_versions", lambda: ["a build"])
     path = adapters.build(tmp_path / "a.gguf", base)
     other = tiny_model("llama", seed=8)
     for model in (base, base, other, base):

@@ -81,6 +81,7 @@ def make_context() -> context.Context:
 
 
 def test_interleaved_rounds_alternate_discard_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "SETTLE_S", 0.0)
     quiet = {"hash_1": 100.0, "hash_2": 200.0}
     # round 2 (its second calibration) met a busy neighbour
     spells = iter([quiet, quiet, quiet, quiet | {"hash_2": 120.0}, *[quiet] * 4])
@@ -104,6 +105,7 @@ def test_interleaved_rounds_alternate_discard_and_repeat(monkeypatch: pytest.Mon
 
 
 def test_interleaved_gives_up_after_twice_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "SETTLE_S", 0.0)
     rising = iter(range(100, 10_000, 100))  # every calibration makes all earlier ones look bad
     monkeypatch.setattr(calibrate, "calibrate", lambda *_: {"hash_1": float(2 ** (next(rising) / 100))})
     result = context.interleaved(make_context(), "test", FakePool(), lambda _: lambda _server: {"tok_s": 1.0})

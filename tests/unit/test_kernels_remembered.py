@@ -98,7 +98,9 @@ def key_of(monkeypatch: pytest.MonkeyPatch, build: str = "a build", fault: str =
         {"build": "another build"},
         {"fault": "tiles=crash"},
     ],
-    ids=str,
+    ids=lambda changed: "-".join(
+        f"{name}-{sorted(v) if isinstance(v, frozenset) else v}" for name, v in changed.items()
+    ),
 )
 def test_it_holds_for_this_processor_and_this_build(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
     assert key_of(monkeypatch) == key_of(monkeypatch), "the same machine has the same name at every start"

@@ -628,7 +628,9 @@ def test_a_cache_goes_on_without_its_disk(tmp_path: Path) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(prompts, min_size=1, max_size=8), st.integers(1, 6000))
-def test_any_prompts_with_a_small_disk(tmp_path_factory: pytest.TempPathFactory, texts: list, n_bytes: int) -> None:
+def test_any_prompts_with_a_small_disk(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[list[tuple[int, int]]], n_bytes: int
+) -> None:
     engine, settle = with_disk(tmp_path_factory.mktemp("kv"), n_bytes)
     for parts in texts:
         engine.ask(words(parts), 3)

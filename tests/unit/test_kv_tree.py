@@ -274,7 +274,7 @@ def test_a_node_is_cut_inside(n_tokens: int) -> None:
 @pytest.mark.parametrize("tokens", [b"", b"abc", b"abcde"])
 def test_a_path_is_whole_tokens(tokens: bytes) -> None:
     tree = PrefixTree()
-    with pytest.raises(ValueError, match="no path of tokens"):
+    with pytest.raises(ValueError, match="not a path of tokens"):
         tree.hold(0, b"", tokens, 1)
     assert tree._roots == {}
 

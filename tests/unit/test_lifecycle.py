@@ -11,10 +11,9 @@ from mullama.types import SeqState
 
 LEGAL = {
     ("waiting", "prefill"), ("waiting", "done"),
-    ("prefill", "decode"), ("prefill", "preempted"), ("prefill", "migrating"), ("prefill", "done"),
-    ("decode", "preempted"), ("decode", "migrating"), ("decode", "done"),
+    ("prefill", "decode"), ("prefill", "preempted"), ("prefill", "done"),
+    ("decode", "preempted"), ("decode", "done"),
     ("preempted", "prefill"), ("preempted", "decode"), ("preempted", "done"),
-    ("migrating", "prefill"), ("migrating", "decode"), ("migrating", "done"),
 }  # fmt: skip
 
 

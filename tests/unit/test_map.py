@@ -19,20 +19,6 @@ MAX_FILES = 14
 #: What every subject may have one of.
 SHARED_NAMES = {"__init__", "base", "registry", "control", "report"}
 
-# What is not yet as it should be. Nothing is ever added here; what is mended is taken out.
-KNOWN_CIRCLES = {
-    "mullama.engine.requests.sequences",
-}
-KNOWN_CUT = {
-    "mullama.serving.idle:IdleMethods",
-    "mullama.serving.making_room:RoomMethods",
-    "mullama._core.machine:Machine",
-    "mullama._core.parking:Parking",
-    "mullama._core.slots:Slots",
-}
-KNOWN_FOLDERS = {"mullama/_core"}
-KNOWN_NAMES = {"kernels", "lora", "quantize", "sampling", "swap", "wake"}
-
 
 # -- imports ------------------------------------------------------------------------------------------------------
 
@@ -98,11 +84,12 @@ def circles(edges: dict[str, set[str]]) -> list[set[str]]:
 
 def test_files_import_in_no_circle() -> None:
     edges = {name: targets(files) - {name} for name, files in modules().items()}
-    assert edges["mullama.web.app"] and edges["mullama._core.loop"], "the reading of imports has come apart"
+    compiled = [of for name, of in edges.items() if name.startswith("mullama._core.")]
+    assert edges["mullama.web.app"] and any(compiled), "the reading of imports has come apart"
     found = [
         sorted(f"{node} -> {other}" for node in group for other in edges[node] & group) for group in circles(edges)
     ]
-    assert [group for group in found if not KNOWN_CIRCLES & {edge.split(" ")[0] for edge in group}] == []
+    assert found == []
 
 
 def test_a_circle_is_found() -> None:
@@ -146,7 +133,7 @@ def read_class(node: ast.ClassDef, module: str, names: dict[str, str]) -> Class:
     one = Class(node.name, module, [resolved(base, module, names) for base in node.bases])
     marks = " ".join(ast.unparse(mark) for mark in node.decorator_list)
     is_data = "dataclass" in marks or any(_DATA.search(base) for base in one.bases)
-    one.is_interface = "Protocol" in one.bases
+    one.is_interface = any(base.rpartition(":")[2] == "Protocol" for base in one.bases)
     for item in node.body:
         if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef):
             one.is_interface |= "abstractmethod" in " ".join(map(ast.unparse, item.decorator_list))
@@ -219,7 +206,7 @@ def test_a_class_is_whole() -> None:
     texts = {
         name: {file.suffix: file.read_text(encoding="utf-8") for file in files} for name, files in modules().items()
     }
-    assert [line for line in halves(texts) if line.split(" ")[0] not in KNOWN_CUT] == []
+    assert list(halves(texts)) == []
 
 
 def test_a_class_in_two_files_is_found() -> None:
@@ -274,7 +261,7 @@ def test_folders_are_small() -> None:
     count = Counter(file.parent.relative_to(PACKAGE.parent).as_posix() for file in sources())
     assert count["mullama"] > 5
     large = {folder: number for folder, number in count.items() if number > MAX_FILES}
-    assert large.keys() - KNOWN_FOLDERS == set(), large
+    assert large == {}
 
 
 def test_a_name_is_one_file() -> None:
@@ -284,4 +271,4 @@ def test_a_name_is_one_file() -> None:
         places[file.stem].add(file.parent.relative_to(PACKAGE.parent).as_posix())
     twice = {name: sorted(where) for name, where in places.items() if len(where) > 1}
     assert "__init__" in twice
-    assert {name: where for name, where in twice.items() if name not in SHARED_NAMES | KNOWN_NAMES} == {}
+    assert {name: where for name, where in twice.items() if name not in SHARED_NAMES} == {}

@@ -224,7 +224,9 @@ BAD_PARAMS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("params", [*BAD_PARAMS, {"x": "y" * MAX_PARAMS}], ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(
+    "params", [*BAD_PARAMS, {"x": "y" * MAX_PARAMS}], ids=lambda value: repr(value).partition(" at 0x")[0][:30]
+)
 def test_parameters_that_cannot_be_shown_are_refused(params: Any) -> None:
     class Bad(Mine):
         def params(self) -> Mapping[str, Any]:
@@ -234,7 +236,7 @@ def test_parameters_that_cannot_be_shown_are_refused(params: Any) -> None:
         publish(Bad(), "scheduler", "mine")
     one = PolicyHost(create("fcfs"), "fcfs", own_thread=False, timeout_ms=100)
     with pytest.raises(PluginError):
-        one.swap(Bad(), "mine", own_thread=True)
+        one.change(Bad(), "mine", own_thread=True)
     assert (one.name, one.fallback) == ("fcfs", None), "the one before stays"
 
 

@@ -40,10 +40,10 @@ def test_decode_comes_first_and_needs_no_budget(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_state_is_handled(name: str) -> None:
-    """Sequences as another policy may hand them over; those that move or have ended are left alone."""
+    """Sequences as another policy may hand them over; those that have ended are left alone."""
     seqs = [
         seq(1, DECODE, generated=4), seq(2, PREFILL, 3), seq(3), seq(4, PREEMPTED, 0, generated=2, cells=12),
-        seq(5, PREEMPTED, 7, generated=0), seq(6, SeqState.MIGRATING, 0), seq(7, SeqState.DONE, 0),
+        seq(5, PREEMPTED, 7, generated=0), seq(6, SeqState.DONE, 0),
     ]  # fmt: skip
     plan = planned(made(name), moment(), *seqs)
     assert plan.tokens == {1: 1, 2: 3, 3: 10, 4: 1, 5: 7}

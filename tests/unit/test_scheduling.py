@@ -31,7 +31,6 @@ WAITING, PREFILL, DECODE, PREEMPTED = SeqState.WAITING, SeqState.PREFILL, SeqSta
         (Plan({1: 1.0}), [seq(1, DECODE)], "a whole number is needed"),  # type: ignore[dict-item]
         (Plan({1: True}), [seq(1, DECODE)], "a whole number is needed"),
         (Plan({1: 1}), [seq(1, SeqState.DONE)], "cannot compute"),
-        (Plan({1: 1}), [seq(1, SeqState.MIGRATING)], "cannot compute"),
         (Plan({1: 1, 2: 1, 3: 1}), [seq(1), seq(2), seq(3)], "3 sequences, 2 slots are free"),
         (Plan({1: 1, 2: 1, 3: 1}), [seq(1), seq(2), seq(3, PREEMPTED, 0)], "3 sequences, 2 slots are free"),
         (Plan({1: 10, 2: 10}), [seq(1), seq(2)], "16 are allowed"),

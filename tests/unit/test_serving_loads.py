@@ -1,4 +1,4 @@
-"""Loads that are given up, and loads that fail over and over (serving/manager.py)."""
+"""Loads that are given up, and loads that fail over and over (serving/loads.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_unloading_what_is_being_loaded_cancels_the_load() -> None:
         assert world.cancelled == ["a"]
         (await other).release()
         (await late).release()
-        assert (served.state, served.error, served.n_failures) == (ModelState.READY, None, 0)
+        assert (served.state, served.error, served.failures.n) == (ModelState.READY, None, 0)
         assert world.loads == ["a", "b", "a"]
 
     play(test())
@@ -39,7 +39,7 @@ def test_an_engine_that_comes_too_late_to_be_cancelled_is_closed() -> None:
     async def test() -> None:
         world = World("a")
         load = world.load
-        world.models._load_engine = lambda name, reference, progress: load(name, reference)
+        world.models.loads.load = lambda name, reference, progress: load(name, reference)
         world.may_load.clear()
         waiting = asyncio.ensure_future(world.models.lease("a"))
         await until(lambda: world.loads == ["a"])
@@ -62,7 +62,7 @@ def test_a_load_that_fails_again_and_again_is_tried_ever_more_rarely() -> None:
             with pytest.raises(ModelLoadError, match="truncated"):
                 await world.models.lease("a")
             served = world.models.get("a")
-            pauses.append(served.retry_at - world.clock.now)
+            pauses.append(served.failures.retry_at - world.clock.now)
             n_loads = len(world.loads)
             if pauses[-1] > 0:
                 with pytest.raises(ModelLoadError, match="truncated") as failure:
@@ -77,7 +77,7 @@ def test_a_load_that_fails_again_and_again_is_tried_ever_more_rarely() -> None:
         assert len(world.loads) == n_loads + 1
         del world.errors["a"]
         await world.models.load("a")
-        assert (served.n_failures, served.failure) == (0, None)
+        assert (served.failures.n, served.failures.last) == (0, None)
 
     play(test())
 
@@ -97,7 +97,7 @@ def test_too_little_memory_is_not_remembered() -> None:
             with pytest.raises(MemoryTooSmall, match="it does not fit") as refused:
                 await world.models.lease("a")
             assert refused.value.retry_after is None
-            assert (served.state, served.error, served.n_failures) == (ModelState.UNLOADED, "it does not fit", 0)
+            assert (served.state, served.error, served.failures.n) == (ModelState.UNLOADED, "it does not fit", 0)
             assert (len(world.loads), world.models.ready) == (n + 1, True)
         (await world.models.lease("a")).release()
         assert (served.state, served.error) == (ModelState.READY, None)

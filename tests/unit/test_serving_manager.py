@@ -153,14 +153,14 @@ def test_who_leaves_gives_the_place_up() -> None:
 def test_who_leaves_in_the_moment_of_the_answer_leaves_no_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         world = World("a")
-        served, answer, answered = world.models.get("a"), world.models._answer, []
+        served, answer, answered = world.models.get("a"), world.models.served.answer, []
 
         def answer_and_leave(one: Served) -> None:
             answered.extend(one.waiters)
             answer(one)
             waiting.cancel()
 
-        monkeypatch.setattr(world.models, "_answer", answer_and_leave)
+        monkeypatch.setattr(world.models.served, "answer", answer_and_leave)
         waiting = asyncio.ensure_future(world.models.lease("a"))
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -240,7 +240,7 @@ def test_a_busy_model_ends_first_and_takes_nothing_new() -> None:
         world = World("ab", max_models=1)
         held = await world.models.lease("a")
         other = asyncio.ensure_future(world.models.lease("b"))
-        await until(lambda: world.models.get("a").state is ModelState.UNLOADING)
+        await until(lambda: world.models.get("a").state is ModelState.YIELDING)
         again = asyncio.ensure_future(world.models.lease("a"))
         await settle()
         assert world.models.try_lease("a") is None
@@ -384,7 +384,7 @@ def test_a_hold_keeps_the_engine_and_is_no_request() -> None:
         with pytest.raises(ModelBusy, match="changes its weights"):
             await world.models.unload("a")
         waiting = asyncio.ensure_future(world.models.lease("b"))
-        await until(lambda: served.state is ModelState.UNLOADING)
+        await until(lambda: served.state is ModelState.YIELDING)
         assert world.models.hold("a") is None
         hold.release()
         assert served.last_used == before[1]
@@ -400,19 +400,19 @@ def test_replace_and_retire() -> None:
         world.models.watchers.append(lambda name, engine: told.append((name, engine)))
         old = await world.models.lease("a")
         new = world.make("a", weights="new")
-        resident = world.models.replace("a", new, reference="ref2")
+        resident = world.models.served.replace(world.models.get("a"), new, "ref2")
         assert world.models.get("a").reference == "ref2"
-        assert world.models.engines() == [new, old.engine]
-        retiring = asyncio.ensure_future(world.models.retire(resident))
+        assert world.models.served.engines() == [new, old.engine]
+        retiring = asyncio.ensure_future(world.models.served.retire(resident))
         await settle()
         assert world.engines[0].n_closed == 0
         old.release()
         await retiring
-        assert (world.engines[0].n_closed, world.models.engines()) == (1, [new])
+        assert (world.engines[0].n_closed, world.models.served.engines()) == (1, [new])
         await world.models.unload("a")
         assert told == [("a", old.engine), ("a", new), ("a", None)]
         with pytest.raises(ModelNotLoaded):
-            world.models.replace("a", new)
+            world.models.served.replace(world.models.get("a"), new)
 
     play(test())
 
@@ -422,9 +422,9 @@ def test_a_victim_that_is_replaced_while_it_ends_leaves_no_engine_behind() -> No
         world = World("ab", max_models=1)
         old = await world.models.lease("a")
         waiting = asyncio.ensure_future(world.models.lease("b"))
-        await until(lambda: world.models.get("a").state is ModelState.UNLOADING)
-        resident = world.models.replace("a", world.make("a"))
-        retiring = asyncio.ensure_future(world.models.retire(resident))
+        await until(lambda: world.models.get("a").state is ModelState.YIELDING)
+        resident = world.models.served.replace(world.models.get("a"), world.make("a"))
+        retiring = asyncio.ensure_future(world.models.served.retire(resident))
         old.release()
         await retiring
         (await waiting).release()
@@ -445,7 +445,7 @@ def test_keep_alive_counts_from_the_end_of_the_last_answer() -> None:
         await asyncio.sleep(0.06)
         assert world.loaded() == ["a"]
         world.clock.now += 11
-        world.models._changed.set()
+        world.models.served.changed.set()
         await until(lambda: world.engines[0].n_closed == 1)
         await until(lambda: world.models.get("a").state is ModelState.UNLOADED)
 
@@ -488,9 +488,9 @@ def test_idle_time_begins_when_requests_may_come() -> None:
         await asyncio.sleep(0.06)
         assert world.loaded() == ["x"]
         world.clock.now += 11
-        world.models._changed.set()
+        world.models.served.changed.set()
         await until(lambda: world.engines[0].n_closed == 1)
-        assert world.models.get("x").memory_bytes == 0
+        await until(lambda: world.models.get("x").memory_bytes == 0)
 
     play(test())
 
@@ -516,7 +516,7 @@ def test_one_that_cannot_be_unloaded_does_not_end_the_watch(monkeypatch: pytest.
 
         monkeypatch.setattr(world.engines[0], "close", fail)
         world.clock.now += 11
-        world.models._changed.set()
+        world.models.served.changed.set()
         await until(lambda: world.engines[1].n_closed == 1)
         (await world.models.lease("a")).release()
         assert world.loads == ["a", "b", "a"], "who asks for it is answered"
@@ -539,7 +539,7 @@ def test_who_comes_while_an_idle_engine_closes_gets_the_next_one() -> None:
             await settle()
             assert world.models.get("a").state is ModelState.READY
             assert world.models.try_lease("a") is not None
-            assert found.engine is world.models.engines()[0]
+            assert found.engine is world.models.served.engines()[0]
 
     play(test())
 
@@ -627,7 +627,7 @@ def test_a_random_walk_keeps_the_laws(seed: int, max_models: int, by_memory: boo
         await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 15)
         assert not any(one.waiters for one in models.all())
         await models.drain(0)
-        await until(lambda: not models.budget.closing and (models._worker is None or models._worker.done()))
+        await until(lambda: not models.budget.closing and models.loads.is_idle)
         models.close()
         assert [engine.n_closed for engine in world.engines] == [1] * len(world.engines)
 

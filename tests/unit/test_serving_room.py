@@ -26,7 +26,7 @@ def test_whichever_busy_model_ends_first_makes_room() -> None:
         world.clock.now += 1
         short = await models.lease("b")
         waiting = asyncio.ensure_future(models.lease("c"))
-        await until(lambda: models.get("a").gives_way)
+        await until(lambda: models.get("a").state is ModelState.YIELDING)
         short.release()
         with await waiting:
             assert world.loaded() == ["a", "c"]
@@ -45,7 +45,7 @@ def test_who_waited_for_a_model_that_stays_after_all_is_answered() -> None:
         world.clock.now += 1
         short = await models.lease("b")
         waiting = asyncio.ensure_future(models.lease("c"))
-        await until(lambda: models.get("a").gives_way)
+        await until(lambda: models.get("a").state is ModelState.YIELDING)
         late = asyncio.ensure_future(models.lease("a"))
         await settle()
         assert not late.done()
@@ -63,9 +63,9 @@ def test_a_room_that_nobody_wants_any_more_is_given_back() -> None:
         models = world.models
         lease = await models.lease("a")
         waiting = asyncio.ensure_future(models.lease("b"))
-        await until(lambda: models.get("a").gives_way)
+        await until(lambda: models.get("a").state is ModelState.YIELDING)
         waiting.cancel()
-        await until(lambda: not models.get("a").gives_way)
+        await until(lambda: models.get("a").state is not ModelState.YIELDING)
         again = models.try_lease("a")
         assert again is not None and again.engine is lease.engine
         lease.release()
@@ -87,7 +87,7 @@ def test_a_model_is_not_loaded_for_who_left_while_room_was_made() -> None:
         waiting.cancel()
         await settle()
         world.engines[0].may_close.set()
-        await until(lambda: models._worker is None or models._worker.done())
+        await until(lambda: models.loads.is_idle)
         assert world.loads == ["a"]
 
     play(test())
@@ -99,7 +99,7 @@ def test_a_pin_that_comes_while_a_model_gives_way_holds() -> None:
         models = world.models
         lease = await models.lease("a")
         waiting = asyncio.ensure_future(models.lease("b"))
-        await until(lambda: models.get("a").gives_way)
+        await until(lambda: models.get("a").state is ModelState.YIELDING)
         models.get("a").pinned = True
         lease.release()
         with pytest.raises(ModelBusy, match="pinned"):
@@ -136,7 +136,7 @@ def test_a_forced_unload_of_a_model_that_gives_way_is_not_taken_back() -> None:
         models = world.models
         lease = await models.lease("a")
         waiting = asyncio.ensure_future(models.lease("b"))
-        await until(lambda: models.get("a").gives_way)
+        await until(lambda: models.get("a").state is ModelState.YIELDING)
         unloading = asyncio.ensure_future(models.unload("a", force=True))
         await until(lambda: bool(world.engines[0].drained))
         waiting.cancel()
@@ -200,9 +200,9 @@ def test_what_a_model_takes_beside_its_weights_stays_when_it_is_replaced() -> No
         world = World("a", sizes={"a": 30})
         first = Engine("a", size=10)
         world.models.add_loaded("z", first, "a")  # type: ignore[arg-type]
-        old = world.models.replace("z", Engine("z", size=25))  # type: ignore[arg-type]
+        old = world.models.served.replace(world.models.get("z"), Engine("z", size=25))  # type: ignore[arg-type]
         assert world.models.get("z").n_bytes == 45
-        await world.models.retire(old)
+        await world.models.served.retire(old)
         assert first.n_closed == 1
 
     play(test())
@@ -218,7 +218,7 @@ class BusyFirst:
 def test_a_policy_is_not_asked_about_busy_models_where_one_is_idle() -> None:
     async def test() -> None:
         world = World("abc", max_models=2)
-        world.models._policy = BusyFirst()
+        world.models.evictor.policy = BusyFirst()
         with await world.models.lease("b"):
             await world.models.load("a")
             await asyncio.wait_for(world.models.load("c"), 5)
@@ -230,7 +230,7 @@ def test_a_policy_is_not_asked_about_busy_models_where_one_is_idle() -> None:
 def test_a_name_that_comes_while_somebody_goes_through_them() -> None:
     """Bodies are parsed in threads, so that a name of the store may come at any moment, and twice at once."""
     world = World("ab", find=lambda name: name)
-    going_through = iter(world.models._served.values())
+    going_through = iter(world.models.served)
     assert next(going_through).name == "a"
     world.models.get("stored")
     assert [one.name for one in going_through] == ["b"]
@@ -284,9 +284,9 @@ def test_long_and_short_answers_never_lock_anybody_out(seed: int, max_models: in
                 lease.release()
 
         await asyncio.gather(*(client(leaves=i % 3 == 0) for i in range(9)))
-        assert not any(one.waiters or one.gives_way for one in models.all())
+        assert not any(one.waiters or one.state is ModelState.YIELDING for one in models.all())
         await models.drain(0)
-        await until(lambda: models._worker is None or models._worker.done())
+        await until(lambda: models.loads.is_idle)
         await until(lambda: not models.budget.closing)
         models.close()
         assert [engine.n_closed for engine in world.engines] == [1] * len(world.engines)
@@ -302,8 +302,8 @@ def test_an_engine_that_was_replaced_counts_until_it_has_ended() -> None:
         world = World("ab", sizes={"a": 10, "b": 10}, memory_budget=25)
         models = world.models
         streaming = await models.lease("a")
-        old = models.replace("a", world.make("a"))
-        retiring = asyncio.ensure_future(models.retire(old))
+        old = models.served.replace(models.get("a"), world.make("a"))
+        retiring = asyncio.ensure_future(models.served.retire(old))
         waiting = asyncio.ensure_future(models.lease("b"))
         await settle()
         await asyncio.sleep(0.01)
@@ -346,7 +346,7 @@ def test_what_is_looked_at_is_closed_afterwards() -> None:
 def test_a_user_s_policy_runs_beside_the_event_loop(
     does: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mullama.serving.making_room.VICTIM_S", 0.05)
+    monkeypatch.setattr("mullama.serving.model_eviction.VICTIM_S", 0.05)
     threads: list[threading.Thread] = []
     over = threading.Event()
 
@@ -361,7 +361,7 @@ def test_a_user_s_policy_runs_beside_the_event_loop(
 
     async def test() -> None:
         world = World("ab", max_models=1)
-        world.models._policy = Mine()
+        world.models.evictor.policy = Mine()
         for name in "ab":
             (await world.models.lease(name)).release()
         assert world.loaded() == ["b"]

@@ -1,4 +1,4 @@
-"""Models that sleep: who may, what they hold, and that whoever asks for one wakes it (serving/idle.py)."""
+"""Models that sleep: who may, what they hold, and that whoever asks for one wakes it (serving/sleepers.py)."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_who_comes_while_it_falls_asleep_wakes_it() -> None:
         await until(lambda: world.calls() == ["host"])
         waiting = asyncio.ensure_future(world.models.lease("a"))
         await settle()
-        assert world.engines[0] in world.models.engines()
+        assert world.engines[0] in world.models.served.engines()
         world.may_move.set()
         await sleeping
         (await waiting).release()
@@ -180,7 +180,7 @@ def test_one_that_lacks_something_sleeps_on_and_is_woken_later(error: ModelLoadE
             world.failures.append(error)
             with pytest.raises(type(error), match="it does not fit"):
                 await world.models.lease("a")
-            assert (served.state, served.error, served.n_failures) == (ModelState.ASLEEP, "it does not fit", 0)
+            assert (served.state, served.error, served.failures.n) == (ModelState.ASLEEP, "it does not fit", 0)
             assert served.asleep is not None
         (await world.models.lease("a")).release()
         assert (world.loads, world.engines[0].n_closed, served.error) == (["a"], 0, None)
@@ -216,7 +216,7 @@ def test_what_sleepers_hold_counts_and_makes_room_first() -> None:
         await models.sleep("a")
         await models.load("b")  # 20 + 30
         assert models.get("a").state is ModelState.ASLEEP
-        assert models.room("b").alone == 80  # type: ignore[union-attr]
+        assert models.memory_left("b").alone == 80  # type: ignore[union-attr]
         await models.load("c")  # 20 + 30 + 60: too much, and without the sleeper it fits
         assert (models.get("a").state, world.loaded()) == (ModelState.UNLOADED, ["b", "c"])
         assert world.engines[0].n_closed == 1
@@ -251,15 +251,15 @@ def test_idle_ones_fall_asleep_and_are_given_up_in_the_end() -> None:
         served = models.get("a")
         with await models.lease("a"):
             world.clock.now += 50
-            models._watch_idle()
+            models.idle.look()
             await settle()
             assert served.state is ModelState.READY
         world.clock.now += 11
-        models._watch_idle()
+        models.idle.look()
         await until(lambda: served.state is ModelState.ASLEEP)
         assert world.calls() == ["disk"]
         world.clock.now += 100
-        models._watch_idle()
+        models.idle.look()
         await until(lambda: served.state is ModelState.UNLOADED)
         assert world.engines[0].n_closed == 1
 
@@ -272,9 +272,9 @@ def test_a_sleep_that_fails_is_not_tried_over_and_over() -> None:
         await world.models.load("a")
         world.failures.append(InvalidRequest("no"))
         world.clock.now += 11
-        world.models._watch_idle()
-        await until(lambda: world.models.get("a").cannot_sleep)
-        world.models._watch_idle()
+        world.models.idle.look()
+        await until(lambda: world.models.get("a").resident.cannot_sleep)
+        world.models.idle.look()
         await settle()
         assert (world.calls(), world.models.get("a").state) == (["host"], ModelState.READY)
 
@@ -300,11 +300,11 @@ def test_a_request_that_is_just_ending_puts_the_sleep_off() -> None:
         await models.load("a")
         world.failures.append(ModelBusy("it computes now"))
         world.clock.now += 11
-        models._watch_idle()
+        models.idle.look()
         await until(lambda: len(world.calls()) == 1)
         await until(lambda: models.get("a").last_used == world.clock.now)
         world.clock.now += 11
-        models._watch_idle()
+        models.idle.look()
         await until(lambda: models.get("a").state is ModelState.ASLEEP)
 
     play(test())
@@ -317,9 +317,9 @@ def test_a_sleep_that_breaks_does_not_end_the_watch() -> None:
             await world.models.load(name)
         world.failures.append(OSError("disk full"))
         world.clock.now += 11
-        world.models._watch_idle()
+        world.models.idle.look()
         await until(lambda: world.models.get("b").state is ModelState.ASLEEP)
-        assert world.models.get("a").cannot_sleep
+        assert world.models.get("a").resident.cannot_sleep
 
     play(test())
 
@@ -330,7 +330,7 @@ def test_unloading_and_the_end_close_a_sleeper() -> None:
         for name in "ab":
             await world.models.load(name)
             await world.models.sleep(name)
-        assert [name for name, _ in world.models.asleep()] == ["a", "b"]
+        assert [name for name, _ in world.models.served.asleep()] == ["a", "b"]
         served = await world.models.unload("a")
         assert (served.state, world.engines[0].n_closed) == (ModelState.UNLOADED, 1)
         await world.models.drain(0)

@@ -23,7 +23,7 @@ from mullama.errors import (
 from mullama.serving.hot_swap import SwapRecord, Swaps
 from mullama.serving.states import ModelState
 from mullama.serving.targets import Target
-from mullama.types import Room
+from mullama.types import MemoryLeft
 
 
 class Report:
@@ -39,12 +39,12 @@ class SwappableWeights(Weights):
         label: str = "",
         kv: str = "auto",
         gap: str = "auto",
-        room: Any = None,
+        memory_left: Any = None,
         kl: bool = False,
         on_phase: Any = None,
     ) -> Report:
         on_phase("loading")
-        self.engine.asked = {"kv": kv, "gap": gap, "room": room} | ({"kl": True} if kl else {})
+        self.engine.asked = {"kv": kv, "gap": gap, "memory_left": memory_left} | ({"kl": True} if kl else {})
         if self.engine.error:
             raise self.engine.error
         if self.engine.needs_another:
@@ -243,7 +243,7 @@ def test_how_far_the_new_weights_are() -> None:
     async def test() -> None:
         world = SwapWorld()
         await world.swap(kl=True)
-        assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": None, "kl": True}
+        assert world.engine.asked == {"kv": "auto", "gap": "auto", "memory_left": None, "kl": True}
         for kv in ("drain", "recompute"):
             world.engine.needs_another = True
             record = await world.swap("other", kv, kl=True)
@@ -268,15 +268,16 @@ def test_a_budget_says_what_room_there_is() -> None:
     async def test() -> None:
         world = SwapWorld(memory_budget=200, sizes={"ref:m": 60, "b": 15})
         await world.swap(gap="never")
-        assert world.engine.asked == {"kv": "auto", "gap": "never", "room": Room(beside=140, alone=200)}
+        assert world.engine.asked == {"kv": "auto", "gap": "never", "memory_left": MemoryLeft(beside=140, alone=200)}
         world.models.add("b", "b")
         await world.models.load("b")
         served = world.models.get("m")
         await world.swap()
-        assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": Room(200 - 15 - served.n_bytes, 185)}
+        left = MemoryLeft(200 - 15 - served.n_bytes, 185)
+        assert world.engine.asked == {"kv": "auto", "gap": "auto", "memory_left": left}
         world.models.budget.n_bytes = 0
         await world.swap()
-        assert world.engine.asked == {"kv": "auto", "gap": "auto", "room": None}
+        assert world.engine.asked == {"kv": "auto", "gap": "auto", "memory_left": None}
         with pytest.raises(InvalidRequest, match="gap: it must be one of auto, never"):
             world.swaps.begin("m", "Q4_0", gap="maybe")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from models_support import make_gguf
 
-from mullama.errors import PermissionDenied, ReferenceNotFound
+from mullama.errors import InvalidRequest, PermissionDenied, ReferenceNotFound
 from mullama.models.store.store import Store
 from mullama.serving import targets
 from mullama.serving.targets import find_target, known_digest
@@ -19,7 +19,14 @@ def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     monkeypatch.setenv("MULLAMA_HOME", str(tmp_path / "home"))
     found: list[Path] = []
     monkeypatch.setattr(targets, "check_model", lambda path, **options: found.append(path))
+    monkeypatch.setattr(targets, "check_type", _check_type)  # the real one asks llama.cpp
     return found
+
+
+def _check_type(name: str) -> str:
+    if name.upper() not in ("Q8_0", "Q4_0"):
+        raise InvalidRequest(f"'{name}' is not a quantisation type", param="type")
+    return name.upper()
 
 
 def find(to: str, reference: str = "./m.gguf", *, may_read_files: bool = True) -> targets.Target:

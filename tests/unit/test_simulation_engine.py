@@ -93,7 +93,7 @@ def test_until_ns_and_repeat_are_kept(params: dict[str, float], tokens: int) -> 
 
 REQUESTS = st.builds(
     TraceRequest,
-    at_s=st.floats(0, 3),
+    at_s=st.integers(0, 3 * 10**9).map(lambda ns: ns / 1e9),  # of two within one nanosecond neither comes first
     prompt_tokens=st.integers(1, 400),
     output_tokens=st.integers(1, 80),
     priority=st.integers(0, 3),

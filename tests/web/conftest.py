@@ -12,6 +12,7 @@ from typing import Any
 
 import falcon.testing
 import pytest
+import uvicorn.server
 
 from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
@@ -156,11 +157,22 @@ def without_extensions(app: Any) -> Any:
     return plain
 
 
+class Hurried:
+    """uvicorn's asyncio: it looks ten times a second whether it should end, and waits as long for last bytes."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds / 10)
+
+
 @pytest.fixture
-def live(engine: FakeEngine, config: ServeConfig) -> Iterator[Callable[..., Live]]:
+def live(engine: FakeEngine, config: ServeConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Live]]:
     """Call it (after changing ``engine`` or ``config``) to start the server. Without ``direct`` every chunk goes
     through ASGI, as it does with another server."""
     started: list[tuple[Live, Services]] = []
+    monkeypatch.setattr(uvicorn.server, "asyncio", Hurried())
 
     def start(*, ping_seconds: float = 15.0, direct: bool = True) -> Live:
         config.port = 0

@@ -354,7 +354,7 @@ def test_a_stream_outlives_its_engine(live: Start, engine: FakeEngine) -> None:
     services = running.server._services
     models, loop = services.models, running.server.servers[0].get_loop()
     other = FakeEngine("fake")
-    models._load_engine = lambda name, reference, progress: other
+    models.loads.load = lambda name, reference, progress: other
     other.store([1, 2, 3])
 
     def play(coroutine: Any) -> None:

@@ -52,7 +52,7 @@ class Weights(FakeWeights):
         label: str = "",
         kv: str = "auto",
         gap: str = "auto",
-        room: Any = None,
+        memory_left: Any = None,
         kl: bool = False,
         on_phase: Any = None,
     ) -> Any:
@@ -288,14 +288,14 @@ def test_a_chat_loads_its_model(world: World) -> None:
 
 def test_a_client_that_leaves_while_its_model_loads(world: World) -> None:
     may_load = threading.Event()
-    load = world.models._load_engine
+    load = world.models.loads.load
     assert load is not None
 
     def slow(name: str, reference: str, progress: Any) -> EngineClient:
         assert may_load.wait(20)
         return load(name, reference, progress)
 
-    world.models._load_engine = slow
+    world.models.loads.load = slow
 
     class Leaving:
         async def receive(self) -> dict[str, str]:

@@ -87,7 +87,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     async def no_watch() -> None:
         """What watches idle models would outlive the loop of a request."""
 
-    monkeypatch.setattr(models, "_reap", no_watch)
+    monkeypatch.setattr(models.idle, "_watch", no_watch)
     services = Services(config, models)
     yield Client(create_app(config, models, services), services)
     services.close()
@@ -97,7 +97,7 @@ def state_of(client: Client) -> dict[str, Any]:
     served = client._services.models.get("fake")
     engine: Any = served.engine
     return {
-        "model": (served.state, served.pinned, served.keep_alive_s, served.n_failures),
+        "model": (served.state, served.pinned, served.keep_alive_s, served.failures.n),
         "policies": (engine.policy, dict(engine.policy.params()), engine.kv_policy, engine.shadow),
         "engine": (engine.arbiter_policy, dict(engine.share), dict(engine.loras)),
         "calls": [call for call in engine.kv_calls if call[0] not in ("save", "load", "policy")],

@@ -215,7 +215,7 @@ def test_a_refused_request_changes_no_keep_alive(
     result = client.post(path, {**fields, "keep_alive": 5})
     assert result.status == 400, result.body
     assert services.models.get("fake").keep_alive_s == -1
-    monkeypatch.setattr(services.models, "_reap", lambda: asyncio.sleep(0))  # it would outlive this loop
+    monkeypatch.setattr(services.models.idle, "_watch", lambda: asyncio.sleep(0))  # it would outlive this loop
     assert (
         client.post(path, {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "keep_alive": 5}).status
         == 200
@@ -227,7 +227,7 @@ def test_a_refused_request_changes_no_keep_alive(
 def test_a_keep_alive_that_is_none_refuses_the_request(
     client: Client, engine: FakeEngine, services: Services, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(services.models, "_reap", lambda: asyncio.sleep(0))
+    monkeypatch.setattr(services.models.idle, "_watch", lambda: asyncio.sleep(0))
     result = client.post("/v1/completions", {"prompt": "x", "keep_alive": value})
     if result.status == 200:
         assert value == -2.5, "less than nothing is for ever"

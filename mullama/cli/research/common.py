@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+
+from mullama.files import STDIO
 
 if TYPE_CHECKING:
     from mullama.compare.runner import Run
     from mullama.workload.base import Workload
+    from mullama.workload.metrics import Slo
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,8 +44,51 @@ def sweep_option(command: F) -> F:
     return click.option("--sweep", "sweeps", multiple=True, metavar="[POLICY.]PARAM=V,V", help=told)(command)
 
 
-def report_options(command: F) -> F:
+@dataclass(frozen=True, slots=True)
+class ReportWanted:
     """What is good enough, and where the report goes."""
+
+    slo: Slo
+    out: Path | None
+    plots: bool
+    json_file: Path | None
+    csv_file: Path | None
+
+    @property
+    def to_stdout(self) -> int:
+        """How many files go to stdout, where there is place for one."""
+        return (self.json_file, self.csv_file).count(STDIO)
+
+    def write(self, report: dict[str, Any], runs: list[Run], workloads: list[Workload]) -> None:
+        """Everything that was asked for. Raises OSError."""
+        from mullama.compare.plots import write_plots
+        from mullama.compare.recording import write_csv, write_folder, write_json
+
+        if self.json_file is not None:
+            write_json(self.json_file, report)
+        if self.csv_file is not None:
+            write_csv(self.csv_file, report)
+        if self.out is not None:
+            write_folder(self.out, report, runs, workloads)
+            if self.plots and runs:
+                write_plots(self.out, runs)
+
+
+def report_options(command: F) -> F:
+    """Options that come together as ``wanted``. Raises ConfigError where matplotlib is needed and not there."""
+
+    @functools.wraps(command)
+    def run(**params: Any) -> Any:
+        from mullama.compare.plots import require_matplotlib
+        from mullama.workload.metrics import Slo
+
+        slo = Slo(*(params.pop(f"slo_{name}_ms") for name in ("ttft", "itl", "e2e")))
+        wanted = ReportWanted(slo, *(params.pop(name) for name in ("out", "plots", "json_file", "csv_file")))
+        if wanted.out is not None and wanted.plots:
+            require_matplotlib()
+        return command(wanted=wanted, **params)
+
+    found = cast(F, run)
     for option in (
         click.option("--csv", "csv_file", type=FILE, metavar="FILE", help=f"write every run's numbers as CSV {_TO}"),
         click.option("--json", "json_file", type=FILE, metavar="FILE", help=f"write the report as JSON {_TO}"),
@@ -50,29 +98,5 @@ def report_options(command: F) -> F:
         click.option("--slo-itl-ms", type=_MS, metavar="MS", help="goodput: most mean time between tokens"),
         click.option("--slo-ttft-ms", type=_MS, metavar="MS", help="goodput: most time to the first token"),
     ):
-        command = option(command)
-    return command
-
-
-def write_report(
-    report: dict[str, Any],
-    runs: list[Run],
-    workloads: list[Workload],
-    *,
-    json_file: Path | None,
-    csv_file: Path | None,
-    out: Path | None,
-    plots: bool,
-) -> None:
-    """Everything that was asked for. Raises OSError."""
-    from mullama.compare.plots import write_plots
-    from mullama.compare.recording import write_csv, write_folder, write_json
-
-    if json_file is not None:
-        write_json(json_file, report)
-    if csv_file is not None:
-        write_csv(csv_file, report)
-    if out is not None:
-        write_folder(out, report, runs, workloads)
-        if plots and runs:
-            write_plots(out, runs)
+        found = option(found)
+    return found

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mullama.cli.options import config_from, config_options
-from mullama.cli.research.common import FILE, SEEDS_HELP, policy_options, report_options, sweep_option, write_report
+from mullama.cli.research.common import FILE, SEEDS_HELP, ReportWanted, policy_options, report_options, sweep_option
 from mullama.config import DEFAULT_MODEL, ServeConfig
 from mullama.files import STDIO
 
@@ -50,13 +50,7 @@ def command(
     sweeps: tuple[str, ...],
     rounds: int,
     seed: int,
-    slo_ttft_ms: float | None,
-    slo_itl_ms: float | None,
-    slo_e2e_ms: float | None,
-    out: Path | None,
-    plots: bool,
-    json_file: Path | None,
-    csv_file: Path | None,
+    wanted: ReportWanted,
     record: Path | None,
     **params: Any,
 ) -> None:
@@ -64,17 +58,13 @@ def command(
 
     Ctrl-C ends it early; what was measured until then is reported.
     """
-    from mullama.compare.plots import require_matplotlib
     from mullama.compare.report import make_report, to_markdown
     from mullama.compare.runner import parse_policies
-    from mullama.workload.metrics import Slo
     from mullama.workload.recorded import write_trace
     from mullama.workload.spec import parse_seeds
 
     # Whatever can be wrong is found before the minutes that loading and measuring take.
-    if out is not None and plots:
-        require_matplotlib()
-    if (json_file, csv_file, record).count(STDIO) > 1:
+    if wanted.to_stdout + (record == STDIO) > 1:
         raise click.UsageError("of --json -, --csv - and --record - only one can be written to stdout")
     if record is not None and seeds > 1:
         raise click.UsageError("--record writes one workload; with --seeds, --out writes them all")
@@ -83,22 +73,22 @@ def command(
     config = _config(config_from(params), workloads)
     if record is not None:
         write_trace(record, workloads[0])
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+    if wanted.out is not None:
+        wanted.out.mkdir(parents=True, exist_ok=True)
     engine, runs = _measure(reference, config, policies, workloads, rounds)
     report = make_report(
         runs,
         policies,
         workloads,
-        Slo(slo_ttft_ms, slo_itl_ms, slo_e2e_ms),
+        wanted.slo,
         rounds=rounds,
         provenance=_provenance(engine, config),
     )
     for entry in report["policies"]:
         entry["source"] = sources[entry["label"]]
     if runs:
-        click.echo(to_markdown(report), nl=False, err=STDIO in (json_file, csv_file, record))
-    write_report(report, runs, workloads, json_file=json_file, csv_file=csv_file, out=out, plots=plots)
+        click.echo(to_markdown(report), nl=False, err=wanted.to_stdout > 0 or record == STDIO)
+    wanted.write(report, runs, workloads)
     if report["interrupted"]:
         raise KeyboardInterrupt
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mullama.cli.options import Size
-from mullama.cli.research.common import FILE, SEEDS_HELP, policy_options, report_options, sweep_option, write_report
+from mullama.cli.research.common import FILE, SEEDS_HELP, ReportWanted, policy_options, report_options, sweep_option
 from mullama.cli.research.compare import make_policy, swept
-from mullama.files import STDIO
 
 if TYPE_CHECKING:
     from mullama.compare.runner import PolicySpec, Run
@@ -68,29 +67,19 @@ def command(
     kv_tokens: int,
     kv_host_tokens: int | None,
     sampled: bool,
-    slo_ttft_ms: float | None,
-    slo_itl_ms: float | None,
-    slo_e2e_ms: float | None,
-    out: Path | None,
-    plots: bool,
-    json_file: Path | None,
-    csv_file: Path | None,
+    wanted: ReportWanted,
 ) -> None:
     """Simulate the workload with each policy, and print the table of compare.
 
     The same arguments give the same numbers.
     """
-    from mullama.compare.plots import require_matplotlib
     from mullama.compare.report import make_report, to_markdown
     from mullama.compare.runner import parse_policies
     from mullama.simulation import SimConfig, read_costs
-    from mullama.workload.metrics import Slo
     from mullama.workload.spec import parse_seeds
 
-    if out is not None and plots:
-        require_matplotlib()
     costs = read_costs(cost_file)
-    if json_file == STDIO == csv_file:
+    if wanted.to_stdout > 1:
         raise click.UsageError("of --json - and --csv - only one can be written to stdout")
     policies, sources = swept(parse_policies(schedulers, policy_args), sweeps)
     workloads = parse_seeds(spec, seed, seeds)
@@ -114,7 +103,7 @@ def command(
         runs,
         policies,
         workloads,
-        Slo(slo_ttft_ms, slo_itl_ms, slo_e2e_ms),
+        wanted.slo,
         rounds=1,
         provenance=_provenance(costs, cost_file, config),
     )
@@ -123,10 +112,10 @@ def command(
         by_seed = counters[entry["label"]]
         entry["counters"] = by_seed if seeds > 1 else by_seed[workloads[0].seed]
         entry["source"] = sources[entry["label"]]
-    click.echo(to_markdown(report), nl=False, err=STDIO in (json_file, csv_file))
+    click.echo(to_markdown(report), nl=False, err=wanted.to_stdout > 0)
     n = sum(len(run.outcomes) for run in runs)
     click.echo(f"simulated {n} requests in {spent:.2f} s: {n / max(spent, 1e-9):,.0f} a second", err=True)
-    write_report(report, runs, workloads, json_file=json_file, csv_file=csv_file, out=out, plots=plots)
+    wanted.write(report, runs, workloads)
 
 
 def _simulate(

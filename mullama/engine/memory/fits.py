@@ -23,15 +23,14 @@ from mullama.errors import ModelLoadError
 from mullama.files import identity_of
 from mullama.home import expand
 from mullama.machine import memory
-from mullama.models.files import gguf
-from mullama.models.files import lora_file as adapters
+from mullama.models.files import gguf, lora_file
 from mullama.models.files.estimate import Estimate, check_fits, estimate, is_enough, largest, token_bytes
 from mullama.models.files.gguf import Header
 from mullama.models.files.shape import shape_of
 
 log = logging.getLogger("mullama.engine")
 
-LEAST_CTX = 256
+MIN_CTX = 256
 
 
 def free_memory(config: ServeConfig) -> int | None:
@@ -75,7 +74,7 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = 
         header = header_of(path)
         if sharing.is_loaded(path, config):
             # They take nothing more, which is as if so much more were free.
-            free += _needs(header, config, LEAST_CTX, 1).weights
+            free += _needs(header, config, MIN_CTX, 1).weights
         sizes = _sizes(header, config, free)
         needs = _needs(header, config, sizes.n_ctx, sizes.n_parallel, _adapter_bytes(config, header))
     except ModelLoadError:
@@ -105,7 +104,7 @@ def _less_shared(needs: Estimate, path: str | Path, config: ServeConfig) -> Esti
 def _sizes(header: Header, config: ServeConfig, free: int | None) -> Sizes:
     """What is chosen where there is enough: KV takes a part of what is free when the weights are there."""
     if free is not None:
-        free = max(free - _needs(header, config, LEAST_CTX, 1).weights_copied, 0)
+        free = max(free - _needs(header, config, MIN_CTX, 1).weights_copied, 0)
     return sizing.choose_sizes(
         config.ctx_size,
         config.parallel,
@@ -128,8 +127,8 @@ def _shrunk(header: Header, config: ServeConfig, sizes: Sizes, free: int) -> Siz
             return Sizes(n_ctx, most)
         n_parallel = 1
     if not config.ctx_size:
-        least = min(n_ctx, LEAST_CTX)
-        n_ctx = largest(lambda n: fits(n * LEAST_CTX, n_parallel), n_ctx // LEAST_CTX, LEAST_CTX) or least
+        least = min(n_ctx, MIN_CTX)
+        n_ctx = largest(lambda n: fits(n * MIN_CTX, n_parallel), n_ctx // MIN_CTX, MIN_CTX) or least
     return Sizes(n_ctx, n_parallel)
 
 
@@ -156,7 +155,7 @@ def _adapter_bytes(config: ServeConfig, header: Header) -> int:
         path = expand(spec.partition("=")[2])
         try:
             own = header_of(path)
-            adapters.compare(own, header, str(path))
+            lora_file.compare(own, header, str(path))
         except ModelLoadError:  # of another model, or no adapter: loading it tells
             continue
         found += sum(tensor.size or 0 for tensor in own.tensors)

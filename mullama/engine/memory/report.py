@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mullama._core import Core
     from mullama.engine.parts import EngineParts
     from mullama.engine.requests.sequences import LiveSequence
-    from mullama.engine.weights.loras import LoadedAdapter
+    from mullama.engine.weights.loras import LoadedLora
 
 KV_PARTS = ("full", "window", "recurrent")
 Buffer = tuple[str, str, int, int]  # part, kind, address (0: on a device), bytes
@@ -77,13 +77,13 @@ def _at_boundary(parts: EngineParts) -> tuple[dict[str, Any], list[Buffer]]:
         "disk_tier_bytes": kv.disk.store.bytes_used if kv.disk is not None else None,
         "parked_sequences": sum(seq.parked is not None for seq in parts.seqs.live.values()),
         "parked_bytes": core.parked_bytes(),
-        "staging_bytes": core.staging_bytes() + parts.sleep.held_bytes,
-        "is_changing_weights": core.is_switching() or parts.weights.active is not None,
+        "staging_bytes": core.staging_bytes() + parts.weights.saved_bytes,
+        "is_changing_weights": core.is_switching() or parts.weights.change is not None,
     }
     return found, buffers
 
 
-def _adapter(one: LoadedAdapter) -> dict[str, Any]:
+def _adapter(one: LoadedLora) -> dict[str, Any]:
     """Its tensors, which loading has written, so that what is in this process's memory is resident."""
     native = one.native
     return {"id": one.id, "allocated_bytes": native.n_bytes, "resident_bytes": native.n_host_bytes}

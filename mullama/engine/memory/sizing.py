@@ -12,8 +12,11 @@ DEFAULT_PARALLEL = 8
 KV_SHARE = 0.5  # of the free memory, at most
 
 
-def default_swap_bytes() -> int:
-    """Host memory that the KV of preempted requests may take: a quarter of what is free, 1 GiB where unknown."""
+def default_host_bytes() -> int:
+    """Host memory that KV of preempted requests may take, and the host tier: a quarter of what is free.
+
+    1 GiB where that is unknown.
+    """
     free = memory.available_memory()
     return (1 << 30) if free is None else free // 4
 
@@ -29,11 +32,11 @@ def choose_sizes(ctx_size: int, parallel: int, n_ctx_train: int, token_bytes: in
     n_ctx = ctx_size or min(n_ctx_train or DEFAULT_CTX, DEFAULT_CTX)
     n_parallel = parallel or DEFAULT_PARALLEL
     if memory is not None and token_bytes > 0:
-        room = max(int(memory * KV_SHARE) // token_bytes, 256)  # tokens of KV
+        n_tokens = max(int(memory * KV_SHARE) // token_bytes, 256)  # of KV
         if not parallel:
-            n_parallel = max(1, min(n_parallel, room // n_ctx))
+            n_parallel = max(1, min(n_parallel, n_tokens // n_ctx))
         if not ctx_size:
-            n_ctx = max(256, min(n_ctx, room // n_parallel // 256 * 256))
+            n_ctx = max(256, min(n_ctx, n_tokens // n_parallel // 256 * 256))
     return Sizes(n_ctx, n_parallel)
 
 
@@ -60,7 +63,7 @@ def fit_gpu_layers(asked: str, n_layer: int, model_bytes: int, kv_bytes: int, fr
     if free_bytes is None:
         return 0
     # Compute buffers and the runtime itself take some: leave a tenth and half a gigabyte.
-    room = int(free_bytes * 0.9) - (512 << 20)
+    usable = int(free_bytes * 0.9) - (512 << 20)
     a_layer = max((model_bytes + kv_bytes) // max(n_layer + 1, 1), 1)
-    fits = room // a_layer
+    fits = usable // a_layer
     return -1 if fits > n_layer else max(0, fits)

@@ -1,1 +1,1 @@
-"""The scheduling policy of an engine: asked, watched, swapped live, shadowed, shown."""
+"""The scheduling policy of an engine: asked, watched, changed live, shadowed, shown."""

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mullama.engine.client import PlanningClient
 from mullama.engine.parts import EngineParts
 from mullama.engine.planning import report
-from mullama.errors import ModelBusy
+from mullama.errors import InvalidRequest, ModelBusy
 from mullama.plugins.groups import Published, publish
 from mullama.scheduling import Scheduler, registry
 
@@ -25,7 +26,7 @@ def _make(spec: str, params: Mapping[str, Any] | None) -> tuple[Scheduler, Publi
     return policy, publish(policy, "scheduler", spec)
 
 
-class PlanningControl:
+class PlanningControl(PlanningClient):
     """Changes are made on the engine thread, between two steps. The ``a`` methods are what PlanningClient says."""
 
     def __init__(self, parts: EngineParts) -> None:
@@ -96,7 +97,7 @@ class PlanningControl:
 
     def _set_policy(self, policy: Scheduler, spec: str, facts: Published) -> dict[str, Any]:
         own_thread = registry.is_foreign(spec, facts.params)
-        n = self._policy.swap(policy, spec, own_thread=own_thread, facts=facts)
+        n = self._policy.change(policy, spec, own_thread=own_thread, facts=facts)
         return {"policy": self._policy.name, "params": self._policy.params(), "handed_over": n}
 
     def _configure(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +124,10 @@ class PlanningControl:
 
     def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
         """What this engine may expect beside others. Raises InvalidRequest."""
+        if not -(2**31) <= priority < 2**31:  # SAFETY: it becomes an int of C
+            raise InvalidRequest(
+                f"a priority must be {-(2**31)} to {2**31 - 1}, got {str(priority)[:40]}", param="priority"
+            )
         self._parts.core.turns.set_share(self._parts.core.seat, weight=weight, priority=priority)
 
     def set_arbiter_policy(self, policy: str) -> None:

@@ -1,4 +1,4 @@
-"""The policy in charge: asked for plans, watched, swapped live, replaced by fcfs when it is broken.
+"""The policy in charge: asked for plans, watched, changed live, replaced by fcfs when it is broken.
 
 A built-in policy runs on the engine thread. A user's runs on a planner thread: the engine waits for it only while it
 has nothing else to do, and never longer than the time limit; meanwhile it repeats the last valid plan.
@@ -40,7 +40,7 @@ class PlanStats:
     plans: int = 0
     total_ns: int = 0
     repeated: int = 0  # steps that repeated a plan because the policy was still thinking
-    swaps: int = 0
+    changes: int = 0  # of the policy in charge
 
 
 class PolicyHost:
@@ -94,7 +94,7 @@ class PolicyHost:
         old, self.shadow = self.shadow, shadow
         return old
 
-    def swap(self, policy: Scheduler, spec: str, *, own_thread: bool, facts: Published | None = None) -> int:
+    def change(self, policy: Scheduler, spec: str, *, own_thread: bool, facts: Published | None = None) -> int:
         """Put another policy in charge from the next plan on. Returns the number of sequences handed over.
 
         ``facts`` is what it says of itself: a user's is asked elsewhere. Raises PluginError; then the one before stays.
@@ -103,7 +103,7 @@ class PolicyHost:
         self._leave()
         self._install(policy, spec, own_thread, facts)
         self.fallback = None
-        self.stats.swaps += 1
+        self.stats.changes += 1
         return self._hand_over()
 
     def _hand_over(self) -> int:

@@ -37,7 +37,7 @@ def scheduler(parts: EngineParts) -> dict[str, Any]:
         "plans": counters.plans,
         "repeated_plans": policy.stats.repeated,
         "preemptions": counters.preemptions,
-        "swaps": policy.stats.swaps,
+        "swaps": policy.stats.changes,
         "plan_times": policy.plan_times(),
         "shadow": policy.shadow.snapshot() if policy.shadow is not None else None,
         "threads": parts.core.governor.snapshot(),

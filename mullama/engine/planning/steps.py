@@ -8,7 +8,7 @@ import time
 from mullama.engine.parts import EngineParts
 from mullama.kv.choice import ESTIMATES
 from mullama.scheduling import Costs, EngineState, Plan
-from mullama.scheduling.kv_budget import PRESSURE_STEPS, Fitted, fit_or_go_on
+from mullama.scheduling.kv_budget import Fitted, fit_or_go_on
 from mullama.types import SeqState
 
 BESIDE_S = 0.2  # another engine that computed so lately wants the cores as well
@@ -48,7 +48,7 @@ class Steps:
     def _max_prefill(self) -> int:
         """Prompt tokens of one step: fewer while somebody waits for its end, another engine or a change of weights."""
         core = self._parts.core
-        if self._parts.weights.active is not None or core.turns.busy_beside(core.seat, BESIDE_S):
+        if self._parts.weights.change is not None or core.turns.busy_beside(core.seat, BESIDE_S):
             return min(core.n_batch, SHARED_PREFILL)
         return core.n_batch
 
@@ -61,36 +61,29 @@ class Steps:
         self._estimated = known
         queued = (seq for seq in seqs.live.values() if seq.view.state is SeqState.WAITING)
         for seq in itertools.islice(queued, ESTIMATES):
-            now, later, _ = kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
-            seq.view.expect(max(now, later))
+            foreseen = kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+            seq.view.expect(max(foreseen.now, foreseen.later))
 
     def fit(self, plan: Plan) -> Fitted:
-        """Cut the plan to the KV budget."""
-        views = self._parts.seqs.views
-        fitted = fit_or_go_on(plan, views, self._parts.kv_tokens, self._parts.core.n_batch)
-        for handle in fitted.preempt:
-            fitted.plan.preempt[handle] = views[handle].preempt
-        return fitted
+        """The plan, cut to the KV budget."""
+        return fit_or_go_on(plan, self._parts.seqs.views, self._parts.kv_tokens, self._parts.core.n_batch)
 
     def make_room(self, fitted: Fitted) -> int:
         """Give up retained prefixes, also those of whom the plan preempted. Returns the steps it may be repeated."""
-        plan, parts, seqs = fitted.plan, self._parts, self._parts.seqs
-        n_decode = max(len(plan.tokens), 1)
-        wanted = fitted.cells + n_decode * PRESSURE_STEPS
-        free = parts.kv_tokens - seqs.cells_running() - seqs.cells_retained()
-        if free < wanted:
-            free += seqs.evict_retained(wanted - free)
-        steps = max(1, free // n_decode)
-        return min(plan.repeat, steps) if plan.repeat else steps
+        seqs = self._parts.seqs
+        free = self._parts.kv_tokens - seqs.cells_running() - seqs.cells_retained()
+        if free < fitted.wanted:
+            free += seqs.evict_retained(fitted.wanted - free)
+        return fitted.steps(free)
 
     def waits_for_prefix(self, handle: int, plan: Plan) -> bool:
         """Whether another request is computing the prefix that this one needs: then it is computed once."""
         parts, seq = self._parts, self._parts.seqs.live[handle]
         if seq.parked is not None:
             return False
-        _, later, slot = parts.kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+        foreseen = parts.kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
         # Only while it gets on: a policy that leaves it out must not leave two requests waiting.
-        return later > 0 and parts.seqs.slots[slot] in plan.tokens
+        return foreseen.later > 0 and parts.seqs.slots[foreseen.slot] in plan.tokens
 
     def shape(self, plan: Plan) -> tuple[list[int], list[tuple[int, int]]]:
         """The plan as the core takes it: slots that decode, and prompt chunks (slot, tokens)."""

@@ -11,7 +11,7 @@ import codecs
 import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mullama.engine.client import Speaker
 from mullama.engine.requests.reader import Reader, Reading
@@ -40,9 +40,9 @@ class Traveller:
 
 
 def depart(
-    core: Core, seqs: Sequences, reader: Reader, speaker: Speaker, room: int, *, same_vocab: bool
+    core: Core, seqs: Sequences, reader: Reader, speaker: Speaker, n_ctx: int, *, same_vocab: bool
 ) -> list[Traveller]:
-    """Take out every sequence that ``room`` tokens hold, in order of arrival. On the thread of the old engine.
+    """Take out every sequence that can go on in ``n_ctx`` tokens, in order of arrival. On the thread of the old engine.
 
     One with LoRA adapters stays: the other engine does not have them.
     """
@@ -51,11 +51,11 @@ def depart(
         if seq.adapters:
             continue
         try:
-            prompt, tokens, n = _translate(core, seq, speaker, same_vocab)
+            translated = _translate(core, seq, speaker, same_vocab)
         except MullamaError as error:
             log.warning("a request stays with the old model: %s", error.message)
             continue
-        if n >= room:
+        if translated.n >= n_ctx - 1:
             continue
         if seq.slot >= 0:
             seqs.preempt(handle, Preempt.RECOMPUTE, insist=True)
@@ -68,21 +68,26 @@ def depart(
         if parked is not None:
             core.let_go(parked)
         seqs.remove(handle)
-        travellers.append(Traveller(seq, reading, parked, prompt, tokens))
+        travellers.append(Traveller(seq, reading, parked, translated.prompt, translated.tokens))
     return travellers
 
 
-def _translate(
-    core: Core, seq: LiveSequence, speaker: Speaker, same_vocab: bool
-) -> tuple[Sequence[int], list[int] | None, int]:
-    """(prompt, prompt and answer or None, number of tokens in all) of a sequence in the new model's vocabulary."""
+class Translated(NamedTuple):
+    """A sequence in the new model's vocabulary."""
+
+    prompt: Sequence[int]
+    tokens: list[int] | None  # prompt and answer so far; None: as they were
+    n: int  # tokens in all
+
+
+def _translate(core: Core, seq: LiveSequence, speaker: Speaker, same_vocab: bool) -> Translated:
     request = seq.request
     if seq.slot >= 0:
         known = core.slot_info(seq.slot)[3]
     else:
         known = seq.parked.tokens() if seq.parked is not None else list(request.prompt)
     if same_vocab:
-        return request.prompt, None, len(known)
+        return Translated(request.prompt, None, len(known))
     if request.translate is not None:
         prompt = request.translate(speaker)
     else:
@@ -94,7 +99,7 @@ def _translate(
     begun = decoder.getstate()[0]
     spoken = speaker.tokenize(answer, add_special=False, parse_special=False)
     tokens = [*prompt, *spoken, *speaker.bytes_alone(begun)]
-    return prompt, tokens, len(tokens)
+    return Translated(prompt, tokens, len(tokens))
 
 
 def arrive(

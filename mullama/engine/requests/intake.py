@@ -55,13 +55,12 @@ class Intake:
         """Hand a request to the engine thread. Raises what EngineClient.submit says."""
         parts, commands = self._parts, self._parts.commands
         prepared = self.check(request)
-        room = parts.info.n_ctx - len(request.prompt)
         view = SeqView(
             id=generation.handle,
             state=SeqState.WAITING,
             prompt_tokens=len(request.prompt),
             prefill_left=len(request.prompt),
-            max_tokens=self._most_tokens(request, room),
+            max_tokens=self._max_tokens(request),
             arrival_ns=request.arrival_ns or time.monotonic_ns(),
             priority=request.priority,
             user=request.user,
@@ -87,13 +86,14 @@ class Intake:
             parts.reader.add(generation, request.sampling.stop, uses)
             commands.post(lambda: self._add(seq))
 
-    def _most_tokens(self, request: Request, room: int) -> int:
-        """Tokens that a request may generate. One that shifts has no room to keep to, but without a limit of its own
-        it may generate a context's worth."""
-        asked = request.sampling.max_tokens
+    def _max_tokens(self, request: Request) -> int:
+        """Tokens that a request may generate: what its context holds; one that shifts, what it asks for, or a context's
+        worth where it does not say."""
+        asked, n_ctx = request.sampling.max_tokens, self._parts.info.n_ctx
         if request.context_shift:
-            return asked or self._parts.info.n_ctx
-        return min(asked or room, room)
+            return asked or n_ctx
+        left = n_ctx - len(request.prompt)
+        return min(asked or left, left)
 
     def _add(self, seq: LiveSequence) -> None:
         """Engine thread."""

@@ -2,7 +2,9 @@
 
     WAITING -> PREFILL -> DECODE -> DONE      and any state -> DONE (cancel, error)
     PREFILL, DECODE -> PREEMPTED -> PREFILL | DECODE        (KV saved to host, or dropped)
-    PREFILL, DECODE -> MIGRATING -> PREFILL | DECODE        (a swap of the weights)
+
+Other weights are no state of a sequence: they come between two steps, where nobody could see it. What goes on on its KV
+stays what it is, for how long too (a policy's slices go by ``state_ns``); what is computed again was PREEMPTED.
 
 docs/architecture.md draws it from TRANSITIONS (a test compares).
 """
@@ -15,10 +17,9 @@ S = SeqState
 
 TRANSITIONS: dict[SeqState, frozenset[SeqState]] = {
     S.WAITING: frozenset({S.PREFILL, S.DONE}),
-    S.PREFILL: frozenset({S.DECODE, S.PREEMPTED, S.MIGRATING, S.DONE}),
-    S.DECODE: frozenset({S.PREEMPTED, S.MIGRATING, S.DONE}),
+    S.PREFILL: frozenset({S.DECODE, S.PREEMPTED, S.DONE}),
+    S.DECODE: frozenset({S.PREEMPTED, S.DONE}),
     S.PREEMPTED: frozenset({S.PREFILL, S.DECODE, S.DONE}),
-    S.MIGRATING: frozenset({S.PREFILL, S.DECODE, S.DONE}),
     S.DONE: frozenset(),
 }
 

@@ -195,13 +195,13 @@ class Reader:
             return 0
         records = self._core.drain_records()
         for record in records:
-            handle = record[1]
             if record[0] == self._text_kind:
+                _, handle, text, n_tokens = record
                 reading = self._readings.get(handle)
                 if reading is not None:
-                    reading.generation.deliver(record[2], record[3])
+                    reading.generation.deliver(text, n_tokens)
                 continue
-            reading = self._readings.pop(handle, None)
+            reading = self._readings.pop(record[1], None)
             if reading is not None:
                 reading.generation.end(self._finish(record, reading))
         return len(records)

@@ -67,7 +67,7 @@ class Sequences:
         reader: Reader,
         model: str,
         weights: str,
-        swap_bytes: int,
+        max_parked_bytes: int,
         kv: KvCache,
         on_end: Callable[[LiveSequence], None],
     ) -> None:
@@ -82,7 +82,7 @@ class Sequences:
         self._reader = reader
         self.model = model  # its served name
         self.weights = weights  # name of those in charge
-        self._swap_bytes = swap_bytes  # most host memory for the KV of preempted sequences
+        self._max_parked_bytes = max_parked_bytes  # most host memory for the KV of preempted sequences
         self._on_end = on_end
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class Sequences:
         if how is Preempt.RECOMPUTE:
             return False
         n_bytes = self._core.state_bytes(seq.slot)
-        if self._core.parked_bytes() + n_bytes > self._swap_bytes:
+        if self._core.parked_bytes() + n_bytes > self._max_parked_bytes:
             return False
         if how is Preempt.SWAP:
             return True

@@ -28,7 +28,7 @@ PIECE_CHARS = 1000
 LONG_PIECE_CHARS = 20_000
 PIECE_NICE = 10  # about a tenth of a core's time beside a busy compute thread
 #: Special tokens of a vocabulary that texts are cut before; some have thousands.
-MOST_SPECIALS = 256
+MAX_SPECIALS = 256
 #: A space between two letters of any script.
 _BORDER = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 #: The kinds of vocabulary (tokenizer.ggml.model) that drop and change no byte of a text.
@@ -183,7 +183,7 @@ def _border_of(specials: Sequence[bytes]) -> re.Pattern[str] | None:
     chosen = [text for text in texts if len(text) > 1 and text[0] not in inside and text[0] in "<["]
     if not chosen:
         return None
-    longest_first = sorted(set(chosen), key=lambda text: (-len(text), text))[:MOST_SPECIALS]
+    longest_first = sorted(set(chosen), key=lambda text: (-len(text), text))[:MAX_SPECIALS]
     return re.compile(f"{_BORDER.pattern}|(?={'|'.join(map(re.escape, longest_first))})")
 
 

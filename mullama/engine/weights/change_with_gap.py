@@ -10,28 +10,24 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from mullama import faults
-from mullama._core import Core, Model, Vacancy
+from mullama._core import Core, Model
 from mullama.engine.memory import fits
-from mullama.engine.weights import load as loading
-from mullama.engine.weights import vacant
+from mullama.engine.parts import EngineParts
+from mullama.engine.weights.change import ChangeState, WeightChange
+from mullama.engine.weights.soundness import mode_of_file
+from mullama.engine.weights.unload import load_again, stand_in, unload
 from mullama.errors import EngineDead, LoadCancelled, MemoryTooSmall, ModelLoadError, MullamaError, ShuttingDown
 from mullama.models.files.estimate import Estimate
-from mullama.models.files.shape import shape_of
-from mullama.types import GapMode, KvMode, Room
-
-if TYPE_CHECKING:
-    from mullama.config import ServeConfig
-    from mullama.engine.weights.change import Host, Weights
+from mullama.types import GapMode, KvMode, MemoryLeft
 
 log = logging.getLogger("mullama.engine")
 
-MOST_GAP_S = 300.0  # of loading the new weights; then the old ones come back
+MAX_GAP_S = 300.0  # of loading the new weights; then the old ones come back
 
 
 @dataclass(slots=True, frozen=True)
@@ -53,16 +49,22 @@ def needs_of(core: Core) -> Needs:
 
 
 def decide(
-    path: str | Path, new: Estimate | None, needs: Needs, free: int | None, room: Room | None, gap: GapMode, kv: KvMode
+    path: str | Path,
+    new: Estimate | None,
+    needs: Needs,
+    free: int | None,
+    memory_left: MemoryLeft | None,
+    gap: GapMode,
+    kv: KvMode,
 ) -> KvMode | None:
     """None: the new weights are loaded beside the old ones. Else the change needs a gap, and what becomes of the KV.
 
-    ``free`` and ``room``: bytes of memory, and of the budget; None: no limit. Raises MemoryTooSmall where it does not
-    fit in either way.
+    ``free`` and ``memory_left``: bytes of memory, and of the budget; None: no limit. Raises MemoryTooSmall where it
+    does not fit in either way.
     """
     if new is None:
         return None
-    beside = [left for left in (free, None if room is None else room.beside) if left is not None]
+    beside = [left for left in (free, None if memory_left is None else memory_left.beside) if left is not None]
     wanted = beside_bytes(new)
     if all(wanted <= left for left in beside):
         return None
@@ -71,7 +73,7 @@ def decide(
         raise MemoryTooSmall(f"{told}; with a gap the old weights would be freed first", param="gap")
     most = min(
         left
-        for left in (None if free is None else free + needs.own, None if room is None else room.alone)
+        for left in (None if free is None else free + needs.own, None if memory_left is None else memory_left.alone)
         if left is not None
     )
     if new.total > most:
@@ -97,121 +99,84 @@ def _mib(n_bytes: int) -> str:
     return f"{max(n_bytes, 0) >> 20} MiB"
 
 
-def same_shape(old: str | Path, new: str | Path) -> bool:
-    """Whether a context of one file has the sizes of one of the other."""
-    a, b = (shape_of(fits.header_of(path), str(path)) for path in (old, new))
-    return (a.layers, a.n_vocab) == (b.layers, b.n_vocab)
+def gap_for(
+    parts: EngineParts, path: str | Path, kv: KvMode, gap: GapMode, memory_left: MemoryLeft | None
+) -> KvMode | None:
+    """``decide`` for an engine as it is now; CARRY or RECOMPUTE where a gap is needed. Blocks.
+
+    Raises also what ``mode_of`` and ``Loras.check_on`` raise.
+    """
+    core = parts.core
+    new = fits.expected(path, parts.config, n_ctx=core.n_ctx, n_parallel=core.n_slots)
+    free = fits.free_memory(parts.config)
+    needs = parts.commands.call(lambda: needs_of(core)).result()
+    found = decide(path, new, needs, free, memory_left, gap, kv)
+    if found is None:
+        return None
+    parts.loras.check_on(path)
+    mode = mode_of_file(core.model, path, kv, False)
+    return KvMode.RECOMPUTE if found is KvMode.RECOMPUTE else mode
 
 
-def stand_in(model: Model, config: ServeConfig) -> Model:
-    """What tokenises and renders chats while there are no weights. Raises ModelLoadError."""
-    return Model(model.path, vocab_only=True, chat_template=loading.chat_template(config.chat_template))
+class ChangeWithGap(WeightChange):
+    """READY at once: all there is to do is done at one step boundary."""
 
+    mode = "gap"
+    _substitute: Model | None = None  # tokenises while there are no weights
 
-@dataclass(slots=True, frozen=True)
-class GapResult:
-    """``moved`` sequences went on on their KV, ``recomputed`` ones are computed again."""
+    def _prepare(self) -> None:
+        self._substitute = stand_in(self._parts.core.model, self._parts.config)
+        self._on_phase("gap")
 
-    model: Model
-    moved: int
-    recomputed: int
-    n_bytes: int
-    load_ms: float
-    gap_ms: float
+    def _enter(self) -> None:
+        self.move(ChangeState.READY)
 
+    def _exchange(self, recomputed: int) -> tuple[int, int]:
+        parts, began = self._parts, time.monotonic_ns()
+        assert self._substitute is not None
+        is_busy = recomputed > 0 or any(parts.seqs.slots)
+        old_path = parts.core.model.path
+        vacancy = unload(parts, self._substitute)
+        self.move(ChangeState.UNLOADED)
+        since = vacancy.held_ns if is_busy else 0
+        faults.crash_point("swap:in-gap")
+        loading_since = time.monotonic_ns()
 
-class Gap:
-    """One such change, for the engine thread: ``run``."""
-
-    def __init__(
-        self,
-        weights: Weights,
-        path: str | Path,
-        label: str,
-        kv: KvMode,
-        substitute: Model,
-        host: Host,
-    ) -> None:
-        """``substitute`` speaks for the engine while there are no weights."""
-        self._weights = weights
-        self._path = path
-        self._label = label
-        self._kv = kv
-        self._substitute = substitute
-        self._host = host
-
-    def run(self) -> GapResult:
-        """Raises ModelLoadError and the like when the old weights are in charge again, EngineDead when none are."""
-        weights, config = self._weights, self._weights.config
-        core, old_path = weights.core, weights.core.model.path
-        with_kv = self._kv is KvMode.CARRY
-        began = time.monotonic_ns()
-        recomputed = 0 if with_kv else weights.seqs.vacate_all()
-        is_busy = recomputed > 0 or any(weights.seqs.slots)
-        old = core.model
-        self._host.on_model(self._substitute)
-        weights.in_gap = True
-        try:
-            try:
-                vacancy = vacant.leave(core, weights.adapters)
-            except BaseException:
-                self._host.on_model(old)  # it is still in charge
-                raise
-            since = vacancy.held_ns if is_busy else 0
-            faults.crash_point("swap:in-gap")
-            loading_since = time.monotonic_ns()
-            try:
-                model, moved = vacant.enter(
-                    vacancy,
-                    self._path,
-                    config,
-                    self._limited(loading_since),
-                    weights.adapters,
-                    since_ns=since,
-                    is_swap=True,
-                )
-            except BaseException as error:
-                self._go_back(vacancy, old_path, error, began, since)
-        finally:
-            weights.in_gap = False
-        now = time.monotonic_ns()
-        self._host.on_model(model)
-        weights.took_over(with_kv, lambda with_kv: self._host.on_commit(model, self._label, with_kv))
-        return GapResult(
-            model, moved, recomputed, vacancy.n_bytes, (now - loading_since) / 1e6, (now - began) / 1e6
-        )  # fmt: skip
-
-    def _limited(self, since_ns: int) -> Callable[[float], bool]:
         def on_progress(fraction: float) -> bool:
-            if self._host.is_stopping() or time.monotonic_ns() - since_ns > MOST_GAP_S * 1e9:
+            if parts.commands.stopping or time.monotonic_ns() - loading_since > MAX_GAP_S * 1e9:
                 return False
-            return self._host.progress is None or self._host.progress(fraction) is not False
+            return self._progress is None or self._progress(fraction) is not False
 
-        return on_progress
+        try:
+            moved = load_again(parts, self._path, on_progress, since_ns=since, is_swap=True)
+        except BaseException as error:
+            self._go_back(old_path, error, began, since)
+        self.move(ChangeState.IN_CHARGE)
+        now = time.monotonic_ns()
+        self.load_ms, self.gap_ms = (now - loading_since) / 1e6, (now - began) / 1e6
+        self._adopt(parts.core.model)
+        return moved, vacancy.n_bytes
 
-    def _go_back(self, vacancy: Vacancy, path: str, error: BaseException, began: int, since: int) -> NoReturn:
+    def _go_back(self, path: str, error: BaseException, began: int, since: int) -> NoReturn:
         """The new weights do not come: load the old ones again, and raise why."""
         reason = error.message if isinstance(error, MullamaError) else f"{type(error).__name__}: {error}"
-        weights = self._weights
-        if self._host.is_stopping():
-            weights.broken = ShuttingDown("the engine was closed during a change of weights")
-            raise weights.broken from error
+        commands = self._parts.commands
+        if commands.stopping:
+            self.move(ChangeState.LOST)
+            raise ShuttingDown("the engine was closed during a change of weights") from error
         log.warning("the new weights could not be loaded (%s): the old ones are loaded again", reason)
         try:
-            model, _ = vacant.enter(
-                vacancy,
-                path,
-                weights.config,
-                lambda fraction: not self._host.is_stopping(),
-                weights.adapters,
-                since_ns=since,
-            )
+            load_again(self._parts, path, lambda fraction: not commands.stopping, since_ns=since)
         except BaseException as worse:
-            weights.broken = EngineDead(
+            self.move(ChangeState.LOST)
+            raise EngineDead(
                 f"the new weights could not be loaded ({reason}), and the old ones not again ({worse})"
-            )
-            raise weights.broken from worse
-        self._host.on_model(model)
+            ) from worse
+        self.move(ChangeState.KEPT)
         gap_ms = (time.monotonic_ns() - began) / 1e6
         kind = LoadCancelled if isinstance(error, LoadCancelled) else ModelLoadError
         raise kind(f"{reason}; the old weights are in charge again, after a gap of {gap_ms:.0f} ms") from error
+
+    def _clean_up(self) -> None:
+        if self._substitute is not None:
+            self._substitute.close()

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from mullama.engine.background import in_background
+from mullama.engine.client import WeightsClient
 from mullama.engine.parts import EngineParts
 from mullama.engine.weights import comparing
-from mullama.engine.weights import load as loading
-from mullama.engine.weights.change import Host, SwapReport
-from mullama.errors import InvalidRequest, ModelBusy, ModelLoadError, NeedsAnotherEngine, ShuttingDown
-from mullama.machine.ways import words_of
-from mullama.types import GapMode, KvMode, Room, SleepLevel
-
-if TYPE_CHECKING:
-    from mullama._core import Model
-    from mullama.engine.weights.sleeping import SleepReport
+from mullama.engine.weights.change import SwapReport
+from mullama.engine.weights.change_beside import ChangeBeside
+from mullama.engine.weights.change_with_gap import ChangeWithGap, gap_for
+from mullama.engine.weights.sleeping import Sleep, SleepReport
+from mullama.engine.weights.soundness import check_shape
+from mullama.errors import InvalidRequest, ModelLoadError, NeedsAnotherEngine, ShuttingDown
+from mullama.types import GapMode, KvMode, MemoryLeft, SleepLevel
 
 Choice = TypeVar("Choice", KvMode, GapMode, SleepLevel)
 
 
-class WeightControl:
+class WeightControl(WeightsClient):
     """What blocks is not for an event loop's thread. WeightsClient says more of what is not explained here."""
 
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
+        self._sleep = Sleep(parts)
 
     def swap(
         self,
@@ -35,7 +35,7 @@ class WeightControl:
         label: str = "",
         kv: KvMode | str = KvMode.AUTO,
         gap: GapMode | str = GapMode.AUTO,
-        room: Room | None = None,
+        memory_left: MemoryLeft | None = None,
         kl: bool = False,
         progress: Callable[[float], bool | None] | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
@@ -43,8 +43,9 @@ class WeightControl:
         """Go on with the weights of another file; no request is dropped. Blocks until the old ones are freed.
 
         ``label`` names the new weights in profiles (default: the file's stem). ``kv``: ``carry`` the KV cache over (two
-        quantisations of one model), ``recompute`` it, or ``auto``. Where memory, or the ``room`` of a budget, does not
-        hold both, the old ones are freed first and everything pauses (``gap``: ``auto``), or it is refused (``never``).
+        quantisations of one model), ``recompute`` it, or ``auto``. Where memory, or what a budget has left
+        (``memory_left``), does not hold both, the old ones are freed first and everything pauses (``gap``: ``auto``),
+        or it is refused (``never``).
         ``kl``: the report says how far the new weights are from the old ones, which takes some seconds more.
         Not for an event loop's thread. Raises InvalidRequest, ModelLoadError (MemoryTooSmall), ModelBusy where a LoRA
         adapter does not fit, or NeedsAnotherEngine for a model of another shape or vocabulary: then the old weights
@@ -54,21 +55,24 @@ class WeightControl:
         gap_mode = _choice(GapMode, gap, "gap")
         if mode is KvMode.DRAIN:
             raise NeedsAnotherEngine("to drain, a second engine has to take over", param="kv")
-        self._parts.commands.check_alive()
+        parts = self._parts
+        parts.commands.check_alive()
         label = label or Path(path).stem
         try:
-            return self._parts.weights.swap(
-                path,
-                label,
-                mode,
-                self._host(progress, on_phase),
-                gap=gap_mode,
-                room=room,
-                kl=kl,
-            )
+            with parts.weights.held():
+                check_shape(parts.core.model, path, mode, kl)
+                with_gap = gap_for(parts, path, mode, gap_mode, memory_left)
+                if with_gap is None:
+                    change = ChangeBeside(parts, path, label, mode, progress, on_phase, kl=kl)
+                    return in_background(change.run)
+                if kl:
+                    raise InvalidRequest(
+                        "kl: memory does not hold both weights, so they cannot be compared", param="kl"
+                    )
+                return ChangeWithGap(parts, path, label, with_gap, progress, on_phase).run()
         except ModelLoadError:
-            if self._parts.commands.closed:  # the old model was closed under the comparison
-                raise ShuttingDown(f"'{self._parts.info.name}' was closed meanwhile") from None
+            if parts.commands.closed:  # the old model was closed under the comparison
+                raise ShuttingDown(f"'{parts.info.name}' was closed meanwhile") from None
             raise
 
     def sleep(self, level: SleepLevel | str = SleepLevel.HOST) -> SleepReport:
@@ -78,58 +82,12 @@ class WeightControl:
         Raises ModelBusy while anything runs or the weights are changed, InvalidRequest without a disk tier.
         """
         self._parts.commands.check_alive()
-        level = _choice(SleepLevel, level, "level")
-        self._parts.commands.call(self._take_none).result()
-        try:
-            return self._parts.sleep.fall(level, self._host())
-        finally:
-            self._take_again()
-
-    def _take_none(self) -> None:
-        """No request is taken from here on: it would meet an engine without a context. Engine thread."""
-        parts = self._parts
-        with parts.commands.lock:
-            if parts.n_waiting or parts.seqs:
-                raise ModelBusy("the model computes now; only an idle one can sleep")
-            parts.takes_none = True
+        return self._sleep.fall(_choice(SleepLevel, level, "level"))
 
     def wake(self) -> float:
         """Load the weights again; ms it took. Blocks. Raises ModelLoadError: then it is still asleep."""
         self._parts.commands.check_alive()
-        if not self._parts.sleep.is_asleep:
-            return 0.0  # also while it falls asleep: who asked for that has not been answered yet
-        try:
-            return self._parts.sleep.wake(self._host())
-        finally:
-            self._take_again()
-
-    def _take_again(self) -> None:
-        """Requests are taken again, unless it sleeps."""
-        with self._parts.commands.lock:
-            self._parts.takes_none = self._parts.sleep.is_asleep
-
-    def _host(
-        self,
-        progress: Callable[[float], bool | None] | None = None,
-        on_phase: Callable[[str], None] = lambda phase: None,
-    ) -> Host:
-        commands = self._parts.commands
-        return Host(
-            commands.call, self._changed, self._speak, lambda: commands.stopping, progress=progress, on_phase=on_phase
-        )
-
-    def _speak(self, model: Model) -> None:
-        """Tokenise and render by this model from now on."""
-        self._parts.model = model
-
-    def _changed(self, model: Model, label: str, with_kv: bool) -> None:
-        """The new weights are in charge. Engine thread."""
-        parts = self._parts
-        parts.model = model
-        parts.seqs.set_weights(label, with_kv=with_kv)
-        new, old = loading.info_of(model, parts.core, parts.info.name, label), parts.info
-        parts.info = dataclasses.replace(new, n_ctx=old.n_ctx, n_parallel=old.n_parallel, can_shift=old.can_shift)
-        parts.reader.kernels = words_of(new.kernels)
+        return self._sleep.wake()
 
     # -- LoRA adapters --------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from mullama import abi, faults
 from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
-from mullama._core.kernels import weights_by_layout
+from mullama._core.kernels.products import weights_by_layout
 from mullama.config import ServeConfig
 from mullama.engine.memory import fits, sizing
 from mullama.engine.weights import sharing
@@ -129,7 +129,7 @@ def chat_template(value: str) -> str:
             return value.lower()
         file = f"; for the file of that name write @{value}" if Path(value).is_file() else ""
         raise ConfigError(
-            f"'{value[:80]}' is no chat template: it must be Jinja, @FILE, or one of {', '.join(names)}{file}",
+            f"'{value[:80]}' is not a chat template: it must be Jinja, @FILE, or one of {', '.join(names)}{file}",
             param="chat_template",
         )
     try:

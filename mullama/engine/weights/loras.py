@@ -2,7 +2,8 @@
 
 A request names adapters when it is submitted, and has them until it ends. Loading and unloading happen while others
 are answered, one at a time, and never while the weights are being changed. Other weights get the same adapters, and
-requests go on with theirs: ``twins`` and ``take_over``, or ``leave`` and ``enter`` where the old weights go first.
+requests go on with theirs: ``twins`` and ``take_over``, or ``unload_all`` and ``load_all`` where the old weights go
+first.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from mullama.models.store.digests import digest_of
 from mullama.types import LoraUse
 
 if TYPE_CHECKING:
-    from mullama.engine.weights.change import Weights
+    from mullama.engine.weights.in_charge import Weights
 
 log = logging.getLogger("mullama.engine")
 
-MOST_SCALE = 1000.0
-MOST_IN_REQUEST = 16
+MAX_SCALE = 1000.0
+MAX_IN_REQUEST = 16
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 ID_RULE = "1 to 64 letters, digits, dots, colons, dashes and underscores, the first a letter or a digit"
 
 
 @dataclass(slots=True, eq=False)
-class LoadedAdapter:
+class LoadedLora:
     """An adapter on the model. ``n_requests`` is changed under the engine's lock."""
 
     id: str
@@ -76,24 +77,24 @@ class LoadedAdapter:
 
 
 #: What computes a sequence beside the weights.
-Chosen = tuple[tuple[LoadedAdapter, float], ...]
+Chosen = tuple[tuple[LoadedLora, float], ...]
 
 #: Adapters with what they are on another model.
-Twins = list[tuple[LoadedAdapter, Adapter]]
+Twins = list[tuple[LoadedLora, Adapter]]
 
 
 def check_id(text: str) -> str:
     """Raises InvalidRequest for what is no id of an adapter."""
     if not ID.fullmatch(text):
-        raise InvalidRequest(f"id: '{text[:80]}' is no adapter's id; it must be {ID_RULE}", param="id")
+        raise InvalidRequest(f"id: '{text[:80]}' is not the id of an adapter; it must be {ID_RULE}", param="id")
     return text
 
 
 def check_scale(scale: float, param: str = "scale") -> float:
     """Raises InvalidRequest for a scale that no adapter has."""
-    if isinstance(scale, bool) or not math.isfinite(scale) or abs(scale) > MOST_SCALE:
+    if isinstance(scale, bool) or not math.isfinite(scale) or abs(scale) > MAX_SCALE:
         raise InvalidRequest(
-            f"{param}: the scale of an adapter must be a number of {-MOST_SCALE:g} to {MOST_SCALE:g}", param=param
+            f"{param}: the scale of an adapter must be a number of {-MAX_SCALE:g} to {MAX_SCALE:g}", param=param
         )
     return float(scale)
 
@@ -103,7 +104,7 @@ def id_of(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._:-]+", "-", path.stem).lstrip("._:-")[:64] or "adapter"
 
 
-class Adapters:
+class Loras:
     """By id. ``lock`` is the engine's: what is submitted under it comes before what is called afterwards."""
 
     def __init__(self, core: Core, weights: Weights, lock: threading.Condition) -> None:
@@ -111,10 +112,10 @@ class Adapters:
         self._weights = weights
         self._lock = lock
         self._one = threading.Lock()  # a load or an unload at a time
-        self._loaded: dict[str, LoadedAdapter] = {}
+        self._loaded: dict[str, LoadedLora] = {}
         self._closed = False
 
-    def all(self) -> list[LoadedAdapter]:
+    def all(self) -> list[LoadedLora]:
         with self._lock:
             return list(self._loaded.values())
 
@@ -122,9 +123,9 @@ class Adapters:
 
     def choose(self, uses: tuple[LoraUse, ...]) -> Chosen:
         """What a request names, in use until ``ended``; under the engine's lock. Raises InvalidRequest."""
-        if len(uses) > MOST_IN_REQUEST:
-            raise InvalidRequest(f"lora: at most {MOST_IN_REQUEST} adapters can be used at once", param="lora")
-        chosen: dict[str, tuple[LoadedAdapter, float]] = {}
+        if len(uses) > MAX_IN_REQUEST:
+            raise InvalidRequest(f"lora: at most {MAX_IN_REQUEST} adapters can be used at once", param="lora")
+        chosen: dict[str, tuple[LoadedLora, float]] = {}
         for use in uses:
             one = self._loaded.get(use.id)
             if one is None:
@@ -177,12 +178,12 @@ class Adapters:
         for one, twin in twins:
             one.native.exchange(twin)
 
-    def leave(self) -> None:
-        """Free what lies on a model that is to go, after its context. Engine thread."""
+    def unload_all(self) -> None:
+        """Free what lies on a model that is to go, after its context; the ids stay. Engine thread."""
         for one in self.all():
             one.native.leave()
 
-    def enter(self, model: Model) -> None:
+    def load_all(self, model: Model) -> None:
         """Load all again, onto this model. Raises AdapterLost: then none is. Engine thread."""
         try:
             twins = self.twins(model)
@@ -193,7 +194,7 @@ class Adapters:
 
     # -- loading --------------------------------------------------------------------------------------------------
 
-    def load(self, path: str | Path, name: str | None, scale: float) -> LoadedAdapter:
+    def load(self, path: str | Path, name: str | None, scale: float) -> LoadedLora:
         """Check a file and load it. Blocks; not on the engine thread.
 
         Raises InvalidRequest (id, scale), ModelBusy (the weights are being changed), AdapterMismatch, BadModelFile.
@@ -205,7 +206,7 @@ class Adapters:
                 raise InvalidRequest(f"id: an adapter '{name}' is loaded already; unload it first", param="id")
             model = self._core.model
             facts = check_adapter(path, model.path)
-            one = LoadedAdapter(name, path, scale, facts, _load(model, path, facts))
+            one = LoadedLora(name, path, scale, facts, _load(model, path, facts))
             with self._lock:
                 if not self._closed:
                     self._loaded[name] = one

@@ -302,7 +302,7 @@ class PrefixTree:
     def insert(self, namespace: bytes, tokens: bytes, now_ns: int) -> Node:
         """See that a node ends where ``tokens`` end, and return it. The caller gives it something to hold."""
         if not tokens or len(tokens) % TOKEN_BYTES:
-            raise ValueError(f"{len(tokens)} bytes are no path of tokens")
+            raise ValueError(f"{len(tokens)} bytes are not a path of tokens")
         node = self._roots.get(namespace)
         if node is None:
             node = self._roots[namespace] = Node(0, b"", 0, None, namespace, now_ns)

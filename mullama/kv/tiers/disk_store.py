@@ -256,7 +256,7 @@ class DiskStore:
         record is worth nothing after that; ``remove`` it. ValueError: not a part of [start, end).
         """
         if not record.start <= a <= b <= record.end:
-            raise ValueError(f"[{a}, {b}) is no part of [{record.start}, {record.end})")
+            raise ValueError(f"[{a}, {b}) is not part of [{record.start}, {record.end})")
         first, last = (a - record.start) // CHUNK_TOKENS, -(-(b - record.start) // CHUNK_TOKENS)
         # What is read is more at both ends: [low, high).
         low, high = record.start + first * CHUNK_TOKENS, min(record.start + last * CHUNK_TOKENS, record.end)

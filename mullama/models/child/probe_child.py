@@ -15,6 +15,7 @@ import sys
 import time
 from typing import Any
 
+from mullama import abi
 from mullama.child import become_child
 
 #: Stages, in order.
@@ -23,7 +24,6 @@ ADAPT = "loading the adapter"  # between the first two, where there is one
 
 N_CTX, N_BATCH = 256, 32
 MAX_RENDERED = 1 << 20  # characters of a prompt of three short messages
-NOT_FINITE = 1  # CORE_NOT_FINITE of _core/guard.h
 
 _MESSAGES = (
     b'[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, '
@@ -110,7 +110,7 @@ def _decode(model: Any, adapters: Any = ()) -> bool:
     for record in records:
         if record[0] == FINISH:
             error = record[4]
-            if error not in (0, NOT_FINITE):
+            if error and abi.CORE_ERRORS.get(error) != "not_finite":
                 raise ModelLoadError(f"{model.path}: llama.cpp cannot decode with it (core error {error})")
             return bool(error == 0)
     raise ModelLoadError(f"{model.path}: decoding one token did not end")

@@ -14,6 +14,8 @@ from mullama.errors import PayloadTooLarge
 from mullama.web.http.content_encoding import decode, encodings_of
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
+#: An HTTP status and OpenAI's error object (what is under ``error``) as another API's body of an error.
+SpellError = Callable[[int, dict[str, Any]], dict[str, Any]]
 
 
 async def on_disconnect(receive: Receive, then: Callable[[], None]) -> None:
@@ -39,6 +41,7 @@ class Request(falcon.asgi.Request):
         self.receive = receive
         self.tenant: str | None = None  # set by Security where API keys tell clients apart
         self.is_operator = False  # set by Security: whether it may also change what is under /internal
+        self.spell_error: SpellError | None = None  # set by Security: how the resource's API words an error
         super().__init__(scope, receive, *args, **kwargs)
         if "//" in self.path:  # clients put a base URL with a slash at its end before a path with one
             self.path = re.sub("/{2,}", "/", self.path).rstrip("/") or "/"

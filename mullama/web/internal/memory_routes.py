@@ -24,7 +24,7 @@ class MemoryView(Internal):
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """All loaded and sleeping models, or the one of ``?model=``. Raises ModelNotFound, ModelNotLoaded."""
         named = req.get_param("model")
-        chosen = [self._models.resolve(named)] if named else [*self._models.items(), *self._models.asleep()]
+        chosen = [self._models.resolve(named)] if named else [*self._models.items(), *self._models.served.asleep()]
         models: dict[str, dict[str, Any]] = {}
         for name, engine in chosen:
             try:

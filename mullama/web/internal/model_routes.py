@@ -1,4 +1,4 @@
-"""``/internal/models``: what is loaded and who uses it; load, unload, pin, change weights. (Pulling: ``pull.py``.)"""
+"""``/internal/models``: what is loaded and who uses it; load, unload, pin, change weights."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def row_of(one: Served, now: float) -> dict[str, Any]:
     idle = 0.0 if one.in_use else max(now - one.last_used, 0.0)
     row: dict[str, Any] = {
         "name": one.name,
-        "state": one.state,
+        "state": one.state.shown,
         "reference": one.reference,
         "pinned": one.pinned,
         "in_use": one.in_use,
@@ -194,8 +194,7 @@ class ModelActions:
     async def _sleep(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """Give up the weights of an idle model and keep its cached KV. 409 while it is in use."""
         body: SleepBody = await self._body(req, SleepBody)
-        models = self._services.models
-        await models.sleep(name, models.sleep_level if body.level is None else body.level)
+        await self._services.models.sleep(name, body.level)
         await self.on_get(req, resp, name)
 
     async def _wake(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:

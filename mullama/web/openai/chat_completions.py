@@ -59,7 +59,7 @@ async def open_chat(
             )
         translate = partial(_translated, messages_json=_messages_json(call, dropped))
         group = await opening.submit([prompt], id_prefix=id_prefix, endpoint=endpoint, translate=translate)
-        return Opened(group, opening.options, [dropped])
+        return Opened(group, opening.options, [dropped], load_ns=opening.load_ns)
 
     try:
         return await with_lease(services, req, call.model, begin)

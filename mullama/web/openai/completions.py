@@ -64,7 +64,7 @@ async def open_completion(
         if policy.truncates and any(len(prompt) > limits.wanted for prompt in prompts):
             prompts, dropped = await errand.run(True, partial(_cut, engine, prompts, policy, limits))
         group = await opening.submit(prompts, id_prefix=id_prefix, endpoint=endpoint)
-        return Opened(group, opening.options, dropped, echoes)
+        return Opened(group, opening.options, dropped, echoes, opening.load_ns)
 
     return await with_lease(services, req, call.model, begin)
 

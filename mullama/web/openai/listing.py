@@ -57,14 +57,14 @@ def describe(served: Served) -> dict[str, Any]:
     """
     engine = served.engine
     if engine is None:
-        return _unloaded(served.name, served.state)
+        return _unloaded(served.name, served.state.shown)
     info = engine.info
     return {
         "id": served.name,
         "object": "model",
         "created": info.created,
         "owned_by": "mullama",
-        "state": served.state,
+        "state": served.state.shown,
         "max_model_len": info.n_ctx,
         "meta": {
             "description": info.description,

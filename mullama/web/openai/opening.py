@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 from mullama.engine.client import EngineClient
+from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
@@ -29,6 +33,21 @@ class Opened:
     options: Options
     dropped: Sequence[Dropped | None]
     echoes: list[str] | None = None
+    load_ns: int = 0  # from the request's arrival until it had its model
+
+
+@contextlib.contextmanager
+def in_words_of(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a field in the words of an API that calls it otherwise. ``names``: ours, and theirs."""
+    try:
+        yield
+    except InvalidRequest as error:
+        ours = re.split(r"[.\[]", error.param or "", maxsplit=1)[0]
+        if ours in names and error.param is not None:
+            error.param = names[ours] + error.param.removeprefix(ours)
+            if error.message.startswith(ours):
+                error.message = names[ours] + error.message.removeprefix(ours)
+        raise
 
 
 async def with_lease(services: Services, req: Request, model: str, begin: Callable[[Lease], Awaitable[T]]) -> T:
@@ -58,8 +77,10 @@ class Opening:
         named: tuple[str, ...],
         options: Options,
         prepared: Any,
+        load_ns: int,
     ) -> None:
         info = lease.engine.info
+        self.load_ns = load_ns
         self.errand = errand
         self.options = options
         self.policy = policy_for(options.context_policy, services.config.context_policy, can_shift=info.can_shift)
@@ -75,12 +96,13 @@ class Opening:
     @classmethod
     async def of(cls, services: Services, req: Request, call: ChatCall | CompletionCall, lease: Lease) -> Opening:
         """Raises InvalidRequest, AdapterNotFound."""
+        load_ns = time.monotonic_ns() - req.arrival_ns
         engine, errand = lease.engine, services.errand(req)
         named = check_named(call.model, call.named, engine)
         has_many = len(call.body.logit_bias or ()) > FEW_BIASES
         options = await errand.run(has_many, partial(options_of, call.body, engine.info))
         prepared = await services.prepared(errand, engine, options.sampling)
-        return cls(services, req, call, lease, errand, named, options, prepared)
+        return cls(services, req, call, lease, errand, named, options, prepared, load_ns)
 
     @property
     def engine(self) -> EngineClient:

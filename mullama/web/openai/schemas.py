@@ -184,6 +184,15 @@ def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
     refuse_unbuilt(data, CHAT)
     _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
     _refuse(any(kind != "text" for kind in body.modalities or ()), "modalities", "anything but text")
+    return _chat_call(body, model, named)
+
+
+def chat_call(body: ChatBody, models: ModelManager) -> ChatCall:
+    """The call of a body that another API's was translated into. Raises InvalidRequest, ModelNotFound."""
+    return _chat_call(body, *split_name(body.model, models))
+
+
+def _chat_call(body: ChatBody, model: str, named: tuple[str, ...]) -> ChatCall:
     messages = normalise(body.messages)
     return ChatCall(model, body, messages, msgspec.json.encode(messages), named)
 

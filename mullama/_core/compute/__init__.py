@@ -1,0 +1,1 @@
+"""What computes: the thread pool, the turn among engines, the governor, deadlines."""

@@ -1,0 +1,1 @@
+"""A context with its slots, and the loop that computes them."""

@@ -1,0 +1,1 @@
+"""Ways of computing products of weights, and quantising, for processes of their own."""

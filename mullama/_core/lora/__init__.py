@@ -1,0 +1,1 @@
+"""LoRA adapters, and the sets of them that sequences use."""

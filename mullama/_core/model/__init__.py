@@ -1,0 +1,1 @@
+"""llama.cpp's model and context: weights, vocabulary, chat templates, limits."""

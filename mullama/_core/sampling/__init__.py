@@ -1,0 +1,1 @@
+"""From a request's parameters to a sampler chain."""

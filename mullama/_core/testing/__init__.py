@@ -1,0 +1,1 @@
+"""Parts of the core alone, for tests only: nothing of the product imports it."""
