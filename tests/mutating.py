@@ -31,6 +31,19 @@ VALID: list[tuple[str, str, str, Any]] = [
     ("POST", "/detokenize", "", {"tokens": [5, 6]}),
     ("POST", "/v1/detokenize", "", {"tokens": [5, 6]}),
     ("POST", "/apply-template", "", {"messages": MESSAGES}),
+    ("POST", "/v1/messages", "", {"messages": [MESSAGES[1]], "system": "Be brief.", "max_tokens": 2, "top_k": 3}),
+    ("POST", "/v1/messages", "", {"messages": [MESSAGES[1]], "max_tokens": 2, "stream": True}),
+    ("POST", "/v1/messages/count_tokens", "", {"messages": [MESSAGES[1]]}),
+    ("POST", "/api/chat", "", {"model": "{model}", "messages": MESSAGES, "options": {"num_predict": 2, "top_k": 3}}),
+    ("POST", "/api/generate", "", {"model": "{model}", "prompt": "a", "raw": True, "options": {"num_predict": 1}}),
+    ("GET", "/api/tags", "", None),
+    ("GET", "/api/ps", "", None),
+    ("POST", "/api/show", "", {"model": "{model}"}),
+    ("GET", "/api/version", "", None),
+    ("POST", "/api/copy", "", {"source": "no-such-model", "destination": "other"}),
+    ("DELETE", "/api/delete", "", {"model": "no-such-model"}),
+    ("POST", "/api/pull", "", {"model": "no-such-model-anywhere:none", "stream": False}),
+    *(("POST", f"/api/{name}", "", {"model": "{model}"}) for name in ("push", "create", "embed", "embeddings")),
     ("GET", "/tokenizer_info", "", None),
     ("GET", "/props", "", None),
     ("GET", "/slots", "", None),
@@ -72,7 +85,7 @@ VALID: list[tuple[str, str, str, Any]] = [
     ("POST", "/internal/models/pull", "", {"model": "no-such-model-anywhere:none", "stream": False}),
 ]
 #: Its valid form asks other machines; only what is refused before that is sent.
-NEVER_VALID = ("/internal/models/pull",)
+NEVER_VALID = ("/internal/models/pull", "/api/pull")
 
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**30, 0.5, -0.0, 1e308, -1e-308, "", " ", "x" * 3000,
@@ -134,6 +147,20 @@ class Mutant:
         return f"curl -X {self.method}{heads}{shown} {self.path}?{self.query}"
 
 
+def error_of(body: bytes) -> tuple[str, str | None]:
+    """Message and code (None where the API has none) of a refusal, in the shape of one of the APIs."""
+    found = json.loads(body)
+    error = found["error"]
+    if isinstance(error, str):  # Ollama's
+        assert found.keys() == {"error"}
+        return error, None
+    if found.get("type") == "error":  # Anthropic's
+        assert found.keys() == {"type", "error"} and error.keys() == {"type", "message"}
+        return error["message"], "queue_full" if error["type"] == "overloaded_error" else None
+    assert found.keys() == {"error"} and error.keys() == {"message", "type", "param", "code"}
+    return error["message"], error["code"]
+
+
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where in a JSON value there is something to change."""
     found = [path] if path else []
@@ -168,6 +195,7 @@ def mutant(rng: random.Random, model: str) -> Mutant:
     """The next request. What would only take long is kept short: answers of a few tokens."""
     method, path, query, body = rng.choice(VALID)
     path, query = path.replace("{model}", model), query.replace("{model}", model)
+    body = json.loads(json.dumps(body).replace("{model}", model))
     headers = {"Content-Type": "application/json"}
     data = None if body is None else json.dumps(body).encode()
     how = rng.random() if path not in NEVER_VALID else rng.uniform(0.0, 0.1)

@@ -91,6 +91,8 @@ class Engine:
         host_bytes = config.kv_host_bytes if config.kv_host_bytes >= 0 else sizing.default_host_bytes()
         self._kv = KvCache(core, Cells(core), host_bytes, policy, exchange=lambda a, b: self._seqs.exchange(a, b))
         token_bytes = self._kv.cells.token_bytes or fits.token_bytes_of(model.path, config)
+        if not token_bytes:  # a state takes the same however long its sequence is: a token has its part of a full one's
+            token_bytes = -(-fits.state_bytes_of(model.path) // info.n_ctx)
         self._reader = Reader(core, TEXT, token_bytes)
         self._reader.kernels = words_of(info.kernels)
         self._handles = itertools.count(1)

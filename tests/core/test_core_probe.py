@@ -13,7 +13,8 @@ import damage
 import pytest
 
 from mullama import child
-from mullama.errors import ModelLoadError
+from mullama._core import Model
+from mullama.errors import InvalidRequest, ModelLoadError
 from mullama.models.child import probe
 from mullama.models.child.probe import ProbeResult, Verdicts, check_model
 from mullama.models.store.digests import hash_file
@@ -92,11 +93,15 @@ def test_bad_numbers_are_refused(tiny_model: Callable[..., Path], tmp_path: Path
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_what_crashes_llama_cpp_crashes_the_child(tiny_model: Callable[..., Path], tmp_path: Path, arch: str) -> None:
+    n_crashed = 0
     for number, case in enumerate(damage.crashers(tiny_model(arch), arch)):
         if "is 0" in case.name:
             continue
         reason = refused(case.write(tmp_path / f"{number}.gguf"), root=tmp_path)
-        assert "crashed a test process (SIGABRT)" in reason and "GGML_ASSERT" in reason, case.name
+        if "it has no vocabulary" not in reason:  # that is seen before
+            assert "crashed a test process (SIGABRT)" in reason and "GGML_ASSERT" in reason, case.name
+            n_crashed += 1
+    assert n_crashed
 
 
 def test_a_decode_without_end_is_stopped(tiny_model: Callable[..., Path], tmp_path: Path, children: list[Path]) -> None:
@@ -109,10 +114,12 @@ def test_a_decode_without_end_is_stopped(tiny_model: Callable[..., Path], tmp_pa
 
 
 @pytest.mark.parametrize("source", [damage.LOOP, damage.EXPLODE], ids=["loops", "explodes"])
-def test_a_hostile_template_is_refused(tiny_model: Callable[..., Path], tmp_path: Path, source: str) -> None:
+def test_a_hostile_template_holds_nobody_up(tiny_model: Callable[..., Path], tmp_path: Path, source: str) -> None:
+    """Its work is bounded, so that the file may be used: completions work, and a chat is refused."""
     path = tiny_model(chat_template=source)
-    reason = refused(path, root=tmp_path)
-    assert "chat template" in reason and ("hung" in reason or "memory" in reason)
+    assert check_model(path, root=tmp_path, timeout_s=30).ok
+    with pytest.raises(InvalidRequest):
+        Model(path, vocab_only=True).render_chat(b'[{"role": "user", "content": "hi"}]')
 
 
 def test_a_template_with_a_huge_result_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

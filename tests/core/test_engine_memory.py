@@ -86,7 +86,7 @@ def test_a_preempted_request_has_its_kv_in_host_memory(make_engine: Callable[...
 
         (handle,) = [handle for handle in engine._seqs.slots if handle]
         engine._seqs.preempt(handle, Preempt.SWAP)
-        return memory._at_boundary(engine)
+        return memory._at_boundary(engine._parts)
 
     found, _ = engine.call(preempt).result()
     (row,) = found["kv"]["requests"]

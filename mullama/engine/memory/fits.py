@@ -96,6 +96,14 @@ def token_bytes_of(path: str | Path, config: ServeConfig) -> int:
         return 0
 
 
+def state_bytes_of(path: str | Path) -> int:
+    """What a sequence of a recurrent model takes whatever its length; 0 where there is no state, or nobody can say."""
+    try:
+        return 4 * sum(layer.state for layer in shape_of(header_of(path)).layers)
+    except ModelLoadError:
+        return 0
+
+
 def _less_shared(needs: Estimate, path: str | Path, config: ServeConfig) -> Estimate:
     """Without the weights, where they are loaded already."""
     return replace(needs, weights_mapped=0, weights_copied=0) if sharing.is_loaded(path, config) else needs
