@@ -172,11 +172,19 @@ def test_a_long_trace_step_by_step(name: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=20), n_slots=st.integers(1, 4))
 def test_fcfs_is_in_order(requests: list[TraceRequest], n_slots: int) -> None:
-    played = a_workload(requests, 0)
+    played = a_workload([dataclasses.replace(request, blocks=()) for request in requests], 0)
     outcomes = simulate(played, Fcfs(), costs(), SimConfig(n_slots=n_slots, n_ctx=512)).outcomes
     firsts = [outcome.token_s[0] for outcome in outcomes]
     assert firsts == sorted(firsts)
     assert all(outcome.preemptions == 0 for outcome in outcomes)
+
+
+def test_who_waits_for_a_prefix_holds_nobody_up() -> None:
+    """The second waits while the first computes what both begin with; the third goes on meanwhile."""
+    played = Workload((blocks(0, prompt=200), blocks(0, prompt=201), blocks(1, prompt=200)))
+    first, second, third = simulate(played, Fcfs(), costs(), SimConfig(n_slots=4, n_ctx=512)).outcomes
+    assert second.cached_tokens == 32 and third.cached_tokens == 0
+    assert first.token_s[0] <= third.token_s[0] < second.token_s[0]
 
 
 @settings(max_examples=30, deadline=None)
