@@ -39,6 +39,7 @@ THREADS = {
     "mullama-background": "background",
     "mullama-kv-disk": "KV disk",
     "asyncio_": "worker",
+    "uvloop_": "worker",
 }
 
 Record = dict[str, list[tuple[str, str]]]
@@ -48,7 +49,6 @@ class Profile:
     """What is called while it is installed: (file, qualified name) in order, by thread."""
 
     def __init__(self, wanted: set[tuple[str, str]]) -> None:
-        self.threads: set[str] = set()
         self._files = {str(PACKAGE / file): file for file, _ in wanted}
         self._wanted = wanted
         self._calls: list[tuple[str, str, str]] = []
@@ -195,8 +195,8 @@ def test_a_chat(serve: Callable[[Path], Served], profile: Profile, tiny_model: C
     assert lost == []
     # Whatever runs now stands in the page's table.
     known = {row[1].strip("`").removesuffix("NAME") for row in table(PAGE, "Threads") if row[1].startswith("`")}
-    running = {thread.name for thread in threading.enumerate()} - {"MainThread", LOOP}
-    assert [name for name in running if not name.startswith(tuple(known))] == []
+    running = {thread.name for thread in threading.enumerate()}
+    assert [name for name in running if not name.startswith((*known, *THREADS))] == []
     assert {"mullama-engine-m", "mullama-kv-disk"} <= running
 
 
@@ -210,7 +210,8 @@ def test_a_swap(serve: Callable[[Path], Served], profile: Profile, tiny_model: C
     begin = profile.mark()
     headers = {"Authorization": "Bearer adm"}
     with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=60) as stream:
-        assert next(stream.iter_bytes())
+        pieces = stream.iter_bytes()
+        assert next(pieces)
         report = served.post("/internal/models/m/swap", {"to": str(new)}).json()
     assert (report["way"], report["mode"], report["kv"]) == ("in_place", "beside", "carry")
     assert report["sequences_moved"] == 1

@@ -141,7 +141,7 @@ def thread_names() -> set[str]:
 
 def test_the_threads() -> None:
     named = {row[1].strip("`") for row in table(PAGE, "Threads") if row[1].startswith("`")}
-    assert named - {"asyncio"} == thread_names()
+    assert named == thread_names()
 
 
 def queues_of(file: Path) -> set[str]:
