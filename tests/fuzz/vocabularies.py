@@ -56,7 +56,6 @@ def _use(model: Model) -> None:
     model.control_tokens()
     for token in range(min(model.n_vocab, 300)):
         model.piece(token, special=True)
-        model.is_eog(token)
     for text in TEXTS:
         for parse_special in (True, False):
             with contextlib.suppress(MullamaError):
