@@ -92,3 +92,29 @@ def table(page: Path, heading: str) -> list[list[str]]:
 def names(page: Path, heading: str) -> list[str]:
     """The first column of a table, code marks removed."""
     return [row[0].strip("`") for row in table(page, heading)]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A function that a page names: its file in the package, its qualified name, and whose thread calls it."""
+
+    thread: str
+    file: str
+    function: str
+
+    @property
+    def name(self) -> str:
+        """Without its class."""
+        return self.function.rpartition(".")[2]
+
+
+def calls(page: Path, heading: str) -> list[Call]:
+    """The calls of a table (thread or subject, file, functions …); an empty first cell is the one above."""
+    found: list[Call] = []
+    first = ""
+    for row in table(page, heading):
+        first = row[0] or first
+        functions = _SPAN.findall(row[2])
+        assert functions, f"{name_of(page)}, {heading}: no function in {row}"
+        found += [Call(first, row[1].strip("`"), function.removesuffix("()")) for function in functions]
+    return found

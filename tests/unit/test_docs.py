@@ -278,14 +278,6 @@ def test_rooms_import_what_the_table_says() -> None:
     assert all(used[room] or room == "base" for room in rows)
 
 
-def test_thread_names_are_real() -> None:
-    source = "".join(file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py"))
-    named = [row[1].strip("`") for row in table(ARCHITECTURE, "Threads") if row[1].startswith("`")]
-    assert len(named) >= 5
-    for name in named:
-        assert f'"{name.removesuffix("-NAME")}' in source, name
-
-
 # -- names of functions ----------------------------------------------------------------------------------------
 
 ELSEWHERE = {"monotonic_ns"}  # the standard library's
