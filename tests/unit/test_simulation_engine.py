@@ -181,9 +181,10 @@ def test_fcfs_is_in_order(requests: list[TraceRequest], n_slots: int) -> None:
 
 def test_who_waits_for_a_prefix_holds_nobody_up() -> None:
     """The second waits while the first computes what both begin with; the third goes on meanwhile."""
-    played = Workload((blocks(0, prompt=200), blocks(0, prompt=201), blocks(1, prompt=200)))
+    shared = (0, 1, 2, 3)
+    played = Workload((blocks(*shared, prompt=130), blocks(*shared, prompt=131), blocks(9, prompt=40)))
     first, second, third = simulate(played, Fcfs(), costs(), SimConfig(n_slots=4, n_ctx=512)).outcomes
-    assert second.cached_tokens == 32 and third.cached_tokens == 0
+    assert second.cached_tokens == 128 and third.cached_tokens == 0
     assert first.token_s[0] <= third.token_s[0] < second.token_s[0]
 
 
