@@ -2,6 +2,7 @@
 
 A seed is one sample: requests of one workload wait for each other, so that their number says nothing. The intervals are
 Student's t over the seeds; ratios are paired by seed, of logarithms, since times are apart by factors.
+``report.py`` names the method in words.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ways of computing that this process uses: found out once for a processor and a build, remembered, put in charge.
 
 ``prepare()`` is called with the matrices of a model before its weights are loaded. What is not known yet is tried in a
-child (``trials.py``) and remembered (``remembered.py``); the choice (``choice.py``) is put into llama.cpp's tables,
+child (``trials.py``) and remembered (``remembered.py``); the choice (``way_choice.py``) is put into llama.cpp's tables,
 which hold for the whole process.
 """
 

@@ -1,4 +1,4 @@
-"""``mullama ps`` and ``mullama swap``: what a running server has loaded, and other weights for it."""
+"""``mullama ps``: what a running server has loaded."""
 
 from __future__ import annotations
 

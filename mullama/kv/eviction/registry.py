@@ -9,6 +9,7 @@ from mullama.plugins.policy_groups import PolicyGroup, names_code
 
 __all__ = ["BUILTINS", "GROUP", "KV_POLICIES", "create", "names_code"]
 
+#: The help of ``kv_policy`` in ``config.py`` lists them too.
 BUILTINS = {
     "lru": "mullama.kv.eviction.lru:Lru",
     "lfu": "mullama.kv.eviction.lfu:Lfu",

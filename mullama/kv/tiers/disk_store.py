@@ -4,7 +4,7 @@
 
     key               32 random bytes, mode 0600: the secret of the seals
     <identity>/       one folder for each identity (model, KV types, layout, llama.cpp), with its own budget and owner
-        <random>.kv   a record, see ``records.py``; never changed after it appears
+        <random>.kv   a record, see ``disk_records.py``; never changed after it appears
         <...>.part    one being written
         lock, owner   held by the one process that uses this folder; its process id
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 32
 
-# Further reasons in ``DiskStore.skipped``; the others are in ``records.py``.
+# Further reasons in ``DiskStore.skipped``; the others are in ``disk_records.py``.
 UNREADABLE = "unreadable"
 UNFINISHED = "unfinished"
 

@@ -19,6 +19,7 @@ from mullama.plugins.groups import PluginGroup
 #: Called with what is being done, bytes done, and bytes in all (None while unknown).
 Progress = Callable[[str, int, int | None], None]
 
+#: Of one whose references may mean newer bytes later, ``store/entry.py`` has the name too; ``parse.py`` has the forms.
 SOURCES = PluginGroup(
     "mullama.sources",
     "model source",
