@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mullama.errors import QueueFull
+from mullama.models.store.entry import Entry
+from mullama.models.store.store import Store
 
 from .conftest import Client, Result
 from .fake_engine import BOS, FakeEngine
@@ -134,3 +138,39 @@ def test_models(client: Client) -> None:
 def test_what_is_not_built_says_so(client: Client, name: str) -> None:
     result = client.post(f"/api/{name}", {"model": "fake"})
     assert result.status == 501 and "does not support" in result.json["error"]
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """A store with one model, which the routes see."""
+    data = b"weights"
+    monkeypatch.setenv("MULLAMA_HOME", str(tmp_path))
+    store, sha256 = Store(), hashlib.sha256(data).hexdigest()
+    store.make_folders()
+    store.blob_path(sha256).write_bytes(data)
+    store.write_entry(
+        Entry(
+            key="small",
+            source="pypi",
+            locations=("small.gguf",),
+            filename="small.gguf",
+            sha256=sha256,
+            size=len(data),
+            license=None,
+            pulled_at="2026-11-30T00:00:00Z",
+        )
+    )
+    return store
+
+
+def test_copy_and_delete(client: Client, stored: Store, services: Any) -> None:
+    assert client.post("/api/copy", {"source": "small:latest", "destination": "other-name"}).status == 200
+    assert {entry.key for entry in stored.entries()} == {"small", "other-name"}
+    services.models.get("fake").reference = "small"
+    busy = client.request("DELETE", "/api/delete", b'{"model": "small"}', {"Content-Type": "application/json"})
+    assert busy.status == 409 and "unload it first" in busy.json["error"]
+    services.models.get("fake").reference = ""
+    gone = client.request("DELETE", "/api/delete", b'{"model": "small:latest"}', {"Content-Type": "application/json"})
+    assert gone.status == 200 and {entry.key for entry in stored.entries()} == {"other-name"}
+    none = client.request("DELETE", "/api/delete", b'{"model": "small"}', {"Content-Type": "application/json"})
+    assert none.status == 404

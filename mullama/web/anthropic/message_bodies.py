@@ -12,7 +12,7 @@ import msgspec
 
 from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
-from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body
+from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
 
 #: What the API calls a field, by our name of it.
 NAMES = {"stop": "stop_sequences", "user": "metadata.user_id"}
@@ -87,9 +87,9 @@ def parse_messages(data: bytes, models: ModelManager, *, counts_only: bool = Fal
     body = decode_body(_decoder, data)
     for name, what in _UNBUILT.items():
         if getattr(body, name):
-            raise _unbuilt(name, what)
+            raise unbuilt(name, what)
     if body.thinking is not None and body.thinking.type == "enabled":
-        raise _unbuilt("thinking", "thoughts apart from the answer")
+        raise unbuilt("thinking", "thoughts apart from the answer")
     if body.max_tokens is None and not counts_only:
         raise InvalidRequest("max_tokens: it is missing; it must be a whole number of at least 1", param="max_tokens")
     if body.max_tokens is not None and body.max_tokens < 1:
@@ -108,10 +108,6 @@ def parse_messages(data: bytes, models: ModelManager, *, counts_only: bool = Fal
         stream=body.stream,
     )
     return MessagesCall(chat_call(chat, models), bool(body.stream))
-
-
-def _unbuilt(name: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"{name}: this server does not support {what} yet; leave the field out", param=name)
 
 
 def _messages(body: MessagesBody) -> list[Message]:

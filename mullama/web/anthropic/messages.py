@@ -14,16 +14,14 @@ from mullama.serving.states import Lease
 from mullama.types import Finish, FinishReason
 from mullama.web.anthropic.message_bodies import NAMES, parse_messages
 from mullama.web.http.request import Request
-from mullama.web.http.request_log import note_group
 from mullama.web.openai.chat_completions import open_chat
 from mullama.web.openai.opening import Opened, in_words_of, with_lease
-from mullama.web.openai.responding import wants_profile
+from mullama.web.openai.responding import deliver, wants_profile
 from mullama.web.openai.usage import profile_fields
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
-from mullama.web.stream.direct import direct_body
-from mullama.web.stream.event_stream import EventStream, event_json, start_stream
-from mullama.web.stream.generations import Group
+from mullama.web.stream.event_stream import event_json
+from mullama.web.stream.generations import Group, Reply
 
 _TYPES = {
     400: "invalid_request_error",
@@ -57,25 +55,15 @@ class Messages(_Route):
         with in_words_of(NAMES):
             call = await services.parse(req, partial(parse_messages, models=services.models))
             opened = await open_chat(services, req, call.chat, endpoint="messages", id_prefix="msg")
-        group, streaming = opened.group, False
-        note_group(req, group)
-        try:
-            group.watch(req.receive)
-            if call.streams:
-                events = MessageEvents(opened, with_profile=wants_profile(req))
-                body = direct_body(req.scope)
-                start_stream(resp, EventStream(group, events, ping_seconds=services.ping_seconds, body=body))
-                streaming = True
-                return
-            (reply,) = await group.collect()
-            answer = _message(group, [{"type": "text", "text": reply.text}], _usage(group, reply.finish))
-            answer |= _stop(reply.finish)
-            if wants_profile(req):
-                answer |= profile_fields([reply.finish])
-            resp.data = orjson.dumps(answer)
-        finally:
-            if not streaming:
-                group.close()
+        with_profile = wants_profile(req)
+
+        def whole(replies: list[Reply]) -> dict[str, Any]:
+            ((text, finish),) = ((reply.text, reply.finish) for reply in replies)
+            answer = _message(opened.group, [{"type": "text", "text": text}], _usage(opened.group, finish))
+            return answer | _stop(finish) | (profile_fields([finish]) if with_profile else {})
+
+        chunks = partial(MessageEvents, opened, with_profile=with_profile)
+        await deliver(req, resp, services, opened, streams=call.streams, chunks=chunks, whole=whole)
 
 
 class CountTokens(_Route):

@@ -14,18 +14,17 @@ from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import Finish
 from mullama.web.http.request import Request
-from mullama.web.http.request_log import note_group
 from mullama.web.ollama.ollama_bodies import NAMES, OllamaCall, parse_chat_messages, parse_generate
 from mullama.web.openai.chat_completions import open_chat
 from mullama.web.openai.completions import open_completion
 from mullama.web.openai.opening import Opened, in_words_of
-from mullama.web.openai.responding import wants_profile
+from mullama.web.openai.responding import deliver, wants_profile
 from mullama.web.openai.schemas import ChatCall
 from mullama.web.openai.usage import profile_fields
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.direct import direct_body
-from mullama.web.stream.event_stream import EventStream, event_json, start_stream
+from mullama.web.stream.event_stream import event_json
+from mullama.web.stream.generations import Reply
 
 LINES = "application/x-ndjson"
 
@@ -67,22 +66,15 @@ class Answers(OllamaRoute):
                 opened = await open_chat(services, req, asked.call, endpoint=self._name)
             else:
                 opened = await open_completion(services, req, asked.call, endpoint=self._name)
-        group, streaming = opened.group, False
-        note_group(req, group)
-        try:
-            group.watch(req.receive)
-            lines = AnswerLines(opened, is_chat=self._is_chat, with_profile=wants_profile(req))
-            if asked.streams:
-                body = direct_body(req.scope)
-                stream = EventStream(group, lines, ping_seconds=services.ping_seconds, body=body)
-                start_stream(resp, stream, LINES)
-                streaming = True
-                return
-            (reply,) = await group.collect()
-            resp.data = orjson.dumps(lines.last(reply.text, reply.finish))
-        finally:
-            if not streaming:
-                group.close()
+        lines = AnswerLines(opened, is_chat=self._is_chat, with_profile=wants_profile(req))
+
+        def whole(replies: list[Reply]) -> dict[str, Any]:
+            (reply,) = replies
+            return lines.last(reply.text, reply.finish)
+
+        await deliver(
+            req, resp, services, opened, streams=asked.streams, chunks=lambda: lines, whole=whole, media_type=LINES
+        )
 
     async def _load(self, req: Request, asked: OllamaCall) -> bytes:
         """A request without a prompt loads its model, or with ``keep_alive`` 0 unloads it when it is idle."""

@@ -25,7 +25,7 @@ from mullama.models.store.background_pulls import Pulls
 from mullama.models.store.entry import Entry
 from mullama.models.store.store import Store, named
 from mullama.models.store.upkeep import entry_of
-from mullama.serving.states import Lease, Served
+from mullama.serving.states import Lease, ModelState, Served
 from mullama.types import ModelInfo
 from mullama.web.http.request import Request
 from mullama.web.internal.pull_routes import GAP_SECONDS, Watch
@@ -153,8 +153,9 @@ class Delete(OllamaRoute):
         name, _ = await services.parse(req, _name_of)
         key = await services.offload(True, lambda: _entry(name, Store()).key)
         for one in services.models.all():
-            if one.engine is not None and key in (one.name, one.reference):
-                raise ModelBusy(f"{name} is loaded; unload it first", param="model")
+            is_free = one.state in (ModelState.UNLOADED, ModelState.FAILED)  # one that sleeps would not wake again
+            if not is_free and key in (one.name, one.reference):
+                raise ModelBusy(f"{name} is {one.state.shown}; unload it first", param="model")
         await services.offload(True, lambda: Store().remove(key))
 
 

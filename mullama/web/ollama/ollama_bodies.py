@@ -22,6 +22,7 @@ from mullama.web.openai.schemas import (
     Message,
     chat_call,
     decode_body,
+    unbuilt,
 )
 
 #: What the API calls a field, by our name of it.
@@ -126,8 +127,7 @@ def parse_chat_messages(data: bytes, models: ModelManager) -> OllamaCall:
     for i, one in enumerate(body.messages or ()):
         for field, what in (("images", "pictures"), ("tool_calls", "tool calls")):
             if getattr(one, field):
-                where = f"messages[{i}].{field}"
-                raise InvalidRequest(f"{where}: this server does not support {what} yet", param=where)
+                raise unbuilt(f"messages[{i}].{field}", what)
         messages.append(Message(role=one.role, content=one.content))
     call = chat_call(ChatBody(messages=messages, **_fields(body, name)), models) if messages else None
     return OllamaCall(split_name(name, models)[0], call, body.stream is not False, body.keep_alive)
@@ -179,4 +179,4 @@ def _fields(body: CommonBody, name: str) -> dict[str, Any]:
 def _refuse_unbuilt(body: CommonBody) -> None:
     for name, what in _UNBUILT.items():
         if getattr(body, name, None):
-            raise InvalidRequest(f"{name}: this server does not support {what} yet; leave the field out", param=name)
+            raise unbuilt(name, what)

@@ -17,12 +17,43 @@ from mullama.web.openai.opening import Opened
 from mullama.web.openai.usage import profile_fields, usage
 from mullama.web.services import Services
 from mullama.web.stream.direct import direct_body
-from mullama.web.stream.event_stream import EventStream, start_stream
+from mullama.web.stream.event_stream import EVENTS, EventStream, StreamFormat, start_stream
 from mullama.web.stream.generations import Reply
 
 
 def wants_profile(req: Request) -> bool:
     return (req.get_header("X-Profile") or "").strip().lower() in ("true", "1")
+
+
+async def deliver(
+    req: Request,
+    resp: falcon.asgi.Response,
+    services: Services,
+    opened: Opened,
+    *,
+    streams: bool,
+    chunks: Callable[[], StreamFormat],
+    whole: Callable[[list[Reply]], dict[str, Any]],
+    media_type: str = EVENTS,
+) -> None:
+    """Answer in the words of any API: a stream of ``chunks``, or the JSON that ``whole`` makes of the choices.
+
+    The group is closed here, or by the stream. Raises the error of a generation.
+    """
+    group, streaming = opened.group, False
+    note_group(req, group)
+    try:
+        group.watch(req.receive)
+        if streams:
+            body = direct_body(req.scope)
+            stream = EventStream(group, chunks(), ping_seconds=services.ping_seconds, body=body)
+            start_stream(resp, stream, media_type)
+            streaming = True
+            return
+        resp.data = orjson.dumps(whole(await group.collect()))
+    finally:
+        if not streaming:
+            group.close()
 
 
 async def respond(
@@ -34,40 +65,38 @@ async def respond(
     is_chat: bool,
     choice: Callable[[int, Reply], dict[str, Any]],
 ) -> None:
-    """Answer with the group's choices; it is closed here, or by the stream. Raises the error of a generation.
+    """Answer a chat or a completion. Raises the error of a generation.
 
     The response says what was taken out of its prompts, and what the engine dropped to go on when the context was full.
     """
     group, options, dropped = opened.group, opened.options, opened.dropped
-    streaming = False
-    note_group(req, group)
-    try:
-        created = int(time.time())
+    created = int(time.time())
+
+    def cut() -> dict[str, Any]:
         context = context_member(dropped)
         if context:
             resp.set_header("X-Context-Dropped", str(sum(one.n_dropped for one in dropped if one is not None)))
-        group.watch(req.receive)
-        if options.stream:
-            chunks = ChunkFormat(
-                group,
-                created=created,
-                is_chat=is_chat,
-                include_usage=options.include_usage,
-                with_profile=wants_profile(req),
-                echoes=opened.echoes,
-                only_first=context,
-            )
-            body = direct_body(req.scope)
-            start_stream(resp, EventStream(group, chunks, ping_seconds=services.ping_seconds, body=body))
-            streaming = True
-            return
-        replies = await group.collect()
+        return context
+
+    def chunks() -> ChunkFormat:
+        return ChunkFormat(
+            group,
+            created=created,
+            is_chat=is_chat,
+            include_usage=options.include_usage,
+            with_profile=wants_profile(req),
+            echoes=opened.echoes,
+            only_first=cut(),
+        )
+
+    def whole(replies: list[Reply]) -> dict[str, Any]:
+        context = cut()
         finishes = [reply.finish for reply in replies]
         shifted = [finish.profile.context_shifted for finish in finishes]
         if any(shifted):
             context = shift_member(shifted)
             resp.set_header("X-Context-Dropped", str(sum(shifted)))
-        answer = {
+        return {
             "id": group.id,
             "object": "chat.completion" if is_chat else "text_completion",
             "created": created,
@@ -75,10 +104,7 @@ async def respond(
             "choices": [choice(index, reply) for index, reply in enumerate(replies)],
             "usage": usage(group.prompt_lengths, group.n, finishes),
             **context,
+            **(profile_fields(finishes) if wants_profile(req) else {}),
         }
-        if wants_profile(req):
-            answer |= profile_fields(finishes)
-        resp.data = orjson.dumps(answer)
-    finally:
-        if not streaming:
-            group.close()
+
+    await deliver(req, resp, services, opened, streams=options.stream, chunks=chunks, whole=whole)

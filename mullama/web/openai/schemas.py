@@ -268,7 +268,12 @@ def salt_text(field: str, text: str | None, limit: int) -> str | None:
 
 def _refuse(asked: bool, field: str, what: str) -> None:
     if asked:
-        raise InvalidRequest(f"{field}: this server does not support {what} yet; leave the field out", param=field)
+        raise unbuilt(field, what)
+
+
+def unbuilt(field: str, what: str) -> InvalidRequest:
+    """The refusal of a field that would change the answer and is not built; ``what`` it asks for."""
+    return InvalidRequest(f"{field}: this server does not support {what} yet; leave the field out", param=field)
 
 
 def _refuse_unsupported(body: GenerationBody) -> None:
