@@ -9,12 +9,21 @@ import enum
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 #: Types that the cells of a KV cache may have, by ggml's names, and bytes of a block of 32 values.
 CELL_TYPES = {
     "f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18,
 }  # fmt: skip
+
+#: Bytes of logits that a decode gives at most, where that is more than a row a slot: prompts that ask for
+#: log-probabilities have a row a token.
+LOGITS_BYTES = 16 << 20
+
+
+def rows_of_logits(n_vocab: int, n_slots: int, n_batch: int) -> int:
+    """Rows of logits that one decode may give."""
+    return max(n_slots, min(n_batch, LOGITS_BYTES // (4 * n_vocab)))
 
 
 class FinishReason(enum.StrEnum):
@@ -75,6 +84,22 @@ class Preempt(enum.StrEnum):
     RECOMPUTE = "recompute"  # given up, computed again
 
 
+#: The most tokens whose log-probabilities are told beside each one that came (OpenAI's and vLLM's limit).
+MAX_LOGPROBS = 20
+#: Of which distribution: the model's own, before temperature, biases and all, or the one that was sampled.
+LOGPROBS_MODES = ("raw", "processed")
+
+
+class TokenScore(NamedTuple):
+    """A token that came, or of a prompt, and how likely it was among all."""
+
+    token: int
+    piece: bytes  # its text, which may be a part of a character; of a control token its name
+    logprob: float | None = None  # natural logarithm; None: nobody asked
+    rank: int = 0  # from 1, the most likely; 0: nobody asked
+    top: tuple[tuple[int, bytes, float], ...] = ()  # the most likely ones: token, piece, logprob
+
+
 @dataclass(slots=True, frozen=True)
 class SamplingParams:
     """How tokens are chosen. Defaults are llama.cpp's own (``common_params_sampling``).
@@ -105,10 +130,17 @@ class SamplingParams:
     mirostat_eta: float = 0.1
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
     seed: int | None = None  # None: a fresh random seed
-    max_tokens: int | None = None  # None: until the context ends
+    max_tokens: int | None = None  # None: until the context ends; 0: the prompt is computed and nothing generated
     min_tokens: int = 0  # end-of-generation and stop strings do not count before
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # they end the text, and are no part of it
+    bad_words: tuple[str, ...] = ()  # must not come
+    allowed_token_ids: tuple[int, ...] = ()  # if there are any, no others may come
+    logprobs: int | None = None  # tell how likely each token was, and so many most likely ones (0 to 20)
+    logprobs_mode: str = "raw"  # of the model's own distribution, or of the one that was sampled: "processed"
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, by the model's own; all of it is computed
+    return_token_ids: bool = False  # tell which tokens came
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -143,6 +175,13 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     stop: str | SequenceOf[str]
+    stop_token_ids: SequenceOf[int]
+    bad_words: str | SequenceOf[str]
+    allowed_token_ids: SequenceOf[int]
+    logprobs: int | None
+    logprobs_mode: str
+    prompt_logprobs: int | None
+    return_token_ids: bool
     priority: int
     user: str | None
     slo_ms: float | None
@@ -248,17 +287,19 @@ class Finish:
     profile: Profile
     stop_string: str | None = None
     error: Exception | None = None
+    stop_token: int | None = None  # which of ``stop_token_ids`` ended it
 
 
 @dataclass(slots=True, frozen=True)
 class Delta:
     """Text that became final (whole UTF-8 characters, no part of a stop string) and the tokens behind it.
 
-    ``text`` may be empty: a token whose text is held back still counts.
+    ``text`` may be empty: a token whose text is held back still counts. ``tokens``: all of them, where somebody asked.
     """
 
     text: str
     n_tokens: int
+    tokens: tuple[TokenScore, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)

@@ -24,7 +24,7 @@ libraries.check()
 
 from mullama._core.compute.arbiter import Arbiter, arbiter
 from mullama._core.compute.governor import Governor
-from mullama._core.core.core import FINISH, TEXT, Core
+from mullama._core.core.core import FINISH, PROMPT, TEXT, TOKEN, Core
 from mullama._core.core.parking import Parked
 from mullama._core.kernels.quantization import quantize, quantize_types
 from mullama._core.kv.cells import Cells
@@ -39,7 +39,9 @@ from mullama._core.weights.vacancy import Vacancy
 
 __all__ = [
     "FINISH",
+    "PROMPT",
     "TEXT",
+    "TOKEN",
     "Adapter",
     "Arbiter",
     "Carrier",

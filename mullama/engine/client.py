@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mullama.kv.events import KvEventLog
-from mullama.types import Delta, Finish, ModelInfo, Request, SamplingParams
+from mullama.types import Delta, Finish, ModelInfo, Request, SamplingParams, TokenScore
 
 
 class Generation(Protocol):
@@ -21,6 +21,11 @@ class Generation(Protocol):
 
     @property
     def finish(self) -> Finish | None: ...
+
+    @property
+    def prompt_logprobs(self) -> list[TokenScore]:
+        """Of the prompt's tokens but the first, where they are asked for; all are there with the first Delta, or when
+        it has ended."""
 
     def cancel(self) -> None:
         """Stop it from any thread; its KV is free within one step. Harmless when it has ended."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mullama import abi
-from mullama._core import TEXT, Cells, Core, Model, Sampling, system_info
+from mullama._core import FINISH, PROMPT, TEXT, TOKEN, Cells, Core, Model, Sampling, system_info
 from mullama.config import ServeConfig
 from mullama.engine.background import NICE_URGENT, in_background
 from mullama.engine.commands import Commands
@@ -37,7 +37,7 @@ from mullama.engine.requests import handover
 from mullama.engine.requests.chat_text import ChatText, ControlTokens
 from mullama.engine.requests.generation import AsyncGeneration, Inbox, SyncGeneration
 from mullama.engine.requests.intake import Intake
-from mullama.engine.requests.reader import Reader
+from mullama.engine.requests.reader import Kinds, Reader
 from mullama.engine.requests.sequences import LiveSequence, Sequences
 from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens
 from mullama.engine.weights import load
@@ -93,7 +93,7 @@ class Engine:
         token_bytes = self._kv.cells.token_bytes or fits.token_bytes_of(model.path, config)
         if not token_bytes:  # a state takes the same however long its sequence is: a token has its part of a full one's
             token_bytes = -(-fits.state_bytes_of(model.path) // info.n_ctx)
-        self._reader = Reader(core, TEXT, token_bytes)
+        self._reader = Reader(core, Kinds(TEXT, FINISH, TOKEN, PROMPT), token_bytes)
         self._reader.kernels = words_of(info.kernels)
         self._handles = itertools.count(1)
         self._seqs = Sequences(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mullama import abi
-from mullama._core import TEXT, Cells, Core
-from mullama.types import SamplingParams
+from mullama._core import PROMPT, TEXT, TOKEN, Cells, Core
+from mullama.types import SamplingParams, TokenScore
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
@@ -34,7 +34,10 @@ class Output:
     deltas: list[tuple[str, int]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     reason: str = ""
+    scores: list[TokenScore] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
     stop_index: int = -1
+    stop_token: int = -1
     error: int = 0
     row: abi.Row | None = None
 
@@ -147,8 +150,14 @@ class Driver:
             assert not output.done, "a record came after the finish record"
             if record[0] == TEXT:
                 output.deltas.append((record[2], record[3]))
+            elif record[0] == TOKEN:
+                output.scores.append(record[2])
+            elif record[0] == PROMPT:
+                assert not output.deltas, "the prompt's come before the first text"
+                output.prompt_scores.append(record[2])
             else:
-                _, _, reason, output.stop_index, output.error, row = record
+                assert not output.scores or len(output.scores) == sum(n for _, n in output.deltas) or record[4]
+                _, _, reason, output.stop_index, output.error, output.stop_token, row = record
                 output.reason = abi.FINISH_REASONS[reason]
                 output.row = abi.Row.from_buffer_copy(row)
 

@@ -53,11 +53,17 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "min_tokens": ({"logit_bias": ((tiny.EOS, 100.0),), "ignore_eos": False}, 5),
     "ignore_eos": ({"logit_bias": ((tiny.EOS, 100.0),), "ignore_eos": False}, True),
     "stop": ({"logit_bias": ONLY_ABCD}, ("A", "B", "C", "D")),
+    "stop_token_ids": ({"logit_bias": ONLY_ABCD}, (65, 66, 67, 68)),
+    "bad_words": ({"logit_bias": ONLY_ABCD}, ("A", "BC")),
+    "allowed_token_ids": ({}, (65, 66)),
 }
+
+# What is told beside the text (test_core_logprobs.py).
+TOLD = {"logprobs", "logprobs_mode", "prompt_logprobs", "return_token_ids"}
 
 
 def test_every_field_is_in_the_table() -> None:
-    assert sorted(EFFECTS) == sorted(field.name for field in dataclasses.fields(SamplingParams))
+    assert EFFECTS.keys() | TOLD == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 @pytest.mark.parametrize("name", EFFECTS)

@@ -21,7 +21,7 @@ from mullama.engine.requests.reader import ERROR_TEXTS, Reader, profile_of
 from mullama.errors import ComputeFailed, EngineDead
 from mullama.types import Delta, Finish, FinishReason, Profile
 
-TEXT, FINISH = 1, 2
+TEXT, FINISH, TOKEN, PROMPT = KINDS = Kinds(1, 2, 3, 4)
 STOP = Finish(FinishReason.STOP, Profile())
 
 
@@ -52,7 +52,7 @@ class FakeCore:
         os.write(self.write_fd, b"1")
 
     def finish(self, handle: int, reason: int = 1, *, stop: int = -1, error: int = 0, **row: int) -> None:
-        self.ring.append((FINISH, handle, reason, stop, error, bytes(abi.Row(handle=handle, **row))))
+        self.ring.append((FINISH, handle, reason, stop, error, -1, bytes(abi.Row(handle=handle, **row))))
         os.write(self.write_fd, b"1")
 
 
@@ -66,7 +66,7 @@ def core() -> Iterator[FakeCore]:
 
 @pytest.fixture
 def reader(core: FakeCore) -> Iterator[Reader]:
-    reader = Reader(core, TEXT)  # type: ignore[arg-type]
+    reader = Reader(core, KINDS)  # type: ignore[arg-type]
     yield reader
     reader.close()
 
@@ -210,7 +210,7 @@ def test_a_sink_takes_texts_and_wakes_nobody() -> None:
     async def go() -> tuple[list[str], list[Delta]]:
         generation = AsyncGeneration("r", 1, no_cancel, asyncio.get_running_loop())
         taken: list[str] = []
-        generation.sink = lambda text: text != "c" and not taken.append(text)  # type: ignore[func-returns-value]
+        generation.sink = lambda text, _: text != "c" and not taken.append(text)  # type: ignore[func-returns-value]
         waiting = asyncio.ensure_future(anext(generation))
         await asyncio.sleep(0)
         generation.deliver("a", 1)
@@ -235,7 +235,7 @@ def test_a_sink_is_called_on_its_loop_only() -> None:
         taken: list[str] = []
         threads: set[int] = set()
 
-        def sink(text: str) -> bool:
+        def sink(text: str, tokens: Sequence[TokenScore]) -> bool:
             taken.append(text)
             threads.add(threading.get_ident())
             return True
@@ -254,7 +254,7 @@ def test_a_sink_is_called_on_its_loop_only() -> None:
 
 
 def test_a_broken_sink_costs_no_text_and_no_other_request(core: FakeCore, reader: Reader) -> None:
-    def broken(text: str) -> bool:
+    def broken(text: str, tokens: Sequence[TokenScore]) -> bool:
         raise ValueError("no")
 
     async def go() -> list[list[Delta]]:

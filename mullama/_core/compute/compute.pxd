@@ -22,6 +22,7 @@ cdef extern from "guard.h" namespace "mullama" nogil:
         CORE_DECODE "mullama::CORE_DECODE"
         CORE_NO_KV "mullama::CORE_NO_KV"
         CORE_ADAPTER "mullama::CORE_ADAPTER"
+        CORE_NO_TOKEN "mullama::CORE_NO_TOKEN"
     cppclass Guard:
         const char * message
     int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard & guard)

@@ -14,6 +14,8 @@ from mullama.types import SamplingParams
 
 TEXT: int
 FINISH: int
+TOKEN: int
+PROMPT: int
 
 class Core:
     context: Context

@@ -23,9 +23,9 @@ from mullama._core.compute.compute cimport Trial
 from mullama._core.model.context cimport Context
 from mullama._core.compute.governor cimport Governor
 from mullama._core.llama cimport *
-from mullama._core.core.loop cimport Loop
+from mullama._core.core.loop cimport Loop, TokenEntry, TokenHead
 from mullama._core.model.model cimport Model
-from mullama._core.output.output cimport RECORD_FINISH, RECORD_TEXT, FinishBody, PageBlocks, RecordHeader
+from mullama._core.output.output cimport RECORD_FINISH, RECORD_PROMPT, RECORD_TEXT, RECORD_TOKEN, FinishBody, PageBlocks, RecordHeader
 from mullama._core.output.page cimport Page
 from mullama._core.core.parking cimport Parked
 from mullama._core.sampling.chain cimport Chain, Sampling, accept_all, build_chain, prepared_for
@@ -33,10 +33,46 @@ from mullama._core.core.slots cimport Slot
 from mullama.abi cimport *
 from mullama._core.compute.arbiter import arbiter as default_arbiter
 from mullama.errors import ComputeFailed, InvalidRequest, ModelLoadError
+from mullama.types import TokenScore
 
 # What drain_records() yields first in each tuple.
 TEXT = RECORD_TEXT
 FINISH = RECORD_FINISH
+TOKEN = <int> RECORD_TOKEN
+PROMPT = <int> RECORD_PROMPT
+
+
+cdef object token_score(const char * body):
+    """The TokenScore of a record."""
+    cdef const TokenHead * head = <const TokenHead *> body
+    cdef const TokenEntry * entries = <const TokenEntry *> (body + sizeof(TokenHead))
+    cdef const char * piece = <const char *> (entries + head.n)
+    cdef uint32_t i
+    cdef object own = token_entry(entries, piece)
+    if head.rank == 0:
+        return make_tuple(TokenScore, (own[0], own[1], None, 0, ()))
+    cdef list top = []
+    for i in range(1, head.n):
+        piece += entries[i - 1].size
+        top.append(token_entry(entries + i, piece))
+    # PERF: what NamedTuple makes of arguments takes three times as long.
+    return make_tuple(TokenScore, (own[0], own[1], own[2], head.rank, tuple(top)))
+
+
+cdef object token_entry(const TokenEntry * entry, const char * piece):
+    cdef bytes text = piece[:entry.size]
+    return entry.token, text, entry.logprob
+
+
+cdef object make_tuple = tuple.__new__
+
+
+cdef void take_report(Slot * s, object params):
+    """What the request wants to know of tokens."""
+    s.report.tokens = params.return_token_ids
+    s.report.n_top = -1 if params.logprobs is None else params.logprobs
+    s.report.is_processed = params.logprobs_mode == "processed"
+    s.report.n_prompt_top = -1 if params.prompt_logprobs is None else params.prompt_logprobs
 
 
 @cython.no_gc_clear  # the context must be freed before the model that it points into
@@ -139,7 +175,7 @@ cdef class Core:
         self.slots.unified = context.unified
         self.slots.needs_checkpoint = context.needs_checkpoint
         self.slots.token_bytes = context.token_bytes
-        self.loop.take_on(context.model.vocab, context.eog)
+        self.loop.take_on(context.model.vocab, context.eog, context.n_rows)
 
     cdef void lose_context(self) noexcept:
         """The context is about to be freed, or to become another core's."""
@@ -223,7 +259,9 @@ cdef class Core:
     def drain_records(self, int limit=4096):
         """Take records off the ring; call from one reader at a time. Returns a list of tuples:
 
-        (TEXT, handle, text, n_tokens) and (FINISH, handle, reason, stop_index, error, row as bytes).
+        (TEXT, handle, text, n_tokens), (FINISH, handle, reason, stop_index, error, stop_token, row as bytes), and, for
+        who wants to know of tokens, (TOKEN, handle, TokenScore) before the text of each, and (PROMPT, handle,
+        TokenScore) of each token of the prompt but the first, before the first text.
         """
         self.out.wake.clear()
         out = []
@@ -239,9 +277,11 @@ cdef class Core:
             if header.kind == RECORD_TEXT:
                 n = (<const uint32_t *> body)[0]
                 out.append((TEXT, header.handle, PyUnicode_DecodeUTF8(body + 4, n, "replace"), header.n_tokens))
+            elif header.kind != RECORD_FINISH:
+                out.append((<int> header.kind, header.handle, token_score(body)))
             else:
                 finish = <const FinishBody *> body
-                out.append((FINISH, header.handle, finish.reason, finish.stop_index, finish.error,
+                out.append((FINISH, header.handle, finish.reason, finish.stop_index, finish.error, finish.stop_token,
                             (body + sizeof(FinishBody))[:sizeof(mullama_row)]))
             self.out.ring.pop()
         if len(out) == limit:
@@ -268,9 +308,14 @@ cdef class Core:
         }
 
     def memory(self):
-        """Bytes allocated, by part and kind of buffer (see Context.memory)."""
+        """Bytes allocated, by part and kind of buffer (see Context.memory).
+
+        The buffer of logits has grown where log-probabilities of a prompt were asked for.
+        """
         self.check_slot(0)
-        return self.context.memory()
+        found = self.context.memory()
+        found["output"] = max(self.n_slots, self.loop.most_rows) * self.model.n_vocab * sizeof(float)
+        return found
 
     def staging_bytes(self):
         """Host memory in which states wait while they move from slot to slot; it is kept for the next time."""
@@ -462,6 +507,8 @@ cdef class Core:
         for i in range(reuse):
             if s.tokens[i] != tokens[i]:
                 raise ValueError("the retained tokens are not a prefix of the prompt")
+        if reuse > 0 and params.prompt_logprobs is not None:
+            raise ValueError("log-probabilities of a prompt need all of it computed")
         if shift_keep >= 0 and not self.context.can_shift:
             raise InvalidRequest("this model's context cannot be shifted", param="context_policy")
         for stop in params.stop:
@@ -488,6 +535,10 @@ cdef class Core:
         s.greedy = chain.greedy
         s.top_k_first = chain.top_k_first
         s.bias.swap(bias)
+        s.rules = sampling.rules
+        take_report(s, params)
+        s.n_scored = 1
+        s.stop_token = -1
         s.gate.stops.swap(stops)
         self.slots.begin_text(s)
         if s.chain is not NULL:

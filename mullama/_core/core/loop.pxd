@@ -7,7 +7,7 @@ own .pxd say who keeps it alive and when it may change. The Loop is its Core's a
 """
 
 cimport cython
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -22,6 +22,23 @@ cdef extern from "scan.h" namespace "mullama" nogil:
     int32_t scan_top_k(const float * x, int32_t n, int32_t k, vector[llama_token_data] & out)
     int32_t scan_all(const float * x, int32_t n, vector[llama_token_data] & out)
 
+cdef extern from "logprobs.h" namespace "mullama" nogil:
+    const float BANNED_LOGIT
+    cppclass TokenHead:
+        int32_t rank
+        uint32_t n
+    cppclass TokenEntry:
+        int32_t token
+        float logprob
+        uint32_t size
+    cppclass Scorer:
+        int32_t rank
+        vector[TokenEntry] entries
+        cbool score_row(const float * x, int32_t n_vocab, llama_token token, int32_t k)
+        void score_candidates(const llama_token_data * data, size_t n, llama_token token, int32_t k)
+        void name(llama_token token)
+        const string & pack(const llama_vocab * vocab)
+
 
 @cython.final
 cdef class Loop:
@@ -32,6 +49,10 @@ cdef class Loop:
     cdef int n_vocab
     cdef vector[llama_token] eog
     cdef vector[llama_token_data] candidates
+    cdef Scorer scorer                 # of log-probabilities, for who wants them
+    cdef vector[float] unedited        # a row of logits as the model gave it
+    cdef int n_rows                    # of logits that one decode may give
+    cdef int most_rows                 # that one has given
     cdef string released
     cdef vector[char] long_piece
     cdef vector[int32_t] plan_decode   # in groups of one set of adapters each
@@ -41,7 +62,7 @@ cdef class Loop:
     cdef int fault_slot                # fault injection: this slot's next logits become NaN
 
     cdef void connect(self, Output * out, Compute * compute, Slots * slots) noexcept
-    cdef void take_on(self, const llama_vocab * vocab, const vector[llama_token] & eog) noexcept
+    cdef void take_on(self, const llama_vocab * vocab, const vector[llama_token] & eog, int n_rows) noexcept
     cdef bint run(self, vector[int32_t] & decode, vector[int32_t] & prefill, vector[int32_t] & chunks,
                   uint64_t max_steps, uint64_t until_ns) noexcept nogil
     cdef Slot * decoding(self, size_t i) noexcept nogil
@@ -54,6 +75,9 @@ cdef class Loop:
     cdef void shift(self, int slot) noexcept nogil
     cdef void decode_rows(self, size_t first, size_t last, bint is_extra) noexcept nogil
     cdef void prefill(self, int slot, int n) noexcept nogil
+    cdef bint prefill_some(self, int slot, int n) noexcept nogil
+    cdef bint score_prompt(self, int slot, int first, int n) noexcept nogil
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil
+    cdef void edit(self, Slot * s, float * logits) noexcept nogil
     cdef void commit(self, int slot, int row) noexcept nogil

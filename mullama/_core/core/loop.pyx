@@ -16,9 +16,10 @@ from libcpp.vector cimport vector
 from mullama._core.lora.adapters cimport same_set
 from mullama._core.output.clock cimport now_ns
 from mullama._core.compute.compute cimport (
-    CORE_ADAPTER, CORE_DECODE, CORE_NO_KV, CORE_NOT_FINITE, CORE_SAMPLER, Compute, guarded_decode, guarded_sample)
+    CORE_ADAPTER, CORE_DECODE, CORE_NO_KV, CORE_NO_TOKEN, CORE_NOT_FINITE, CORE_SAMPLER, Compute, guarded_decode,
+    guarded_sample)
 from mullama._core.llama cimport *
-from mullama._core.output.output cimport Output
+from mullama._core.output.output cimport RECORD_PROMPT, RECORD_TOKEN, Output
 from mullama._core.core.slots cimport MAX_PIECE, Slot, Slots
 from mullama.abi cimport *
 
@@ -39,8 +40,10 @@ cdef class Loop:
         self.compute = compute
         self.slots = slots
 
-    cdef void take_on(self, const llama_vocab * vocab, const vector[llama_token] & eog) noexcept:
-        """Sample for this vocabulary from now on, whose Model the Core keeps."""
+    cdef void take_on(self, const llama_vocab * vocab, const vector[llama_token] & eog, int n_rows) noexcept:
+        """Sample for this vocabulary from now on, whose Model the Core keeps; a decode gives up to ``n_rows`` rows."""
+        self.n_rows = n_rows
+        self.most_rows = 0
         self.vocab = vocab
         self.n_vocab = llama_vocab_n_tokens(vocab)
         self.eog = eog
@@ -273,23 +276,39 @@ cdef class Loop:
             self.commit(self.plan_decode[i], <int> (i - first))
 
     cdef void prefill(self, int slot, int n) noexcept nogil:
-        """The next ``n`` prompt tokens of a slot; samples the first token when they are the last."""
+        """The next ``n`` prompt tokens of a slot; samples the first token when they are the last.
+
+        Where their log-probabilities are asked for, each has its row of logits: so many tokens a ubatch.
+        """
+        cdef int some, n_ubatches
+        while n > 0:
+            some = n
+            if self.slots.at(slot).scores_prompt():
+                n_ubatches = (n + self.n_rows - 1) // self.n_rows
+                some = (n + n_ubatches - 1) // n_ubatches
+            if not self.prefill_some(slot, some) or self.compute.deadline.stop.get():
+                return
+            n -= some
+
+    cdef bint prefill_some(self, int slot, int n) noexcept nogil:
+        """One ubatch of ``prefill``. False: the sequence has ended."""
         cdef Slot * s = self.slots.at(slot)
         cdef int i, rc
         cdef uint64_t ns
         cdef int32_t which = slot
         cdef bint complete = s.n_past + n == <int> s.tokens.size()
+        cdef bint scores = s.scores_prompt()
         if not self.slots.put_in_charge(s.lora):
             self.fail_rows(&which, 1, CORE_ADAPTER)
-            return
+            return False
         for i in range(n):
-            self.compute.put_token(i, s.tokens[s.n_past + i], s.n_past + i, slot, complete and i == n - 1)
+            self.compute.put_token(i, s.tokens[s.n_past + i], s.n_past + i, slot, scores or (complete and i == n - 1))
         if s.row.started_ns == 0:
             s.row.started_ns = now_ns()
         rc = self.decode(n, 1, &ns)
         if rc != 0:
             self.fail_rows(&which, 1, rc)
-            return
+            return False
         self.out.counters.prefill_tokens += n
         s.n_past += n
         s.row.prefill_ns += ns
@@ -299,10 +318,39 @@ cdef class Loop:
             s.row.threads_min = self.compute.threads
         s.row.threads_min = min(s.row.threads_min, <uint32_t> self.compute.threads)
         s.row.threads_max = max(s.row.threads_max, <uint32_t> self.compute.threads)
-        if complete:
+        if scores and not self.score_prompt(slot, s.n_past - n, n):
+            return False
+        if complete and s.max_tokens == 0:
+            self.slots.finish(s, slot, MULLAMA_FINISH_LENGTH, -1, 0)
+        elif complete:
             s.state = MULLAMA_SLOT_DECODE
             self.slots.changed = True
             self.commit(slot, n - 1)
+        return True
+
+    cdef bint score_prompt(self, int slot, int first, int n) noexcept nogil:
+        """Tell the log-probabilities of the prompt's tokens behind ``n`` positions from ``first`` on, that are computed
+        now. False: the logits are not finite, and the sequence has ended."""
+        cdef Slot * s = self.slots.at(slot)
+        cdef int i, at
+        cdef uint64_t start = now_ns(), ns
+        cdef float * logits
+        self.most_rows = max(self.most_rows, n)
+        for i in range(n):
+            at = first + i + 1
+            if at < s.n_scored or at >= s.n_prompt:
+                continue
+            logits = llama_get_logits_ith(self.slots.ctx, i)
+            if logits is NULL or not self.scorer.score_row(logits, self.n_vocab, s.tokens[at], s.report.n_prompt_top):
+                s.poisoned = True
+                self.slots.finish(s, slot, MULLAMA_FINISH_ERROR, -1, CORE_NOT_FINITE)
+                return False
+            self.out.push_token(RECORD_PROMPT, s.handle, self.scorer.pack(self.vocab))
+            s.n_scored = at + 1
+        ns = now_ns() - start
+        s.row.sample_ns += ns
+        self.out.counters.sample_ns += ns
+        return True
 
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil:
         """A decode failed for good: its sequences end with an error, nobody else notices."""
@@ -319,12 +367,15 @@ cdef class Loop:
             self.slots.finish(self.slots.at(which[i]), which[i], MULLAMA_FINISH_ERROR, -1, error)
 
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil:
-        """Sample from the logits of a batch row. -1 with ``error`` set when that is not possible."""
+        """Sample from the logits of a batch row. -1 with ``error`` set when that is not possible.
+
+        What is to be told of the token is in the scorer then.
+        """
         cdef Slot * s = self.slots.at(slot)
         cdef float * logits = llama_get_logits_ith(self.slots.ctx, row)
+        cdef const float * of_model = logits
         cdef llama_token_data_array array
-        cdef int32_t n
-        cdef size_t i
+        cdef int32_t n, n_top = s.report.n_top
         cdef llama_token token
         error[0] = CORE_NOT_FINITE
         if logits is NULL:
@@ -333,28 +384,54 @@ cdef class Loop:
         if self.fault_slot == slot:
             self.fault_slot = -1
             logits[self.n_vocab // 2] = NAN
-        # The row is ours until the next decode, so biases go straight into it.
+        if s.edits_logits():
+            if n_top >= 0 and not s.report.is_processed:
+                self.unedited.assign(logits, logits + self.n_vocab)
+                of_model = self.unedited.data()
+            self.edit(s, logits)
+        if s.greedy:
+            token = scan_argmax(logits, self.n_vocab)
+        else:
+            if s.top_k_first > 0:
+                n = scan_top_k(logits, self.n_vocab, s.top_k_first, self.candidates)
+            else:
+                n = scan_all(logits, self.n_vocab, self.candidates)
+            if n < 0:
+                return -1
+            array.data = self.candidates.data()
+            array.size = n
+            array.selected = -1
+            array.sorted = s.top_k_first > 0
+            token = guarded_sample(s.chain, &array, self.compute.guard)
+            if token < 0:
+                error[0] = CORE_SAMPLER
+        if token < 0:
+            return -1
+        if logits[token] <= BANNED_LOGIT / 2:
+            error[0] = CORE_NO_TOKEN
+            return -1
+        if n_top >= 0 and s.report.is_processed and not s.greedy:
+            self.scorer.score_candidates(array.data, array.size, token, n_top)
+        elif n_top >= 0 and not self.scorer.score_row(of_model, self.n_vocab, token, n_top):
+            return -1
+        elif n_top < 0 and s.report.tokens:
+            self.scorer.name(token)
+        return token
+
+    cdef void edit(self, Slot * s, float * logits) noexcept nogil:
+        """Write what the request wants of its next token over its logits: the row is ours until the next decode."""
+        cdef size_t i
+        cdef int32_t n
         if s.ignore_eos or s.n_generated < s.min_tokens:
             for i in range(self.eog.size()):
-                logits[self.eog[i]] = -1e30
+                logits[self.eog[i]] = BANNED_LOGIT
+        if s.n_generated < s.min_tokens:
+            s.rules.ban_ends(logits)
         for i in range(s.bias.size()):
             logits[s.bias[i].token] += s.bias[i].bias
-        if s.greedy:
-            return scan_argmax(logits, self.n_vocab)
-        if s.top_k_first > 0:
-            n = scan_top_k(logits, self.n_vocab, s.top_k_first, self.candidates)
-        else:
-            n = scan_all(logits, self.n_vocab, self.candidates)
-        if n < 0:
-            return -1
-        array.data = self.candidates.data()
-        array.size = n
-        array.selected = -1
-        array.sorted = s.top_k_first > 0
-        token = guarded_sample(s.chain, &array, self.compute.guard)
-        if token < 0:
-            error[0] = CORE_SAMPLER
-        return token
+        if s.rules.edits():
+            n = min(s.n_generated, <int32_t> s.tokens.size())  # of a shifted context fewer are left
+            s.rules.apply(logits, self.n_vocab, s.tokens.data() + s.tokens.size() - n, n)
 
     cdef void commit(self, int slot, int row) noexcept nogil:
         """Sample the next token of a slot and let its text out; decides whether the request ends with it."""
@@ -381,6 +458,11 @@ cdef class Loop:
         s.row.last_token_ns = sampled
         if s.row.first_token_ns == 0:
             s.row.first_token_ns = sampled
+        if s.report.any():
+            self.out.push_token(RECORD_TOKEN, s.handle, self.scorer.pack(self.vocab))
+        if s.rules.is_end(token):
+            eog = True
+            s.stop_token = token
         for i in range(self.eog.size()):
             if self.eog[i] == token:
                 eog = True

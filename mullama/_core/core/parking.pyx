@@ -6,7 +6,7 @@ from libc.stdint cimport uint64_t
 from mullama._core.lora.adapters cimport LoraSetPtr, build_set
 from mullama._core.output.clock cimport now_ns
 from mullama._core.llama cimport *
-from mullama._core.sampling.chain cimport Chain, accept_all, build_chain, prepared_for
+from mullama._core.sampling.chain cimport Chain, Sampling, accept_all, build_chain, prepared_for
 from mullama._core.core.slots cimport Slot, Slots, swap_slots
 from mullama.abi cimport *
 from mullama.errors import InvalidRequest
@@ -32,6 +32,11 @@ cdef class Parked:
         """Tokens to compute before it decodes, when no prefix is found: 0 when its KV was saved while it decoded."""
         cdef int n = <int> self.slot.tokens.size() - self.slot.n_past
         return 0 if self.saved and self.slot.n_generated > 0 and n == 1 else n
+
+    def reuse_limit(self):
+        """Most of its tokens that may come from the KV cache: one is computed, as are all whose log-probabilities of
+        the prompt are still to be told."""
+        return self.slot.n_scored - 1 if self.slot.scores_prompt() else <int> self.slot.tokens.size() - 1
 
     cdef int take_from(self, Slots * slots, int slot, bint save) except -1:
         """Be what runs in a slot, which retains its KV as a prefix when that is not saved, or could not be."""
@@ -112,13 +117,16 @@ cdef class Parked:
         cdef vector[llama_logit_bias] bias
         cdef Chain chain
         cdef LoraSetPtr lora = build_set(model, adapters)
+        cdef Sampling sampling
         cdef size_t i
         if known.empty() or <int> known.size() > n_ctx:
             raise InvalidRequest(f"{known.size()} tokens do not fit this model's context of {n_ctx}")
         for i in range(known.size()):
             model.check_token(known[i])
         if tokens is not None:
-            chain = build_chain(prepared_for(model, params, None), params, n_ctx, bias)
+            sampling = prepared_for(model, params, None)
+            chain = build_chain(sampling, params, n_ctx, bias)
+            self.slot.rules = sampling.rules
             if self.slot.chain is not NULL:
                 llama_sampler_free(self.slot.chain)
             self.slot.chain = chain.ptr

@@ -16,6 +16,7 @@
 #include "guard.h"
 #include "adapters.h"
 #include "output.h"
+#include "rules.h"
 #include "text.h"
 
 #include "llama-cells.h"
@@ -29,6 +30,16 @@
 namespace mullama {
 
 constexpr int MAX_PIECE = 512; // bytes of a sane token's text
+
+// What a reader wants to know of tokens beside their text.
+struct TokenReport {
+    bool    tokens = false;       // which they are
+    int32_t n_top = -1;           // log-probabilities of each and of so many most likely ones; -1: none
+    bool    is_processed = false; // those of the distribution that was sampled; else the model's own
+    int32_t n_prompt_top = -1;    // the same of the prompt's tokens, by the model's own distribution
+
+    bool any() const { return tokens || n_top >= 0; }
+};
 
 // The sequence that lives in a slot, or the finished prefix that it retains.
 struct Slot {
@@ -56,6 +67,11 @@ struct Slot {
     bool     greedy = false;         // argmax of the (biased) logits, no chain needed
     int32_t  top_k_first = 0;        // > 0: the chain looks at the k largest only, so only those are built
     std::vector<llama_logit_bias> bias;
+    TokenRules rules;
+
+    TokenReport report;
+    int32_t n_scored = 0;            // tokens of the prompt whose log-probabilities are told; the first has none
+    int32_t stop_token = -1;         // that ended it, of those that it asked to
 
     TextGate gate;
     std::string pending_text;        // final, but not yet in the ring
@@ -65,12 +81,22 @@ struct Slot {
 
     bool runs() const { return state == MULLAMA_SLOT_PREFILL || state == MULLAMA_SLOT_DECODE; }
 
+    // Tokens of the prompt whose log-probabilities are still to be told.
+    bool scores_prompt() const { return report.n_prompt_top >= 0 && n_scored < n_prompt; }
+
+    // Whether the logits of its next token are written over before it is chosen.
+    bool edits_logits() const {
+        return ignore_eos || n_generated < min_tokens || !bias.empty() || rules.edits();
+    }
+
     void end_request() {
         if (chain != nullptr) {
             llama_sampler_free(chain);
             chain = nullptr;
         }
         bias.clear();
+        rules = TokenRules();
+        report = TokenReport();
         gate = TextGate();
         pending_text.clear();
         lora.reset();
@@ -226,7 +252,7 @@ class Slots {
 
     // What is final of a sequence's text goes to its reader.
     void flush_text(Slot * s) {
-        out->push_text(s->handle, 1, s->pending_text);
+        out->push_text(s->handle, s->n_generated > 0, s->pending_text);
         s->pending_text.clear();
     }
 
@@ -254,7 +280,7 @@ class Slots {
          : reason == MULLAMA_FINISH_LENGTH    ? c.finished_length
          : reason == MULLAMA_FINISH_CANCELLED ? c.cancelled
                                               : c.failed)++;
-        out->push_finish(s->row, stop_index, error);
+        out->push_finish(s->row, stop_index, error, s->stop_token);
         out->site(MULLAMA_SITE_FINISH, slot, s->handle, reason, s->n_generated);
     }
 

@@ -14,6 +14,7 @@ from mullama._core.lora.adapters cimport LoraSetPtr
 from mullama._core.compute.compute cimport Compute, Guard
 from mullama._core.llama cimport *
 from mullama._core.output.output cimport Output
+from mullama._core.sampling.chain cimport TokenRules
 from mullama.abi cimport mullama_row
 
 
@@ -25,6 +26,12 @@ cdef extern from "text.h" namespace "mullama" nogil:
         int flush(string & released)
 
 cdef extern from "slots.h" namespace "mullama" nogil:
+    cppclass TokenReport:
+        cbool tokens
+        int32_t n_top
+        cbool is_processed
+        int32_t n_prompt_top
+        cbool any()
     cppclass Slot:
         uint32_t state
         vector[llama_token] tokens
@@ -38,12 +45,18 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         cbool greedy
         int32_t top_k_first
         vector[llama_logit_bias] bias
+        TokenRules rules
+        TokenReport report
+        int32_t n_scored
+        int32_t stop_token
         LoraSetPtr lora
         TextGate gate
         string pending_text
         mullama_row row
         cbool open()
         cbool runs()
+        cbool scores_prompt()
+        cbool edits_logits()
         void end_request()
     cdef enum:
         MAX_PIECE "mullama::MAX_PIECE"

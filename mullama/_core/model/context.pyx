@@ -9,7 +9,7 @@ cimport cython
 from mullama._core.llama cimport *
 from mullama._core.model.model cimport Model
 from mullama.errors import InvalidRequest, ModelLoadError
-from mullama.types import CELL_TYPES
+from mullama.types import CELL_TYPES, rows_of_logits
 
 
 @cython.no_gc_clear  # the context must be freed before the model that it points into
@@ -62,7 +62,8 @@ cdef class Context:
         params.n_ctx = n_ctx * n_slots if not self.unified else (unified_cells + 255) // 256 * 256
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_seq_max = n_slots
-        params.n_outputs_max = n_slots
+        self.n_rows = rows_of_logits(model.n_vocab, n_slots, self.n_batch)
+        params.n_outputs_max = self.n_rows
         params.flash_attn_type = {"auto": LLAMA_FLASH_ATTN_TYPE_AUTO, "on": LLAMA_FLASH_ATTN_TYPE_ENABLED,
                                   "off": LLAMA_FLASH_ATTN_TYPE_DISABLED}[flash_attn]
         params.kv_unified = self.unified
@@ -139,7 +140,8 @@ cdef class Context:
         """Bytes allocated for this context and its model, by kind of buffer.
 
         {"weights": {name: bytes}, "kv": {...}, "compute": {...}, "output": bytes, "is_host": {name: bool}}. Weights are
-        counted as they lie in memory: those of a mapped file are pages of the file. "output" is the buffer of logits.
+        counted as they lie in memory: those of a mapped file are pages of the file. "output" is the buffer of logits (see
+        Core.memory).
         """
         if self.ctx is NULL:
             raise RuntimeError("this context was closed")

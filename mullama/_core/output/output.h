@@ -68,9 +68,14 @@ class Output {
         push(header, &size, sizeof size, text.data(), size);
     }
 
-    void push_finish(const mullama_row & row, int32_t stop_index, int32_t error) {
+    // What is to be known of a token: RECORD_TOKEN or RECORD_PROMPT.
+    void push_token(RecordKind kind, uint64_t handle, const std::string & packed) {
+        push({ 0, kind, 0, handle }, packed.data(), (uint32_t) packed.size(), nullptr, 0);
+    }
+
+    void push_finish(const mullama_row & row, int32_t stop_index, int32_t error, int32_t stop_token) {
         const RecordHeader header = { 0, RECORD_FINISH, 0, row.handle };
-        const FinishBody body = { row.finish_reason, stop_index, error, 0 };
+        const FinishBody body = { row.finish_reason, stop_index, error, stop_token };
         push(header, &body, sizeof body, &row, sizeof row);
     }
 

@@ -25,6 +25,9 @@ cdef extern from "ring.h" namespace "mullama" nogil:
     cdef enum:
         RECORD_TEXT "mullama::RECORD_TEXT"
         RECORD_FINISH "mullama::RECORD_FINISH"
+    ctypedef enum RecordKind "mullama::RecordKind":
+        RECORD_TOKEN "mullama::RECORD_TOKEN"
+        RECORD_PROMPT "mullama::RECORD_PROMPT"
     cppclass RecordHeader:
         uint32_t size
         uint16_t kind
@@ -34,6 +37,7 @@ cdef extern from "ring.h" namespace "mullama" nogil:
         uint32_t reason
         int32_t stop_index
         int32_t error
+        int32_t stop_token
     cppclass Ring:
         const RecordHeader * peek()
         void pop()
@@ -55,3 +59,4 @@ cdef extern from "output.h" namespace "mullama" nogil:
         cbool pushed
         const Flag * stop
         void site(uint32_t kind, int32_t slot, uint64_t handle, int64_t a, int64_t b)
+        void push_token(RecordKind kind, uint64_t handle, const string & packed)

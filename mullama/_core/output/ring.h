@@ -8,7 +8,13 @@
 
 namespace mullama {
 
-enum RecordKind : uint16_t { RECORD_PAD = 0, RECORD_TEXT = 1, RECORD_FINISH = 2 };
+enum RecordKind : uint16_t {
+    RECORD_PAD = 0,
+    RECORD_TEXT = 1,
+    RECORD_FINISH = 2,
+    RECORD_TOKEN = 3,  // a token that came, before its text: for who wants to know (logprobs.h)
+    RECORD_PROMPT = 4, // the same of a token of the prompt, from its second on
+};
 
 struct RecordHeader {
     uint32_t size;     // bytes of the whole record, a multiple of 8
@@ -21,7 +27,7 @@ struct FinishBody {
     uint32_t reason;    // MULLAMA_FINISH_*
     int32_t  stop_index; // which stop string ended it, -1 for none
     int32_t  error;     // why it failed, a CoreError
-    uint32_t unused;
+    int32_t  stop_token; // which token ended it, of those that were asked to; -1 for none
 };
 
 // Law: head and tail only grow; [tail, head) holds whole records; a record never wraps, a PAD record fills the end.

@@ -20,6 +20,17 @@ cdef struct Chain:
     int32_t look_back        # only the last tokens of a text matter to the chain: so many
 
 
+cdef extern from "rules.h" namespace "mullama" nogil:
+    cppclass TokenRules:
+        vector[llama_token] ends
+        vector[vector[llama_token]] banned
+        vector[llama_token] allowed
+        cbool edits()
+        cbool is_end(llama_token token)
+        void apply(float * logits, int32_t n_vocab, const llama_token * generated, int32_t n)
+        void ban_ends(float * logits)
+
+
 cdef extern from "dry.h" namespace "mullama" nogil:
     ctypedef vector[llama_token] TokenSequence
     cppclass Pieces:
@@ -53,8 +64,10 @@ cdef class Sampling:
     cdef readonly Model model
     cdef vector[llama_logit_bias] bias
     cdef vector[TokenSequence] breakers
+    cdef TokenRules rules
 
     cdef int need_breakers(self, tuple texts) except -1
+    cdef int need_rules(self, object params) except -1
 
 
 cdef Sampling prepared_for(Model model, object params, object prepared)

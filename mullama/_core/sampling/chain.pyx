@@ -16,6 +16,7 @@ import secrets
 from mullama._core.llama cimport *
 from mullama._core.model.model cimport Model
 from mullama.errors import InvalidRequest
+from mullama.types import LOGPROBS_MODES, MAX_LOGPROBS
 
 cdef enum:
     MAX_BREAKER_TOKENS = 1 << 15  # tokens that may hold a sequence breaker of one request; a sampler lists them
@@ -71,10 +72,17 @@ def check_params(params):
     number("mirostat_eta", 0, 1)
     whole("min_tokens", 0, 1 << 30)
     if params.max_tokens is not None:
-        whole("max_tokens", 1, 1 << 30)
+        whole("max_tokens", 0, 1 << 30)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            whole(name, 0, MAX_LOGPROBS)
+    if params.logprobs_mode not in LOGPROBS_MODES:
+        raise InvalidRequest(f"logprobs_mode must be one of {', '.join(LOGPROBS_MODES)}, got {params.logprobs_mode!r}",
+                             param="logprobs_mode")
     if params.seed is not None:
         whole("seed", -(1 << 63), (1 << 64) - 1)
     texts("stop", params.stop)
+    texts("bad_words", params.bad_words)
     texts("dry_sequence_breakers", params.dry_sequence_breakers)
     try:
         pairs = [(token, value) for token, value in params.logit_bias]
@@ -138,6 +146,7 @@ cdef class Sampling:
         cdef llama_logit_bias entry
         check_params(params)
         self.model = model
+        self.need_rules(params)
         for token, value in params.logit_bias:
             entry.token = model.check_token(token, param="logit_bias")
             entry.bias = max(value, -1e9)
@@ -157,6 +166,23 @@ cdef class Sampling:
                 merge_breakers(self.breakers, breaker.found)
             if self.breakers.size() > MAX_BREAKER_TOKENS:
                 raise _too_many_breakers()
+        return 0
+
+    cdef int need_rules(self, object params) except -1:
+        cdef vector[llama_token] one
+        cdef size_t n
+        for token in params.stop_token_ids:
+            self.rules.ends.push_back(self.model.check_token(token, param="stop_token_ids"))
+        for token in params.allowed_token_ids or ():
+            self.rules.allowed.push_back(self.model.check_token(token, param="allowed_token_ids"))
+        for text in params.bad_words:
+            # A word has other tokens where it begins a text than behind a space.
+            plain = self.model.tokenize(text.lstrip(), add_special=False, parse_special=False)
+            spaced = self.model.tokenize(" " + text.lstrip(), add_special=False, parse_special=False)
+            for tokens in (plain, spaced) if spaced[:1] != plain[:1] and len(spaced) == len(plain) else (plain,):
+                if tokens:
+                    one = tokens
+                    self.rules.banned.push_back(one)
         return 0
 
     @property

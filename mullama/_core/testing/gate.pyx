@@ -1,15 +1,18 @@
 """For tests only: parts of the core alone, which no other module uses in this form. The gate that text passes, the
-scans of a row of logits, how far two rows are apart, and the reading of the machine's load."""
+scans of a row of logits, how far two rows are apart, the reading of the machine's load, and llama.cpp called
+directly."""
 
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from mullama._core.weights.divergence cimport kl_divergence
+from mullama._core.compute.compute cimport Guard, guarded_decode
 from mullama._core.llama cimport *
 from mullama._core.output.clock cimport NeighbourLoad, OwnCores
-from mullama._core.core.loop cimport scan_argmax, scan_top_k
+from mullama._core.core.loop cimport Scorer, scan_argmax, scan_top_k
+from mullama._core.model.model cimport Model
 from mullama._core.core.slots cimport TextGate
 
 
@@ -74,3 +77,42 @@ def busy_ticks(path):
     cdef uint64_t busy = 0
     cdef bytes name = str(path).encode()
     return busy if NeighbourLoad.read_busy(name, own_cores, busy) else None
+
+
+def score(logits, int token, int k):
+    """(rank of the token, its log-probability, [(token, log-probability) of the ``k`` most likely]); None: unusable."""
+    cdef vector[float] row = logits
+    cdef Scorer scorer
+    if not scorer.score_row(row.data(), <int32_t> row.size(), token, k):
+        return None
+    found = [(entry.token, entry.logprob) for entry in scorer.entries]
+    return scorer.rank, found[0][1], found[1:]
+
+
+def logits_of(Model model not None, tokens):
+    """The rows of logits behind each token, as llama.cpp gives them to who calls it directly: 32-bit floats, as bytes."""
+    cdef vector[llama_token] given = tokens
+    cdef int32_t n = <int32_t> given.size(), i
+    cdef llama_context_params params = llama_context_default_params()
+    params.n_ctx = (n + 255) // 256 * 256
+    params.n_batch = params.n_ubatch = max(n, 32)
+    params.n_outputs_max = params.n_batch
+    params.n_seq_max = 1
+    cdef llama_context * ctx = llama_init_from_model(model.ptr, params)
+    cdef llama_batch batch = llama_batch_init(n, 0, 1)
+    cdef Guard guard
+    batch.n_tokens = n
+    for i in range(n):
+        batch.token[i] = given[i]
+        batch.pos[i] = i
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = 0
+        batch.logits[i] = True
+    try:
+        if ctx is NULL or guarded_decode(ctx, batch, guard) != 0:
+            raise RuntimeError("llama.cpp did not decode")
+        return b"".join([(<const char *> llama_get_logits_ith(ctx, i))[:model.n_vocab * sizeof(float)]
+                         for i in range(n)])
+    finally:
+        llama_batch_free(batch)
+        llama_free(ctx)

@@ -61,7 +61,7 @@ class Steps:
         self._estimated = known
         queued = (seq for seq in seqs.live.values() if seq.view.state is SeqState.WAITING)
         for seq in itertools.islice(queued, ESTIMATES):
-            foreseen = kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+            foreseen = kv.finder.expected(seq.namespace, seq.key, seq.reuse_limit)
             seq.view.expect(max(foreseen.now, foreseen.later))
 
     def fit(self, plan: Plan) -> Fitted:
@@ -81,7 +81,7 @@ class Steps:
         parts, seq = self._parts, self._parts.seqs.live[handle]
         if seq.parked is not None:
             return False
-        foreseen = parts.kv.finder.expected(seq.namespace, seq.key, len(seq.request.prompt) - 1)
+        foreseen = parts.kv.finder.expected(seq.namespace, seq.key, seq.reuse_limit)
         # Only while it gets on: a policy that leaves it out must not leave two requests waiting.
         return foreseen.later > 0 and parts.seqs.slots[foreseen.slot] in plan.tokens
 

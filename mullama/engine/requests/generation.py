@@ -8,11 +8,14 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
 from mullama.errors import EngineDead
-from mullama.types import Delta, Finish
+from mullama.types import Delta, Finish, TokenScore
+
+#: Offered every text with its tokens, where those are asked for. False: it is not taken.
+Sink = Callable[[str, Sequence[TokenScore]], bool]
 
 log = logging.getLogger("mullama.engine")
 
@@ -26,12 +29,16 @@ class Attachable(Protocol):
 
 
 class BaseGeneration:
-    """What both kinds share. ``deliver`` and ``end`` are called by the engine's reader only."""
+    """What both kinds share. ``deliver``, ``note_prompt`` and ``end`` are called by the engine's reader only.
+
+    ``prompt_logprobs``, where they are asked for: the prompt's tokens but the first; all are there with the first text.
+    """
 
     def __init__(self, request_id: str, handle: int, cancel: Callable[[int], None]) -> None:
         self.id = request_id
         self.handle = handle
         self.finish: Finish | None = None
+        self.prompt_logprobs: list[TokenScore] = []
         self._cancel = cancel
         self._is_cancelled = False
 
@@ -51,7 +58,11 @@ class BaseGeneration:
         """See that ``reader``, another engine's, reads for this one's loop or thread. Any thread."""
         raise NotImplementedError
 
-    def deliver(self, text: str, n_tokens: int) -> None:
+    def note_prompt(self, score: TokenScore) -> None:
+        # Any thread: who reads looks only when it has a text, which comes after.
+        self.prompt_logprobs.append(score)
+
+    def deliver(self, text: str, n_tokens: int, tokens: tuple[TokenScore, ...] = ()) -> None:
         raise NotImplementedError
 
     def end(self, finish: Finish) -> None:
@@ -69,19 +80,20 @@ class AsyncGeneration(BaseGeneration):
         self, request_id: str, handle: int, cancel: Callable[[int], None], loop: asyncio.AbstractEventLoop
     ) -> None:
         super().__init__(request_id, handle, cancel)
-        self.sink: Callable[[str], bool] | None = None
+        self.sink: Sink | None = None
         self._loop = loop
         self._thread = threading.get_ident()
         self._parts: list[str] = []
+        self._tokens: list[TokenScore] = []
         self._n_tokens = 0
         self._ending: Finish | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def deliver(self, text: str, n_tokens: int) -> None:
+    def deliver(self, text: str, n_tokens: int, tokens: tuple[TokenScore, ...] = ()) -> None:
         if threading.get_ident() == self._thread:
-            self._put(text, n_tokens)
+            self._put(text, n_tokens, tokens)
         else:
-            self._call(self._put, text, n_tokens)
+            self._call(self._put, text, n_tokens, tokens)
 
     def end(self, finish: Finish) -> None:
         if threading.get_ident() == self._thread:
@@ -98,15 +110,16 @@ class AsyncGeneration(BaseGeneration):
         except RuntimeError:
             return  # the loop is closed: nobody reads any more
 
-    def _put(self, text: str, n_tokens: int) -> None:
+    def _put(self, text: str, n_tokens: int, tokens: tuple[TokenScore, ...]) -> None:
         if self.sink is not None and not self._parts:
             try:
-                if self.sink(text):
+                if self.sink(text, tokens):
                     return
             except Exception:  # the other requests' records must not suffer
                 log.exception("request %s: its sink failed and is left out from here on", self.id)
                 self.sink = None
         self._parts.append(text)
+        self._tokens += tokens
         self._n_tokens += n_tokens
         self._wake()
 
@@ -132,8 +145,9 @@ class AsyncGeneration(BaseGeneration):
                 await self._waiter
             finally:
                 self._waiter = None
-        delta = Delta("".join(self._parts), self._n_tokens)
+        delta = Delta("".join(self._parts), self._n_tokens, tuple(self._tokens))
         self._parts.clear()
+        self._tokens.clear()
         self._n_tokens = 0
         return delta
 
@@ -145,8 +159,8 @@ class Inbox(BaseGeneration):
         super().__init__(request_id, handle, cancel)
         self.items: queue.SimpleQueue[Delta | Finish] = queue.SimpleQueue()
 
-    def deliver(self, text: str, n_tokens: int) -> None:
-        self.items.put(Delta(text, n_tokens))
+    def deliver(self, text: str, n_tokens: int, tokens: tuple[TokenScore, ...] = ()) -> None:
+        self.items.put(Delta(text, n_tokens, tokens))
 
     def end(self, finish: Finish) -> None:
         self.items.put(finish)
@@ -180,6 +194,11 @@ class SyncGeneration:
     def finish(self) -> Finish | None:
         """How it ended; None while it has not been read to its end."""
         return self._inbox.finish
+
+    @property
+    def prompt_logprobs(self) -> list[TokenScore]:
+        """Of the prompt's tokens but the first, where they are asked for; all are there with the first text."""
+        return self._inbox.prompt_logprobs
 
     def cancel(self) -> None:
         """Stop it from any thread. Harmless when it has ended."""

@@ -44,11 +44,12 @@ def depart(
 ) -> list[Traveller]:
     """Take out every sequence that can go on in ``n_ctx`` tokens, in order of arrival. On the thread of the old engine.
 
-    One with LoRA adapters stays: the other engine does not have them.
+    One with LoRA adapters stays: the other engine does not have them. So does one that wants log-probabilities of its
+    prompt, which has other tokens there.
     """
     travellers = []
     for handle, seq in list(seqs.live.items()):
-        if seq.adapters:
+        if seq.adapters or (not same_vocab and seq.request.sampling.prompt_logprobs is not None):
             continue
         try:
             translated = _translate(core, seq, speaker, same_vocab)

@@ -91,9 +91,9 @@ class Intake:
         worth where it does not say."""
         asked, n_ctx = request.sampling.max_tokens, self._parts.info.n_ctx
         if request.context_shift:
-            return asked or n_ctx
+            return n_ctx if asked is None else asked
         left = n_ctx - len(request.prompt)
-        return min(asked or left, left)
+        return left if asked is None else min(asked, left)
 
     def _add(self, seq: LiveSequence) -> None:
         """Engine thread."""

@@ -7,13 +7,13 @@ import contextlib
 import logging
 import selectors
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from mullama import abi
 from mullama.engine.requests.generation import BaseGeneration
 from mullama.errors import ComputeFailed
-from mullama.types import Finish, FinishReason, LoraUse, Profile, WeightSpan
+from mullama.types import Finish, FinishReason, LoraUse, Profile, TokenScore, WeightSpan
 
 if TYPE_CHECKING:
     from mullama._core import Core
@@ -26,6 +26,7 @@ ERROR_TEXTS = {
     "decode": "llama_decode failed",
     "no_kv": "there was no room in the KV cache",
     "adapter": "an adapter of the request is gone",
+    "no_token": "the request lets no token come: allowed_token_ids, bad_words and min_tokens leave none",
 }
 
 
@@ -65,6 +66,15 @@ def profile_of(
     )
 
 
+class Kinds(NamedTuple):
+    """What ``Core.drain_records`` calls its records."""
+
+    text: int
+    finish: int
+    token: int
+    prompt: int
+
+
 @dataclass(slots=True)
 class Reading:
     """What is known of a request that has not ended, for its reader and its profile."""
@@ -74,6 +84,7 @@ class Reading:
     adapters: tuple[LoraUse, ...] = ()  # that compute it
     weights: tuple[WeightSpan, ...] = ()  # that generate it
     miss_reason: str | None = None  # why prompt tokens had to be computed
+    tokens: list[TokenScore] = field(default_factory=list)  # whose text has not come yet
 
 
 class Reader:
@@ -83,9 +94,9 @@ class Reader:
     without a loop), a thread reads for all of them: nobody depends on how long somebody else's loop lives.
     """
 
-    def __init__(self, core: Core, text_kind: int, token_bytes: int = 0) -> None:
+    def __init__(self, core: Core, kinds: Kinds, token_bytes: int = 0) -> None:
         self._core = core
-        self._text_kind = text_kind
+        self._kinds = kinds
         self._readings: dict[int, Reading] = {}  # by handle
         self._token_bytes = token_bytes  # KV of one token
         self.kernels: dict[str, str] = {}  # ways of computing, for the profiles
@@ -194,20 +205,31 @@ class Reader:
         if self._closed:
             return 0
         records = self._core.drain_records()
+        text_kind, finish_kind, token_kind, _ = self._kinds
         for record in records:
-            if record[0] == self._text_kind:
+            kind = record[0]
+            if kind == text_kind:
                 _, handle, text, n_tokens = record
                 reading = self._readings.get(handle)
-                if reading is not None:
+                if reading is not None and reading.tokens:
+                    reading.generation.deliver(text, n_tokens, tuple(reading.tokens))
+                    reading.tokens.clear()
+                elif reading is not None:
                     reading.generation.deliver(text, n_tokens)
-                continue
-            reading = self._readings.pop(record[1], None)
-            if reading is not None:
-                reading.generation.end(self._finish(record, reading))
+            elif kind == finish_kind:
+                reading = self._readings.pop(record[1], None)
+                if reading is not None:
+                    reading.generation.end(self._finish(record, reading))
+            else:
+                reading = self._readings.get(record[1])
+                if reading is not None and kind == token_kind:
+                    reading.tokens.append(record[2])
+                elif reading is not None:
+                    reading.generation.note_prompt(record[2])
         return len(records)
 
-    def _finish(self, record: tuple[int, int, int, int, int, bytes], reading: Reading) -> Finish:
-        _, _, number, stop_index, error, row = record
+    def _finish(self, record: tuple[int, int, int, int, int, int, bytes], reading: Reading) -> Finish:
+        _, _, number, stop_index, error, stop_token, row = record
         reason, failure = FinishReason(abi.FINISH_REASONS[number]), None
         if reason is FinishReason.ERROR:
             name = abi.CORE_ERRORS.get(error, "")
@@ -215,7 +237,7 @@ class Reader:
         profile = profile_of(abi.Row.from_buffer_copy(row), self._token_bytes, reading.miss_reason, reading.weights)
         profile.adapters, profile.kernels = reading.adapters, self.kernels
         stop = reading.stops[stop_index] if 0 <= stop_index < len(reading.stops) else None
-        return Finish(reason, profile, stop_string=stop, error=failure)
+        return Finish(reason, profile, stop, failure, None if stop_token < 0 else stop_token)
 
     def end_directly(self, handle: int, finish: Finish) -> None:
         """End a request that never reached the core, or whose core is gone."""

@@ -16,7 +16,7 @@ from mullama.engine.requests import lifecycle
 from mullama.engine.requests.reader import Reader
 from mullama.errors import ComputeFailed, InvalidRequest, MullamaError
 from mullama.kv.cache import KvCache
-from mullama.kv.index.tree import TOKEN_BYTES, pack
+from mullama.kv.index.tree import pack
 from mullama.kv.placement import holes, n_ranges, neighbours
 from mullama.kv.report import Owner
 from mullama.scheduling import SeqView
@@ -48,6 +48,14 @@ class LiveSequence:
     borders: list[int] = field(default_factory=list)  # where a prompt chunk has to end, for a checkpoint
     peak: int = 0  # most tokens in the KV cache at the end of a step
     mixed: bool = False  # other weights than those in charge have computed of its KV
+
+    @property
+    def reuse_limit(self) -> int:
+        """Most tokens of its prompt that may come from the KV cache: one is left, whose logits choose the next token.
+
+        Log-probabilities of a prompt are made of its logits, which nobody keeps.
+        """
+        return 0 if self.request.sampling.prompt_logprobs is not None else len(self.request.prompt) - 1
 
     def move(self, state: SeqState) -> None:
         """Change the state. Raises IllegalTransition."""
@@ -141,7 +149,7 @@ class Sequences:
         sampling = request.sampling
         if sampling.max_tokens != seq.view.max_tokens:  # PERF: a replace() takes longer than all the rest of this
             sampling = replace(sampling, max_tokens=seq.view.max_tokens)
-        place = kv.allocate(seq.namespace, seq.key, n - 1, self.running(), request.id)
+        place = kv.allocate(seq.namespace, seq.key, seq.reuse_limit, self.running(), request.id)
         slot = place.slot
         try:
             core.open(
@@ -177,7 +185,7 @@ class Sequences:
         if parked.saved:
             place = kv.allocate_empty(seq.namespace, self.running(), seq.request.id)
         else:
-            limit = len(tokens) // TOKEN_BYTES - 1
+            limit = parked.reuse_limit()
             place = kv.allocate(seq.namespace, tokens, limit, self.running(), seq.request.id)
         slot = place.slot
         core.resume(slot, parked, reuse=place.reuse, evicted=place.lost)

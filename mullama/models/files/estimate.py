@@ -20,7 +20,7 @@ from mullama.machine.processor import processor
 from mullama.models.files import gguf
 from mullama.models.files.gguf import Header, Tensor
 from mullama.models.files.shape import Shape, shape_of
-from mullama.types import CELL_TYPES
+from mullama.types import CELL_TYPES, rows_of_logits
 
 _PLAIN_CELLS = ("f32", "f16", "bf16")
 
@@ -335,7 +335,7 @@ def _compute(
     inner = 0
     if shape.n_inner:
         inner = (3 * shape.n_embd + 6 * shape.n_inner) * row + shape.n_state * n_parallel * _FLOAT
-    logits = n_parallel * shape.n_vocab * _FLOAT + shape.n_embd * row
+    logits = rows_of_logits(shape.n_vocab, n_parallel, tokens) * shape.n_vocab * _FLOAT + shape.n_embd * row
     return masks + max(feed, attend, inner, logits)
 
 
