@@ -85,6 +85,33 @@ class Preempt(enum.StrEnum):
     RECOMPUTE = "recompute"  # given up, computed again
 
 
+class ConstraintKind(enum.StrEnum):
+    """What ``Constraint.text`` is."""
+
+    JSON_OBJECT = "json_object"  # "": any JSON object
+    JSON_SCHEMA = "json_schema"  # a JSON schema, as JSON
+    REGEX = "regex"  # of the whole text, in the syntax of Rust's regex: without look-around and references
+    CHOICE = "choice"  # a JSON list of the texts that may be
+    LARK = "lark"  # a grammar in llguidance's dialect of Lark
+    GBNF = "gbnf"  # a grammar in llama.cpp's notation
+
+
+@dataclass(slots=True, frozen=True)
+class Constraint:
+    """What the text that is generated has to be. Nothing else can be sampled; where it is complete the request ends.
+
+    It holds from the first token on, or:
+    ``after``: from behind the first of these texts (the end of a model's thinking); before, all but the end may come.
+    ``triggers``: from the first of these texts on, which it is about (the beginning of a tool call); before, all may
+    come, and so may the end.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    after: tuple[str, ...] = ()
+    triggers: tuple[str, ...] = ()
+
+
 @dataclass(slots=True, frozen=True)
 class SamplingParams:
     """How tokens are chosen. Defaults are llama.cpp's own (``common_params_sampling``).
@@ -119,6 +146,7 @@ class SamplingParams:
     min_tokens: int = 0  # end-of-generation and stop strings do not count before
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -153,6 +181,7 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     stop: str | SequenceOf[str]
+    constraint: Constraint | None
     priority: int
     user: str | None
     slo_ms: float | None
