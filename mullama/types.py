@@ -66,6 +66,16 @@ class MemoryLeft:
     alone: int
 
 
+class Pooling(enum.StrEnum):
+    """How the vectors of a text's tokens become the answer of an embedding model."""
+
+    MEAN = "mean"
+    CLS = "cls"  # the first token's
+    LAST = "last"
+    NONE = "none"  # all of them
+    RANK = "rank"  # numbers of the model's own head
+
+
 class SeqState(enum.StrEnum):
     """Where a sequence is in its life; the legal moves are in engine/requests/lifecycle.py."""
 
@@ -98,6 +108,33 @@ class TokenScore(NamedTuple):
     logprob: float | None = None  # natural logarithm; None: nobody asked
     rank: int = 0  # from 1, the most likely; 0: nobody asked
     top: tuple[tuple[int, bytes, float], ...] = ()  # the most likely ones: token, piece, logprob
+
+
+class ConstraintKind(enum.StrEnum):
+    """What ``Constraint.text`` is."""
+
+    JSON_OBJECT = "json_object"  # "": any JSON object
+    JSON_SCHEMA = "json_schema"  # a JSON schema, as JSON
+    REGEX = "regex"  # of the whole text, in the syntax of Rust's regex: without look-around and references
+    CHOICE = "choice"  # a JSON list of the texts that may be
+    LARK = "lark"  # a grammar in llguidance's dialect of Lark
+    GBNF = "gbnf"  # a grammar in llama.cpp's notation
+
+
+@dataclass(slots=True, frozen=True)
+class Constraint:
+    """What the text that is generated has to be. Nothing else can be sampled; where it is complete the request ends.
+
+    It holds from the first token on, or:
+    ``after``: from behind the first of these texts (the end of a model's thinking); before, all but the end may come.
+    ``triggers``: from the first of these texts on, which it is about (the beginning of a tool call); before, all may
+    come, and so may the end.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    after: tuple[str, ...] = ()
+    triggers: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -141,6 +178,7 @@ class SamplingParams:
     logprobs_mode: str = "raw"  # of the model's own distribution, or of the one that was sampled: "processed"
     prompt_logprobs: int | None = None  # the same of the prompt's tokens, by the model's own; all of it is computed
     return_token_ids: bool = False  # tell which tokens came
+    constraint: Constraint | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -182,6 +220,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs_mode: str
     prompt_logprobs: int | None
     return_token_ids: bool
+    constraint: Constraint | None
     priority: int
     user: str | None
     slo_ms: float | None
