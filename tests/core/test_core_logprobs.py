@@ -63,7 +63,9 @@ def test_a_row_of_any_length(n: int) -> None:
         true = logprobs(row)
         assert logprob == pytest.approx(true[token], rel=1e-6, abs=5e-6)
         assert rank == 1 + int((row > row[token]).sum())
-        assert [one for _, one in top] == pytest.approx([x for x in np.sort(true)[::-1][:20] if x > -1e20], rel=1e-6, abs=5e-6)
+        assert [one for _, one in top] == pytest.approx(
+            [x for x in np.sort(true)[::-1][:20] if x > -1e20], rel=1e-6, abs=5e-6
+        )
 
 
 def test_rows_that_are_not_usable() -> None:
@@ -116,7 +118,9 @@ def test_other_kinds_of_models(make_core: Callable[..., Driver], models: Callabl
 def test_of_the_distribution_that_was_sampled(core: Driver, model: Model) -> None:
     def of(**more: Any) -> tuple[Output, Floats]:
         output = core.generate(PROMPT, sampled(10, logprobs=5, logprobs_mode="processed", **more))
-        return output, np.frombuffer(logits_of(model, [*output.prompt, *output.tokens]), np.float32).reshape(-1, model.n_vocab)
+        return output, np.frombuffer(logits_of(model, [*output.prompt, *output.tokens]), np.float32).reshape(
+            -1, model.n_vocab
+        )
 
     output, rows = of(temperature=0.5)
     for i, one in enumerate(output.scores):

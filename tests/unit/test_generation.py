@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ import pytest
 
 from mullama import abi
 from mullama.engine.requests.generation import AsyncGeneration, BaseGeneration, Inbox, SyncGeneration
-from mullama.engine.requests.reader import ERROR_TEXTS, Reader, profile_of
+from mullama.engine.requests.reader import ERROR_TEXTS, Kinds, Reader, profile_of
 from mullama.errors import ComputeFailed, EngineDead
-from mullama.types import Delta, Finish, FinishReason, Profile
+from mullama.types import Delta, Finish, FinishReason, Profile, TokenScore
 
 TEXT, FINISH, TOKEN, PROMPT = KINDS = Kinds(1, 2, 3, 4)
 STOP = Finish(FinishReason.STOP, Profile())

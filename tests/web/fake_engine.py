@@ -17,7 +17,7 @@ from mullama.engine.requests.generation import AsyncGeneration
 from mullama.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, ShuttingDown
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.index.tree import pack
-from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
+from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams, TokenScore
 
 BOS = 1
 N_VOCAB = 1000
@@ -47,6 +47,14 @@ def model_info(name: str = "fake") -> ModelInfo:
     )
 
 
+def scored(token: int, piece: bytes, k: int | None) -> TokenScore:
+    """What the fake engine says of a token: the likelier, the lower its id."""
+    if k is None:
+        return TokenScore(token, piece)
+    top = tuple((token + i, piece if i == 0 else b"%d" % i, -token / 64 - i) for i in range(k))
+    return TokenScore(token, piece, -token / 64, 1, top)
+
+
 class FakeGeneration(AsyncGeneration):
     """The real one, fed with the engine's reply on the event loop it was submitted on."""
 
@@ -59,12 +67,16 @@ class FakeGeneration(AsyncGeneration):
         self._pieces = list(engine.reply)
         self._limit = request.sampling.max_tokens
         self._n_sent = 0
+        self._held: list[tuple[str, tuple[TokenScore, ...]]] = []
         self._timer: asyncio.TimerHandle | None = None
         if not engine.hang:
             self._timer = self._loop.call_later(engine.first_delay, self._step)
 
     def _step(self) -> None:
         engine = self._engine
+        if not self._n_sent and (k := self.request.sampling.prompt_logprobs) is not None:
+            for token in self.request.prompt[1:]:
+                self.note_prompt(scored(token, chr(token).encode(), k))
         if engine.fail_after is not None and self._n_sent == engine.fail_after:
             self._end(FinishReason.ERROR, engine.failure)
         elif not self._pieces:
@@ -73,7 +85,16 @@ class FakeGeneration(AsyncGeneration):
             self._end(FinishReason.LENGTH)
         else:
             self._n_sent += 1
-            self.deliver(self._pieces.pop(0), 1)
+            sampling, piece = self.request.sampling, self._pieces.pop(0)
+            tells = sampling.logprobs is not None or sampling.return_token_ids
+            tokens = (scored(100 + self._n_sent, piece.encode(), sampling.logprobs),) if tells else ()
+            if engine.holds_back and self._pieces:
+                self._held.append((piece, tokens))
+                self.deliver("", 1, tokens)
+            else:
+                held = "".join(text for text, _ in self._held)
+                self._held.clear()
+                self.deliver(held + piece, 1, tokens)
             self._timer = self._loop.call_later(engine.delay, self._step)
 
     def _end(self, reason: FinishReason, error: Exception | None = None) -> None:
@@ -206,6 +227,7 @@ class FakeEngine:
         self.delay = 0.0
         self.first_delay = 0.0
         self.hang = False
+        self.holds_back = False  # all text to the end, as a stop string would
         self.cached = 0
         self.total_ms: float | None = None  # None: as long as it took
         self.fail_after: int | None = None

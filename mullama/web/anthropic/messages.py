@@ -98,6 +98,8 @@ class MessageEvents:
     )
     ping = b'event: ping\ndata: {"type":"ping"}\n\n'
     is_first_special = False
+    is_opening_late = False
+    token_json = None
 
     def __init__(self, opened: Opened, *, with_profile: bool) -> None:
         self._group = opened.group

@@ -92,6 +92,8 @@ class AnswerLines:
 
     ping = b""
     is_first_special = False
+    is_opening_late = False
+    token_json = None
 
     def __init__(self, opened: Opened, *, is_chat: bool, with_profile: bool) -> None:
         self._opened = opened

@@ -15,6 +15,7 @@ from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, keep_tokens, without
+from mullama.web.openai.logprobs import ended_by
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import ChatCall, Ending, Message, parse_chat
@@ -38,7 +39,17 @@ class ChatCompletions:
         services = self._services
         call = await services.parse(req, partial(parse_chat, models=services.models))
         opened = await open_chat(services, req, call)
-        await respond(req, resp, services, opened, is_chat=True, choice=_choice)
+
+        def choice(index: int, reply: Reply) -> dict[str, Any]:
+            return {
+                "index": index,
+                "message": {"role": "assistant", "content": reply.text},
+                **opened.options.wish.of_chat(reply.tokens),
+                "finish_reason": reply.finish.reason,
+                **ended_by(reply.finish),
+            }
+
+        await respond(req, resp, services, opened, is_chat=True, choice=choice)
 
 
 async def open_chat(
@@ -153,12 +164,3 @@ def _cut(
         return whole, None
     prompt = prompt_of(without(call.messages, span))
     return prompt, Dropped(policy, n_whole, len(prompt), span, is_chat=True)
-
-
-def _choice(index: int, reply: Reply) -> dict[str, Any]:
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": reply.text},
-        "logprobs": None,
-        "finish_reason": reply.finish.reason,
-    }

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mullama.errors import MullamaError
-from mullama.types import Finish
+from mullama.types import Finish, TokenScore
 from mullama.web.openai.context_policy import shift_member
+from mullama.web.openai.logprobs import NOTHING, TokenWish, ended_by, width
 from mullama.web.openai.usage import profile_fields, usage
 from mullama.web.stream.event_stream import PING, event_json
 from mullama.web.stream.generations import Group
@@ -19,7 +20,8 @@ class ChunkFormat:
     """The bytes of a stream's chunks; all that is constant is made once (PERF).
 
     ``echoes`` are the texts a completion repeats before its own, one a choice; None for a chat, whose choices open
-    with the role. ``only_first`` are further members of the stream's first chunk, whatever that is.
+    with the role. ``wish``: what is told of tokens. ``only_first`` are further members of the stream's first chunk,
+    whatever that is.
     """
 
     ping = PING
@@ -33,6 +35,7 @@ class ChunkFormat:
         include_usage: bool,
         with_profile: bool = False,
         echoes: Sequence[str] | None = None,
+        wish: TokenWish = NOTHING,
         only_first: dict[str, Any] | None = None,
     ) -> None:
         self._group = group
@@ -42,14 +45,19 @@ class ChunkFormat:
         head = event_json({"id": group.id, "object": kind, "created": created, "model": group.model})
         self._is_chat = is_chat
         self._echoes = echoes
+        self._wish = wish
+        self._offsets = [0] * len(group.generations)  # where the next token begins in the text
+        self.is_opening_late = wish.any_of_prompt
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._first_head = b"data: " + head[:-1] + _members(only_first or {}) + b',"choices":['
         self.is_first_special = self._first_head != self._head
         self._end = b'],"usage":null' if include_usage else b"]"
         body = b'{"index":%d,"delta":{"content":' if is_chat else b'{"index":%d,"text":'
         self._text_heads = [self._head + body % i for i in range(len(group.generations))]
-        ending = b'},"logprobs":null,"finish_reason":null}' if is_chat else b',"logprobs":null,"finish_reason":null}'
-        self._text_tail = ending + self._end + b"}\n\n"
+        self._text_end = b"}" if is_chat else b""
+        members = b"" if wish.any_of_text else self._text_end + b',"logprobs":null'
+        self._text_tail = members + b',"finish_reason":null}' + self._end + b"}\n\n"
+        self.token_json = self._token_json if wish.any_of_text else None
 
     def first(self, data: bytes) -> bytes:
         """The same chunks with the members that the stream's first one has beyond the others'."""
@@ -57,6 +65,14 @@ class ChunkFormat:
 
     def text(self, index: int, text: str) -> bytes:
         return self._text_heads[index] + event_json(text) + self._text_tail
+
+    def _token_json(self, index: int, text: str, tokens: Sequence[TokenScore]) -> bytes:
+        if self._is_chat:
+            told = self._wish.of_chat(tokens)
+        else:
+            told = self._wish.of_text(tokens, self._offsets[index])
+            self._offsets[index] += width(tokens)
+        return event_json(text) + self._text_end + _members(told)
 
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         """What comes before and after a text's JSON."""
@@ -66,24 +82,41 @@ class ChunkFormat:
         """What comes before the first text of a choice: the role, or the echoed prompt; may be empty."""
         if self._is_chat:
             choice = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-            return self._head + choice % index + self._end + b"}\n\n"
-        return self.text(index, self._echoes[index]) if self._echoes else b""
+            return self._head + choice % index + self._end + self._about_prompt(index) + b"}\n\n"
+        if not self._echoes and not self._wish.any_of_prompt:
+            return b""
+        told: dict[str, Any] = {"logprobs": None}
+        if self._wish.echoes and self._wish.n_top is not None:
+            scores = self._group.prompt_scores(index)
+            told = self._wish.of_text((), 0, scores)
+            self._offsets[index] = width(scores)
+        echo = event_json(self._echoes[index] if self._echoes else "")
+        end = self._about_prompt(index) + b',"finish_reason":null}' + self._end + b"}\n\n"
+        return self._text_heads[index] + echo + _members(told) + end
+
+    def _about_prompt(self, index: int) -> bytes:
+        """Members about the prompt: of a chat's chunk, or of a completion's choice."""
+        if not self._wish.any_of_prompt or (self._is_chat and index):
+            return b""
+        scores = self._group.prompt_scores(index) if self._wish.n_prompt is not None else []
+        return _members(self._wish.of_prompt(scores, self._group.prompt_of(index)))
 
     def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
         """The chunk with the finish reason; after the last choice also the usage chunk and the end of the stream."""
         context = shift_member([finish.profile.context_shifted])
         if ended is None:
-            return self._last(index, finish.reason, context)
+            return self._last(index, finish, context)
         profile = profile_fields(ended) if self._with_profile else {}
         if not self._include_usage:
-            return self._last(index, finish.reason, context | profile) + DONE
+            return self._last(index, finish, context | profile) + DONE
         counts = {"usage": usage(self._group.prompt_lengths, self._group.n, ended), **profile}
-        return self._last(index, finish.reason, context) + self._head + b"]" + _members(counts) + b"}\n\n" + DONE
+        return self._last(index, finish, context) + self._head + b"]" + _members(counts) + b"}\n\n" + DONE
 
-    def _last(self, index: int, reason: str, extra: dict[str, Any]) -> bytes:
+    def _last(self, index: int, finish: Finish, extra: dict[str, Any]) -> bytes:
         """``extra`` are further members of the chunk."""
+        reason = finish.reason
         text: dict[str, Any] = {"delta": {}} if self._is_chat else {"text": ""}
-        choice = event_json({"index": index, **text, "logprobs": None, "finish_reason": reason})
+        choice = event_json({"index": index, **text, "logprobs": None, "finish_reason": reason, **ended_by(finish)})
         return self._head + choice + self._end + _members(extra) + b"}\n\n"
 
     def error(self, error: MullamaError) -> bytes:

@@ -13,6 +13,7 @@ from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_tokens, keep_tokens, without
+from mullama.web.openai.logprobs import ended_by
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import CompletionCall, completion_prompts, parse_completion
@@ -34,11 +35,15 @@ class Completions:
         opened = await open_completion(services, req, call)
 
         def choice(index: int, reply: Reply) -> dict[str, Any]:
+            group, wish = opened.group, opened.options.wish
+            scores = group.prompt_scores(index) if wish.scores_prompt else []
             return {
                 "index": index,
                 "text": (opened.echoes[index] if opened.echoes else "") + reply.text,
-                "logprobs": None,
+                **wish.of_text(reply.tokens, 0, scores if wish.echoes else ()),
+                **wish.of_prompt(scores, group.prompt_of(index)),
                 "finish_reason": reply.finish.reason,
+                **ended_by(reply.finish),
             }
 
         await respond(req, resp, services, opened, is_chat=False, choice=choice)

@@ -24,6 +24,9 @@ from mullama.web.work import Errand
 
 T = TypeVar("T")
 
+#: Log-probabilities of prompts that one answer may have: some 30 MB while it is made.
+MAX_PROMPT_SCORES = 1 << 18
+
 
 @dataclass(slots=True)
 class Opened:
@@ -62,6 +65,18 @@ async def with_lease(services: Services, req: Request, model: str, begin: Callab
 
 def new_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(16)}"
+
+
+def _check_scores(prompts: Sequence[Sequence[int]], options: Options) -> None:
+    """Raises InvalidRequest for more log-probabilities of prompts than an answer may have."""
+    k = options.sampling.prompt_logprobs
+    n = 0 if k is None else sum(map(len, prompts)) * options.n * (k + 1)
+    if n > MAX_PROMPT_SCORES:
+        raise InvalidRequest(
+            f"prompt_logprobs: {n} log-probabilities of prompts are asked for (their tokens, times n, times 1 for each "
+            f"token and those beside it); at most {MAX_PROMPT_SCORES} are told in one answer",
+            param="prompt_logprobs",
+        )
 
 
 class Opening:
@@ -119,6 +134,7 @@ class Opening:
         translate: Callable[[Any], list[int]] | None = None,
     ) -> Group:
         """The generations, submitted. The group takes over the lease. Raises what ``Group.submit`` raises."""
+        _check_scores(prompts, self.options)
         group = Group(
             self._services,
             self._lease,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import falcon.asgi
@@ -13,12 +14,16 @@ from mullama.web.http.request import Request
 from mullama.web.http.request_log import note_group
 from mullama.web.openai.chunks import ChunkFormat
 from mullama.web.openai.context_policy import context_member, shift_member
+from mullama.web.openai.logprobs import picked
 from mullama.web.openai.opening import Opened
 from mullama.web.openai.usage import profile_fields, usage
 from mullama.web.services import Services
 from mullama.web.stream.direct import direct_body
 from mullama.web.stream.event_stream import EVENTS, EventStream, StreamFormat, start_stream
 from mullama.web.stream.generations import Reply
+
+#: Tokens with log-probabilities whose JSON takes a thread: a millisecond's.
+MANY_SCORES = 64
 
 
 def wants_profile(req: Request) -> bool:
@@ -50,10 +55,19 @@ async def deliver(
             start_stream(resp, stream, media_type)
             streaming = True
             return
-        resp.data = orjson.dumps(whole(await group.collect()))
+        replies = await group.collect()
+        n_scores = sum(len(reply.tokens) for reply in replies) + sum(
+            len(generation.prompt_logprobs) for generation in group.generations
+        )
+        work = partial(_json_of, whole, replies)
+        resp.data = await group.offload(work) if n_scores > MANY_SCORES else work()
     finally:
         if not streaming:
             group.close()
+
+
+def _json_of(whole: Callable[[list[Reply]], dict[str, Any]], replies: list[Reply]) -> bytes:
+    return orjson.dumps(whole(replies))
 
 
 async def respond(
@@ -86,12 +100,17 @@ async def respond(
             include_usage=options.include_usage,
             with_profile=wants_profile(req),
             echoes=opened.echoes,
+            wish=options.wish,
             only_first=cut(),
         )
 
     def whole(replies: list[Reply]) -> dict[str, Any]:
         context = cut()
         finishes = [reply.finish for reply in replies]
+        about = {}
+        if is_chat and options.wish.any_of_prompt:
+            scores = group.prompt_scores(0) if options.wish.scores_prompt else []
+            about = options.wish.of_prompt(scores, group.prompt_of(0))
         shifted = [finish.profile.context_shifted for finish in finishes]
         if any(shifted):
             context = shift_member(shifted)
@@ -101,7 +120,11 @@ async def respond(
             "object": "chat.completion" if is_chat else "text_completion",
             "created": created,
             "model": group.model,
-            "choices": [choice(index, reply) for index, reply in enumerate(replies)],
+            "choices": [
+                choice(index, replies[index]) | {"index": at}
+                for at, index in enumerate(picked([reply.tokens for reply in replies], group.n, options.n_shown))
+            ],
+            **about,
             "usage": usage(group.prompt_lengths, group.n, finishes),
             **context,
             **(profile_fields(finishes) if wants_profile(req) else {}),

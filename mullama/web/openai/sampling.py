@@ -12,11 +12,12 @@ import msgspec
 
 from mullama.config import ServeConfig
 from mullama.errors import ConfigError, InvalidRequest
-from mullama.types import ModelInfo, SamplingParams
+from mullama.types import MAX_LOGPROBS, ModelInfo, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; every token's text is held against every stop string
 MAX_BREAKERS = 64
+MAX_BAD_WORDS = 256
 SEED_MODULUS = 0xFFFFFFFF  # llama.cpp seeds are 32 bits, and the largest one means "random"
 
 _TOKEN_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
@@ -44,6 +45,10 @@ class Range:
 #: The field of the request -> what it may be. docs/api.md lists the same (a test compares).
 RANGES: dict[str, Range] = {
     "n": Range(1, 128),
+    "best_of": Range(1, 128),
+    "logprobs": Range(0, MAX_LOGPROBS),
+    "top_logprobs": Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": Range(0, MAX_LOGPROBS),
     "max_tokens": Range(1),
     "max_completion_tokens": Range(1),
     "min_tokens": Range(0),
@@ -116,7 +121,8 @@ def sampler_values(body: object, info: ModelInfo, defaults: Mapping[str, Any] = 
         if param == "max_tokens" and value == NO_LIMIT:
             values.setdefault(param, None)
             continue
-        check_range(field, value)
+        if not (field == "max_tokens" and value == 0 and _is_about_prompt(body)):
+            check_range(field, value)
         if param not in values:
             most = MAX_TOKENS if param in _LIMITS else info.n_ctx if param in _COUNTS else value
             values[param] = min(value, most)
@@ -126,6 +132,11 @@ def sampler_values(body: object, info: ModelInfo, defaults: Mapping[str, Any] = 
     if values.get("min_tokens", 0) > (values.get("max_tokens") or MAX_TOKENS):
         raise InvalidRequest("min_tokens: it must not be greater than max_tokens", param="min_tokens")
     return values
+
+
+def _is_about_prompt(body: object) -> bool:
+    """Whether the request asks for something without a token generated."""
+    return bool(getattr(body, "echo", None)) or getattr(body, "prompt_logprobs", None) is not None
 
 
 class SamplingDefaults:
@@ -170,6 +181,24 @@ def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
         if len(text) > MAX_STOP_LENGTH:
             raise InvalidRequest(f"stop: a stop string has at most {MAX_STOP_LENGTH} characters", param="stop")
     return stops
+
+
+def token_ids(name: str, given: Sequence[int] | None, info: ModelInfo) -> tuple[int, ...]:
+    """Token ids, each once. Raises InvalidRequest for those outside the vocabulary, and where none could come."""
+    check_tokens(given or (), name, info)
+    if name == "allowed_token_ids" and given is not None and not given:
+        raise InvalidRequest(f"{name}: the list is empty; without any no token could come", param=name)
+    return tuple(dict.fromkeys(given or ()))
+
+
+def bad_words(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Raises InvalidRequest for too many, too long or empty ones."""
+    words = tuple(given or ())
+    if len(words) > MAX_BAD_WORDS or not all(word.strip() and len(word) <= MAX_STOP_LENGTH for word in words):
+        raise InvalidRequest(
+            f"bad_words: it takes at most {MAX_BAD_WORDS} texts of 1 to {MAX_STOP_LENGTH} characters", param="bad_words"
+        )
+    return words
 
 
 def breakers(given: str | Sequence[str]) -> tuple[str, ...]:

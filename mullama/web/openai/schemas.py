@@ -27,6 +27,7 @@ from mullama.web.internal.lora_routes import LoraBody, split_name
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, refuse_unbuilt
+from mullama.web.openai.logprobs import NOTHING, TokenWish
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
@@ -88,6 +89,13 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     context_policy: str | None = None
     lora: list[LoraBody] | None = None
     keep_alive: float | str | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | bool | None = None
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -151,6 +159,8 @@ class Options:
     preempt: Preempt
     cache_salt: str | None
     context_policy: ContextPolicy | None  # None: the server's
+    wish: TokenWish = NOTHING
+    n_shown: int = 1  # of n choices a prompt, the likeliest
     tenant: str | None = None  # whom the API key names
 
     def of_tenant(self, tenant: str | None) -> Options:
@@ -251,7 +261,7 @@ def parse_completion(data: bytes, models: ModelManager) -> CompletionCall:
     model, named = split_name(body.model, models)
     _refuse_unsupported(body)
     refuse_unbuilt(data, TEXT)
-    _refuse(body.best_of is not None and body.best_of != (body.n or 1), "best_of", "best_of other than n")
+    _check_best_of(body)
     return CompletionCall(model, body, named)
 
 
@@ -272,16 +282,29 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
     values = sampling.sampler_values(body, info, defaults)
     if body.dry_sequence_breakers is not None:
         values["dry_sequence_breakers"] = sampling.breakers(body.dry_sequence_breakers)
+    if body.logprobs_mode is not None:
+        values["logprobs_mode"] = body.logprobs_mode.removesuffix("_logprobs")
+    wish = _wish_of(body)
+    n_shown = 1 if body.n is None else body.n
+    n = (body.best_of if isinstance(body, CompletionBody) else None) or n_shown
     params = SamplingParams(
         **values,
         stop=sampling.stop_strings(body.stop),
         seed=sampling.seed_of(body.seed),
         logit_bias=sampling.logit_biases(body.logit_bias, info),
         ignore_eos=bool(body.ignore_eos),
+        stop_token_ids=sampling.token_ids("stop_token_ids", body.stop_token_ids, info),
+        bad_words=sampling.bad_words(body.bad_words),
+        allowed_token_ids=sampling.token_ids("allowed_token_ids", body.allowed_token_ids, info),
+        logprobs=0 if n > n_shown and wish.n_top is None else wish.n_top,
+        prompt_logprobs=wish.n_prompt_scored,
+        return_token_ids=wish.ids,
     )
     return Options(
         sampling=params,
-        n=1 if body.n is None else body.n,
+        n=n,
+        n_shown=n_shown,
+        wish=wish,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         user=body.safety_identifier if body.user is None else body.user,
@@ -291,6 +314,45 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         cache_salt=salt_text("cache_salt", body.cache_salt, MAX_SALT),
         context_policy=policy_of(body.context_policy, can_shift=info.can_shift),
     )
+
+
+def _wish_of(body: GenerationBody) -> TokenWish:
+    """What is to be told of tokens. Raises InvalidRequest."""
+    top: int | bool | None = None
+    if isinstance(body, CompletionBody):
+        top = _count_of("logprobs", body.logprobs)
+    elif isinstance(body, ChatBody):
+        top = _count_of("top_logprobs", body.top_logprobs)
+        if top and not body.logprobs:
+            raise InvalidRequest("top_logprobs: it needs logprobs to be true", param="top_logprobs")
+        top = (top or 0) if body.logprobs else None
+    return TokenWish(
+        n_top=top,
+        n_prompt=_count_of("prompt_logprobs", body.prompt_logprobs),
+        echoes=isinstance(body, CompletionBody) and bool(body.echo),
+        ids=bool(body.return_token_ids),
+        as_ids=bool(body.return_tokens_as_token_ids),
+    )
+
+
+def _count_of(name: str, value: int | bool | None) -> int | None:
+    """How many log-probabilities a field asks for; None: none. Raises InvalidRequest."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        raise InvalidRequest(f"{name}: it must be a whole number {sampling.RANGES[name]}", param=name)
+    sampling.check_range(name, value)
+    return value
+
+
+def _check_best_of(body: CompletionBody) -> None:
+    if body.best_of is None:
+        return
+    sampling.check_range("best_of", body.best_of)
+    if body.best_of < (body.n or 1):
+        raise InvalidRequest("best_of: it must be at least n", param="best_of")
+    if body.best_of > (body.n or 1) and body.stream:
+        raise InvalidRequest("best_of: a stream cannot tell the best before all have ended", param="best_of")
 
 
 def keep_alive_of(body: GenerationBody) -> float | None:

@@ -17,15 +17,18 @@ transport), every chunk goes the ordinary way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeGuard
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from mullama.types import TokenScore
+
 EXTENSION = "mullama.direct_body"
 
-#: Takes a text that has just become final, on the event loop. False: it was not taken and must be queued.
-Sink = Callable[[str], bool]
+#: Takes a text that has just become final, with its tokens where they are asked for, on the event loop. False: it was
+#: not taken and must be queued.
+Sink = Callable[[str, Sequence[TokenScore]], bool]
 
 
 class Diverting(Protocol):

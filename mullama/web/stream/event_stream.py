@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import falcon.asgi
 import orjson
 
 from mullama.errors import MullamaError
-from mullama.types import Finish
+from mullama.types import Finish, TokenScore
 from mullama.web.error_responses import as_mullama_error
 from mullama.web.stream.direct import DirectBody, Sink, diverts
 from mullama.web.stream.generations import Event, Group, events_of
@@ -45,6 +46,13 @@ class StreamFormat(Protocol):
 
     ping: bytes  # sent when there was nothing to say for a while; empty: nothing is
     is_first_special: bool  # the stream's first piece is not like the others: ``first`` makes it
+
+    is_opening_late: bool  # it is known only when the first text is there, and may be dear
+
+    @property
+    def token_json(self) -> Callable[[int, str, Sequence[TokenScore]], bytes] | None:
+        """Makes the JSON of a text with what is told of its tokens, between the two of ``around_text``; None: a text
+        is all."""
 
     def first(self, data: bytes) -> bytes: ...
 
@@ -173,6 +181,7 @@ class EventStream:
         self._silence = Silence(ping_seconds)
         self._source = events_of(group)
         self._opened = [False] * len(group.generations)
+        self._openings: dict[int, bytes] = {}  # that are worked out
         self._finishes: list[Finish | None] = [None] * len(group.generations)
         self._running = len(group.generations)
         self._ended = False
@@ -196,16 +205,17 @@ class EventStream:
         silence, source, opened = self._silence, self._source, self._opened
         dumps, now = event_json, asyncio.get_running_loop().time
         head, tail = self._chunks.around_text(index)
-        write_first = body.writer(self._chunks.opening(index) + head, tail)
+        is_late, token_json = self._chunks.is_opening_late, self._chunks.token_json
+        write_first = None if is_late else body.writer(self._chunks.opening(index) + head, tail)
         write_later = body.writer(head, tail)
 
-        def take(text: str) -> bool:
+        def take(text: str, tokens: Sequence[TokenScore]) -> bool:
             if source.queued or not silence.is_waiting:
                 return False
-            if not text:
+            if not text and (not tokens or token_json is None):
                 return True  # it is held back
             write = write_later if opened[index] else write_first
-            if not write(dumps(text)):
+            if write is None or not write(dumps(text) if token_json is None else token_json(index, text, tokens)):
                 return False
             opened[index] = True
             silence.since = now()
@@ -229,6 +239,8 @@ class EventStream:
                     continue
                 if self._group.disconnected:
                     break
+                if self._chunks.is_opening_late:
+                    await self._open_late(events)
                 data = self._encode(events)
                 if data:
                     return data if self._is_begun else self._begin(data)
@@ -243,16 +255,29 @@ class EventStream:
         self._open_direct()
         return self._chunks.first(data)
 
+    async def _open_late(self, events: list[Event]) -> None:
+        for index, _ in events:
+            if index not in self._openings:
+                work = partial(self._chunks.opening, index)
+                self._openings[index] = await self._group.offload(work)
+
     def _encode(self, events: list[Event]) -> bytes:
         """Raises the error of a generation that failed."""
         out = []
+        token_json = self._chunks.token_json
         for index, delta in events:
-            if delta is not None and not delta.text:
+            if delta is not None and not delta.text and (token_json is None or not delta.tokens):
                 continue  # its text is held back
             if not self._opened[index]:
                 self._opened[index] = True
-                out.append(self._chunks.opening(index))
-            out.append(self._chunks.text(index, delta.text) if delta is not None else self._finish(index))
+                out.append(self._openings[index] if index in self._openings else self._chunks.opening(index))
+            if delta is None:
+                out.append(self._finish(index))
+            elif token_json is None:
+                out.append(self._chunks.text(index, delta.text))
+            else:
+                head, tail = self._chunks.around_text(index)
+                out.append(head + token_json(index, delta.text, delta.tokens) + tail)
         return out[0] if len(out) == 1 else b"".join(out)
 
     def _finish(self, index: int) -> bytes:

@@ -11,12 +11,12 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mullama.engine.client import AsyncGeneration
 from mullama.errors import ClientLeft
 from mullama.serving.states import Lease
-from mullama.types import Delta, Finish, FinishReason, LoraUse, Request
+from mullama.types import Delta, Finish, FinishReason, LoraUse, Request, TokenScore
 from mullama.web.error_responses import finish_error, internal_error
 from mullama.web.http.request import Receive, until_disconnect
 from mullama.web.openai.schemas import Options
@@ -24,6 +24,8 @@ from mullama.web.security import salt_of
 from mullama.web.services import Services
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TURN_S = 0.002  # that a request has of the event loop at a time
 
@@ -37,6 +39,7 @@ class Reply:
 
     text: str
     finish: Finish
+    tokens: Sequence[TokenScore] = ()  # where they are asked for
 
 
 class Group:
@@ -65,6 +68,7 @@ class Group:
         self.id = request_id
         self.model = model
         self.n = options.n
+        self.prompts = prompts
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.disconnected = False
         self.generations: list[AsyncGeneration] = []
@@ -142,9 +146,27 @@ class Group:
         replies = []
         # Reading one after the other is enough: what the others produce meanwhile piles up and comes merged.
         for generation in self.generations:
-            parts = [delta.text async for delta in generation]
-            replies.append(Reply("".join(parts), self.finished(generation)))
+            parts: list[str] = []
+            tokens: list[TokenScore] = []
+            async for delta in generation:
+                parts.append(delta.text)
+                tokens += delta.tokens
+            replies.append(Reply("".join(parts), self.finished(generation), tokens))
         return replies
+
+    def prompt_of(self, index: int) -> Sequence[int]:
+        """Of a choice."""
+        return self.prompts[index // self.n]
+
+    def prompt_scores(self, index: int) -> list[TokenScore]:
+        """The prompt of a choice, token by token, where log-probabilities of it are asked for."""
+        first = self.prompt_of(index)[0]
+        piece = self._lease.engine.pieces([first])[0]
+        return [TokenScore(first, piece), *self.generations[index].prompt_logprobs]
+
+    async def offload(self, work: Callable[[], T]) -> T:
+        """Do in a thread what would hold up the event loop."""
+        return await self._services.offload(True, work)
 
     def finished(self, generation: AsyncGeneration) -> Finish:
         """The finish of a generation that has stopped. Raises its error."""
