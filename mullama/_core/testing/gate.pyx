@@ -89,30 +89,36 @@ def score(logits, int token, int k):
     return scorer.rank, found[0][1], found[1:]
 
 
-def logits_of(Model model not None, tokens):
-    """The rows of logits behind each token, as llama.cpp gives them to who calls it directly: 32-bit floats, as bytes."""
+def logits_of(Model model not None, tokens, int chunk=512):
+    """The rows of logits behind each token, as llama.cpp gives them to who calls it directly: 32-bit floats, as bytes.
+
+    ``chunk``: tokens of one llama_decode.
+    """
     cdef vector[llama_token] given = tokens
-    cdef int32_t n = <int32_t> given.size(), i
+    cdef int32_t n = <int32_t> given.size(), i, first
     cdef llama_context_params params = llama_context_default_params()
     params.n_ctx = (n + 255) // 256 * 256
-    params.n_batch = params.n_ubatch = max(n, 32)
+    params.n_batch = params.n_ubatch = max(chunk, 32)
     params.n_outputs_max = params.n_batch
     params.n_seq_max = 1
     cdef llama_context * ctx = llama_init_from_model(model.ptr, params)
-    cdef llama_batch batch = llama_batch_init(n, 0, 1)
+    cdef llama_batch batch = llama_batch_init(chunk, 0, 1)
     cdef Guard guard
-    batch.n_tokens = n
-    for i in range(n):
-        batch.token[i] = given[i]
-        batch.pos[i] = i
-        batch.n_seq_id[i] = 1
-        batch.seq_id[i][0] = 0
-        batch.logits[i] = True
+    rows = []
     try:
-        if ctx is NULL or guarded_decode(ctx, batch, guard) != 0:
-            raise RuntimeError("llama.cpp did not decode")
-        return b"".join([(<const char *> llama_get_logits_ith(ctx, i))[:model.n_vocab * sizeof(float)]
-                         for i in range(n)])
+        for first in range(0, n, chunk):
+            batch.n_tokens = min(chunk, n - first)
+            for i in range(batch.n_tokens):
+                batch.token[i] = given[first + i]
+                batch.pos[i] = first + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
+                batch.logits[i] = True
+            if ctx is NULL or guarded_decode(ctx, batch, guard) != 0:
+                raise RuntimeError("llama.cpp did not decode")
+            for i in range(batch.n_tokens):
+                rows.append((<const char *> llama_get_logits_ith(ctx, i))[:model.n_vocab * sizeof(float)])
+        return b"".join(rows)
     finally:
         llama_batch_free(batch)
         llama_free(ctx)
