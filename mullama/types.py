@@ -57,6 +57,16 @@ class MemoryLeft:
     alone: int
 
 
+class Pooling(enum.StrEnum):
+    """How the vectors of a text's tokens become the answer of an embedding model."""
+
+    MEAN = "mean"
+    CLS = "cls"  # the first token's
+    LAST = "last"
+    NONE = "none"  # all of them
+    RANK = "rank"  # numbers of the model's own head
+
+
 class SeqState(enum.StrEnum):
     """Where a sequence is in its life; the legal moves are in engine/requests/lifecycle.py."""
 
@@ -73,6 +83,33 @@ class Preempt(enum.StrEnum):
     AUTO = "auto"  # whichever costs less, by this engine's own measurements
     SWAP = "swap"  # saved to host memory, restored bit by bit
     RECOMPUTE = "recompute"  # given up, computed again
+
+
+class ConstraintKind(enum.StrEnum):
+    """What ``Constraint.text`` is."""
+
+    JSON_OBJECT = "json_object"  # "": any JSON object
+    JSON_SCHEMA = "json_schema"  # a JSON schema, as JSON
+    REGEX = "regex"  # of the whole text, in the syntax of Rust's regex: without look-around and references
+    CHOICE = "choice"  # a JSON list of the texts that may be
+    LARK = "lark"  # a grammar in llguidance's dialect of Lark
+    GBNF = "gbnf"  # a grammar in llama.cpp's notation
+
+
+@dataclass(slots=True, frozen=True)
+class Constraint:
+    """What the text that is generated has to be. Nothing else can be sampled; where it is complete the request ends.
+
+    It holds from the first token on, or:
+    ``after``: from behind the first of these texts (the end of a model's thinking); before, all but the end may come.
+    ``triggers``: from the first of these texts on, which it is about (the beginning of a tool call); before, all may
+    come, and so may the end.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    after: tuple[str, ...] = ()
+    triggers: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -109,6 +146,7 @@ class SamplingParams:
     min_tokens: int = 0  # end-of-generation and stop strings do not count before
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -143,6 +181,7 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     stop: str | SequenceOf[str]
+    constraint: Constraint | None
     priority: int
     user: str | None
     slo_ms: float | None
