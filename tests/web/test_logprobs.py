@@ -232,7 +232,6 @@ def test_fields_about_tokens(client: Client, engine: FakeEngine) -> None:
         (CHAT, {"prompt_logprobs": -1}, "prompt_logprobs"),
         (CHAT, {"prompt_logprobs": True}, "prompt_logprobs"),
         (CHAT, {"max_tokens": 0}, "max_tokens"),
-        (TEXT, {"max_tokens": 0}, "max_tokens"),
         (TEXT, {"logprobs": 21}, "logprobs"),
         (TEXT, {"logprobs": True}, "logprobs"),
         (TEXT, {"logprobs_mode": "raw_logits"}, "logprobs_mode"),

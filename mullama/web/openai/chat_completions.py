@@ -18,9 +18,12 @@ from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimi
 from mullama.web.openai.logprobs import ended_by
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
-from mullama.web.openai.schemas import ChatCall, Ending, Message, parse_chat
+from mullama.web.openai.schemas import ChatBody, ChatCall, Ending, Message, parse_chat
+from mullama.web.openapi.answer_types import ChatCompletion
+from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.stream.event_stream import EVENTS
 from mullama.web.stream.generations import Reply
 
 #: A chat with more messages is counted in blocks first.
@@ -30,6 +33,11 @@ BLOCK_MESSAGES = 256
 
 class ChatCompletions:
     access = Access.CLIENT
+    operations = {
+        "POST": Operation(
+            "Continue a chat", body=ChatBody, answer=ChatCompletion, streams=EVENTS, parameters=(PROFILE,)
+        )
+    }
 
     def __init__(self, services: Services) -> None:
         self._services = services

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
@@ -41,14 +41,16 @@ class Range:
             return f"greater than {self.low} and at most {self.high}"
         return f"between {self.low} and {self.high}"
 
+    def schema(self) -> dict[str, Any]:
+        """As JSON Schema has it."""
+        found: dict[str, Any] = {"exclusiveMinimum" if self.above else "minimum": self.low}
+        return found | ({} if self.high is None else {"maximum": self.high})
+
 
 #: The field of the request -> what it may be. docs/api.md lists the same (a test compares).
 RANGES: dict[str, Range] = {
     "n": Range(1, 128),
-    "best_of": Range(1, 128),
-    "logprobs": Range(0, MAX_LOGPROBS),
     "top_logprobs": Range(0, MAX_LOGPROBS),
-    "prompt_logprobs": Range(0, MAX_LOGPROBS),
     "max_tokens": Range(1),
     "max_completion_tokens": Range(1),
     "min_tokens": Range(0),
@@ -103,6 +105,28 @@ MAX_TOKENS = 1 << 30
 _COUNTS = {"repeat_last_n", "dry_allowed_length", "dry_penalty_last_n"}
 
 
+def range_schemas(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """JSON Schema of the ranges, beside what the types say."""
+    unlimited = {"minimum": NO_LIMIT, "not": {"const": 0}}
+    return {name: unlimited if name in _SPELLINGS["max_tokens"] else RANGES[name].schema() for name in names}
+
+
+def log_probabilities(name: str, value: int | bool | None) -> int | None:
+    """How many a field asks for beside each token; None: none. Raises InvalidRequest."""
+    if value is None or value is False:
+        return None
+    allowed = RANGES["top_logprobs"]
+    if value is True or value not in allowed:
+        raise InvalidRequest(f"{name}: it must be a whole number {allowed}", param=name)
+    return value
+
+
+#: JSON Schema of what ``log_probabilities`` takes.
+LOGPROBS_SCHEMA = {
+    "anyOf": [{"enum": [None, False]}, {"type": "integer", "minimum": 0, "maximum": MAX_LOGPROBS}],
+}
+
+
 def check_range(name: str, value: float | None) -> None:
     """Raises InvalidRequest naming the field, its value and what it may be."""
     if value is not None and value not in RANGES[name]:
@@ -110,7 +134,13 @@ def check_range(name: str, value: float | None) -> None:
         raise InvalidRequest(f"{name}: {value} is out of range; it must be {RANGES[name]}{unlimited}", param=name)
 
 
-def sampler_values(body: object, info: ModelInfo, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def sampler_values(
+    body: object,
+    info: ModelInfo,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    takes_0_tokens: bool = False,
+) -> dict[str, Any]:
     """The SamplingParams fields that the request gives, and the ``defaults`` for others, checked and cut to what the
     model can mean."""
     values: dict[str, Any] = {}
@@ -121,7 +151,7 @@ def sampler_values(body: object, info: ModelInfo, defaults: Mapping[str, Any] = 
         if param == "max_tokens" and value == NO_LIMIT:
             values.setdefault(param, None)
             continue
-        if not (field == "max_tokens" and value == 0 and _is_about_prompt(body)):
+        if not (value == 0 and field == "max_tokens" and takes_0_tokens):
             check_range(field, value)
         if param not in values:
             most = MAX_TOKENS if param in _LIMITS else info.n_ctx if param in _COUNTS else value
@@ -134,9 +164,42 @@ def sampler_values(body: object, info: ModelInfo, defaults: Mapping[str, Any] = 
     return values
 
 
-def _is_about_prompt(body: object) -> bool:
-    """Whether the request asks for something without a token generated."""
-    return bool(getattr(body, "echo", None)) or getattr(body, "prompt_logprobs", None) is not None
+_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_JSON_TEXT = r'"([^"\\\u0000-\u001f]|\\["\\/bfnrt])+"'  # one text of a list, as JSON
+#: JSON Schema of what the functions below take.
+STOP_SCHEMA = {
+    "anyOf": [
+        {"type": ["string", "null"], "maxLength": MAX_STOP_LENGTH},
+        {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS},
+        {"type": "array", "items": {"const": ""}},
+    ]
+}
+BREAKERS_SCHEMA = {
+    "anyOf": [
+        {"type": "null"},
+        {"type": "array", "items": _TEXT, "maxItems": MAX_BREAKERS},
+        {"type": "string", "pattern": rf"^\[({_JSON_TEXT}(, ?{_JSON_TEXT}){{0,{MAX_BREAKERS - 1}}})?\]$"},
+    ]
+}
+TOKEN_ID_SCHEMA = {"type": "integer", "minimum": 0}
+TOKEN_IDS_SCHEMA = {"type": "array", "items": TOKEN_ID_SCHEMA, "minItems": 1}
+_BIAS = {"type": "number", "minimum": -100, "maximum": 100}
+BAD_WORDS_SCHEMA = {"items": _TEXT | {"pattern": r"\S"}, "maxItems": MAX_BAD_WORDS}
+BIAS_SCHEMA = {
+    "anyOf": [
+        {"type": "null"},
+        {"type": "object", "propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"}, "additionalProperties": _BIAS},
+        {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [TOKEN_ID_SCHEMA, _BIAS],
+                "minItems": 2,
+                "maxItems": 2,
+            },
+        },
+    ]
+}
 
 
 class SamplingDefaults:

@@ -13,20 +13,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from mullama.engine.client import EngineClient, Speaker
 from mullama.errors import InvalidRequest
-from mullama.serving.durations import parse_duration
+from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web.internal.lora_routes import LoraBody, split_name
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
-from mullama.web.openai.fields import CHAT, TEXT, refuse_unbuilt
+from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
 from mullama.web.openai.logprobs import NOTHING, TokenWish
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -40,9 +40,13 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's; refused
 
+    field_schemas: ClassVar = {"continuous_usage_stats": {"enum": [None, False]}}
+
 
 class ResponseFormat(msgspec.Struct):
     type: str = "text"
+
+    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -98,10 +102,28 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
 
+    field_schemas: ClassVar[dict[str, Any]] = {
+        **sampling.range_schemas(sampling.RANGES.keys() - {"max_completion_tokens", "top_logprobs"}),
+        "stop": sampling.STOP_SCHEMA,
+        "dry_sequence_breakers": sampling.BREAKERS_SCHEMA,
+        "logit_bias": sampling.BIAS_SCHEMA,
+        "preempt": {"enum": [None, *Preempt]},
+        "context_policy": {"enum": [None, *ContextPolicy]},
+        "cache_salt": {"minLength": 1, "maxLength": MAX_SALT},
+        "keep_alive": DURATION_SCHEMA,
+        "stop_token_ids": {"items": sampling.TOKEN_ID_SCHEMA},
+        "allowed_token_ids": {"items": sampling.TOKEN_ID_SCHEMA, "minItems": 1},
+        "bad_words": sampling.BAD_WORDS_SCHEMA,
+        "prompt_logprobs": sampling.LOGPROBS_SCHEMA,
+    }
+
 
 class ContentPart(msgspec.Struct):
     type: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
+
+    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
+    required_fields: ClassVar = ("type", "text")
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -116,12 +138,34 @@ class Message(msgspec.Struct, omit_defaults=True):
     reasoning_content: str | None = None
     prefix: bool | None = None  # DeepSeek's and Mistral's: the answer goes on with this message
 
+    field_schemas: ClassVar = {"role": {"enum": ROLES}}
+    required_fields: ClassVar = ("role",)
+    object_schema: ClassVar = {
+        "anyOf": [
+            {"properties": {"role": {"const": "assistant"}}},
+            {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+        ]
+    }
+
 
 class SchedulerChange(msgspec.Struct):
     """PUT (with ``policy``) and PATCH (without) of /internal/scheduler."""
 
     policy: str | None = None
     params: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class PolicyBody(SchedulerChange):
+    """Of PUT."""
+
+    field_schemas: ClassVar = {"policy": {"minLength": 1}}
+    required_fields: ClassVar = ("policy",)
+
+
+class ParamsBody(SchedulerChange):
+    """Of PATCH."""
+
+    field_schemas: ClassVar = {"policy": {"enum": [None]}}
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -136,6 +180,16 @@ class ChatBody(GenerationBody, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
+    field_schemas: ClassVar = {
+        **GenerationBody.field_schemas,
+        **field_schemas(CHAT),
+        **sampling.range_schemas(("max_completion_tokens", "top_logprobs")),
+        "messages": {"minItems": 1},
+        "tool_choice": {"enum": [None, "none", "auto"]},
+        "modalities": {"items": {"const": "text"}},
+    }
+    required_fields: ClassVar = ("messages",)
+
 
 class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[str | int | list[int]] | None = None
@@ -143,6 +197,23 @@ class CompletionBody(GenerationBody, kw_only=True):
     logprobs: int | bool | None = None
     suffix: str | None = None
     best_of: int | None = None
+
+    field_schemas: ClassVar = {
+        **GenerationBody.field_schemas,
+        **field_schemas(TEXT),
+        "prompt": {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                sampling.TOKEN_IDS_SCHEMA,
+                {"type": "array", "items": sampling.TOKEN_IDS_SCHEMA, "minItems": 1},
+            ]
+        },
+        "max_tokens": {"minimum": sampling.NO_LIMIT},
+        "logprobs": sampling.LOGPROBS_SCHEMA,
+        "best_of": sampling.RANGES["n"].schema(),
+    }
+    required_fields: ClassVar = ("prompt",)
 
 
 @dataclass(slots=True, frozen=True)
@@ -279,7 +350,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
     for name in ("n", "priority", "slo_ms", "truncate_prompt_tokens"):
         if (value := getattr(body, name)) is not None:
             sampling.check_range(name, value)
-    values = sampling.sampler_values(body, info, defaults)
+    values = sampling.sampler_values(body, info, defaults, takes_0_tokens=isinstance(body, CompletionBody))
     if body.dry_sequence_breakers is not None:
         values["dry_sequence_breakers"] = sampling.breakers(body.dry_sequence_breakers)
     if body.logprobs_mode is not None:
@@ -320,37 +391,27 @@ def _wish_of(body: GenerationBody) -> TokenWish:
     """What is to be told of tokens. Raises InvalidRequest."""
     top: int | bool | None = None
     if isinstance(body, CompletionBody):
-        top = _count_of("logprobs", body.logprobs)
+        top = sampling.log_probabilities("logprobs", body.logprobs)
     elif isinstance(body, ChatBody):
-        top = _count_of("top_logprobs", body.top_logprobs)
+        top = sampling.log_probabilities("top_logprobs", body.top_logprobs)
         if top and not body.logprobs:
             raise InvalidRequest("top_logprobs: it needs logprobs to be true", param="top_logprobs")
         top = (top or 0) if body.logprobs else None
     return TokenWish(
         n_top=top,
-        n_prompt=_count_of("prompt_logprobs", body.prompt_logprobs),
+        n_prompt=sampling.log_probabilities("prompt_logprobs", body.prompt_logprobs),
         echoes=isinstance(body, CompletionBody) and bool(body.echo),
         ids=bool(body.return_token_ids),
         as_ids=bool(body.return_tokens_as_token_ids),
     )
 
 
-def _count_of(name: str, value: int | bool | None) -> int | None:
-    """How many log-probabilities a field asks for; None: none. Raises InvalidRequest."""
-    if value is None or value is False:
-        return None
-    if value is True:
-        raise InvalidRequest(f"{name}: it must be a whole number {sampling.RANGES[name]}", param=name)
-    sampling.check_range(name, value)
-    return value
-
-
 def _check_best_of(body: CompletionBody) -> None:
     if body.best_of is None:
         return
-    sampling.check_range("best_of", body.best_of)
-    if body.best_of < (body.n or 1):
-        raise InvalidRequest("best_of: it must be at least n", param="best_of")
+    if body.best_of < (body.n or 1) or body.best_of not in sampling.RANGES["n"]:
+        most = sampling.RANGES["n"].high
+        raise InvalidRequest(f"best_of: it must be at least n, and at most {most}", param="best_of")
     if body.best_of > (body.n or 1) and body.stream:
         raise InvalidRequest("best_of: a stream cannot tell the best before all have ended", param="best_of")
 
@@ -362,7 +423,7 @@ def keep_alive_of(body: GenerationBody) -> float | None:
 
 def _preempt(value: str | None) -> Preempt:
     try:
-        return Preempt(value or Preempt.AUTO)
+        return Preempt.AUTO if value is None else Preempt(value)
     except ValueError:
         raise InvalidRequest(f"preempt: it must be one of {', '.join(Preempt)}", param="preempt") from None
 
