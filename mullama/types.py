@@ -19,11 +19,14 @@ CELL_TYPES = {
 #: Bytes of logits that a decode gives at most, where that is more than a row a slot: prompts that ask for
 #: log-probabilities have a row a token.
 LOGITS_BYTES = 16 << 20
+#: And rows at most: llama.cpp's attention of 64 tokens and more on a CPU sums in another order than that of fewer. What
+#: is told of a prompt is what would have been sampled, to the bit, however the prompt is cut.
+SCORED_TOKENS = 63
 
 
 def rows_of_logits(n_vocab: int, n_slots: int, n_batch: int) -> int:
     """Rows of logits that one decode may give."""
-    return max(n_slots, min(n_batch, LOGITS_BYTES // (4 * n_vocab)))
+    return max(n_slots, min(n_batch, SCORED_TOKENS, LOGITS_BYTES // (4 * n_vocab)))
 
 
 class FinishReason(enum.StrEnum):

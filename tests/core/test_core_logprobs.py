@@ -144,7 +144,7 @@ def test_of_the_distribution_that_was_sampled(core: Driver, model: Model) -> Non
 
 
 @pytest.mark.parametrize("chunk", [64, 7, 1])
-@pytest.mark.parametrize("n_rows", [4, 5, 64])
+@pytest.mark.parametrize("n_rows", [4, 5, 63])
 def test_of_a_prompt_in_any_chunks(
     make_core: Callable[..., Driver], model: Model, monkeypatch: pytest.MonkeyPatch, chunk: int, n_rows: int
 ) -> None:

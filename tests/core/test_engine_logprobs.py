@@ -31,7 +31,7 @@ def run(
 
 def expected(model: Model, tokens: list[int]) -> np.ndarray[Any, Any]:
     """Log-probabilities behind each token, of llama.cpp called directly with the weights that the engine has."""
-    rows = np.frombuffer(logits_of(model, tokens), np.float32).reshape(len(tokens), -1).astype(np.float64)
+    rows = np.frombuffer(logits_of(model, tokens, 16), np.float32).reshape(len(tokens), -1).astype(np.float64)
     rows -= rows.max(axis=1, keepdims=True)
     return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
 

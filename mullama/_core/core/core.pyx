@@ -33,7 +33,7 @@ from mullama._core.core.slots cimport Slot
 from mullama.abi cimport *
 from mullama._core.compute.arbiter import arbiter as default_arbiter
 from mullama.errors import ComputeFailed, InvalidRequest, ModelLoadError
-from mullama.types import TokenScore
+from mullama.types import SCORED_TOKENS, TokenScore
 
 # What drain_records() yields first in each tuple.
 TEXT = RECORD_TEXT
@@ -175,7 +175,7 @@ cdef class Core:
         self.slots.unified = context.unified
         self.slots.needs_checkpoint = context.needs_checkpoint
         self.slots.token_bytes = context.token_bytes
-        self.loop.take_on(context.model.vocab, context.eog, context.n_rows)
+        self.loop.take_on(context.model.vocab, context.eog, min(context.n_rows, SCORED_TOKENS))
 
     cdef void lose_context(self) noexcept:
         """The context is about to be freed, or to become another core's."""

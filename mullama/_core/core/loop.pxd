@@ -51,7 +51,7 @@ cdef class Loop:
     cdef vector[llama_token_data] candidates
     cdef Scorer scorer                 # of log-probabilities, for who wants them
     cdef vector[float] unedited        # a row of logits as the model gave it
-    cdef int n_rows                    # of logits that one decode may give
+    cdef int n_rows                    # tokens of a prompt that are scored at a time
     cdef int most_rows                 # that one has given
     cdef string released
     cdef vector[char] long_piece

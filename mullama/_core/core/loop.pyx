@@ -41,7 +41,7 @@ cdef class Loop:
         self.slots = slots
 
     cdef void take_on(self, const llama_vocab * vocab, const vector[llama_token] & eog, int n_rows) noexcept:
-        """Sample for this vocabulary from now on, whose Model the Core keeps; a decode gives up to ``n_rows`` rows."""
+        """Sample for this vocabulary from now on, whose Model the Core keeps; a prompt is scored by ``n_rows``."""
         self.n_rows = n_rows
         self.most_rows = 0
         self.vocab = vocab
