@@ -49,6 +49,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _SAMPLING = frozenset(field.name for field in fields(SamplingParams))
 _REQUEST = ("priority", "user", "slo_ms", "cache_salt", "context_shift")
+#: Options that hold several things.
+_SEVERAL = ("stop", "dry_sequence_breakers", "logit_bias", "stop_token_ids", "bad_words", "allowed_token_ids")
 WINDOW = 3  # prompts of a batch that wait, for each slot
 PATIENCE_S = 0.5  # how long a batch of which nothing runs waits for room in a full queue
 POLL_S = 0.005
@@ -305,7 +307,7 @@ class Engine(CoreEngine):
         unknown = values.keys() - _SAMPLING
         if unknown:
             raise TypeError(f"there is no option {sorted(unknown)[0]!r}; help(Engine.generate) lists them")
-        for name in ("stop", "dry_sequence_breakers", "logit_bias"):
+        for name in _SEVERAL:
             if name in values:
                 values[name] = _tuple_of(name, values[name])
         sampling = SamplingParams(**cast(dict[str, Any], values))
@@ -381,6 +383,7 @@ def _tuple_of(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return tuple(value)
     wanted = "a dict from token ids to numbers" if name == "logit_bias" else "a text or a list of texts"
+    wanted = "a list of token ids" if name.endswith("_ids") else wanted
     raise InvalidRequest(f"{name} must be {wanted}, got {value!r}", param=name)
 
 

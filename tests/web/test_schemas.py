@@ -44,7 +44,7 @@ def completion(data: bytes) -> tuple[Options, list[str | list[int]]]:
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 INTEGERS = {"n", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "repeat_last_n", "dry_allowed_length"}
-INTEGERS |= {"dry_penalty_last_n", "mirostat", "seed", "priority", "truncate_prompt_tokens"}
+INTEGERS |= {"dry_penalty_last_n", "mirostat", "seed", "priority", "truncate_prompt_tokens", "top_logprobs"}
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
@@ -87,8 +87,9 @@ def test_any_bytes_are_refused_in_words(data: bytes) -> None:
 @settings(max_examples=150, deadline=None)
 def test_values_in_range_arrive(body: dict[str, Any]) -> None:
     body.pop("min_tokens", None)
-    options = chat_options(json.dumps({"messages": MESSAGES} | body).encode())
+    options = chat_options(json.dumps({"messages": MESSAGES, "logprobs": "top_logprobs" in body} | body).encode())
     params = options.sampling
+    assert params.logprobs == body.get("top_logprobs")
     assert options.n == body.get("n", 1)
     assert options.priority == body.get("priority", 0)
     for name in ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "dry_base", "mirostat_tau"):
@@ -163,6 +164,13 @@ def test_every_sampling_parameter_can_be_set() -> None:
         "min_tokens": 2,
         "ignore_eos": True,
         "stop": "end",
+        "stop_token_ids": [3],
+        "bad_words": ["b"],
+        "allowed_token_ids": [4],
+        "logprobs": 1,
+        "logprobs_mode": "processed_logprobs",
+        "prompt_logprobs": 2,
+        "return_token_ids": True,
     }
     params = completion(json.dumps({"prompt": "x"} | body).encode())[0].sampling
     unset = [

@@ -8,7 +8,7 @@ from typing import Any
 from mullama.errors import MullamaError
 from mullama.types import Finish, TokenScore
 from mullama.web.openai.context_policy import shift_member
-from mullama.web.openai.logprobs import NOTHING, TokenWish, ended_by, width
+from mullama.web.openai.scores import NOTHING, TokenWish, ended_by, width
 from mullama.web.openai.usage import profile_fields, usage
 from mullama.web.stream.event_stream import PING, event_json
 from mullama.web.stream.generations import Group

@@ -13,10 +13,10 @@ from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_tokens, keep_tokens, without
-from mullama.web.openai.logprobs import ended_by
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import CompletionBody, CompletionCall, completion_prompts, parse_completion
+from mullama.web.openai.scores import ended_by
 from mullama.web.openapi.answer_types import TextCompletion
 from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access

@@ -14,8 +14,8 @@ from mullama.web.http.request import Request
 from mullama.web.http.request_log import note_group
 from mullama.web.openai.chunks import ChunkFormat
 from mullama.web.openai.context_policy import context_member, shift_member
-from mullama.web.openai.logprobs import picked
 from mullama.web.openai.opening import Opened
+from mullama.web.openai.scores import picked
 from mullama.web.openai.usage import profile_fields, usage
 from mullama.web.services import Services
 from mullama.web.stream.direct import direct_body
