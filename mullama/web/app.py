@@ -41,6 +41,14 @@ from mullama.web.openai.chat_completions import ChatCompletions
 from mullama.web.openai.completions import Completions
 from mullama.web.openai.context_policy import ContextPolicy, default_policy
 from mullama.web.openai.listing import ModelDetail, ModelList
+from mullama.web.responses.responses import (
+    CancelResponse,
+    InputItems,
+    InputTokens,
+    OneResponse,
+    Responses,
+    store_of,
+)
 from mullama.web.security import Security
 from mullama.web.services import Services
 
@@ -73,6 +81,7 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/v1/messages", Messages(services))
     app.add_route("/v1/messages/count_tokens", CountTokens(services))
     _add_ollama(app, services)
+    _add_responses(app, services)
     app.add_route("/apply-template", ApplyTemplate(services))
     app.add_route("/tokenizer_info", TokenizerInfo(services))
     app.add_route("/props", Props(models, services.defaults))
@@ -99,6 +108,15 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/internal/kv/load", KvLoad(services))
     app.add_route("/internal/models/pull", ModelPull(services))
     return app
+
+
+def _add_responses(app: App, services: Services) -> None:
+    store = store_of(services)
+    app.add_route("/v1/responses", Responses(services, store))
+    app.add_route("/v1/responses/input_tokens", InputTokens(services, store))
+    app.add_route("/v1/responses/{response_id}", OneResponse(services, store))
+    app.add_route("/v1/responses/{response_id}/cancel", CancelResponse(services, store))
+    app.add_route("/v1/responses/{response_id}/input_items", InputItems(services, store))
 
 
 def _add_ollama(app: App, services: Services) -> None:

@@ -70,6 +70,20 @@ async def open_chat(
         raise error.about("messages", "the chat") from None
 
 
+async def count_tokens(services: Services, req: Request, call: ChatCall) -> int:
+    """How many tokens the prompt of a chat has. Raises ModelNotFound, and what loading the model raises."""
+
+    async def count(lease: Lease) -> int:
+        errand, engine = services.errand(req), lease.engine
+        is_large = len(call.messages_json) > LARGE_TEXT
+        pace = errand.checkpoint if is_large else None
+        prompt = await errand.run(is_large, partial(_prompt, engine, call, call.messages_json, None, pace))
+        lease.release()
+        return len(prompt)
+
+    return await with_lease(services, req, call.model, count)
+
+
 def _prompt(
     engine: EngineClient, call: ChatCall, messages_json: bytes, most: int | None, pace: Callable[[], None] | None
 ) -> list[int]:
