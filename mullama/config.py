@@ -40,6 +40,8 @@ _MANY = 1 << 30  # fits the C side's 32-bit integers
 #: Ways of computing (mullama/machine/trials.py); a test compares them.
 KERNELS = ("auto", "plain", "sgemm", "tiles", "tiled", "repack", "amx")
 
+ARBITER_POLICIES = ("round_robin", "weighted", "priority")
+
 _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
 
@@ -122,7 +124,7 @@ class ServeConfig:
     arbiter: str = option(
         "round_robin",
         "how models that compute at once share the cores, step by step",
-        choices=("round_robin", "weighted", "priority"),
+        choices=ARBITER_POLICIES,
     )
     host: str = option(
         "127.0.0.1",

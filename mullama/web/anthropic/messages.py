@@ -11,15 +11,17 @@ import orjson
 
 from mullama.errors import MullamaError
 from mullama.types import Finish, FinishReason
-from mullama.web.anthropic.message_bodies import NAMES, parse_messages
+from mullama.web.anthropic.message_bodies import NAMES, CountBody, MessagesBody, parse_messages
 from mullama.web.http.request import Request
 from mullama.web.openai.chat_completions import count_tokens, open_chat
 from mullama.web.openai.opening import Opened, in_words_of
 from mullama.web.openai.responding import deliver, wants_profile
 from mullama.web.openai.usage import profile_fields
+from mullama.web.openapi.answer_types import AnthropicAnswer, TokenCount
+from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.event_stream import StreamFormat, event_json
+from mullama.web.stream.event_stream import EVENTS, StreamFormat, event_json
 from mullama.web.stream.generations import Group, Reply
 
 _TYPES = {
@@ -48,6 +50,12 @@ class _Route:
 
 
 class Messages(_Route):
+    operations = {
+        "POST": Operation(
+            "Answer a chat", body=MessagesBody, answer=AnthropicAnswer, streams=EVENTS, parameters=(PROFILE,)
+        )
+    }
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
         services = self._services
@@ -66,6 +74,8 @@ class Messages(_Route):
 
 
 class CountTokens(_Route):
+    operations = {"POST": Operation("Count the tokens of a chat", body=CountBody, answer=TokenCount)}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """How many tokens the chat of a request has. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
         services = self._services

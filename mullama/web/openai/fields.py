@@ -190,6 +190,19 @@ def taken(endpoint: str) -> set[str]:
     return {one.name for one in FIELDS if one.verdict is Verdict.TAKEN and endpoint in one.endpoints}
 
 
+def field_schemas(endpoint: str) -> dict[str, dict[str, Any]]:
+    """JSON Schema of the fields that are refused, unless they ask for nothing, and of those that are harmless."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in FIELDS:
+        if endpoint not in one.endpoints or one.verdict is Verdict.TAKEN:
+            continue
+        if one.verdict is Verdict.HARMLESS:
+            found[one.name] = {"description": f"Ignored: {one.says}."}
+        else:
+            found[one.name] = {"enum": [None, *one.idle], "description": f"Not there yet: {one.says}."}
+    return found
+
+
 def refuse_unbuilt(data: bytes, endpoint: str) -> None:
     """Raises InvalidRequest for a refused field whose value asks for something. ``data`` is a JSON object that was
     decoded once. PERF: a quarter of a microsecond; values are skipped over, not made."""

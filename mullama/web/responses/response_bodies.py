@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
 from mullama.web.openai.context_policy import ContextPolicy
-from mullama.web.openai.fields import CHAT, refuse_unbuilt
+from mullama.web.openai.fields import CHAT, field_schemas, refuse_unbuilt
+from mullama.web.openai.sampling import range_schemas
 from mullama.web.openai.schemas import ChatBody, ChatCall, GenerationBody, Message, chat_call, decode_body, unbuilt
+from mullama.web.openapi.operation import unbuilt_schemas
 
 #: What the API calls a field, by our name of it.
 NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}
@@ -26,12 +28,25 @@ _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "f
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
+def _has(kind: str, **members: Any) -> dict[str, Any]:
+    """JSON Schema: an item of this type has these members."""
+    is_kind = {"properties": {"type": {"const": kind}}, "required": [] if kind == "message" else ["type"]}
+    return {"if": is_kind, "then": {"properties": members, "required": list(members)}}
+
+
 class Part(msgspec.Struct, omit_defaults=True):
     """A part of an item's content: a text, or a refusal of an earlier answer."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+
+    field_schemas: ClassVar = {"type": {"enum": [*_TEXTS, "refusal"]}}
+    object_schema: ClassVar = {
+        "if": {"properties": {"type": {"const": "refusal"}}},
+        "then": {"properties": {"refusal": {"type": "string"}}, "required": ["refusal"]},
+        "else": {"properties": {"text": {"type": "string"}}, "required": ["text"]},
+    }
 
 
 class Item(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -45,7 +60,16 @@ class Item(msgspec.Struct, kw_only=True, omit_defaults=True):
     name: str | None = None
     arguments: str | None = None
     output: str | list[Part] | None = None
-    summary: list[Part] | None = None
+    summary: list[Any] | None = None  # the model is not shown it
+
+    field_schemas: ClassVar = {"type": {"enum": list(_PREFIXES)}}
+    object_schema: ClassVar = {
+        "allOf": [
+            _has("message", role={"enum": ROLES}, content={"type": ["string", "array"]}),
+            _has("function_call", **{name: {"type": "string"} for name in ("call_id", "name", "arguments")}),
+            _has("function_call_output", call_id={"type": "string"}, output={"type": ["string", "array"]}),
+        ]
+    }
 
     def listed(self) -> dict[str, Any]:
         """The item as the API lists it: content in parts."""
@@ -63,15 +87,33 @@ class Item(msgspec.Struct, kw_only=True, omit_defaults=True):
 class Format(msgspec.Struct):
     type: str = "text"
 
+    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
+
 
 class TextOptions(msgspec.Struct):
     format: Format | None = None
     verbosity: str | None = None
 
+    field_schemas: ClassVar = {"verbosity": {"enum": [None, "medium"]}}
+
 
 class Reasoning(msgspec.Struct):
     effort: str | None = None
     summary: str | None = None
+
+    field_schemas: ClassVar = {"effort": {"enum": [None, "none"]}}
+
+
+#: Fields that are refused while their value asks for something, and what that is.
+_UNBUILT = {
+    "tools": "tool calls",
+    "top_logprobs": "log-probabilities",
+    "conversation": "conversations; previous_response_id goes on with an answer",
+    "prompt": "stored prompts",
+    "context_management": "editing the context",
+}
+#: Of ``include``: it would change the answer.
+_LOGPROBS = "message.output_text.logprobs"
 
 
 class ResponseBody(GenerationBody, kw_only=True):
@@ -96,15 +138,25 @@ class ResponseBody(GenerationBody, kw_only=True):
     prompt: Any = None
     context_management: Any = None
 
+    field_schemas: ClassVar = {
+        **GenerationBody.field_schemas,
+        **field_schemas(CHAT),
+        **range_schemas(("max_tokens",)),
+        **unbuilt_schemas(_UNBUILT),
+        "input": {"minLength": 1, "minItems": 1},
+        "max_output_tokens": {"minimum": -1, "not": {"const": 0}},
+        "n": {"enum": [None, 1]},
+        "tool_choice": {"enum": [None, "none", "auto"]},
+        "include": {"items": {"not": {"const": _LOGPROBS}}},
+        "metadata": {
+            "maxProperties": MAX_METADATA,
+            "propertyNames": {"maxLength": 64},
+            "additionalProperties": {"type": "string", "maxLength": 512},
+        },
+    }
+    required_fields: ClassVar = ("input",)
 
-#: Fields that are refused while their value asks for something, and what that is.
-_UNBUILT = {
-    "tools": "tool calls",
-    "top_logprobs": "log-probabilities",
-    "conversation": "conversations; previous_response_id goes on with an answer",
-    "prompt": "stored prompts",
-    "context_management": "editing the context",
-}
+
 _decoder = msgspec.json.Decoder(ResponseBody)
 
 
@@ -123,7 +175,7 @@ def parse_response(data: bytes) -> ResponseBody:
         raise unbuilt("text.verbosity", "levels of verbosity")
     if body.reasoning is not None and body.reasoning.effort not in (None, "none"):
         raise unbuilt("reasoning.effort", "levels of reasoning")
-    if "message.output_text.logprobs" in (body.include or ()):
+    if _LOGPROBS in (body.include or ()):
         raise unbuilt("include", "log-probabilities")
     if body.n not in (None, 1):
         raise InvalidRequest("n: a response has one answer; leave the field out", param="n")
@@ -171,6 +223,8 @@ def _messages(items: Sequence[Item], field: str) -> list[Message]:
     thoughts: str | None = None
     for i, item in enumerate(items):
         where = f"{field}[{i}]"
+        for name in ("content", "output"):  # parts are parts also where nobody needs them
+            _text(getattr(item, name) or "", f"{where}.{name}")
         if item.type == "message":
             if item.role not in ROLES:
                 got = "it is missing" if item.role is None else f"{item.role[:40]!r} is not a role"

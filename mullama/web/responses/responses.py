@@ -16,16 +16,18 @@ from mullama.web.error_responses import as_mullama_error
 from mullama.web.http.request import Request
 from mullama.web.openai.chat_completions import count_tokens, open_chat
 from mullama.web.openai.opening import Opened, in_words_of
+from mullama.web.openai.pages import PAGING, page_of
 from mullama.web.openai.responding import deliver, wants_profile
 from mullama.web.openai.schemas import ChatCall
+from mullama.web.openapi.answer_types import DeletedObject, ListPage, ResponseObject, ResponseTokens
+from mullama.web.openapi.operation import PROFILE, Operation, Parameter
 from mullama.web.responses.response_bodies import NAMES, Item, ResponseBody, chat_of, items_of, parse_response
 from mullama.web.responses.response_events import ResponseEvents, ResponseWriter
 from mullama.web.responses.response_store import ResponseStore, Stored, cancel, history
 from mullama.web.security import Access
 from mullama.web.services import LARGE_BODY, Services
+from mullama.web.stream.event_stream import EVENTS
 from mullama.web.stream.generations import Reply
-
-MAX_LISTED = 100
 
 
 class _Route:
@@ -47,6 +49,16 @@ class _Route:
 
 
 class Responses(_Route):
+    operations = {
+        "POST": Operation(
+            "Answer items, or go on with an answer",
+            body=ResponseBody,
+            answer=ResponseObject,
+            streams=EVENTS,
+            parameters=(PROFILE,),
+        )
+    }
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, ResponseNotFound, and what the engine raises."""
         services, store = self._services, self._store
@@ -97,9 +109,18 @@ class Responses(_Route):
 
 
 class OneResponse(_Route):
+    operations = {
+        "GET": Operation(
+            "A stored response",
+            answer=ResponseObject,
+            parameters=(Parameter("stream", "not there yet: true is refused", {"enum": ["false", "0"]}),),
+        ),
+        "DELETE": Operation("Forget a stored response", answer=DeletedObject),
+    }
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response, response_id: str) -> None:
         """Raises ResponseNotFound, InvalidRequest for a stream."""
-        if req.get_param_as_bool("stream"):
+        if req.flag("stream"):
             raise InvalidRequest("stream: this server does not replay the events of a response yet", param="stream")
         resp.data = self._store.get(response_id, req.tenant).data
 
@@ -110,6 +131,8 @@ class OneResponse(_Route):
 
 
 class CancelResponse(_Route):
+    operations = {"POST": Operation("Stop a response that runs in the background", answer=ResponseObject)}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response, response_id: str) -> None:
         """Stop one that runs in the background; one that has ended stays what it is. Raises ResponseNotFound,
         InvalidRequest."""
@@ -126,30 +149,14 @@ class CancelResponse(_Route):
 
 
 class InputItems(_Route):
+    operations = {"GET": Operation("What a stored response answered", answer=ListPage, parameters=PAGING)}
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response, response_id: str) -> None:
         """What was asked, with what led to it. Raises ResponseNotFound, InvalidRequest."""
         chain = self._store.chain(response_id, req.tenant)
         size = sum(one.n_bytes for one in chain)
         items = await self._services.offload(size > LARGE_BODY, lambda: _listed(chain), req)
-        if req.get_param("order") != "asc":
-            items.reverse()
-        after = req.get_param("after")
-        if after is not None:
-            at = next((i for i, item in enumerate(items) if item["id"] == after), None)
-            if at is None:
-                raise InvalidRequest(f"after: no item '{after[:80]}' is in this list", param="after")
-            items = items[at + 1 :]
-        limit = req.get_param_as_int("limit", min_value=1, max_value=MAX_LISTED, default=20)
-        shown = items[:limit]
-        resp.data = orjson.dumps(
-            {
-                "object": "list",
-                "data": shown,
-                "first_id": shown[0]["id"] if shown else None,
-                "last_id": shown[-1]["id"] if shown else None,
-                "has_more": len(items) > len(shown),
-            }
-        )
+        resp.data = orjson.dumps(page_of(req, items))
 
 
 def _listed(chain: list[Stored]) -> list[dict[str, Any]]:
@@ -159,6 +166,8 @@ def _listed(chain: list[Stored]) -> list[dict[str, Any]]:
 
 
 class InputTokens(_Route):
+    operations = {"POST": Operation("Count the tokens of a prompt", body=ResponseBody, answer=ResponseTokens)}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """How many tokens the prompt of a response has. Raises as ``Responses`` does."""
         _, call = await self._asked(req)
