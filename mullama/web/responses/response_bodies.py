@@ -146,6 +146,7 @@ class ResponseBody(GenerationBody, kw_only=True):
         "input": {"minLength": 1, "minItems": 1},
         "max_output_tokens": {"minimum": -1, "not": {"const": 0}},
         "n": {"enum": [None, 1]},
+        "response_format": {"enum": [None]},
         "tool_choice": {"enum": [None, "none", "auto"]},
         "include": {"items": {"not": {"const": _LOGPROBS}}},
         "metadata": {
@@ -167,6 +168,10 @@ def parse_response(data: bytes) -> ResponseBody:
     for name, what in _UNBUILT.items():
         if getattr(body, name):
             raise unbuilt(name, what)
+    if body.response_format is not None:
+        raise unbuilt("response_format", "this name; text.format is the one")
+    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
+        raise unbuilt("stream_options.continuous_usage_stats", "the usage in every event")
     if body.tool_choice not in (None, "none", "auto"):
         raise unbuilt("tool_choice", "tool calls")
     if body.text is not None and body.text.format is not None and body.text.format.type != "text":
