@@ -43,6 +43,14 @@ from mullama.web.openai.context_policy import ContextPolicy, default_policy
 from mullama.web.openai.listing import ModelDetail, ModelList
 from mullama.web.openapi.doc_routes import Docs, OpenApi
 from mullama.web.openapi.document import Route
+from mullama.web.responses.responses import (
+    CancelResponse,
+    InputItems,
+    InputTokens,
+    OneResponse,
+    Responses,
+    store_of,
+)
 from mullama.web.security import Security
 from mullama.web.services import Services
 
@@ -92,6 +100,7 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/v1/messages", Messages(services))
     app.add_route("/v1/messages/count_tokens", CountTokens(services))
     _add_ollama(app, services)
+    _add_responses(app, services)
     app.add_route("/apply-template", ApplyTemplate(services))
     app.add_route("/tokenizer_info", TokenizerInfo(services))
     app.add_route("/props", Props(models, services.defaults))
@@ -120,6 +129,15 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/openapi.json", OpenApi(app.routes, services))
     app.add_route("/docs", Docs())
     return app
+
+
+def _add_responses(app: App, services: Services) -> None:
+    store = store_of(services)
+    app.add_route("/v1/responses", Responses(services, store))
+    app.add_route("/v1/responses/input_tokens", InputTokens(services, store))
+    app.add_route("/v1/responses/{response_id}", OneResponse(services, store))
+    app.add_route("/v1/responses/{response_id}/cancel", CancelResponse(services, store))
+    app.add_route("/v1/responses/{response_id}/input_items", InputItems(services, store))
 
 
 def _add_ollama(app: App, services: Services) -> None:

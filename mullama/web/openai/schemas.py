@@ -471,7 +471,7 @@ def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
 
 
 #: Members that hold what is the client's own, which stays as it came.
-_AS_THEY_CAME = ("messages", "tools", "functions", "tool_choice", "response_format")
+_AS_THEY_CAME = ("messages", "input", "metadata", "tools", "functions", "tool_choice", "response_format")
 
 
 def _with_whole_numbers(decoder: msgspec.json.Decoder[S], data: bytes, error: msgspec.ValidationError) -> S:

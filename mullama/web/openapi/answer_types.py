@@ -121,3 +121,31 @@ class TokensText(Struct):
 
 class PromptText(Struct):
     prompt: str
+
+
+class ResponseObject(Struct):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: str
+    model: str
+    output: list[dict[str, Any]]
+    error: dict[str, Any] | None
+    usage: dict[str, Any] | None
+
+
+class ResponseTokens(Struct):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class DeletedObject(Struct):
+    id: str
+    object: str
+    deleted: bool
+
+
+class ListPage(Struct):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    has_more: bool

@@ -23,6 +23,7 @@ _METHODS = ("GET", "PUT", "POST", "DELETE", "PATCH")
 #: Families of APIs by the folder of their routes, in their order.
 _FAMILIES = {
     "openai": "OpenAI",
+    "responses": "OpenAI",
     "anthropic": "Anthropic",
     "ollama": "Ollama",
     "llama_server": "llama-server",
