@@ -17,7 +17,7 @@ from mullama.web.http.request import Request
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, keep_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
-from mullama.web.openai.schemas import ChatBody, ChatCall, Ending, Message, options_of, parse_chat
+from mullama.web.openai.schemas import ChatBody, ChatCall, Ending, Message, keep_alive_of, options_of, parse_chat
 from mullama.web.openapi.answer_types import ChatCompletion
 from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
@@ -85,6 +85,7 @@ async def count_tokens(services: Services, req: Request, call: ChatCall) -> int:
     async def count(lease: Lease) -> int:
         errand, engine = services.errand(req), lease.engine
         options_of(call.body, engine.info)
+        keep_alive_of(call.body)
         is_large = len(call.messages_json) > LARGE_TEXT
         pace = errand.checkpoint if is_large else None
         prompt = await errand.run(is_large, partial(_prompt, engine, call, call.messages_json, None, pace))

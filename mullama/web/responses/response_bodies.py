@@ -16,7 +16,6 @@ from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
 from mullama.web.openai.context_policy import ContextPolicy
 from mullama.web.openai.fields import CHAT, field_schemas, refuse_unbuilt
-from mullama.web.openai.sampling import range_schemas
 from mullama.web.openai.schemas import ChatBody, ChatCall, GenerationBody, Message, chat_call, decode_body, unbuilt
 from mullama.web.openapi.operation import unbuilt_schemas
 
@@ -141,12 +140,12 @@ class ResponseBody(GenerationBody, kw_only=True):
     field_schemas: ClassVar = {
         **GenerationBody.field_schemas,
         **field_schemas(CHAT),
-        **range_schemas(("max_tokens",)),
         **unbuilt_schemas(_UNBUILT),
         "input": {"minLength": 1, "minItems": 1},
         "max_output_tokens": {"minimum": -1, "not": {"const": 0}},
         "n": {"enum": [None, 1]},
         "response_format": {"enum": [None]},
+        "max_tokens": {"enum": [None]},
         "tool_choice": {"enum": [None, "none", "auto"]},
         "include": {"items": {"not": {"const": _LOGPROBS}}},
         "metadata": {
@@ -168,8 +167,9 @@ def parse_response(data: bytes) -> ResponseBody:
     for name, what in _UNBUILT.items():
         if getattr(body, name):
             raise unbuilt(name, what)
-    if body.response_format is not None:
-        raise unbuilt("response_format", "this name; text.format is the one")
+    for ours, theirs in (("response_format", "text.format"), ("max_tokens", "max_output_tokens")):
+        if getattr(body, ours) is not None:
+            raise unbuilt(ours, f"this name; {theirs} is the one")
     if body.stream_options is not None and body.stream_options.continuous_usage_stats:
         raise unbuilt("stream_options.continuous_usage_stats", "the usage in every event")
     if body.tool_choice not in (None, "none", "auto"):
@@ -216,7 +216,7 @@ def chat_of(body: ResponseBody, earlier: Sequence[Item], models: ModelManager) -
     messages += _messages(earlier, "previous_response_id") + _messages(items_of(body), "input")
     given = {name: getattr(body, name) for name in GenerationBody.__struct_fields__}
     given["stream"] = None if body.background else body.stream
-    given["max_tokens"] = body.max_output_tokens if body.max_output_tokens is not None else body.max_tokens
+    given["max_tokens"] = body.max_output_tokens
     if body.truncation is not None and body.context_policy is None:
         given["context_policy"] = ContextPolicy.TRUNCATE_LEFT if body.truncation == "auto" else ContextPolicy.ERROR
     return chat_call(ChatBody(messages=messages, **given), models)
