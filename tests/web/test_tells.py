@@ -108,10 +108,10 @@ def make() -> Iterator[Callable[..., Client]]:
 
 def routes(client: Client) -> list[tuple[str, str, Access]]:
     """(method, path as the documentation writes it, access) of all that the server answers."""
-    spelled = {"{model_id}": "{id}", "{swap_id}": "{id}", "{name}/adapters/{id}": "NAME/adapters/ID", "{name}": "NAME"}
+    spelled = {"{name}/adapters/{id}": "NAME/adapters/ID", "{name}": "NAME"}
     found = []
     for one in served(client.app.routes):
-        path = one.path
+        path = re.sub(r"\{\w+_id\}", "{id}", one.path)
         for braces, word in spelled.items():
             path = path.replace(braces, word)
         found.append((one.method, path, getattr(one.resource, "access", Access.OPERATOR)))
