@@ -29,6 +29,10 @@ _KEY_HEADERS = ("X-Api-Key", "Api-Key")
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
+#: In the scope of a request that the server itself makes, which no client can set: (tenant,).
+INSIDE = "mullama.inside"
+
+
 class Access(enum.Enum):
     """What a resource asks of its callers; a class attribute ``access`` of the resource."""
 
@@ -87,7 +91,7 @@ class Security:
         self._admin_key = config.admin_key.encode()
 
     async def process_request(self, req: Request, resp: falcon.asgi.Response) -> None:
-        if self._any_host:
+        if self._any_host or INSIDE in req.scope:
             return
         header = req.get_header("Host")
         if header in self._seen:
@@ -117,6 +121,9 @@ class Security:
     ) -> None:
         access = getattr(resource, "access", Access.OPERATOR)  # what forgets to say so is shown to nobody else
         req.spell_error = getattr(resource, "spell_error", None)
+        if access is Access.CLIENT and INSIDE in req.scope:
+            (req.tenant,) = req.scope[INSIDE]
+            return
         given = _key(req) if self._api_keys or self._admin_key else b""
         is_client = self._is_client(given)
         is_admin = _same(given, self._admin_key)
