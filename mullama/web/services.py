@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from mullama.batches.runner import BatchRunner
+from mullama.batches.batch_runner import BatchRunner
 from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
 from mullama.errors import ClientLeft, InvalidRequest

@@ -13,8 +13,8 @@ from typing import Any
 import openai
 import pytest
 
-from mullama.batches import runner
-from mullama.batches.batch import check_lines, finished_lines
+from mullama.batches import batch_runner as runner
+from mullama.batches.batch_files import check_lines, finished_lines
 from mullama.batches.file_store import FileStore
 from mullama.config import ServeConfig
 from mullama.errors import FilesError, FilesFull, NotFound
@@ -251,6 +251,29 @@ def test_a_tenant_has_none_of_another_s(config: ServeConfig, live: Callable[...,
         with pytest.raises(openai.NotFoundError):
             call()
     assert list(two.client.files.list()) == list(two.client.batches.list()) == []
+
+
+def test_who_has_no_key_any_more_gets_no_answers(
+    config: ServeConfig, live: Callable[..., Live], engine: FakeEngine
+) -> None:
+    config.api_key = ["one-key", "two-key"]
+    first = live()
+    engine.delay = 0.01
+    asked = Asked(first, "one-key")
+    batch = asked.batch([line(f"n{i}") for i in range(100)])
+    while asked.client.batches.retrieve(batch.id).request_counts.completed < 3:
+        time.sleep(0.01)
+    first.server.should_exit = True
+    first.thread.join(20)
+    engine.draining, n = False, len(engine.requests)
+    config.api_key = ["new-key", "two-key"]
+    live()
+    (file,) = Path(config.files_dir).glob("batch_*.json")
+    end = time.monotonic() + 20
+    while json.loads(file.read_bytes())["status"] != "completed":
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert len(engine.requests) == n
 
 
 # -- the store

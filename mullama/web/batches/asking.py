@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from mullama.batches.runner import Answer
+from mullama.batches.batch_runner import Answer
 from mullama.web.security import INSIDE
 from mullama.web.services import Services
 

@@ -8,8 +8,8 @@ import falcon.asgi
 import msgspec
 import orjson
 
-from mullama.batches.batch import ENDPOINTS
-from mullama.batches.runner import BatchRunner
+from mullama.batches.batch_files import ENDPOINTS
+from mullama.batches.batch_runner import BatchRunner
 from mullama.errors import InvalidRequest
 from mullama.serving.durations import parse_duration
 from mullama.web.http.request import Request

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from mullama.batches.batch import UNFINISHED, Batch, Line, Status, check_lines, finished_lines, read_line
+from mullama.batches.batch_files import UNFINISHED, Batch, Line, Status, check_lines, finished_lines, read_line
 from mullama.batches.file_store import PART, FileStore, StoredFile, write_whole
 from mullama.errors import FilesError, InvalidRequest, MullamaError, NotFound, QueueFull
 
