@@ -265,6 +265,11 @@ class ServeConfig:
         metavar="KEY|@FILE",
         secret=True,
     )
+    key_file: str = option(
+        "",
+        "TOML file of keys with names, roles and limits, beside the keys above; read again on SIGHUP",
+        metavar="FILE",
+    )
     allowed_host: list[str] = option(
         [], "extra Host header to accept, .example.org for a domain; repeatable; * accepts all", metavar="HOST"
     )
@@ -272,6 +277,22 @@ class ServeConfig:
         [], "web origin whose pages may ask, such as https://chat.example.org; repeatable; * for all", metavar="ORIGIN"
     )
     max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY, unit="bytes")
+    response_store_bytes: int = option(
+        64 << 20,
+        "memory for the answers of /v1/responses that are kept; 0: none are",
+        minimum=0,
+        maximum=1 << 40,
+        unit="bytes",
+    )
+    response_ttl: str = option(
+        "24h", "how long such an answer is kept: seconds, 5m, 1h30m; -1: as long as there is room", metavar="DURATION"
+    )
+    files_dir: str = option(
+        "", "folder of uploaded files and of batches; default: one in the home of the models", metavar="DIR"
+    )
+    files_bytes: int = option(
+        4 << 30, "most bytes of files there; a key may have half", minimum=0, maximum=1 << 50, unit="bytes"
+    )
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
     drain_delay: float = option(
         0.0,

@@ -54,7 +54,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "ignore_eos": ({"logit_bias": ((tiny.EOS, 100.0),), "ignore_eos": False}, True),
     "stop": ({"logit_bias": ONLY_ABCD}, ("A", "B", "C", "D")),
     "stop_token_ids": ({"logit_bias": ONLY_ABCD}, (65, 66, 67, 68)),
-    "bad_words": ({"logit_bias": ONLY_ABCD}, ("A", "BC")),
+    "bad_words": ({"logit_bias": ONLY_ABCD}, ("A", "B", "C")),
     "allowed_token_ids": ({}, (65, 66)),
 }
 
@@ -287,7 +287,7 @@ NUMBER_RANGES = {
 }  # fmt: skip
 WHOLE_RANGES = {
     "top_k": (-1, 1 << 30), "repeat_last_n": (-1, 1 << 20), "dry_allowed_length": (0, 1 << 20),
-    "dry_penalty_last_n": (-1, 1 << 20), "mirostat": (0, 2), "min_tokens": (0, 1 << 30), "max_tokens": (1, 1 << 30),
+    "dry_penalty_last_n": (-1, 1 << 20), "mirostat": (0, 2), "min_tokens": (0, 1 << 30), "max_tokens": (0, 1 << 30),
     "seed": (-(1 << 63), (1 << 64) - 1),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ from mullama.web.openapi.answer_types import OllamaAnswer
 from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.event_stream import event_json
+from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Reply
 
 LINES = "application/x-ndjson"
@@ -99,13 +99,10 @@ class Answers(OllamaRoute):
         return orjson.dumps(head | _text_of("", is_chat=self._is_chat) | done) + b"\n"
 
 
-class AnswerLines:
+class AnswerLines(StreamFormat):
     """The lines of a streamed answer. A silent one stays silent: there is no line that says nothing."""
 
     ping = b""
-    is_first_special = False
-    is_opening_late = False
-    token_json = None
 
     def __init__(self, opened: Opened, *, is_chat: bool, with_profile: bool) -> None:
         self._opened = opened
@@ -120,9 +117,6 @@ class AnswerLines:
         )
         before, after = around.split(b"%b")
         self._around = head + before, after
-
-    def first(self, data: bytes) -> bytes:
-        return data
 
     def opening(self, index: int) -> bytes:
         return b""

@@ -17,7 +17,7 @@ from mullama.web.http.request import Request
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, keep_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
-from mullama.web.openai.schemas import ChatBody, ChatCall, Ending, Message, parse_chat
+from mullama.web.openai.schemas import ChatBody, ChatCall, Ending, Message, keep_alive_of, options_of, parse_chat
 from mullama.web.openai.scores import ended_by
 from mullama.web.openapi.answer_types import ChatCompletion
 from mullama.web.openapi.operation import PROFILE, Operation
@@ -51,7 +51,7 @@ class ChatCompletions:
         def choice(index: int, reply: Reply) -> dict[str, Any]:
             return {
                 "index": index,
-                "message": {"role": "assistant", "content": reply.text},
+                "message": {"role": "assistant", "content": reply.text, "refusal": None, "annotations": []},
                 **opened.options.wish.of_chat(reply.tokens),
                 "finish_reason": reply.finish.reason,
                 **ended_by(reply.finish),
@@ -87,6 +87,23 @@ async def open_chat(
         return await with_lease(services, req, call.model, begin)
     except ContextLengthExceeded as error:
         raise error.about("messages", "the chat") from None
+
+
+async def count_tokens(services: Services, req: Request, call: ChatCall) -> int:
+    """How many tokens the prompt of a chat has. Refuses what the chat would be refused for; raises ModelNotFound, and
+    what loading the model raises."""
+
+    async def count(lease: Lease) -> int:
+        errand, engine = services.errand(req), lease.engine
+        options_of(call.body, engine.info)
+        keep_alive_of(call.body)
+        is_large = len(call.messages_json) > LARGE_TEXT
+        pace = errand.checkpoint if is_large else None
+        prompt = await errand.run(is_large, partial(_prompt, engine, call, call.messages_json, None, pace))
+        lease.release()
+        return len(prompt)
+
+    return await with_lease(services, req, call.model, count)
 
 
 def _prompt(

@@ -10,21 +10,19 @@ from mullama.types import Finish, TokenScore
 from mullama.web.openai.context_policy import shift_member
 from mullama.web.openai.scores import NOTHING, TokenWish, ended_by, width
 from mullama.web.openai.usage import profile_fields, usage
-from mullama.web.stream.event_stream import PING, event_json
+from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Group
 
 DONE = b"data: [DONE]\n\n"
 
 
-class ChunkFormat:
+class ChunkFormat(StreamFormat):
     """The bytes of a stream's chunks; all that is constant is made once (PERF).
 
     ``echoes`` are the texts a completion repeats before its own, one a choice; None for a chat, whose choices open
     with the role. ``wish``: what is told of tokens. ``only_first`` are further members of the stream's first chunk,
     whatever that is.
     """
-
-    ping = PING
 
     def __init__(
         self,
@@ -42,11 +40,13 @@ class ChunkFormat:
         self._include_usage = include_usage
         self._with_profile = with_profile
         kind = "chat.completion.chunk" if is_chat else "text_completion"
-        head = event_json({"id": group.id, "object": kind, "created": created, "model": group.model})
+        members = {"id": group.id, "object": kind, "created": created, "model": group.model}
+        head = event_json(members | {"system_fingerprint": group.fingerprint})
         self._is_chat = is_chat
         self._echoes = echoes
         self._wish = wish
         self._offsets = [0] * len(group.generations)  # where the next token begins in the text
+        self._undo = 0, 0  # a choice, and its offset before its last text
         self.is_opening_late = wish.any_of_prompt
         self._head = b"data: " + head[:-1] + b',"choices":['
         self._first_head = b"data: " + head[:-1] + _members(only_first or {}) + b',"choices":['
@@ -55,8 +55,8 @@ class ChunkFormat:
         body = b'{"index":%d,"delta":{"content":' if is_chat else b'{"index":%d,"text":'
         self._text_heads = [self._head + body % i for i in range(len(group.generations))]
         self._text_end = b"}" if is_chat else b""
-        members = b"" if wish.any_of_text else self._text_end + b',"logprobs":null'
-        self._text_tail = members + b',"finish_reason":null}' + self._end + b"}\n\n"
+        ending = b"" if wish.any_of_text else self._text_end + b',"logprobs":null'
+        self._text_tail = ending + b',"finish_reason":null}' + self._end + b"}\n\n"
         self.token_json = self._token_json if wish.any_of_text else None
 
     def first(self, data: bytes) -> bytes:
@@ -71,12 +71,17 @@ class ChunkFormat:
             told = self._wish.of_chat(tokens)
         else:
             told = self._wish.of_text(tokens, self._offsets[index])
+            self._undo = index, self._offsets[index]
             self._offsets[index] += width(tokens)
         return event_json(text) + self._text_end + _members(told)
 
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         """What comes before and after a text's JSON."""
         return self._text_heads[index], self._text_tail
+
+    def declined(self) -> None:
+        index, offset = self._undo
+        self._offsets[index] = offset
 
     def opening(self, index: int) -> bytes:
         """What comes before the first text of a choice: the role, or the echoed prompt; may be empty."""

@@ -146,7 +146,7 @@ FIELDS: tuple[Field, ...] = (
     *_refused(LLAMA, "other parsers of the answer", "chat_format chat_parser generation_prompt", endpoints=(CHAT,)),
     # -- what may be there or not
     *_harmless(OPENAI, "no tools are called", "parallel_tool_calls", (CHAT,)),
-    *_harmless(OPENAI, "chats are not stored", "store metadata"),
+    *_harmless(OPENAI, "chats are not stored; /v1/responses keeps answers", "store metadata"),
     *_harmless(OPENAI, "there is one tier", "service_tier"),
     *_harmless(
         OPENAI,

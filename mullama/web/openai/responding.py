@@ -120,6 +120,7 @@ async def respond(
             "object": "chat.completion" if is_chat else "text_completion",
             "created": created,
             "model": group.model,
+            "system_fingerprint": group.fingerprint,
             "choices": [
                 choice(index, replies[index]) | {"index": at}
                 for at, index in enumerate(picked([reply.tokens for reply in replies], group.n, options.n_shown))

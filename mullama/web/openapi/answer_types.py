@@ -34,6 +34,7 @@ class ChatCompletion(Struct):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -49,6 +50,7 @@ class TextCompletion(Struct):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
 
@@ -119,3 +121,54 @@ class TokensText(Struct):
 
 class PromptText(Struct):
     prompt: str
+
+
+class ResponseObject(Struct):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: str
+    model: str
+    output: list[dict[str, Any]]
+    error: dict[str, Any] | None
+    usage: dict[str, Any] | None
+
+
+class ResponseTokens(Struct):
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+class DeletedObject(Struct):
+    id: str
+    object: str
+    deleted: bool
+
+
+class ListPage(Struct):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    has_more: bool
+
+
+class FileObject(Struct):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+
+
+class BatchObject(Struct):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    status: str
+    created_at: int
+    request_counts: dict[str, int]
+    output_file_id: str | None
+    error_file_id: str | None

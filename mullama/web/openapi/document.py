@@ -23,6 +23,8 @@ _METHODS = ("GET", "PUT", "POST", "DELETE", "PATCH")
 #: Families of APIs by the folder of their routes, in their order.
 _FAMILIES = {
     "openai": "OpenAI",
+    "responses": "OpenAI",
+    "batches": "OpenAI",
     "anthropic": "Anthropic",
     "ollama": "Ollama",
     "llama_server": "llama-server",

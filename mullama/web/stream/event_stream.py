@@ -44,17 +44,16 @@ def event_json(value: object) -> bytes:
 class StreamFormat(Protocol):
     """The bytes of a stream in the words of one API; all that is constant is made once (PERF)."""
 
-    ping: bytes  # sent when there was nothing to say for a while; empty: nothing is
-    is_first_special: bool  # the stream's first piece is not like the others: ``first`` makes it
+    head: bytes = b""  # sent at once, before anything is generated
+    ping: bytes = PING  # sent when there was nothing to say for a while; empty: nothing is
+    is_first_special: bool = False  # the stream's first piece is not like the others: ``first`` makes it
 
-    is_opening_late: bool  # it is known only when the first text is there, and may be dear
+    is_opening_late: bool = False  # it is known only when the first text is there, and may be dear
+    #: Makes the JSON of a text with what is told of its tokens, in place of ``text_json``; None: a text is all.
+    token_json: Callable[[int, str, Sequence[TokenScore]], bytes] | None = None
 
-    @property
-    def token_json(self) -> Callable[[int, str, Sequence[TokenScore]], bytes] | None:
-        """Makes the JSON of a text with what is told of its tokens, between the two of ``around_text``; None: a text
-        is all."""
-
-    def first(self, data: bytes) -> bytes: ...
+    def first(self, data: bytes) -> bytes:
+        return data
 
     def opening(self, index: int) -> bytes:
         """What comes before the first text of a choice; may be empty."""
@@ -63,6 +62,14 @@ class StreamFormat(Protocol):
 
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         """What comes before and after a text's JSON in ``text``."""
+
+    def text_json(self, text: str) -> bytes:
+        """A text's JSON, in the order of the stream."""
+        return event_json(text)
+
+    def declined(self) -> None:
+        """The last ``text_json`` was not sent; the text comes again."""
+        return
 
     def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
         """What ends a choice. ``ended``: after the last one those of all choices; then it ends the stream as well."""
@@ -185,6 +192,7 @@ class EventStream:
         self._finishes: list[Finish | None] = [None] * len(group.generations)
         self._running = len(group.generations)
         self._ended = False
+        self._head = chunks.head
         self._body = body
         # A first chunk that is not like the others goes the ordinary way, and only then the direct one is opened.
         self._is_begun = not chunks.is_first_special
@@ -203,7 +211,7 @@ class EventStream:
         PERF: the function that is returned is all that runs for a token of a flowing stream.
         """
         silence, source, opened = self._silence, self._source, self._opened
-        dumps, now = event_json, asyncio.get_running_loop().time
+        dumps, now, declined = self._chunks.text_json, asyncio.get_running_loop().time, self._chunks.declined
         head, tail = self._chunks.around_text(index)
         is_late, token_json = self._chunks.is_opening_late, self._chunks.token_json
         write_first = None if is_late else body.writer(self._chunks.opening(index) + head, tail)
@@ -215,7 +223,10 @@ class EventStream:
             if not text and (not tokens or token_json is None):
                 return True  # it is held back
             write = write_later if opened[index] else write_first
-            if write is None or not write(dumps(text) if token_json is None else token_json(index, text, tokens)):
+            if write is None:
+                return False
+            if not write(dumps(text) if token_json is None else token_json(index, text, tokens)):
+                declined()
                 return False
             opened[index] = True
             silence.since = now()
@@ -228,6 +239,9 @@ class EventStream:
 
     async def __anext__(self) -> bytes:
         """The next events, as many as are there; never empty."""
+        if self._head:
+            head, self._head = self._head, b""
+            return head
         while not self._ended:
             try:
                 events: list[Event] | None = None
