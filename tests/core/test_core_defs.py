@@ -256,7 +256,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     "chain.Sampling": lambda m: Sampling(m, SamplingParams()) is not None,
     "chain.Sampling.model": lambda m: Sampling(m, SamplingParams()).model is m,
     "chain.Sampling.breaker_sequences": lambda m: Sampling(m, SamplingParams()).breaker_sequences == [],
-    "gate.logits_of": lambda c: len(mullama._core.testing.gate.logits_of(c.model, [1, 2])) == 8 * c.model.n_vocab,
+    "gate.logits_of": lambda m: len(mullama._core.testing.gate.logits_of(m, [1, 2])) == 8 * m.n_vocab,
     "gate.score": lambda: mullama._core.testing.gate.score([1.0, 3.0, 2.0], 1, 0)[0] == 1,
     "gate.scan": lambda: mullama._core.testing.gate.scan([1.0, 3.0, 2.0]) == 1,
     "gate.StopText": lambda: StopText(["x"]) is not None,
@@ -384,9 +384,11 @@ def subject(
 ) -> Iterator[tuple[Any, ...]]:
     kind = request.param.split(".")[1]
     on_core = ("Core", "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy", "Adapter", "Divergence")
-    model = Model(tiny_model()) if kind in ("Model", "Sampling", "weights_by_layout", *on_core) else None
+    model = Model(tiny_model()) if kind in ("Model", "Sampling", "weights_by_layout", "logits_of", *on_core) else None
     core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
-    arguments: dict[str, tuple[Any, ...]] = dict.fromkeys(("Model", "Sampling", "weights_by_layout"), (model,))
+    arguments: dict[str, tuple[Any, ...]] = dict.fromkeys(
+        ("Model", "Sampling", "weights_by_layout", "logits_of"), (model,)
+    )
     arguments["Parked"] = (core,)
     arguments["Core"] = (core,)
     if core is not None:
