@@ -21,6 +21,7 @@ from mullama.config import ServeConfig
 from mullama.errors import ConfigError, InvalidRequest, RateLimited
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
+from mullama.web.batches.asking import Asking
 from mullama.web.keys.key_file import MAX_BYTES, MAX_KEYS, KeyEntry, read_key_file
 from mullama.web.keys.key_ring import KeyRing, tenant_of
 from mullama.web.keys.rate_limits import MINUTE, Bucket, Usage, duration
@@ -278,7 +279,7 @@ def test_what_a_request_uses_beyond_its_minute_is_owed(make: Callable[..., World
     now[0] += 20 + 30
     assert world.ask("a-key", {"prompt": "a", "max_tokens": 1}).status == 200
     never = world.ask("a-key", {"prompt": "a" * 10, "max_tokens": 1})
-    assert never.status == 429 and "6 a minute" in never.error["message"]
+    assert never.status == 400 and "6 a minute" in never.error["message"]
 
 
 def test_a_refused_request_costs_no_tokens(make: Callable[..., World], now: list[float]) -> None:
@@ -332,6 +333,21 @@ def test_the_right_to_a_request_comes_back_when_its_client_leaves(make: Callable
     assert key.usage.tokens.level == 100, "nobody began with it"
 
 
+def test_what_the_server_asks_for_a_tenant_counts_as_its_own(make: Callable[..., World], now: list[float]) -> None:
+    world = make(entry("requests_per_minute = 2\nmodels = ['large']"))
+    asking = Asking(world.client.app, world.services)
+
+    def line(model: str) -> Any:
+        return asyncio.run(asking("alice", "/v1/completions", json.dumps({**PROMPT, "model": model}).encode()))
+
+    assert (line("large").status, line("small").status) == (200, 404)
+    refused = line("large")
+    assert (refused.status, refused.retry_after) == (429, 30)
+    assert world.ask("a-key").status == 429
+    (key,) = world.services.security._ring.holders()  # type: ignore[union-attr]
+    assert key.usage.n_open == 0
+
+
 # -- reading it again ------------------------------------------------------------------------------------------
 
 
@@ -376,8 +392,11 @@ def test_no_more_is_used_than_the_limit_lets(capacity: int, steps: list[tuple[fl
         now[0] += wait
         try:
             reservation = usage.admit().reserve(prompt, completion)
+        except InvalidRequest:
+            assert prompt > capacity
+            continue
         except RateLimited as error:
-            assert error.retry_after is None or error.retry_after >= 0
+            assert error.retry_after is not None and error.retry_after >= 0
             continue
         actual = completion if completion % 2 else completion // 2
         assert used <= capacity + now[0] * capacity / MINUTE + 1e-6
