@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 from mullama.cli.interrupt import on_interrupt
 from mullama.cli.progress import LoadProgress, PullProgress
-from mullama.errors import LoadCancelled
+from mullama.errors import InvalidRequest, LoadCancelled
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
     from mullama.engine.engine import Engine
+    from mullama.engine.kinds import AnyEngine
     from mullama.models.resolve import ResolvedModel
     from mullama.models.store.store import Store
 
@@ -38,12 +39,23 @@ def weights_of(model: ResolvedModel) -> str:
 
 
 def load_engine(model: ResolvedModel, config: ServeConfig) -> Engine:
-    """Load a model. A signal gives the load up and raises KeyboardInterrupt, or SystemExit (see ``on_interrupt``)."""
+    """Load a model that generates (see load_any). Raises InvalidRequest for one that embeds."""
     from mullama.engine.engine import Engine
+
+    engine = load_any(model, config)
+    if not isinstance(engine, Engine):
+        engine.close()
+        raise InvalidRequest(f"'{model.name}' generates no text: it is for mullama embed, and for /v1/embeddings")
+    return engine
+
+
+def load_any(model: ResolvedModel, config: ServeConfig) -> AnyEngine:
+    """Load a model. A signal gives the load up and raises KeyboardInterrupt, or SystemExit (see ``on_interrupt``)."""
+    from mullama.engine import kinds
 
     with LoadProgress(model.name) as progress, on_interrupt(progress.cancel) as interrupt:
         try:
-            engine = Engine.load(
+            engine = kinds.load_engine(
                 model.path, name=model.name, config=config, progress=progress, weights=weights_of(model)
             )
         except LoadCancelled:
