@@ -58,7 +58,7 @@ cdef extern from "llama.h" nogil:
         LLAMA_FLASH_ATTN_TYPE_DISABLED
         LLAMA_FLASH_ATTN_TYPE_ENABLED
 
-    ctypedef enum llama_pooling_type:
+    enum llama_pooling_type:  # there is a function of that name
         LLAMA_POOLING_TYPE_UNSPECIFIED
         LLAMA_POOLING_TYPE_NONE
         LLAMA_POOLING_TYPE_RANK

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mullama.cli.interrupt import on_interrupt
 from mullama.cli.progress import LoadProgress, PullProgress
 from mullama.errors import InvalidRequest, LoadCancelled
+from mullama.types import ModelKind
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
@@ -40,13 +41,11 @@ def weights_of(model: ResolvedModel) -> str:
 
 def load_engine(model: ResolvedModel, config: ServeConfig) -> Engine:
     """Load a model that generates (see load_any). Raises InvalidRequest for one that embeds."""
-    from mullama.engine.engine import Engine
+    from mullama.engine.kinds import kind_at
 
-    engine = load_any(model, config)
-    if not isinstance(engine, Engine):
-        engine.close()
+    if kind_at(model.path) is not ModelKind.GENERATE:
         raise InvalidRequest(f"'{model.name}' generates no text: it is for mullama embed, and for /v1/embeddings")
-    return engine
+    return cast("Engine", load_any(model, config))
 
 
 def load_any(model: ResolvedModel, config: ServeConfig) -> AnyEngine:

@@ -18,7 +18,7 @@ from mullama._core.output.output cimport Output
 from mullama._core.output.page cimport Page
 
 
-cdef extern from "embed.h" namespace "mullama" nogil:
+cdef extern from "embedding_batch.h" namespace "mullama" nogil:
     cdef enum:
         POOL_NONE "mullama::POOL_NONE"
         POOL_RANK "mullama::POOL_RANK"

@@ -18,7 +18,7 @@ from mullama._core.compute.arbiter import arbiter as default_arbiter
 from mullama.errors import ComputeFailed, ModelLoadError
 from mullama.types import Pooling
 
-#: The numbers of embed.h.
+#: The numbers of embedding_batch.h.
 POOLS = {Pooling.NONE: 0, Pooling.MEAN: 1, Pooling.CLS: 2, Pooling.LAST: 3, Pooling.RANK: 4}
 
 
@@ -158,9 +158,6 @@ cdef class Embedder:
 
     def interrupt(self):
         """Nothing: a run is one ubatch. Any thread."""
-
-    def rearm(self):
-        """Nothing to forget."""
 
     def abort(self):
         """Give up the running decode; ``run`` raises and must not be called again. Any thread."""

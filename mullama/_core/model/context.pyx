@@ -71,8 +71,10 @@ cdef class Context:
         params.n_seq_max = n_slots
         params.n_outputs_max = self.n_batch if embeds else n_slots
         params.embeddings = embeds
-        if embeds:  # what becomes of the vectors of a prompt's tokens is each request's affair (embed.h)
-            params.pooling_type = LLAMA_POOLING_TYPE_RANK if ranks else LLAMA_POOLING_TYPE_NONE
+        if embeds:  # what becomes of the vectors of a prompt's tokens is each request's affair (embedding_batch.h)
+            params.pooling_type = LLAMA_POOLING_TYPE_NONE
+            if ranks:
+                params.pooling_type = LLAMA_POOLING_TYPE_RANK
         params.flash_attn_type = {"auto": LLAMA_FLASH_ATTN_TYPE_AUTO, "on": LLAMA_FLASH_ATTN_TYPE_ENABLED,
                                   "off": LLAMA_FLASH_ATTN_TYPE_DISABLED}[flash_attn]
         params.kv_unified = self.unified

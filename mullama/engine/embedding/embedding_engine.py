@@ -28,10 +28,11 @@ from mullama.engine.client import PlanningClient
 from mullama.engine.commands import Commands
 from mullama.engine.embedding.absent import NoChanges, NoKv
 from mullama.engine.embedding.fair_queue import FairQueue, Job
+from mullama.engine.embedding.pairs import Pairs
 from mullama.engine.engine import GIL_SWITCH_SECONDS, STALLED_SECONDS
 from mullama.engine.memory import fits
 from mullama.engine.memory import report as memory
-from mullama.engine.planning import turns
+from mullama.engine.planning import turn_share
 from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens, text_of, vocabulary_of
 from mullama.engine.weights import load
 from mullama.errors import (
@@ -68,6 +69,7 @@ class EmbeddingEngine:
         self.kv = NoKv(info.name)
         self.weights = NoChanges(info.name)
         self.planning = EmbeddingPlanning(self)
+        self._pairs = Pairs(model)
         self._tokenizer = Tokenizer(lambda: self._model)
         sys.setswitchinterval(min(sys.getswitchinterval(), GIL_SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._run, name=f"mullama-engine-{info.name}", daemon=True)
@@ -163,6 +165,15 @@ class EmbeddingEngine:
         """The special tokens and the template (see EngineClient.vocabulary)."""
         self._commands.check_open()
         return vocabulary_of(self._model)
+
+    def affixes(self) -> tuple[list[int], list[int]]:
+        """The tokens that the vocabulary puts before and behind every text."""
+        return self._pairs.head, self._pairs.tail
+
+    def pair_tokens(self, query: str, document: str, most: int | None = None) -> list[int]:
+        """Two texts as one prompt (see EmbeddingClient.pair_tokens)."""
+        self._commands.check_open()
+        return self._pairs.tokens(query, document, most)
 
     async def embed(self, request: EmbeddingRequest) -> Vectors:
         """The vectors of a request's texts, in their order (see EmbeddingClient.embed)."""
@@ -479,10 +490,10 @@ class EmbeddingPlanning(PlanningClient):
         await self._refuse()
 
     def share(self) -> tuple[str, dict[str, Any]]:
-        return turns.share_of(self._engine._core)
+        return turn_share.share_of(self._engine._core)
 
     def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
-        turns.set_share(self._engine._core, weight=weight, priority=priority)
+        turn_share.set_share(self._engine._core, weight=weight, priority=priority)
 
     def set_arbiter_policy(self, policy: str) -> None:
         self._engine._core.turns.policy = policy

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mullama.engine.client import PlanningClient
 from mullama.engine.parts import EngineParts
 from mullama.engine.planning import report
-from mullama.engine.planning.turns import set_share, share_of
+from mullama.engine.planning.turn_share import set_share, share_of
 from mullama.errors import ModelBusy
 from mullama.plugins.groups import Published, publish
 from mullama.scheduling import Scheduler, registry

@@ -1,7 +1,6 @@
 // One ubatch of prompts, from tokens to vectors. Nothing here knows of Python.
 #pragma once
 
-#include "abi.h"
 #include "clock.h"
 #include "compute.h"
 #include "output.h"
