@@ -1,7 +1,6 @@
 """An embedding context with its threads and its page.
 
-nogil code gets ``batch``, ``compute`` and ``out``, which are C++ and have the same addresses until the Embedder goes; the
-context is freed on the engine thread when nothing runs.
+nogil code gets the ``parts``, which are C++ and have the same address until the Embedder goes; the context is freed on the engine thread when nothing runs.
 """
 
 cimport cython
@@ -33,6 +32,11 @@ cdef extern from "embedding_batch.h" namespace "mullama" nogil:
         void begin(int pool, cbool normalised) except +
         void put(Compute & compute, llama_token token)
         int run(llama_context * ctx, Compute & compute, Output & out) except +
+    cppclass EmbeddingParts:
+        EmbeddingParts() except +
+        Output out
+        Compute compute
+        EmbeddingBatch batch
 
 
 @cython.final
@@ -48,9 +52,7 @@ cdef class Embedder:
     cdef readonly int n_embd           # numbers of a vector
     cdef int pid                       # of the process that made it
     cdef int fault                     # for tests: the prompt of the next ubatch that becomes NaN; -1: none
-    cdef Output out
-    cdef Compute compute
-    cdef EmbeddingBatch batch
+    cdef EmbeddingParts * parts
 
     cdef int warm_up(self, bint quick) except -1
     cdef void publish(self, int n_running, int n_waiting) noexcept

@@ -28,7 +28,8 @@ cdef class Embedder:
     """An embedding context, and all that it takes to compute with it and to tell of it."""
 
     def __cinit__(self):
-        self.out.stop = &self.compute.deadline.stop
+        self.parts = new EmbeddingParts()
+        self.parts.out.stop = &self.parts.compute.deadline.stop
         self.fault = -1
 
     def __init__(self, Model model not None, *, int n_ctx, int n_batch=0, bint ranks=False, flash_attn="auto",
@@ -52,18 +53,18 @@ cdef class Embedder:
         self.n_embd = llama_model_n_cls_out(model.ptr) if ranks else llama_model_n_embd_out(model.ptr)
         cdef bint has_pool
         with nogil:
-            has_pool = self.compute.open(n_threads, self.n_batch)
+            has_pool = self.parts.compute.open(n_threads, self.n_batch)
         if not has_pool:
             raise ModelLoadError("the thread pool could not be created")
-        self.compute.turns = self.turns.table.get()
-        self.compute.seat = self.compute.turns.join()
-        self.governor = Governor(n_threads, threads_fixed, self.compute.neighbours.cores())
-        self.compute.governor = self.governor.state.get()
-        self.compute.can_abort = self.context.can_trim
-        self.compute.attach(self.context.ctx)
+        self.parts.compute.turns = self.turns.table.get()
+        self.parts.compute.seat = self.parts.compute.turns.join()
+        self.governor = Governor(n_threads, threads_fixed, self.parts.compute.neighbours.cores())
+        self.parts.compute.governor = self.governor.state.get()
+        self.parts.compute.can_abort = self.context.can_trim
+        self.parts.compute.attach(self.context.ctx)
         try:
             self.page = page_at(1, page_path, page_needed)
-            self.out.page = self.page.blocks
+            self.parts.out.page = self.page.blocks
             self.warm_up(quick)
             self.publish(0, 0)
         except BaseException:
@@ -74,21 +75,22 @@ cdef class Embedder:
         """The first decodes, which the governor learns from. Raises ModelLoadError."""
         cdef Trial got
         with nogil:
-            got = self.compute.warm_up(self.context.ctx, self.compute.governor[0], quick)
+            got = self.parts.compute.warm_up(self.context.ctx, self.parts.compute.governor[0], quick)
         if got == Trial.stopped:
             raise ModelLoadError("loading was given up")
         if got == Trial.failed:
             raise ModelLoadError(
-                f"the first decode failed with code {self.compute.code} {self.compute.guard.message.decode()}")
+                f"the first decode failed with code {self.parts.compute.code} {self.parts.compute.guard.message.decode()}")
         return 0
 
     def __dealloc__(self):
         self.release()
+        del self.parts
 
     def close(self):
         """Free the context and the threads. Idempotent; no other method may be called after it."""
         self.release()
-        self.out.page = PageBlocks()
+        self.parts.out.page = PageBlocks()
         if self.page is not None:
             self.page.close()
 
@@ -98,7 +100,7 @@ cdef class Embedder:
         if self.context is not None:
             self.context.release()
         with nogil:
-            self.compute.close()
+            self.parts.compute.close()
 
     # -- computing ------------------------------------------------------------------------------------------------
 
@@ -116,37 +118,37 @@ cdef class Embedder:
             raise RuntimeError("this embedder was closed")
         if not 0 < len(prompts) <= self.n_slots:
             raise ValueError(f"a ubatch has 1 to {self.n_slots} prompts, got {len(prompts)}")
-        self.batch.clear()
+        self.parts.batch.clear()
         for tokens, pooling, normalised in prompts:
-            before = self.batch.n_tokens
+            before = self.parts.batch.n_tokens
             if not 0 < len(tokens) <= min(self.n_ctx, self.n_batch - before):
                 raise ValueError(f"a prompt of {len(tokens)} tokens does not fit")
             if (pooling == Pooling.RANK) != self.context.ranks:
                 raise ValueError(f"this context does not compute the pooling {pooling}")
-            self.batch.begin(POOLS[pooling], normalised)
+            self.parts.batch.begin(POOLS[pooling], normalised)
             for token in tokens:
                 if not 0 <= token < self.model.n_vocab:
                     raise ValueError(f"token id {token} is outside the vocabulary")
-                self.batch.put(self.compute, token)
-        self.publish(<int> self.batch.prompts.size(), n_waiting)
+                self.parts.batch.put(self.parts.compute, token)
+        self.publish(<int> self.parts.batch.prompts.size(), n_waiting)
         with nogil:
-            code = self.batch.run(self.context.ctx, self.compute, self.out)
+            code = self.parts.batch.run(self.context.ctx, self.parts.compute, self.parts.out)
         if code != 0:
-            self.out.counters.failed += self.batch.prompts.size()
+            self.parts.out.counters.failed += self.parts.batch.prompts.size()
             self.publish(0, n_waiting)
-            why = self.compute.guard.message.decode("utf-8", "replace") if code > 2 else ""
+            why = self.parts.compute.guard.message.decode("utf-8", "replace") if code > 2 else ""
             raise ComputeFailed(f"llama.cpp could not compute the prompts (code {code}) {why}".strip())
-        if 0 <= self.fault < <int> self.batch.prompts.size():
-            self.batch.prompts[self.fault].is_finite = False
+        if 0 <= self.fault < <int> self.parts.batch.prompts.size():
+            self.parts.batch.prompts[self.fault].is_finite = False
             self.fault = -1
         found = []
-        for i in range(self.batch.prompts.size()):
-            if self.batch.prompts[i].is_finite:
-                self.out.counters.finished_stop += 1
-                found.append((<const char *> (self.batch.values.data() + self.batch.prompts[i].at))
-                             [:self.batch.prompts[i].size * sizeof(float)])
+        for i in range(self.parts.batch.prompts.size()):
+            if self.parts.batch.prompts[i].is_finite:
+                self.parts.out.counters.finished_stop += 1
+                found.append((<const char *> (self.parts.batch.values.data() + self.parts.batch.prompts[i].at))
+                             [:self.parts.batch.prompts[i].size * sizeof(float)])
             else:
-                self.out.counters.failed += 1
+                self.parts.out.counters.failed += 1
                 found.append(None)
         self.publish(0, n_waiting)
         return found
@@ -154,21 +156,21 @@ cdef class Embedder:
     def pause(self):
         """Put the compute threads to sleep; ``run`` wakes them."""
         with nogil:
-            self.compute.pause()
+            self.parts.compute.pause()
 
     def interrupt(self):
         """Nothing: a run is one ubatch. Any thread."""
 
     def abort(self):
         """Give up the running decode; ``run`` raises and must not be called again. Any thread."""
-        self.compute.deadline.stop.set(1)
+        self.parts.compute.deadline.stop.set(1)
 
     # -- what it tells --------------------------------------------------------------------------------------------
 
     @property
     def seat(self):
         """Its number among the engines of the process."""
-        return self.compute.seat
+        return self.parts.compute.seat
 
     @property
     def can_shift(self):
@@ -182,24 +184,24 @@ cdef class Embedder:
 
     cdef void publish(self, int n_running, int n_waiting) noexcept:
         """Bring the page up to date."""
-        self.out.counters.running = n_running
-        self.out.counters.waiting = n_waiting
-        self.out.counters.threads = self.compute.threads
-        self.out.counters.thread_changes = self.compute.governor.n_changes()
-        self.out.put_counters()
+        self.parts.out.counters.running = n_running
+        self.parts.out.counters.waiting = n_waiting
+        self.parts.out.counters.threads = self.parts.compute.threads
+        self.parts.out.counters.thread_changes = self.parts.compute.governor.n_changes()
+        self.parts.out.put_counters()
 
     def note_opened(self, n):
         """Count prompts that have come."""
-        self.out.counters.opened += n
+        self.parts.out.counters.opened += n
 
     def note_cancelled(self, n):
         """Count prompts that nobody waits for any more."""
-        self.out.counters.cancelled += n
+        self.parts.out.counters.cancelled += n
 
     def note_idle(self, ns, n_waiting):
         """Account a wait for commands; keeps the heartbeat fresh."""
-        self.compute.busy_since = 0
-        self.out.site(MULLAMA_SITE_IDLE, -1, 0, ns, 0)
+        self.parts.compute.busy_since = 0
+        self.parts.out.site(MULLAMA_SITE_IDLE, -1, 0, ns, 0)
         self.publish(0, n_waiting)
 
     def memory(self):

@@ -164,4 +164,11 @@ class EmbeddingBatch {
     }
 };
 
+// What an Embedder has, in one piece of memory: some of it wants to lie at multiples of 64, where a Python object does not.
+struct EmbeddingParts {
+    Output out;
+    Compute compute;
+    EmbeddingBatch batch;
+};
+
 } // namespace mullama
