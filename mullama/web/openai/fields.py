@@ -70,7 +70,10 @@ FIELDS: tuple[Field, ...] = (
     *_taken(OPENAI, "frequency_penalty logit_bias user response_format"),
     *_taken(OPENAI, "messages max_completion_tokens tool_choice modalities", (CHAT,)),
     *_taken(OPENAI, "prompt echo best_of", (TEXT,)),
+    *_taken(OPENAI, "safety_identifier"),
     *_taken(VLLM, "min_tokens ignore_eos top_k min_p repetition_penalty priority cache_salt"),
+    *_taken(VLLM, "truncate_prompt_tokens truncation_side"),
+    *_taken(VLLM, "add_generation_prompt continue_final_message", (CHAT,)),
     *_taken(
         LLAMA, "typical_p repeat_penalty repeat_last_n dry_multiplier dry_base dry_allowed_length dry_penalty_last_n"
     ),
@@ -96,9 +99,6 @@ FIELDS: tuple[Field, ...] = (
     *_refused(VLLM, "forbidden words; logit_bias takes tokens", "bad_words"),
     *_refused(VLLM, "a list of the tokens that may come; logit_bias takes tokens", "allowed_token_ids"),
     *_refused(VLLM, "processors of logits", "logits_processors"),
-    *_refused(
-        VLLM, "cutting prompts to a number of tokens; context_policy cuts them", "truncate_prompt_tokens", only=()
-    ),
     *_refused(VLLM, "beam search", "use_beam_search"),
     *_refused(VLLM, "watermarks", "watermarking"),
     *_refused(VLLM, "detecting repetitions", "repetition_detection"),
@@ -118,8 +118,7 @@ FIELDS: tuple[Field, ...] = (
     *_refused(VLLM, "special tokens beyond those of the template", "add_special_tokens", endpoints=(CHAT,)),
     *_refused(VLLM, "the last message in the answer", "echo", endpoints=(CHAT,)),
     *_refused(VLLM, "several tries for one choice", "best_of", 1, endpoints=(CHAT,)),
-    *_refused(VLLM, "chats that do not ask for an answer", "add_generation_prompt", endpoints=(CHAT,), only=(True,)),
-    *_refused(VLLM, "going on with the last message", "continue_final_message"),
+    *_refused(VLLM, "going on with the last message", "continue_final_message", endpoints=(TEXT,)),
     *_refused(VLLM, "templates in requests; --chat-template sets the model's", "chat_template"),
     *_refused(VLLM, "arguments of the template", "chat_template_kwargs"),
     *_refused(VLLM, "documents", "documents"),
@@ -150,20 +149,17 @@ FIELDS: tuple[Field, ...] = (
     *_refused(LLAMA, "other parsers of the answer", "chat_format chat_parser generation_prompt", endpoints=(CHAT,)),
     # -- what may be there or not
     *_harmless(OPENAI, "no tools are called", "parallel_tool_calls", (CHAT,)),
-    *_harmless(OPENAI, "nothing is stored", "store metadata", (CHAT,)),
-    *_harmless(OPENAI, "there is one tier", "service_tier", (CHAT,)),
-    *_harmless(OPENAI, "names who asks, as user does", "safety_identifier", (CHAT,)),
+    *_harmless(OPENAI, "chats are not stored; /v1/responses keeps answers", "store metadata"),
+    *_harmless(OPENAI, "there is one tier", "service_tier"),
     *_harmless(
         OPENAI,
-        "prefixes are found by their tokens",
+        "prefixes are found by their tokens, and no key keeps them apart; cache_salt does",
         "prompt_cache_key prompt_cache_retention prompt_cache_options",
-        (CHAT,),
     ),
     *_harmless(VLLM, "names the request", "request_id session_id"),
     *_harmless(VLLM, "every chunk has what there is", "stream_interval"),
     *_harmless(VLLM, "control tokens are not shown", "spaces_between_special_tokens"),
     *_harmless(VLLM, "about beam search", "length_penalty"),
-    *_harmless(VLLM, "about truncate_prompt_tokens", "truncation_side"),
     *_harmless(VLLM, "about guided_json and the like", "guided_decoding_backend guided_whitespace_pattern"),
     *_harmless(VLLM, "about log-probabilities", "return_tokens_as_token_ids"),
     *_harmless(VLLM, "there are no pictures", "mm_processor_kwargs media_io_kwargs return_mm_kwargs"),
@@ -205,6 +201,19 @@ _REFUSED = {
 def taken(endpoint: str) -> set[str]:
     """The names of the fields that an endpoint takes."""
     return {one.name for one in FIELDS if one.verdict is Verdict.TAKEN and endpoint in one.endpoints}
+
+
+def field_schemas(endpoint: str) -> dict[str, dict[str, Any]]:
+    """JSON Schema of the fields that are refused, unless they ask for nothing, and of those that are harmless."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in FIELDS:
+        if endpoint not in one.endpoints or one.verdict is Verdict.TAKEN:
+            continue
+        if one.verdict is Verdict.HARMLESS:
+            found[one.name] = {"description": f"Ignored: {one.says}."}
+        else:
+            found[one.name] = {"enum": [None, *one.idle], "description": f"Not there yet: {one.says}."}
+    return found
 
 
 def refuse_unbuilt(data: bytes, endpoint: str) -> None:

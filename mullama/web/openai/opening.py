@@ -61,7 +61,8 @@ async def with_lease(services: Services, req: Request, model: str, begin: Callab
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(16)}"
+    """``chatcmpl-…``; a prefix that ends with an underscore has its own separator."""
+    return f"{prefix}{'' if prefix.endswith('_') else '-'}{secrets.token_hex(16)}"
 
 
 class Opening:
@@ -100,7 +101,9 @@ class Opening:
         engine, errand = lease.engine, services.errand(req)
         named = check_named(call.model, call.named, engine)
         has_many = len(call.body.logit_bias or ()) > FEW_BIASES
-        options = await errand.run(has_many, partial(options_of, call.body, engine.info))
+        options = await errand.run(
+            has_many, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
+        )
         prepared = await services.prepared(errand, engine, options.sampling)
         return cls(services, req, call, lease, errand, named, options, prepared, load_ns)
 
