@@ -154,7 +154,7 @@ def test_llama_servers_spelling(client: Client, vectors: FakeEmbedder) -> None:
         ({"messages": [{"role": "user", "content": "a"}]}, "messages", "does not support chats as texts"),
         ({"embed_dtype": "float16"}, "embed_dtype", "other types of numbers"),
         ({"model": "nobody"}, "model", "nobody"),
-        ({"model": "fake"}, "model", "generates text and was not made to embed"),
+        ({"model": "fake"}, "model", "generates text and was not made for embeddings"),
         ({"model": "ranks"}, "model", "ranks pairs of texts"),
     ],
 )

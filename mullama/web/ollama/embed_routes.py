@@ -16,6 +16,8 @@ from mullama.web.http.request import Request
 from mullama.web.ollama.answers import OllamaRoute
 from mullama.web.ollama.ollama_bodies import served_name
 from mullama.web.openai.schemas import decode_body
+from mullama.web.openapi.answer_types import OllamaVector, OllamaVectors
+from mullama.web.openapi.operation import Operation
 from mullama.web.services import Services
 from mullama.web.vectors.embeddings import LARGE_ANSWER, numbers_of, written
 from mullama.web.vectors.texts import vector_work
@@ -42,6 +44,8 @@ class Embed(OllamaRoute):
     def __init__(self, services: Services, *, is_old: bool = False) -> None:
         super().__init__(services)
         self._is_old = is_old
+        answer = OllamaVector if is_old else OllamaVectors
+        self.operations = {"POST": Operation("Vectors of texts", EmbedBody, answer)}
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Vectors of texts; what is too long is cut unless ``truncate`` says no. Without a text the model is loaded.

@@ -13,6 +13,8 @@ import orjson
 
 from mullama.types import ModelKind, Pooling
 from mullama.web.http.request import Request
+from mullama.web.openapi.answer_types import EmbeddingObjects, VectorsOfText
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
 from mullama.web.vectors.texts import vector_work
@@ -38,6 +40,8 @@ class Embeddings:
     def __init__(self, services: Services, *, is_openai: bool = True) -> None:
         self._services = services
         self._is_openai = is_openai
+        answer = EmbeddingObjects if is_openai else list[VectorsOfText]
+        self.operations = {"POST": Operation("Vectors of texts", EmbeddingBody, answer)}
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Vectors of texts. Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""

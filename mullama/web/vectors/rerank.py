@@ -10,6 +10,8 @@ import orjson
 from mullama.types import ModelKind
 from mullama.web.http.request import Request
 from mullama.web.openai.opening import new_id
+from mullama.web.openapi.answer_types import Reranked
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
 from mullama.web.vectors.scores import score
@@ -21,6 +23,9 @@ class Rerank:
     """``shows_documents``: whether they are in the answer where the request does not say."""
 
     access = Access.CLIENT
+    operations = {
+        "POST": Operation("Documents by how well they answer a query", RerankBody, Reranked | list[dict[str, Any]])
+    }
 
     def __init__(self, services: Services, *, shows_documents: bool = True) -> None:
         self._services = services

@@ -18,6 +18,8 @@ from mullama.engine.embedding.cutting import Cut
 from mullama.types import ModelKind
 from mullama.web.http.request import Request
 from mullama.web.openai.opening import new_id
+from mullama.web.openapi.answer_types import ScoreObjects
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
 from mullama.web.vectors.texts import VectorWork, vector_work
@@ -26,6 +28,7 @@ from mullama.web.vectors.vector_bodies import ScoreBody, cut_of, pairs_of, parse
 
 class Scores:
     access = Access.CLIENT
+    operations = {"POST": Operation("How near pairs of texts are", ScoreBody, ScoreObjects)}
 
     def __init__(self, services: Services) -> None:
         self._services = services

@@ -110,7 +110,7 @@ async def vector_work(
 
 
 _INSTEAD = {
-    ModelKind.GENERATE: "generates text and was not made to embed; name an embedding model, such as minilm",
+    ModelKind.GENERATE: "generates text and was not made for embeddings; name an embedding model, such as minilm",
     ModelKind.RANK: "ranks pairs of texts and makes no vectors; it is for /v1/rerank and /v1/score",
     ModelKind.EMBED: "makes vectors of texts; it is for /v1/embeddings",
 }
