@@ -91,7 +91,7 @@ def test_alone_and_together_are_the_same(
     together = rows(embedder.run([(one, how, True) for one in prompts]))
     for prompt, vector in zip(prompts, together, strict=True):
         (alone,) = rows(embedder.run([(prompt, how, True)]))
-        assert cosine(alone[0], vector[0]) > 0.99999
+        assert cosine(alone[0], vector[0]) > (0.99999 if arch == "bert" else 0.9995)  # products in 8 bits
     assert cosine(together[1][0], together[5][0]) < 0.9999  # other tokens, another vector
 
 
