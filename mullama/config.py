@@ -265,6 +265,11 @@ class ServeConfig:
         metavar="KEY|@FILE",
         secret=True,
     )
+    key_file: str = option(
+        "",
+        "TOML file of keys with names, roles and limits, beside the keys above; read again on SIGHUP",
+        metavar="FILE",
+    )
     allowed_host: list[str] = option(
         [], "extra Host header to accept, .example.org for a domain; repeatable; * accepts all", metavar="HOST"
     )

@@ -147,6 +147,14 @@ class UnsupportedMediaType(MullamaError):
     code = "unsupported_media_type"
 
 
+class RateLimited(MullamaError):
+    """A key has used what it may, or has as many requests as it may; ``retry_after`` says when to come back."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class QueueFull(MullamaError):
     """The admission queue is at its limit; ``retry_after`` says when to come back."""
 

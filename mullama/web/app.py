@@ -14,7 +14,7 @@ from mullama.web.anthropic.messages import CountTokens, Messages
 from mullama.web.error_responses import add_error_handlers
 from mullama.web.health import Health, Ready
 from mullama.web.http.cors import middleware_of
-from mullama.web.http.request import Request
+from mullama.web.http.request import PERMIT, Request
 from mullama.web.http.request_log import RequestIds
 from mullama.web.internal.kv_routes import (
     KvDrop,
@@ -67,6 +67,13 @@ class App(falcon.asgi.App[Request, falcon.asgi.Response]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.routes: list[Route] = []
         super().__init__(*args, **kwargs)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:  # type: ignore[override]
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if (permit := scope.get(PERMIT)) is not None:
+                permit.release()
 
     def add_route(self, uri_template: str, resource: object, **kwargs: Any) -> None:
         self.routes.append(Route(uri_template, resource, kwargs.get("suffix", "")))

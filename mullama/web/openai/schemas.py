@@ -24,6 +24,7 @@ from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web.internal.lora_routes import LoraBody, split_name
+from mullama.web.keys.key_ring import Key
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
@@ -218,9 +219,13 @@ class Options:
     context_policy: ContextPolicy | None  # None: the server's
     tenant: str | None = None  # whom the API key names
 
-    def of_tenant(self, tenant: str | None) -> Options:
-        """The same for a client that its API key tells from others: it is the user where the request names none."""
-        return self if tenant is None else replace(self, tenant=tenant, user=tenant if self.user is None else self.user)
+    def of_client(self, tenant: str | None, key: Key | None) -> Options:
+        """The same for a client that its API key tells from others: it is the user where the request names none, and
+        is no more urgent than the key may be."""
+        priority = self.priority if key is None else key.priority(self.priority)
+        if tenant is None and priority == self.priority:
+            return self
+        return replace(self, tenant=tenant, user=tenant if self.user is None else self.user, priority=priority)
 
     def of_choice(self, index: int) -> SamplingParams:
         """The sampling of choice ``index`` of a prompt: its seed follows the request's."""
