@@ -57,7 +57,7 @@ class FakeEmbedder(FakeEngine):
     def prepare(self, sampling: Any) -> Any:
         raise InvalidRequest(f"'{self.info.name}' generates no text", param="model")
 
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
+    def render_chat(self, messages_json: bytes, **_: Any) -> str:
         raise InvalidRequest(f"'{self.info.name}' generates no text", param="model")
 
     def vector(self, tokens: Sequence[int], *, normalise: bool = True) -> np.ndarray[Any, Any]:

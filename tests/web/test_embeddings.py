@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -328,3 +329,20 @@ def test_keep_alive(client: Client, services: Services, monkeypatch: pytest.Monk
     assert client.post("/v1/embeddings", body).error["param"] == "keep_alive"
     assert client.post("/v1/embeddings", body | {"keep_alive": 7}).status == 200
     assert asked == [("vectors", 300), ("vectors", 7)]
+
+
+def test_a_keys_tokens_count(tmp_path: Path, vectors: FakeEmbedder) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text('[[key]]\nname = "a"\nkey = "a-key-long-enough"\ntokens_per_minute = 10\n', encoding="utf-8")
+    path.chmod(0o600)
+    config = ServeConfig(key_file=str(path))
+    services = Services(config, ModelManager([("vectors", vectors)]))
+    client = Client(create_app(config, services.models, services), services)
+    headers = {"Authorization": "Bearer a-key-long-enough"}
+    assert client.post("/v1/embeddings", {"input": "abcd"}, headers=headers).status == 200  # 6 of 10
+    vectors.embed_error = ComputeFailed("no finite numbers")
+    assert client.post("/v1/embeddings", {"input": "ab"}, headers=headers).status == 500  # takes nothing
+    vectors.embed_error = None
+    assert client.post("/v1/embeddings", {"input": "ab"}, headers=headers).status == 200
+    assert client.post("/v1/embeddings", {"input": "ab"}, headers=headers).status == 429
+    services.close()

@@ -196,7 +196,7 @@ class EmbeddingEngine:
             if not job.is_over:
                 self._commands.post_quietly(lambda: self._give_up(job))
 
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> NoReturn:
+    def render_chat(self, messages_json: bytes, **_: Any) -> NoReturn:
         """Raises InvalidRequest, as all that is for models which generate."""
         raise self._generates_nothing()
 

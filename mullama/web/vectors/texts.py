@@ -13,7 +13,8 @@ from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.durations import parse_duration
 from mullama.serving.states import Lease
 from mullama.types import EmbeddingRequest, ModelInfo, ModelKind, Pooling
-from mullama.web.http.request import Request, unless_left
+from mullama.web.http.request import PERMIT, Request, unless_left
+from mullama.web.keys.rate_limits import Permit
 from mullama.web.openai.opening import new_id
 from mullama.web.services import LARGE_TEXT, Services
 from mullama.web.vectors.vector_bodies import Text
@@ -78,7 +79,7 @@ class VectorWork:
     ) -> list[bytes]:
         """The vectors, as the bytes of 32-bit floats; the work ends when the client leaves.
 
-        Raises what EmbeddingClient.embed raises, and ClientLeft.
+        Raises what EmbeddingClient.embed raises, ClientLeft, and RateLimited for a key without so many tokens.
         """
         req = self._req
         address = req.scope.get("client") or ("",)
@@ -91,7 +92,17 @@ class VectorWork:
             client=req.tenant or str(address[0]),
             arrival_ns=req.arrival_ns,
         )
-        return await unless_left(req.receive, self.engine.embed(request), "the client left before it was answered")
+        n_tokens = sum(map(len, prompts))
+        permit: Permit | None = req.scope.get(PERMIT)
+        reservation = None if permit is None else permit.reserve(n_tokens, 0)
+        used = 0
+        try:
+            found = await unless_left(req.receive, self.engine.embed(request), "the client left before it was answered")
+            used = n_tokens
+            return found
+        finally:
+            if reservation is not None:
+                reservation.settle(used)
 
 
 @contextlib.asynccontextmanager
