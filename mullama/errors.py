@@ -270,6 +270,21 @@ class StoreError(MullamaError):
     for_clients = "the model's files could not be had; the server's log says why"
 
 
+class FilesError(MullamaError):
+    """An uploaded file, or what a batch writes, cannot be kept or read."""
+
+    code = "files_error"
+    for_clients: ClassVar[str | None] = "files cannot be kept just now; the server's log says why"
+
+
+class FilesFull(FilesError):
+    """The disk, or what files may take of it, is full; nothing that was there is lost."""
+
+    status = 507
+    code = "disk_full"
+    for_clients = None
+
+
 class DiskFull(StoreError):
     """The disk, or what this user may have of it, is full; nothing that was there is lost."""
 

@@ -8,9 +8,14 @@ from typing import Any
 import falcon
 import falcon.asgi
 
+from mullama.batches.batch_runner import BatchRunner
+from mullama.batches.file_store import FileStore, files_folder
 from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
 from mullama.web.anthropic.messages import CountTokens, Messages
+from mullama.web.batches.asking import Asking
+from mullama.web.batches.batch_routes import Batches, CancelBatch, OneBatch
+from mullama.web.batches.file_routes import FileContent, Files, OneFile
 from mullama.web.error_responses import add_error_handlers
 from mullama.web.health import Health, Ready
 from mullama.web.http.cors import middleware_of
@@ -46,6 +51,7 @@ from mullama.web.openapi.doc_routes import Docs, OpenApi
 from mullama.web.openapi.document import Route
 from mullama.web.responses.responses import (
     CancelResponse,
+    Compact,
     InputItems,
     InputTokens,
     OneResponse,
@@ -111,6 +117,7 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/v1/messages/count_tokens", CountTokens(services))
     _add_ollama(app, services)
     _add_responses(app, services)
+    _add_batches(app, services)
     app.add_route("/apply-template", ApplyTemplate(services))
     app.add_route("/tokenizer_info", TokenizerInfo(services))
     app.add_route("/props", Props(models, services.defaults))
@@ -145,9 +152,22 @@ def _add_responses(app: App, services: Services) -> None:
     store = store_of(services)
     app.add_route("/v1/responses", Responses(services, store))
     app.add_route("/v1/responses/input_tokens", InputTokens(services, store))
+    app.add_route("/v1/responses/compact", Compact(services, store))
     app.add_route("/v1/responses/{response_id}", OneResponse(services, store))
     app.add_route("/v1/responses/{response_id}/cancel", CancelResponse(services, store))
     app.add_route("/v1/responses/{response_id}/input_items", InputItems(services, store))
+
+
+def _add_batches(app: App, services: Services) -> None:
+    asking = Asking(app, services)
+    files = FileStore(files_folder(services.config.files_dir), services.config.files_bytes)
+    batches = services.batches = BatchRunner(files, asking, asking.has_room)
+    app.add_route("/v1/files", Files(files))
+    app.add_route("/v1/files/{file_id}", OneFile(files))
+    app.add_route("/v1/files/{file_id}/content", FileContent(files))
+    app.add_route("/v1/batches", Batches(services, batches))
+    app.add_route("/v1/batches/{batch_id}", OneBatch(services, batches))
+    app.add_route("/v1/batches/{batch_id}/cancel", CancelBatch(services, batches))
 
 
 def _add_ollama(app: App, services: Services) -> None:

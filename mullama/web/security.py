@@ -29,6 +29,10 @@ _KEY_HEADERS = ("X-Api-Key", "Api-Key")
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
+#: In the scope of a request that the server itself makes, which no client can set: (tenant,).
+INSIDE = "mullama.inside"
+
+
 class Access(enum.Enum):
     """What a resource asks of its callers; a class attribute ``access`` of the resource."""
 
@@ -85,7 +89,7 @@ class Security:
         self._ring = KeyRing(config, self._ring)
 
     async def process_request(self, req: Request, resp: falcon.asgi.Response) -> None:
-        if self._any_host:
+        if self._any_host or INSIDE in req.scope:
             return
         header = req.get_header("Host")
         if header in self._seen:
@@ -115,6 +119,9 @@ class Security:
     ) -> None:
         access = getattr(resource, "access", Access.OPERATOR)  # what forgets to say so is shown to nobody else
         req.spell_error = getattr(resource, "spell_error", None)
+        if access is Access.CLIENT and INSIDE in req.scope:
+            self._mark_inside(req)
+            return
         ring = self._ring
         key = req.key = ring.find(_key(req)) if ring.has_users or ring.has_admins else None
         is_admin = key is not None and key.is_admin
@@ -146,6 +153,17 @@ class Security:
             raise _unauthenticated("the API key or the admin key" if ring.has_admins else "the API key")
         if needs_operator and not req.is_operator:
             raise PermissionDenied(self._why_nobody())
+
+    def _mark_inside(self, req: Request) -> None:
+        """A tenant's own request that the server makes: it counts for no limit, and may use what the key may use.
+
+        Raises AuthenticationError for a tenant who has no key any more.
+        """
+        (req.tenant,) = req.scope[INSIDE]
+        key = next((one for one in self._ring.holders() if one.name == req.tenant), None)
+        if req.tenant is not None and key is None:
+            raise AuthenticationError(f"'{req.tenant}' has no key here any more")
+        VISIBLE.set(key.entry.may_use if key is not None and key.entry.models is not None else None)
 
     async def process_response(
         self, req: Request, resp: falcon.asgi.Response, resource: object, req_succeeded: bool

@@ -33,6 +33,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
 MAX_CHOICES = 1024  # prompts times n, in one request
 
+MAX_METADATA = 16  # pairs, of 64 and 512 characters, as OpenAI has it
+METADATA_SCHEMA = {
+    "maxProperties": MAX_METADATA,
+    "propertyNames": {"maxLength": 64},
+    "additionalProperties": {"type": "string", "maxLength": 512},
+}
+
 S = TypeVar("S")
 
 
@@ -380,6 +387,14 @@ def salt_text(field: str, text: str | None, limit: int) -> str | None:
     if text is not None and not 0 < len(text) <= limit:
         raise InvalidRequest(f"{field}: it must have 1 to {limit} characters", param=field)
     return text
+
+
+def check_metadata(metadata: dict[str, str] | None) -> None:
+    """What clients write beside a response or a batch. Raises InvalidRequest."""
+    pairs = (metadata or {}).items()
+    if len(pairs) > MAX_METADATA or any(len(name) > 64 or len(text) > 512 for name, text in pairs):
+        words = f"metadata: it takes at most {MAX_METADATA} pairs, names of up to 64 and texts of up to 512 characters"
+        raise InvalidRequest(words, param="metadata")
 
 
 def _refuse(asked: bool, field: str, what: str) -> None:

@@ -206,3 +206,26 @@ class OllamaVectors(Struct):
 
 class OllamaVector(Struct):
     embedding: list[float]
+
+
+class FileObject(Struct):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+
+
+class BatchObject(Struct):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    status: str
+    created_at: int
+    request_counts: dict[str, int]
+    output_file_id: str | None
+    error_file_id: str | None
