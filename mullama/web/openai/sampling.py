@@ -53,6 +53,7 @@ RANGES: dict[str, Range] = {
     "top_logprobs": Range(0, MAX_LOGPROBS),
     "max_tokens": Range(1),
     "max_completion_tokens": Range(1),
+    "n_predict": Range(1),
     "min_tokens": Range(0),
     "temperature": Range(0, 2),
     "top_k": Range(-1),
@@ -81,7 +82,7 @@ RANGES: dict[str, Range] = {
 
 #: Several spellings of one sampling parameter; the first that is given counts.
 _SPELLINGS = {
-    "max_tokens": ("max_completion_tokens", "max_tokens"),
+    "max_tokens": ("max_completion_tokens", "max_tokens", "n_predict"),
     "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
 }
 _PARAMS = (
