@@ -57,6 +57,24 @@ class MemoryLeft:
     alone: int
 
 
+class ModelKind(enum.StrEnum):
+    """What a model does; an engine does one of these."""
+
+    GENERATE = "generate"
+    EMBED = "embed"  # vectors of texts
+    RANK = "rank"  # numbers of pairs of texts, by a head of its own
+
+
+class Pooling(enum.StrEnum):
+    """How the vectors of a text's tokens become the answer of an embedding model."""
+
+    MEAN = "mean"
+    CLS = "cls"  # the first token's
+    LAST = "last"
+    NONE = "none"  # all of them
+    RANK = "rank"  # numbers of the model's own head
+
+
 class SeqState(enum.StrEnum):
     """Where a sequence is in its life; the legal moves are in engine/requests/lifecycle.py."""
 
@@ -73,6 +91,33 @@ class Preempt(enum.StrEnum):
     AUTO = "auto"  # whichever costs less, by this engine's own measurements
     SWAP = "swap"  # saved to host memory, restored bit by bit
     RECOMPUTE = "recompute"  # given up, computed again
+
+
+class ConstraintKind(enum.StrEnum):
+    """What ``Constraint.text`` is."""
+
+    JSON_OBJECT = "json_object"  # "": any JSON object
+    JSON_SCHEMA = "json_schema"  # a JSON schema, as JSON
+    REGEX = "regex"  # of the whole text, in the syntax of Rust's regex: without look-around and references
+    CHOICE = "choice"  # a JSON list of the texts that may be
+    LARK = "lark"  # a grammar in llguidance's dialect of Lark
+    GBNF = "gbnf"  # a grammar in llama.cpp's notation
+
+
+@dataclass(slots=True, frozen=True)
+class Constraint:
+    """What the text that is generated has to be. Nothing else can be sampled; where it is complete the request ends.
+
+    It holds from the first token on, or:
+    ``after``: from behind the first of these texts (the end of a model's thinking); before, all but the end may come.
+    ``triggers``: from the first of these texts on, which it is about (the beginning of a tool call); before, all may
+    come, and so may the end.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    after: tuple[str, ...] = ()
+    triggers: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, frozen=True)
@@ -109,6 +154,7 @@ class SamplingParams:
     min_tokens: int = 0  # end-of-generation and stop strings do not count before
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    constraint: Constraint | None = None
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -143,6 +189,7 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     stop: str | SequenceOf[str]
+    constraint: Constraint | None
     priority: int
     user: str | None
     slo_ms: float | None
@@ -181,6 +228,19 @@ class Request:
     # The prompt in the words of another model, when one takes over: what a chat's template makes of the messages.
     # Given the model; None: the prompt's text is tokenised again.
     translate: Callable[[Any], SequenceOf[int]] | None = None
+
+
+@dataclass(slots=True)
+class EmbeddingRequest:
+    """Texts to make vectors of, as token ids of the model's vocabulary."""
+
+    id: str
+    prompts: SequenceOf[SequenceOf[int]]
+    pooling: Pooling | None = None  # None: the model's own
+    normalise: bool = True  # to length 1
+    tenant: str | None = None  # whose key sent it
+    client: str = ""  # clients are given their turns by this
+    arrival_ns: int = 0  # when it arrived (0: when it was submitted)
 
 
 @dataclass(slots=True, frozen=True)
@@ -286,3 +346,7 @@ class ModelInfo:
     weights: str = ""  # which weights are in charge, by the name that a swap gave them
     mapped_bytes: int = 0  # of the weights, pages of their file, which the system may take back
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # ways of computing, by type of weights
+    kind: ModelKind = ModelKind.GENERATE
+    pooling: Pooling | None = None  # of a model that embeds: where a request names none
+    n_out: int = 0  # numbers of what it makes of a text
+    cuts_vectors: bool = False  # its vectors may be cut short: ``dimensions`` of a request

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mullama.kv.events import KvEventLog
-from mullama.types import Delta, Finish, ModelInfo, Request, SamplingParams
+from mullama.types import Delta, EmbeddingRequest, Finish, ModelInfo, Request, SamplingParams
 
 
 class Generation(Protocol):
@@ -53,7 +53,9 @@ class Speaker(Protocol):
 
     def bytes_alone(self, data: bytes) -> list[int]: ...
 
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
+    def render_chat(
+        self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str: ...
 
 
 class KvClient(Protocol):
@@ -226,12 +228,15 @@ class EngineClient(Protocol):
         """``bos_token``, ``eos_token``, ``unk_token``, ``pad_token`` (their text, None where there is none) and
         ``chat_template``, the source of the template in use."""
 
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
         """The prompt of a chat, by the model's template (ChatML when it has none).
 
         ``messages_json`` is the JSON array of OpenAI messages. The GIL is released while it works.
         Tokenise the result itself with ``add_special=True`` (it knows which control tokens are only spelled by the
         messages, and stay text): a BOS that the vocabulary adds by itself is left out here.
+        ``continue_final_message``: the last one is the assistant's, and the prompt ends with its text.
         Raises InvalidRequest when the template refuses the messages.
         """
 
@@ -271,3 +276,22 @@ class EngineClient(Protocol):
 
     def close(self) -> None:
         """Stop the engine thread and free the context and the model. Idempotent."""
+
+
+class EmbeddingClient(EngineClient, Protocol):
+    """A loaded model that embeds or ranks (``info.kind``). What is for models which generate raises InvalidRequest."""
+
+    def affixes(self) -> tuple[list[int], list[int]]:
+        """The tokens that the vocabulary puts before and behind every text."""
+
+    def pair_tokens(self, query: str, document: str, most: int | None = None) -> list[int]:
+        """Two texts as one prompt for a model that ranks; the second is cut where there are more than ``most``."""
+
+    async def embed(self, request: EmbeddingRequest) -> list[bytes]:
+        """What becomes of each text, in their order, as the bytes of 32-bit floats: ``info.n_out`` of them, for each
+        token where the pooling is ``none``. Cancelling it gives the rest up.
+
+        Raises QueueFull, ShuttingDown, EngineDead, ContextLengthExceeded (a text is longer than ``info.n_ctx``),
+        InvalidRequest (no text, an empty one, token ids outside the vocabulary, a pooling that the model does not
+        have), ComputeFailed.
+        """

@@ -10,16 +10,18 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from mullama.batches.batch_runner import BatchRunner
 from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
-from mullama.errors import ClientLeft, InvalidRequest
+from mullama.errors import InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
 from mullama.serving.hot_swap import Swaps
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
 from mullama.types import SamplingParams
 from mullama.web.http.listening import is_loopback
-from mullama.web.http.request import Request, read_body, until_disconnect
+from mullama.web.http.request import Request, read_body, unless_left
+from mullama.web.openai.sampling import SamplingDefaults
 from mullama.web.profile_log import ProfileLog
 from mullama.web.security import Security
 from mullama.web.work import Errand, Workers
@@ -56,8 +58,10 @@ class Services:
         self.models = models
         self.swaps = swaps or Swaps(models, _no_target, _no_engine)
         self.ping_seconds = ping_seconds
+        self.defaults = SamplingDefaults(config)
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
         self.security: Security | None = None  # of the app that serves them
+        self.batches: BatchRunner | None = None  # of the app that serves them
         self.workers = Workers()
         self.n_left = 0  # requests whose client left before it was answered
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -108,16 +112,7 @@ class Services:
         lease = self.models.try_lease(name)
         if lease is not None:
             return lease
-        waiting = asyncio.ensure_future(self.models.lease(name))
-        leaving = asyncio.ensure_future(until_disconnect(req.receive))
-        try:
-            await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                raise ClientLeft("the client left while the model was loaded")
-            return await waiting
-        finally:
-            waiting.cancel()
-            leaving.cancel()
+        return await unless_left(req.receive, self.models.lease(name), "the client left while the model was loaded")
 
     def keep_alive(self, name: str, seconds: float | None) -> None:
         """Carry out what a request says of how long its model stays loaded; for one that was not refused."""
@@ -136,8 +131,11 @@ class Services:
             response.end()
 
     def end_work(self) -> None:
-        """The server ends, and no engine takes requests any more: nobody needs the prompts being worked out."""
+        """The server ends, and no engine takes requests any more: nobody needs the prompts being worked out, and
+        batches go on with the next server."""
         self.workers.end()
+        if self.batches is not None:
+            self.batches.stop()
 
     def end_responses(self) -> None:
         """End those responses, and those that still come. On the event loop."""
@@ -145,20 +143,32 @@ class Services:
         for response in list(self._endless):
             response.end()
 
+    def start(self) -> None:
+        """Requests may come from now on, on the running loop; batches that were interrupted go on."""
+        self.models.start()
+        if self.batches is not None:
+            self.keep(asyncio.get_running_loop().create_task(self.batches.resume()))
+
     async def settle(self) -> None:
         """Wait for the background tasks."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.batches is not None and self._is_ending:
+            await self.batches.stopped()
 
     async def process_startup(self, scope: dict[str, Any], event: dict[str, Any]) -> None:
-        self.models.start()
+        self.start()
 
     async def process_shutdown(self, scope: dict[str, Any], event: dict[str, Any]) -> None:
+        self.end_work()
+        self.end_responses()
         await self.settle()
         self.close()
 
     def close(self) -> None:
         """Stop the pool and the publisher, and flush the profile log. Idempotent."""
         self.workers.close()
+        if self.batches is not None:
+            self.batches.store.close()
         if self.kv_publisher is not None:
             self.kv_publisher.close()
         if self.profile_log is not None:

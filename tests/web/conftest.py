@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import falcon.testing
@@ -29,8 +30,8 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def config() -> ServeConfig:
-    return ServeConfig(max_body_bytes=1 << 20)
+def config(tmp_path: Path) -> ServeConfig:
+    return ServeConfig(max_body_bytes=1 << 20, files_dir=str(tmp_path / "files"))
 
 
 @pytest.fixture
@@ -174,10 +175,10 @@ def live(engine: FakeEngine, config: ServeConfig, monkeypatch: pytest.MonkeyPatc
     started: list[tuple[Live, Services]] = []
     monkeypatch.setattr(uvicorn.server, "asyncio", Hurried())
 
-    def start(*, ping_seconds: float = 15.0, direct: bool = True) -> Live:
+    def start(*, ping_seconds: float = 15.0, direct: bool = True, models: ModelManager | None = None) -> Live:
         config.port = 0
         sock = bind(config)
-        services = Services(config, ModelManager([("fake", engine)]), ping_seconds=ping_seconds)
+        services = Services(config, models or ModelManager([("fake", engine)]), ping_seconds=ping_seconds)
         server = Server(config, services, sock)
         if not direct:
             server.config.app = without_extensions(server.config.app)

@@ -22,7 +22,8 @@ from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
 from mullama.web.internal import kv_schemas
 from mullama.web.internal.kv_routes import DEFAULT_NODES, MAX_NODES
-from mullama.web.security import salt_of, tenant_of
+from mullama.web.keys.key_ring import tenant_of
+from mullama.web.security import salt_of
 from mullama.web.services import LARGE_TEXT, Services
 
 from .conftest import Client
@@ -395,7 +396,7 @@ def test_values_that_are_no_endpoint(value: str) -> None:
 
 
 def test_the_page_lists_the_fields_of_bodies() -> None:
-    fields = dict.fromkeys((*kv_schemas.PinBody.__struct_fields__, *kv_schemas.DropBody.__struct_fields__))
+    fields = dict.fromkeys((*kv_schemas.PrefixPinBody.__struct_fields__, *kv_schemas.DropBody.__struct_fields__))
     assert names(PAGE, "Naming a prefix") == list(fields)
     text = PAGE.read_text(encoding="utf-8")
     assert f"at most {kv_schemas.MAX_TTL_S:.0f}; default {kv_schemas.DEFAULT_TTL_S:.0f}" in text

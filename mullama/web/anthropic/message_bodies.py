@@ -6,13 +6,15 @@ Fields that nobody knows are ignored; those that would change the answer and are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
+from mullama.web.openai.sampling import range_schemas
 from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
+from mullama.web.openapi.operation import unbuilt_schemas
 
 #: What the API calls a field, by our name of it.
 NAMES = {"stop": "stop_sequences", "user": "metadata.user_id"}
@@ -36,10 +38,18 @@ class Block(msgspec.Struct):
     type: str
     text: str | None = None
 
+    field_schemas: ClassVar = {"type": {"enum": ["text", "thinking", "redacted_thinking"]}}
+    object_schema: ClassVar = {
+        "if": {"properties": {"type": {"const": "text"}}},
+        "then": {"properties": {"text": {"type": "string"}}, "required": ["text"]},
+    }
+
 
 class AnthropicMessage(msgspec.Struct):
     role: str
     content: str | list[Block]
+
+    field_schemas: ClassVar = {"role": {"enum": ["user", "assistant"]}}
 
 
 class Metadata(msgspec.Struct):
@@ -49,9 +59,11 @@ class Metadata(msgspec.Struct):
 class Thinking(msgspec.Struct):
     type: Literal["enabled", "disabled", "adaptive"]
 
+    field_schemas: ClassVar = {"type": {"enum": ["disabled", "adaptive"]}}
 
-class MessagesBody(msgspec.Struct, kw_only=True):
-    """``max_tokens`` is required but for ``count_tokens``. None leaves a default in place."""
+
+class CountBody(msgspec.Struct, kw_only=True):
+    """Of ``count_tokens``. None leaves a default in place."""
 
     model: str | None = None
     messages: list[AnthropicMessage] | None = None
@@ -71,6 +83,19 @@ class MessagesBody(msgspec.Struct, kw_only=True):
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     context_management: dict[str, Any] | None = None
+
+    field_schemas: ClassVar[dict[str, Any]] = {
+        "messages": {"minItems": 1},
+        "max_tokens": {"minimum": 1},
+        "temperature": {"minimum": 0, "maximum": MAX_TEMPERATURE},
+        **unbuilt_schemas(_UNBUILT),
+    }
+    required_fields: ClassVar[tuple[str, ...]] = ("messages",)
+
+
+class MessagesBody(CountBody, kw_only=True):
+    field_schemas: ClassVar = CountBody.field_schemas | range_schemas(("top_k", "top_p"))
+    required_fields: ClassVar = ("messages", "max_tokens")
 
 
 _decoder = msgspec.json.Decoder(MessagesBody)
@@ -96,9 +121,11 @@ def parse_messages(data: bytes, models: ModelManager, *, counts_only: bool = Fal
         raise InvalidRequest(f"max_tokens: {body.max_tokens} is below 1", param="max_tokens")
     if body.temperature is not None and not 0 <= body.temperature <= MAX_TEMPERATURE:
         raise InvalidRequest(f"temperature: it must be between 0 and {MAX_TEMPERATURE:g}", param="temperature")
+    messages = _messages(body)
     chat = ChatBody(
         model=body.model,
-        messages=_messages(body),
+        messages=messages,
+        continue_final_message=messages[-1].role == "assistant",
         max_tokens=body.max_tokens,
         stop=body.stop_sequences,
         temperature=body.temperature,
@@ -126,11 +153,6 @@ def _messages(body: MessagesBody) -> list[Message]:
             found[-1].content = f"{found[-1].content}\n{text}"
         else:
             found.append(Message(role=message.role, content=text))
-    if body.messages[-1].role == "assistant":
-        raise InvalidRequest(
-            "messages: the last one is the assistant's; this server does not go on with a begun answer yet",
-            param="messages",
-        )
     return found
 
 

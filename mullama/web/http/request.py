@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import falcon.asgi
 
-from mullama.errors import PayloadTooLarge
+from mullama.errors import ClientLeft, InvalidRequest, PayloadTooLarge
 from mullama.web.http.content_encoding import decode, encodings_of
+from mullama.web.keys.key_ring import Key
+
+T = TypeVar("T")
+
+PERMIT = "mullama.permit"  # key of the scope: the right of a limited key to its request, given back when it has ended
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 #: An HTTP status and OpenAI's error object (what is under ``error``) as another API's body of an error.
@@ -30,6 +36,20 @@ async def until_disconnect(receive: Receive) -> None:
         pass
 
 
+async def unless_left(receive: Receive, work: Coroutine[Any, Any, T], message: str) -> T:
+    """What ``work`` gives; a client that leaves meanwhile cancels it. Raises ClientLeft with ``message``."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(until_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft(message)
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
 class Request(falcon.asgi.Request):
     """``arrival_ns`` is stamped before any middleware ran (monotonic nanoseconds).
 
@@ -41,10 +61,18 @@ class Request(falcon.asgi.Request):
         self.receive = receive
         self.tenant: str | None = None  # set by Security where API keys tell clients apart
         self.is_operator = False  # set by Security: whether it may also change what is under /internal
+        self.key: Key | None = None  # set by Security: whose key came with it
         self.spell_error: SpellError | None = None  # set by Security: how the resource's API words an error
         super().__init__(scope, receive, *args, **kwargs)
         if "//" in self.path:  # clients put a base URL with a slash at its end before a path with one
             self.path = re.sub("/{2,}", "/", self.path).rstrip("/") or "/"
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """A parameter of the query that is yes or no. Raises InvalidRequest for what is neither."""
+        text = self.get_param(name)
+        if text is not None and text.lower() not in _FLAGS:
+            raise InvalidRequest(f"{name}: {text[:40]!r} is neither true nor false", param=name)
+        return default if text is None else _FLAGS[text.lower()]
 
 
 async def read_body(req: Request, limit: int) -> bytes:

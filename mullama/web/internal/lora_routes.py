@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import msgspec
 import orjson
 
 from mullama.engine.client import EngineClient
-from mullama.errors import AdapterNotFound, InvalidRequest, ModelNotFound, no_adapter
+from mullama.errors import AdapterNotFound, ModelNotFound, no_adapter
 from mullama.serving.lora_files import find_adapter
 from mullama.serving.manager import ModelManager
 from mullama.types import LoraUse
@@ -20,9 +21,6 @@ from mullama.web.internal.views import adapter_for_client
 
 SEPARATOR = "+"  # between a model and its adapters in a name
 MAX_NAMED = 16
-
-#: Methods below /internal/models/NAME.
-ADAPTER_ROUTES = {"adapters": {"GET", "POST"}, "adapters/ID": {"GET", "DELETE"}}
 
 
 class LoraBody(msgspec.Struct):
@@ -47,17 +45,15 @@ class AdapterBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def split_name(name: str | None, models: ModelManager) -> tuple[str, tuple[str, ...]]:
     """``base+adapter+…`` as the served name and the adapters' ids. A served name that has a plus is itself first.
 
-    Raises ModelNotFound.
+    Raises ModelNotFound, InvalidRequest where a request must name its model.
     """
     if name is None or SEPARATOR not in name:
-        return models.get(name).name, ()
+        return models.asked(name).name, ()
     parts = name.split(SEPARATOR, MAX_NAMED + 1)
     for n in range(len(parts), 0, -1):
-        try:
+        with contextlib.suppress(ModelNotFound):
             return models.get(SEPARATOR.join(parts[:n])).name, tuple(parts[n:])
-        except ModelNotFound as error:
-            unknown = error
-    raise unknown
+    return models.asked(name).name, ()
 
 
 def uses_of(ids: Sequence[str], lora: Sequence[LoraBody] | None) -> tuple[LoraUse, ...]:
@@ -123,8 +119,6 @@ async def load(engine: EngineClient, body: AdapterBody, *, may_read_files: bool)
 
 async def unload(models: ModelManager, model: str, adapter: str, resp: falcon.asgi.Response) -> None:
     """Free one; the answer lists those that stay. Raises what ``WeightsClient.unload_lora`` raises."""
-    if not adapter:
-        raise InvalidRequest("id: name the adapter to unload, as in /adapters/ID", param="id")
     lease = models.borrow(model)
     try:
         await asyncio.to_thread(lease.engine.weights.unload_lora, adapter)

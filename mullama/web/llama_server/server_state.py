@@ -11,11 +11,14 @@ import orjson
 from mullama.engine.client import EngineClient
 from mullama.errors import QueueFull
 from mullama.installation import VERSION
+from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
 from mullama.types import SamplingParams
 from mullama.web.http.request import Request
 from mullama.web.internal.scheduler_routes import Internal
 from mullama.web.internal.views import scheduler_for_client
+from mullama.web.openai.sampling import SamplingDefaults
+from mullama.web.openapi.operation import MODEL, Operation, flag
 from mullama.web.security import Access
 
 
@@ -23,6 +26,11 @@ class Props(Internal):
     """Properties of a model; the path of its file is an operator's."""
 
     access = Access.CLIENT
+    operations = {"GET": Operation("Properties of a model", parameters=(MODEL,))}
+
+    def __init__(self, models: ModelManager, sampling: SamplingDefaults) -> None:
+        super().__init__(models)
+        self._sampling = sampling
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """``?model=``; of a model that is loaded or asleep. Raises ModelNotFound, ModelNotLoaded."""
@@ -30,7 +38,7 @@ class Props(Internal):
             known, info = engine.vocabulary(), engine.info
             resp.data = orjson.dumps(
                 {
-                    "default_generation_settings": {"n_ctx": info.n_ctx, "params": _defaults()},
+                    "default_generation_settings": {"n_ctx": info.n_ctx, "params": self._defaults(name)},
                     "total_slots": info.n_parallel,
                     "model_alias": name,
                     **({"model_path": info.path} if req.is_operator else {}),
@@ -43,9 +51,21 @@ class Props(Internal):
                 }
             )
 
+    def _defaults(self, name: str) -> dict[str, Any]:
+        """The parameters of a request that gives none, by the names that requests have."""
+        return asdict(SamplingParams()) | self._sampling.of(name)
+
 
 class Slots(Internal):
     """What each slot works on; a client sees its own requests, and that others are taken."""
+
+    operations = {
+        "GET": Operation(
+            "What each slot works on",
+            answer=list[dict[str, Any]],
+            parameters=(MODEL, flag("fail_on_no_slot", "503 where all slots are taken")),
+        )
+    }
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """``?model=``; with ``?fail_on_no_slot=1`` 503 where all are taken. Raises ModelNotFound, ModelNotLoaded."""
@@ -53,7 +73,7 @@ class Slots(Internal):
             whole = engine.planning.snapshot()
             shown = whole if req.is_operator else scheduler_for_client(whole, req.tenant)
             rows = _slots(engine, whole["running"], {row["id"] for row in shown["running"]})
-        if req.get_param_as_bool("fail_on_no_slot") and all(row["is_processing"] for row in rows):
+        if req.flag("fail_on_no_slot") and all(row["is_processing"] for row in rows):
             raise QueueFull("every slot works on a request", retry_after=1)
         resp.data = orjson.dumps(rows)
 
@@ -77,8 +97,3 @@ def _slots(engine: EngineClient, running: list[dict[str, Any]], shown: set[str])
             }
         rows.append(row)
     return rows
-
-
-def _defaults() -> dict[str, Any]:
-    """The parameters of a request that gives none, by the names that requests have."""
-    return asdict(SamplingParams())

@@ -12,17 +12,25 @@ from mullama.engine.client import EngineClient
 from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_tokens, without
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_tokens, keep_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
-from mullama.web.openai.schemas import CompletionCall, completion_prompts, parse_completion
+from mullama.web.openai.schemas import CompletionBody, CompletionCall, completion_prompts, parse_completion
+from mullama.web.openapi.answer_types import TextCompletion
+from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.stream.event_stream import EVENTS
 from mullama.web.stream.generations import Reply
 
 
 class Completions:
     access = Access.CLIENT
+    operations = {
+        "POST": Operation(
+            "Continue a text", body=CompletionBody, answer=TextCompletion, streams=EVENTS, parameters=(PROFILE,)
+        )
+    }
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -55,8 +63,11 @@ async def open_completion(
         asked = completion_prompts(call.body, opening.options, engine.info)
         size = sum(len(prompt) for prompt in asked)
         pace = errand.checkpoint if size > LARGE_TEXT else None
-        most = None if policy.truncates else limits.limit
+        keep, side = call.body.truncate_prompt_tokens, call.body.truncation_side
+        most = None if policy.truncates or keep is not None else limits.limit
         prompts = await errand.run(size > LARGE_TEXT, partial(_tokens, engine, asked, most, pace))
+        if keep is not None:
+            prompts = [keep_tokens(prompt, keep, side, limits) for prompt in prompts]
         echoes = None
         if call.body.echo:
             echoes = await errand.run(size > LARGE_TEXT, partial(_echoes, engine, asked, opening.options.n))

@@ -21,6 +21,7 @@ from mullama.errors import InvalidRequest
 
 CHAT, TEXT = "chat", "completions"
 BOTH = (CHAT, TEXT)
+VECTORS = "embeddings"  # and rerank and score
 OPENAI, VLLM, LLAMA, TGI, OURS = "OpenAI", "vLLM", "llama-server", "TGI", "mullama"
 
 
@@ -69,11 +70,15 @@ FIELDS: tuple[Field, ...] = (
     *_taken(OPENAI, "frequency_penalty logit_bias user response_format"),
     *_taken(OPENAI, "messages max_completion_tokens tool_choice modalities", (CHAT,)),
     *_taken(OPENAI, "prompt echo best_of", (TEXT,)),
+    *_taken(OPENAI, "safety_identifier"),
     *_taken(VLLM, "min_tokens ignore_eos top_k min_p repetition_penalty priority cache_salt"),
+    *_taken(VLLM, "truncate_prompt_tokens truncation_side"),
+    *_taken(VLLM, "add_generation_prompt continue_final_message", (CHAT,)),
     *_taken(
         LLAMA, "typical_p repeat_penalty repeat_last_n dry_multiplier dry_base dry_allowed_length dry_penalty_last_n"
     ),
     *_taken(LLAMA, "dry_sequence_breakers xtc_probability xtc_threshold mirostat mirostat_tau mirostat_eta lora"),
+    *_taken(LLAMA, "n_predict timings_per_token"),
     *_taken(OURS, "slo_ms preempt context_policy keep_alive"),
     # -- what would change the answer, and is not there
     *_refused(OPENAI, "tool calls", "tools functions", endpoints=(CHAT,)),
@@ -95,9 +100,6 @@ FIELDS: tuple[Field, ...] = (
     *_refused(VLLM, "forbidden words; logit_bias takes tokens", "bad_words"),
     *_refused(VLLM, "a list of the tokens that may come; logit_bias takes tokens", "allowed_token_ids"),
     *_refused(VLLM, "processors of logits", "logits_processors"),
-    *_refused(
-        VLLM, "cutting prompts to a number of tokens; context_policy cuts them", "truncate_prompt_tokens", only=()
-    ),
     *_refused(VLLM, "beam search", "use_beam_search"),
     *_refused(VLLM, "watermarks", "watermarking"),
     *_refused(VLLM, "detecting repetitions", "repetition_detection"),
@@ -117,8 +119,7 @@ FIELDS: tuple[Field, ...] = (
     *_refused(VLLM, "special tokens beyond those of the template", "add_special_tokens", endpoints=(CHAT,)),
     *_refused(VLLM, "the last message in the answer", "echo", endpoints=(CHAT,)),
     *_refused(VLLM, "several tries for one choice", "best_of", 1, endpoints=(CHAT,)),
-    *_refused(VLLM, "chats that do not ask for an answer", "add_generation_prompt", endpoints=(CHAT,), only=(True,)),
-    *_refused(VLLM, "going on with the last message", "continue_final_message"),
+    *_refused(VLLM, "going on with the last message", "continue_final_message", endpoints=(TEXT,)),
     *_refused(VLLM, "templates in requests; --chat-template sets the model's", "chat_template"),
     *_refused(VLLM, "arguments of the template", "chat_template_kwargs"),
     *_refused(VLLM, "documents", "documents"),
@@ -128,7 +129,6 @@ FIELDS: tuple[Field, ...] = (
     *_refused(VLLM, "arguments of extensions", "vllm_xargs"),
     *_refused(LLAMA, "grammars", "grammar"),
     *_refused(LLAMA, "schemas of the answer", "json_schema", only=("",)),
-    *_refused(LLAMA, "this name; max_tokens is the one", "n_predict", only=()),
     *_refused(TGI, "this name; max_tokens is the one", "max_new_tokens", only=()),
     *_refused(LLAMA, "this name; n is the one", "n_cmpl", 1),
     *_refused(LLAMA, "a time limit for the answer", "t_max_predict_ms", 0, -1),
@@ -149,26 +149,23 @@ FIELDS: tuple[Field, ...] = (
     *_refused(LLAMA, "other parsers of the answer", "chat_format chat_parser generation_prompt", endpoints=(CHAT,)),
     # -- what may be there or not
     *_harmless(OPENAI, "no tools are called", "parallel_tool_calls", (CHAT,)),
-    *_harmless(OPENAI, "nothing is stored", "store metadata", (CHAT,)),
-    *_harmless(OPENAI, "there is one tier", "service_tier", (CHAT,)),
-    *_harmless(OPENAI, "names who asks, as user does", "safety_identifier", (CHAT,)),
+    *_harmless(OPENAI, "chats are not stored; /v1/responses keeps answers", "store metadata"),
+    *_harmless(OPENAI, "there is one tier", "service_tier"),
     *_harmless(
         OPENAI,
-        "prefixes are found by their tokens",
+        "prefixes are found by their tokens, and no key keeps them apart; cache_salt does",
         "prompt_cache_key prompt_cache_retention prompt_cache_options",
-        (CHAT,),
     ),
     *_harmless(VLLM, "names the request", "request_id session_id"),
     *_harmless(VLLM, "every chunk has what there is", "stream_interval"),
     *_harmless(VLLM, "control tokens are not shown", "spaces_between_special_tokens"),
     *_harmless(VLLM, "about beam search", "length_penalty"),
-    *_harmless(VLLM, "about truncate_prompt_tokens", "truncation_side"),
     *_harmless(VLLM, "about guided_json and the like", "guided_decoding_backend guided_whitespace_pattern"),
     *_harmless(VLLM, "about log-probabilities", "return_tokens_as_token_ids"),
     *_harmless(VLLM, "there are no pictures", "mm_processor_kwargs media_io_kwargs return_mm_kwargs"),
     *_harmless(VLLM, "vLLM ignores it here as well", "return_token_offsets"),
     *_harmless(LLAMA, "reused KV does not change the answer", "cache_prompt n_cache_reuse id_slot"),
-    *_harmless(LLAMA, "X-Profile has the times", "timings_per_token return_progress verbose"),
+    *_harmless(LLAMA, "X-Profile has the times", "return_progress verbose"),
     *_harmless(LLAMA, "a matter of the connection", "sse_ping_interval"),
     *_harmless(LLAMA, "where samplers run does not change the answer", "backend_sampling"),
     *_harmless(
@@ -182,16 +179,41 @@ FIELDS: tuple[Field, ...] = (
     *_harmless(LLAMA, "llama-server does not look at it either", "t_max_prompt_ms"),
 )
 
+#: Those of embeddings, rerank and score that are refused; docs/embeddings.md has the others.
+_OF_VECTORS: tuple[Field, ...] = (
+    *_refused(VLLM, "chats as texts; input takes texts", "messages", endpoints=(VECTORS,)),
+    *_refused(VLLM, "templates in requests", "chat_template chat_template_kwargs", endpoints=(VECTORS,)),
+    *_refused(VLLM, "other types of numbers", "embed_dtype", "float32", endpoints=(VECTORS,)),
+    *_refused(VLLM, "another order of bytes", "endianness", "native", "little", endpoints=(VECTORS,)),
+    *_refused(VLLM, "pictures", "mm_processor_kwargs data_1 data_2", endpoints=(VECTORS,)),
+    *_refused(OPENAI, "kinds of input", "input_type", endpoints=(VECTORS,)),
+    *_refused(OURS, "limits of a document; truncate_prompt_tokens cuts", "max_tokens_per_doc", endpoints=(VECTORS,)),
+    *_refused(OURS, "fields that are ranked", "rank_fields", endpoints=(VECTORS,)),
+)
+
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _REFUSED = {
     endpoint: {one.name: one for one in FIELDS if one.verdict is Verdict.REFUSED and endpoint in one.endpoints}
     for endpoint in BOTH
-}
+} | {VECTORS: {one.name: one for one in _OF_VECTORS}}
 
 
 def taken(endpoint: str) -> set[str]:
     """The names of the fields that an endpoint takes."""
     return {one.name for one in FIELDS if one.verdict is Verdict.TAKEN and endpoint in one.endpoints}
+
+
+def field_schemas(endpoint: str) -> dict[str, dict[str, Any]]:
+    """JSON Schema of the fields that are refused, unless they ask for nothing, and of those that are harmless."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in FIELDS:
+        if endpoint not in one.endpoints or one.verdict is Verdict.TAKEN:
+            continue
+        if one.verdict is Verdict.HARMLESS:
+            found[one.name] = {"description": f"Ignored: {one.says}."}
+        else:
+            found[one.name] = {"enum": [None, *one.idle], "description": f"Not there yet: {one.says}."}
+    return found
 
 
 def refuse_unbuilt(data: bytes, endpoint: str) -> None:

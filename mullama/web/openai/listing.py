@@ -11,12 +11,15 @@ from mullama.serving.manager import ModelManager
 from mullama.serving.states import Served
 from mullama.web.http.request import Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, split_name
+from mullama.web.openapi.answer_types import ModelObject, ModelObjects
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
 
 
 class ModelList:
     access = Access.CLIENT
+    operations = {"GET": Operation("The served models", answer=ModelObjects)}
 
     def __init__(self, models: ModelManager, services: Services) -> None:
         self._models = models
@@ -24,16 +27,27 @@ class ModelList:
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Served names first, loaded or not, then what the store has besides."""
-        data = [entry for served in self._models.all() for entry in (describe(served), *with_adapters(served))]
+        data = [
+            entry
+            for served in self._models.all()
+            for entry in (describe(served), *self._aliased(served), *with_adapters(served))
+        ]
         others = await self._services.offload(True, self._models.others) if self._models.has_others else []
         data += [_unloaded(name, "unloaded") for name, _ in others]
         resp.data = orjson.dumps({"object": "list", "data": data})
 
     on_head = on_get  # probes use it
 
+    def _aliased(self, served: Served) -> list[dict[str, Any]]:
+        """An entry for each further name, for clients that look for theirs; ``root`` is the served one."""
+        return [
+            {**describe(served), "id": alias, "root": served.name} for alias in self._models.names.of_model(served.name)
+        ]
+
 
 class ModelDetail:
     access = Access.CLIENT
+    operations = {"GET": Operation("One model", answer=ModelObject)}
 
     def __init__(self, models: ModelManager) -> None:
         self._models = models
@@ -65,6 +79,7 @@ def describe(served: Served) -> dict[str, Any]:
         "created": info.created,
         "owned_by": "mullama",
         "state": served.state.shown,
+        "kind": info.kind,
         "max_model_len": info.n_ctx,
         "meta": {
             "description": info.description,
@@ -79,6 +94,7 @@ def describe(served: Served) -> dict[str, Any]:
             "n_embd": info.n_embd,
             "n_layer": info.n_layer,
             "has_chat_template": info.has_chat_template,
+            **({"n_out": info.n_out, "pooling": info.pooling} if info.pooling is not None else {}),
         },
     }
 

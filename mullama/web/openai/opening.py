@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
-from mullama.web.http.request import Request
+from mullama.web.http.request import PERMIT, Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
-from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, policy_for
+from mullama.web.keys.rate_limits import Permit
+from mullama.web.openai.context_policy import USUAL_COMPLETION, ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
 from mullama.web.stream.generations import Group
@@ -61,7 +62,8 @@ async def with_lease(services: Services, req: Request, model: str, begin: Callab
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(16)}"
+    """``chatcmpl-…``; a prefix that ends with an underscore has its own separator."""
+    return f"{prefix}{'' if prefix.endswith('_') else '-'}{secrets.token_hex(16)}"
 
 
 class Opening:
@@ -100,7 +102,9 @@ class Opening:
         engine, errand = lease.engine, services.errand(req)
         named = check_named(call.model, call.named, engine)
         has_many = len(call.body.logit_bias or ()) > FEW_BIASES
-        options = await errand.run(has_many, partial(options_of, call.body, engine.info))
+        options = await errand.run(
+            has_many, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
+        )
         prepared = await services.prepared(errand, engine, options.sampling)
         return cls(services, req, call, lease, errand, named, options, prepared, load_ns)
 
@@ -117,6 +121,11 @@ class Opening:
         translate: Callable[[Any], list[int]] | None = None,
     ) -> Group:
         """The generations, submitted. The group takes over the lease. Raises what ``Group.submit`` raises."""
+        most = min(self.options.sampling.max_tokens or USUAL_COMPLETION, self.limits.n_ctx)
+        n_prompt = sum(map(len, prompts))
+        permit: Permit | None = self._req.scope.get(PERMIT)
+        most *= self.options.n * len(prompts)
+        reservation = None if permit is None else permit.reserve(n_prompt, most)
         group = Group(
             self._services,
             self._lease,
@@ -124,12 +133,13 @@ class Opening:
             model=SEPARATOR.join((self._call.model, *self._named)),
             endpoint=endpoint,
             prompts=prompts,
-            options=self.options.of_tenant(self._req.tenant),
+            options=self.options.of_client(self._req.tenant, self._req.key),
             prepared=self._prepared,
             arrival_ns=self._req.arrival_ns,
             context_shift=self.policy is ContextPolicy.SHIFT,
             lora=uses_of(self._named, self._call.body.lora),
             translate=translate,
+            reservation=reservation,
         )
         await group.submit()
         self._services.keep_alive(self._call.model, self._keep_alive_s)  # of a request that was not refused

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from mullama.errors import InvalidRequest
-from mullama.types import ModelInfo
+from mullama.config import ServeConfig
+from mullama.errors import ConfigError, InvalidRequest
+from mullama.types import ModelInfo, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; every token's text is held against every stop string
@@ -38,12 +40,18 @@ class Range:
             return f"greater than {self.low} and at most {self.high}"
         return f"between {self.low} and {self.high}"
 
+    def schema(self) -> dict[str, Any]:
+        """As JSON Schema has it."""
+        found: dict[str, Any] = {"exclusiveMinimum" if self.above else "minimum": self.low}
+        return found | ({} if self.high is None else {"maximum": self.high})
+
 
 #: The field of the request -> what it may be. docs/api.md lists the same (a test compares).
 RANGES: dict[str, Range] = {
     "n": Range(1, 128),
     "max_tokens": Range(1),
     "max_completion_tokens": Range(1),
+    "n_predict": Range(1),
     "min_tokens": Range(0),
     "temperature": Range(0, 2),
     "top_k": Range(-1),
@@ -67,11 +75,12 @@ RANGES: dict[str, Range] = {
     "seed": Range(-(2**63), 2**63 - 1),
     "priority": Range(-(2**31), 2**31 - 1),
     "slo_ms": Range(1, 86_400_000),
+    "truncate_prompt_tokens": Range(-1),
 }
 
 #: Several spellings of one sampling parameter; the first that is given counts.
 _SPELLINGS = {
-    "max_tokens": ("max_completion_tokens", "max_tokens"),
+    "max_tokens": ("max_completion_tokens", "max_tokens", "n_predict"),
     "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
 }
 _PARAMS = (
@@ -79,6 +88,11 @@ _PARAMS = (
     *("repeat_last_n", "presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length"),
     *("dry_penalty_last_n", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta"),
 )
+#: Those that the server has options for by the same names.
+_CONFIGURED = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
+_TYPES: dict[str, Any] = {
+    one.name: int if one.default is None or isinstance(one.default, int) else float for one in fields(SamplingParams)
+}
 #: PERF: each parameter beside each of its spellings.
 _FIELDS = tuple((param, field) for param in _PARAMS for field in _SPELLINGS.get(param, (param,)))
 #: As ``max_tokens``: what leaving it out means (llama-server, LM Studio).
@@ -90,6 +104,12 @@ MAX_TOKENS = 1 << 30
 _COUNTS = {"repeat_last_n", "dry_allowed_length", "dry_penalty_last_n"}
 
 
+def range_schemas(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """JSON Schema of the ranges, beside what the types say."""
+    unlimited = {"minimum": NO_LIMIT, "not": {"const": 0}}
+    return {name: unlimited if name in _SPELLINGS["max_tokens"] else RANGES[name].schema() for name in names}
+
+
 def check_range(name: str, value: float | None) -> None:
     """Raises InvalidRequest naming the field, its value and what it may be."""
     if value is not None and value not in RANGES[name]:
@@ -97,8 +117,9 @@ def check_range(name: str, value: float | None) -> None:
         raise InvalidRequest(f"{name}: {value} is out of range; it must be {RANGES[name]}{unlimited}", param=name)
 
 
-def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
-    """The SamplingParams fields that the request gives, checked and cut to what the model can mean."""
+def sampler_values(body: object, info: ModelInfo, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The SamplingParams fields that the request gives, and the ``defaults`` for others, checked and cut to what the
+    model can mean."""
     values: dict[str, Any] = {}
     for param, field in _FIELDS:
         value = getattr(body, field, None)
@@ -111,11 +132,78 @@ def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
         if param not in values:
             most = MAX_TOKENS if param in _LIMITS else info.n_ctx if param in _COUNTS else value
             values[param] = min(value, most)
+    values = {**defaults, **values}
     if "top_k" in values:
         values["top_k"] = min(max(values["top_k"], 0), info.n_vocab)  # -1 switches it off, as in vLLM
     if values.get("min_tokens", 0) > (values.get("max_tokens") or MAX_TOKENS):
         raise InvalidRequest("min_tokens: it must not be greater than max_tokens", param="min_tokens")
     return values
+
+
+_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_JSON_TEXT = r'"([^"\\\u0000-\u001f]|\\["\\/bfnrt])+"'  # one text of a list, as JSON
+#: JSON Schema of what the functions below take.
+STOP_SCHEMA = {
+    "anyOf": [
+        {"type": ["string", "null"], "maxLength": MAX_STOP_LENGTH},
+        {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS},
+        {"type": "array", "items": {"const": ""}},
+    ]
+}
+BREAKERS_SCHEMA = {
+    "anyOf": [
+        {"type": "null"},
+        {"type": "array", "items": _TEXT, "maxItems": MAX_BREAKERS},
+        {"type": "string", "pattern": rf"^\[({_JSON_TEXT}(, ?{_JSON_TEXT}){{0,{MAX_BREAKERS - 1}}})?\]$"},
+    ]
+}
+TOKEN_ID_SCHEMA = {"type": "integer", "minimum": 0}
+TOKEN_IDS_SCHEMA = {"type": "array", "items": TOKEN_ID_SCHEMA, "minItems": 1}
+_BIAS = {"type": "number", "minimum": -100, "maximum": 100}
+BIAS_SCHEMA = {
+    "anyOf": [
+        {"type": "null"},
+        {"type": "object", "propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"}, "additionalProperties": _BIAS},
+        {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [TOKEN_ID_SCHEMA, _BIAS],
+                "minItems": 2,
+                "maxItems": 2,
+            },
+        },
+    ]
+}
+
+
+class SamplingDefaults:
+    """What sampling parameters are where a request says nothing: the server's, and over them those of its model."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Raises ConfigError for a field that is none, and a value out of its range."""
+        common: dict[str, Any] = {name: getattr(config, name) for name in _CONFIGURED}
+        self._common = common | {"max_tokens": None if config.max_tokens < 1 else config.max_tokens}
+        self._of_model: dict[str, dict[str, Any]] = {}
+        for text in config.sampling:
+            model, *pairs = text.split(" ")
+            self._of_model[model.lower()] = self._common | dict(map(self._value, pairs))
+
+    @staticmethod
+    def _value(pair: str) -> tuple[str, Any]:
+        name, _, text = pair.partition("=")
+        if name not in _PARAMS or name == "min_tokens":
+            raise ConfigError(f"--sampling: '{name}' is no sampling parameter", param="sampling")
+        try:
+            value = msgspec.json.decode(text, type=_TYPES[name])
+            check_range(name, None if (name, value) == ("max_tokens", NO_LIMIT) else value)
+        except (msgspec.MsgspecError, InvalidRequest) as error:
+            raise ConfigError(f"--sampling: {pair}: {error}", param="sampling") from None
+        return name, None if (name, value) == ("max_tokens", NO_LIMIT) else value
+
+    def of(self, model: str) -> dict[str, Any]:
+        """By the names of SamplingParams; ``model`` is a served name."""
+        return self._of_model.get(model.lower(), self._common)
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:

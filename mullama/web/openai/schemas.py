@@ -8,25 +8,37 @@ msgspec checks the types while it decodes; the ranges are in ``sampling.py``, an
 from __future__ import annotations
 
 import codecs
+import enum
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from mullama.engine.client import EngineClient, Speaker
 from mullama.errors import InvalidRequest
-from mullama.serving.durations import parse_duration
+from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
 from mullama.web.internal.lora_routes import LoraBody, split_name
+from mullama.web.keys.key_ring import Key
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
-from mullama.web.openai.fields import CHAT, TEXT, refuse_unbuilt
+from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
 MAX_CHOICES = 1024  # prompts times n, in one request
+
+MAX_METADATA = 16  # pairs, of 64 and 512 characters, as OpenAI has it
+METADATA_SCHEMA = {
+    "maxProperties": MAX_METADATA,
+    "propertyNames": {"maxLength": 64},
+    "additionalProperties": {"type": "string", "maxLength": 512},
+}
 
 S = TypeVar("S")
 
@@ -35,9 +47,13 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's; refused
 
+    field_schemas: ClassVar = {"continuous_usage_stats": {"enum": [None, False]}}
+
 
 class ResponseFormat(msgspec.Struct):
     type: str = "text"
+
+    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -48,6 +64,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: int | None = None
+    n_predict: int | None = None
+    timings_per_token: bool | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop: str | list[str] | None = None
@@ -74,6 +92,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     mirostat_eta: float | None = None
     logit_bias: dict[str, float] | list[Any] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     priority: int | None = None
     slo_ms: float | None = None
     preempt: str | None = None
@@ -83,10 +104,24 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     keep_alive: float | str | None = None
     response_format: ResponseFormat | None = None
 
+    field_schemas: ClassVar[dict[str, Any]] = {
+        **sampling.range_schemas(sampling.RANGES.keys() - {"max_completion_tokens"}),
+        "stop": sampling.STOP_SCHEMA,
+        "dry_sequence_breakers": sampling.BREAKERS_SCHEMA,
+        "logit_bias": sampling.BIAS_SCHEMA,
+        "preempt": {"enum": [None, *Preempt]},
+        "context_policy": {"enum": [None, *ContextPolicy]},
+        "cache_salt": {"minLength": 1, "maxLength": MAX_SALT},
+        "keep_alive": DURATION_SCHEMA,
+    }
+
 
 class ContentPart(msgspec.Struct):
     type: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
+
+    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
+    required_fields: ClassVar = ("type", "text")
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -99,6 +134,16 @@ class Message(msgspec.Struct, omit_defaults=True):
     tool_call_id: str | None = None
     function_call: dict[str, Any] | None = None
     reasoning_content: str | None = None
+    prefix: bool | None = None  # DeepSeek's and Mistral's: the answer goes on with this message
+
+    field_schemas: ClassVar = {"role": {"enum": ROLES}}
+    required_fields: ClassVar = ("role",)
+    object_schema: ClassVar = {
+        "anyOf": [
+            {"properties": {"role": {"const": "assistant"}}},
+            {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+        ]
+    }
 
 
 class SchedulerChange(msgspec.Struct):
@@ -106,6 +151,19 @@ class SchedulerChange(msgspec.Struct):
 
     policy: str | None = None
     params: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class PolicyBody(SchedulerChange):
+    """Of PUT."""
+
+    field_schemas: ClassVar = {"policy": {"minLength": 1}}
+    required_fields: ClassVar = ("policy",)
+
+
+class ParamsBody(SchedulerChange):
+    """Of PATCH."""
+
+    field_schemas: ClassVar = {"policy": {"enum": [None]}}
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -117,6 +175,18 @@ class ChatBody(GenerationBody, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    field_schemas: ClassVar = {
+        **GenerationBody.field_schemas,
+        **field_schemas(CHAT),
+        **sampling.range_schemas(("max_completion_tokens",)),
+        "messages": {"minItems": 1},
+        "tool_choice": {"enum": [None, "none", "auto"]},
+        "modalities": {"items": {"const": "text"}},
+    }
+    required_fields: ClassVar = ("messages",)
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -125,6 +195,21 @@ class CompletionBody(GenerationBody, kw_only=True):
     logprobs: int | bool | None = None
     suffix: str | None = None
     best_of: int | None = None
+
+    field_schemas: ClassVar = {
+        **GenerationBody.field_schemas,
+        **field_schemas(TEXT),
+        "prompt": {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                sampling.TOKEN_IDS_SCHEMA,
+                {"type": "array", "items": sampling.TOKEN_IDS_SCHEMA, "minItems": 1},
+            ]
+        },
+        "best_of": {"description": "Only as n has it."},
+    }
+    required_fields: ClassVar = ("prompt",)
 
 
 @dataclass(slots=True, frozen=True)
@@ -141,11 +226,16 @@ class Options:
     preempt: Preempt
     cache_salt: str | None
     context_policy: ContextPolicy | None  # None: the server's
+    with_timings: bool = False
     tenant: str | None = None  # whom the API key names
 
-    def of_tenant(self, tenant: str | None) -> Options:
-        """The same for a client that its API key tells from others: it is the user where the request names none."""
-        return self if tenant is None else replace(self, tenant=tenant, user=tenant if self.user is None else self.user)
+    def of_client(self, tenant: str | None, key: Key | None) -> Options:
+        """The same for a client that its API key tells from others: it is the user where the request names none, and
+        is no more urgent than the key may be."""
+        priority = self.priority if key is None else key.priority(self.priority)
+        if tenant is None and priority == self.priority:
+            return self
+        return replace(self, tenant=tenant, user=tenant if self.user is None else self.user, priority=priority)
 
     def of_choice(self, index: int) -> SamplingParams:
         """The sampling of choice ``index`` of a prompt: its seed follows the request's."""
@@ -155,6 +245,14 @@ class Options:
         return replace(self.sampling, seed=(seed + index) % sampling.SEED_MODULUS)
 
 
+class Ending(enum.Enum):
+    """How the prompt of a chat ends."""
+
+    ASKS = "asks"  # with the beginning of an answer, as the template has it
+    OPEN = "open"  # with the last message
+    CONTINUES = "continues"  # in the last message, which is the beginning of the answer
+
+
 @dataclass(slots=True, frozen=True)
 class ChatCall:
     model: str  # the served name
@@ -162,6 +260,12 @@ class ChatCall:
     messages: list[Message]
     messages_json: bytes  # the same, encoded
     named: tuple[str, ...] = ()  # adapters in the name of the model
+    ending: Ending = Ending.ASKS
+
+    def render(self, speaker: EngineClient | Speaker, messages_json: bytes) -> str:
+        """The prompt of these messages, ended as the call wants it. Raises InvalidRequest."""
+        asks, continues = self.ending is Ending.ASKS, self.ending is Ending.CONTINUES
+        return speaker.render_chat(messages_json, add_generation_prompt=asks, continue_final_message=continues)
 
 
 @dataclass(slots=True, frozen=True)
@@ -183,7 +287,8 @@ def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
     _refuse_unsupported(body)
     refuse_unbuilt(data, CHAT)
     _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
-    _refuse(any(kind != "text" for kind in body.modalities or ()), "modalities", "anything but text")
+    if body.modalities and any(kind != "text" for kind in body.modalities):
+        raise unbuilt("modalities", "anything but text")
     return _chat_call(body, model, named)
 
 
@@ -194,7 +299,26 @@ def chat_call(body: ChatBody, models: ModelManager) -> ChatCall:
 
 def _chat_call(body: ChatBody, model: str, named: tuple[str, ...]) -> ChatCall:
     messages = normalise(body.messages)
-    return ChatCall(model, body, messages, msgspec.json.encode(messages), named)
+    ending = _ending(body, messages)
+    return ChatCall(model, body, messages, msgspec.json.encode(messages), named, ending)
+
+
+def _ending(body: ChatBody, messages: list[Message]) -> Ending:
+    """What the request says of its last message, in any maker's words. Raises InvalidRequest."""
+    last = messages[-1]
+    field = "continue_final_message" if body.continue_final_message else f"messages[{len(messages) - 1}].prefix"
+    continues = bool(body.continue_final_message or last.prefix)
+    for i, message in enumerate(messages):
+        if message.prefix and message is not last:
+            where = f"messages[{i}].prefix"
+            raise InvalidRequest(f"{where}: only the last message may be the beginning of the answer", param=where)
+        message.prefix = None  # no template knows it
+    if continues and (last.role != "assistant" or not isinstance(last.content, str)):
+        raise InvalidRequest(f"{field}: the last message must be a text of the assistant's to go on with", param=field)
+    if body.continue_final_message and body.add_generation_prompt:
+        words = "the answer goes on with the last message or begins anew, not both; leave one out"
+        raise InvalidRequest(f"add_generation_prompt: {words}", param="add_generation_prompt")
+    return Ending.CONTINUES if continues else Ending.OPEN if body.add_generation_prompt is False else Ending.ASKS
 
 
 def parse_scheduler_change(data: bytes) -> SchedulerChange:
@@ -219,11 +343,13 @@ def completion_prompts(body: CompletionBody, options: Options, info: ModelInfo) 
     return prompts
 
 
-def options_of(body: GenerationBody, info: ModelInfo) -> Options:
-    """What the request asks of the model that answers. Raises InvalidRequest."""
-    for name in ("n", "priority", "slo_ms"):
-        sampling.check_range(name, getattr(body, name))
-    values = sampling.sampler_values(body, info)
+def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any] = MappingProxyType({})) -> Options:
+    """What the request asks of the model that answers; ``defaults`` as of ``SamplingDefaults``. Raises
+    InvalidRequest."""
+    for name in ("n", "priority", "slo_ms", "truncate_prompt_tokens"):
+        if (value := getattr(body, name)) is not None:
+            sampling.check_range(name, value)
+    values = sampling.sampler_values(body, info, defaults)
     if body.dry_sequence_breakers is not None:
         values["dry_sequence_breakers"] = sampling.breakers(body.dry_sequence_breakers)
     params = SamplingParams(
@@ -238,11 +364,12 @@ def options_of(body: GenerationBody, info: ModelInfo) -> Options:
         n=1 if body.n is None else body.n,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        user=body.user,
+        user=body.safety_identifier if body.user is None else body.user,
         priority=body.priority or 0,
         slo_ms=body.slo_ms,
         preempt=_preempt(body.preempt),
         cache_salt=salt_text("cache_salt", body.cache_salt, MAX_SALT),
+        with_timings=bool(body.timings_per_token),
         context_policy=policy_of(body.context_policy, can_shift=info.can_shift),
     )
 
@@ -254,7 +381,7 @@ def keep_alive_of(body: GenerationBody) -> float | None:
 
 def _preempt(value: str | None) -> Preempt:
     try:
-        return Preempt(value or Preempt.AUTO)
+        return Preempt.AUTO if value is None else Preempt(value)
     except ValueError:
         raise InvalidRequest(f"preempt: it must be one of {', '.join(Preempt)}", param="preempt") from None
 
@@ -264,6 +391,14 @@ def salt_text(field: str, text: str | None, limit: int) -> str | None:
     if text is not None and not 0 < len(text) <= limit:
         raise InvalidRequest(f"{field}: it must have 1 to {limit} characters", param=field)
     return text
+
+
+def check_metadata(metadata: dict[str, str] | None) -> None:
+    """What clients write beside a response or a batch. Raises InvalidRequest."""
+    pairs = (metadata or {}).items()
+    if len(pairs) > MAX_METADATA or any(len(name) > 64 or len(text) > 512 for name, text in pairs):
+        words = f"metadata: it takes at most {MAX_METADATA} pairs, names of up to 64 and texts of up to 512 characters"
+        raise InvalidRequest(words, param="metadata")
 
 
 def _refuse(asked: bool, field: str, what: str) -> None:
@@ -278,8 +413,8 @@ def unbuilt(field: str, what: str) -> InvalidRequest:
 
 def _refuse_unsupported(body: GenerationBody) -> None:
     """What would change the answer is refused rather than ignored."""
-    continuous = body.stream_options is not None and body.stream_options.continuous_usage_stats
-    _refuse(bool(continuous), "stream_options.continuous_usage_stats", "the usage in every chunk")
+    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
+        raise unbuilt("stream_options.continuous_usage_stats", "the usage in every chunk")
     kind = body.response_format.type if body.response_format else "text"
     _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
 
@@ -355,7 +490,7 @@ def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
 
 
 #: Members that hold what is the client's own, which stays as it came.
-_AS_THEY_CAME = ("messages", "tools", "functions", "tool_choice", "response_format")
+_AS_THEY_CAME = ("messages", "input", "metadata", "tools", "functions", "tool_choice", "response_format")
 
 
 def _with_whole_numbers(decoder: msgspec.json.Decoder[S], data: bytes, error: msgspec.ValidationError) -> S:
