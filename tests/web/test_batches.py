@@ -224,7 +224,7 @@ def test_a_batch_of_a_wrong_file_fails(live: Callable[..., Live]) -> None:
     done = asked.wait(asked.batch([line("a"), line("a")]).id, "failed")
     assert done.errors.data[0].code == "duplicate_custom_id"
     assert (done.output_file_id, done.error_file_id) == (None, None)
-    for wrong in ({"endpoint": "/v1/embeddings"}, {"input_file_id": "file-1"}, {"completion_window": "0s"}):
+    for wrong in ({"endpoint": "/v1/rerank"}, {"input_file_id": "file-1"}, {"completion_window": "0s"}):
         with pytest.raises(openai.APIStatusError) as caught:
             asked.client.batches.create(
                 **{"input_file_id": done.input_file_id, "endpoint": CHAT, "completion_window": "24h"} | wrong  # type: ignore[arg-type]
