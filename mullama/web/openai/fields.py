@@ -21,6 +21,7 @@ from mullama.errors import InvalidRequest
 
 CHAT, TEXT = "chat", "completions"
 BOTH = (CHAT, TEXT)
+VECTORS = "embeddings"  # and rerank and score
 OPENAI, VLLM, LLAMA, TGI, OURS = "OpenAI", "vLLM", "llama-server", "TGI", "mullama"
 
 
@@ -178,11 +179,23 @@ FIELDS: tuple[Field, ...] = (
     *_harmless(LLAMA, "llama-server does not look at it either", "t_max_prompt_ms"),
 )
 
+#: Those of embeddings, rerank and score that are refused; docs/embeddings.md has the others.
+_OF_VECTORS: tuple[Field, ...] = (
+    *_refused(VLLM, "chats as texts; input takes texts", "messages", endpoints=(VECTORS,)),
+    *_refused(VLLM, "templates in requests", "chat_template chat_template_kwargs", endpoints=(VECTORS,)),
+    *_refused(VLLM, "other types of numbers", "embed_dtype", "float32", endpoints=(VECTORS,)),
+    *_refused(VLLM, "another order of bytes", "endianness", "native", "little", endpoints=(VECTORS,)),
+    *_refused(VLLM, "pictures", "mm_processor_kwargs data_1 data_2", endpoints=(VECTORS,)),
+    *_refused(OPENAI, "kinds of input", "input_type", endpoints=(VECTORS,)),
+    *_refused(OURS, "limits of a document; truncate_prompt_tokens cuts", "max_tokens_per_doc", endpoints=(VECTORS,)),
+    *_refused(OURS, "fields that are ranked", "rank_fields", endpoints=(VECTORS,)),
+)
+
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _REFUSED = {
     endpoint: {one.name: one for one in FIELDS if one.verdict is Verdict.REFUSED and endpoint in one.endpoints}
     for endpoint in BOTH
-}
+} | {VECTORS: {one.name: one for one in _OF_VECTORS}}
 
 
 def taken(endpoint: str) -> set[str]:
