@@ -38,6 +38,7 @@ from mullama.web.internal.memory_routes import MemoryView
 from mullama.web.internal.model_routes import ArbiterView, ModelActions, ModelTable, SwapViews
 from mullama.web.internal.pull_routes import ModelPull
 from mullama.web.internal.scheduler_routes import SchedulerView, ShadowScheduler
+from mullama.web.llama_server.completion import LlamaCompletion
 from mullama.web.llama_server.server_state import Props, Slots
 from mullama.web.llama_server.tokens import ApplyTemplate, Detokenize, Tokenize, TokenizerInfo
 from mullama.web.ollama.answers import Answers
@@ -112,6 +113,8 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     for name in ("embedding", "embeddings"):
         app.add_route(f"/{name}", Embeddings(services, is_openai=False))
     app.add_route("/v1/completions", Completions(services))
+    for path in ("/completion", "/completions"):
+        app.add_route(path, LlamaCompletion(services))
     app.add_route("/v1/models/{model_id:path}", ModelDetail(models))
     app.add_route("/v1/messages", Messages(services))
     app.add_route("/v1/messages/count_tokens", CountTokens(services))

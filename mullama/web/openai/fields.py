@@ -78,6 +78,7 @@ FIELDS: tuple[Field, ...] = (
         LLAMA, "typical_p repeat_penalty repeat_last_n dry_multiplier dry_base dry_allowed_length dry_penalty_last_n"
     ),
     *_taken(LLAMA, "dry_sequence_breakers xtc_probability xtc_threshold mirostat mirostat_tau mirostat_eta lora"),
+    *_taken(LLAMA, "n_predict timings_per_token"),
     *_taken(OURS, "slo_ms preempt context_policy keep_alive"),
     # -- what would change the answer, and is not there
     *_refused(OPENAI, "tool calls", "tools functions", endpoints=(CHAT,)),
@@ -128,7 +129,6 @@ FIELDS: tuple[Field, ...] = (
     *_refused(VLLM, "arguments of extensions", "vllm_xargs"),
     *_refused(LLAMA, "grammars", "grammar"),
     *_refused(LLAMA, "schemas of the answer", "json_schema", only=("",)),
-    *_refused(LLAMA, "this name; max_tokens is the one", "n_predict", only=()),
     *_refused(TGI, "this name; max_tokens is the one", "max_new_tokens", only=()),
     *_refused(LLAMA, "this name; n is the one", "n_cmpl", 1),
     *_refused(LLAMA, "a time limit for the answer", "t_max_predict_ms", 0, -1),
@@ -165,7 +165,7 @@ FIELDS: tuple[Field, ...] = (
     *_harmless(VLLM, "there are no pictures", "mm_processor_kwargs media_io_kwargs return_mm_kwargs"),
     *_harmless(VLLM, "vLLM ignores it here as well", "return_token_offsets"),
     *_harmless(LLAMA, "reused KV does not change the answer", "cache_prompt n_cache_reuse id_slot"),
-    *_harmless(LLAMA, "X-Profile has the times", "timings_per_token return_progress verbose"),
+    *_harmless(LLAMA, "X-Profile has the times", "return_progress verbose"),
     *_harmless(LLAMA, "a matter of the connection", "sse_ping_interval"),
     *_harmless(LLAMA, "where samplers run does not change the answer", "backend_sampling"),
     *_harmless(
