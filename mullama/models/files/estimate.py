@@ -107,7 +107,16 @@ def estimate(
         weights_mapped=mapped,
         weights_copied=copied,
         kv=_kv(shape, cells, window, n_streams, n_parallel, _cell(type_k), _cell(type_v), flash_attn),
-        compute=_compute(shape, cells, window, n_streams, n_parallel, n_batch, flash_attn != "off"),
+        compute=_compute(
+            shape,
+            cells,
+            window,
+            n_streams,
+            n_parallel,
+            n_batch,
+            flash_attn != "off",
+            n_rows=rows_of_logits(shape.n_vocab, n_parallel, n_batch),
+        ),
         output=shape.n_vocab * n_parallel * _FLOAT,
         adapters=adapters,
     )
@@ -127,7 +136,7 @@ def _of_vectors(header: Header, shape: Shape, n_ctx: int, n_batch: int, mmap: bo
         weights_mapped=mapped,
         weights_copied=copied,
         kv=kv,
-        compute=mask + _compute(shape, cells, 0, 1, 1, n_batch, flash_attn),
+        compute=mask + _compute(shape, cells, 0, 1, 1, n_batch, flash_attn, n_rows=1),
         output=n_batch * shape.n_embd * _FLOAT,
     )
 
@@ -333,7 +342,15 @@ def _kv(
 
 
 def _compute(
-    shape: Shape, cells: int, window: int, n_streams: int, n_parallel: int, n_batch: int, flash_attn: bool
+    shape: Shape,
+    cells: int,
+    window: int,
+    n_streams: int,
+    n_parallel: int,
+    n_batch: int,
+    flash_attn: bool,
+    *,
+    n_rows: int,
 ) -> int:
     """The larger of what is alive while a layer attends, while it feeds forward, and while the logits are computed."""
     tokens = math.ceil(min(n_batch, cells * n_streams) / n_parallel) * n_parallel
@@ -357,7 +374,7 @@ def _compute(
     inner = 0
     if shape.n_inner:
         inner = (3 * shape.n_embd + 6 * shape.n_inner) * row + shape.n_state * n_parallel * _FLOAT
-    logits = rows_of_logits(shape.n_vocab, n_parallel, tokens) * shape.n_vocab * _FLOAT + shape.n_embd * row
+    logits = n_rows * shape.n_vocab * _FLOAT + shape.n_embd * row
     return masks + max(feed, attend, inner, logits)
 
 
