@@ -26,7 +26,7 @@ SCORED_TOKENS = 63
 
 def rows_of_logits(n_vocab: int, n_slots: int, n_batch: int) -> int:
     """Rows of logits that one decode may give."""
-    return max(n_slots, min(n_batch, SCORED_TOKENS, LOGITS_BYTES // (4 * n_vocab)))
+    return max(n_slots, min(n_batch, SCORED_TOKENS, LOGITS_BYTES // (4 * max(n_vocab, 1))))
 
 
 class FinishReason(enum.StrEnum):
