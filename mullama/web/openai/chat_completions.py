@@ -18,13 +18,13 @@ from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimi
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import ChatBody, ChatCall, Ending, Message, keep_alive_of, options_of, parse_chat
-from mullama.web.openai.scores import ended_by
 from mullama.web.openapi.answer_types import ChatCompletion
 from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 from mullama.web.stream.event_stream import EVENTS
 from mullama.web.stream.generations import Reply
+from mullama.web.stream.scores import ended_by
 
 #: A chat with more messages is counted in blocks first.
 MANY_MESSAGES = 2048

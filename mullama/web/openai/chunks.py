@@ -8,10 +8,10 @@ from typing import Any
 from mullama.errors import MullamaError
 from mullama.types import Finish, TokenScore
 from mullama.web.openai.context_policy import shift_member
-from mullama.web.openai.scores import NOTHING, TokenWish, ended_by, width
 from mullama.web.openai.usage import usage
 from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Group
+from mullama.web.stream.scores import NOTHING, TokenWish, ended_by, width
 
 DONE = b"data: [DONE]\n\n"
 

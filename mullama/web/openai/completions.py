@@ -16,13 +16,13 @@ from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimi
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import CompletionBody, CompletionCall, completion_prompts, parse_completion
-from mullama.web.openai.scores import ended_by
 from mullama.web.openapi.answer_types import TextCompletion
 from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 from mullama.web.stream.event_stream import EVENTS
 from mullama.web.stream.generations import Reply
+from mullama.web.stream.scores import ended_by
 
 
 class Completions:

@@ -16,12 +16,12 @@ from mullama.web.http.request_log import note_group
 from mullama.web.openai.chunks import ChunkFormat
 from mullama.web.openai.context_policy import context_member, shift_member
 from mullama.web.openai.opening import Opened
-from mullama.web.openai.scores import picked
 from mullama.web.openai.usage import profile_fields, timings, usage
 from mullama.web.services import Services
 from mullama.web.stream.direct import direct_body
 from mullama.web.stream.event_stream import EVENTS, EventStream, StreamFormat, start_stream
 from mullama.web.stream.generations import Reply
+from mullama.web.stream.scores import picked
 
 #: Tokens with log-probabilities whose JSON takes a thread: a millisecond's.
 MANY_SCORES = 64
