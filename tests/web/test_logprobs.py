@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama.types import TokenScore
-from mullama.web.stream.scores import TokenWish, picked
+from mullama.web.stream.told_tokens import TokenWish, picked
 
 from .conftest import Client, Result
 from .fake_engine import BOS, FakeEngine
@@ -157,7 +157,7 @@ scores = st.builds(
 @settings(max_examples=200, deadline=None)
 @given(st.lists(scores, max_size=12), st.lists(st.integers(0, 12)), st.booleans(), st.integers(0, 4))
 def test_any_split_tells_the_same(tokens: list[TokenScore], cuts: list[int], as_ids: bool, k: int) -> None:
-    from mullama.web.stream.scores import width
+    from mullama.web.stream.told_tokens import width
 
     wish = TokenWish(n_top=k, ids=True, as_ids=as_ids)
     chat, text = wish.of_chat(tokens), wish.of_text(tokens, 0)

@@ -24,7 +24,7 @@ from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 from mullama.web.stream.event_stream import EVENTS
 from mullama.web.stream.generations import Reply
-from mullama.web.stream.scores import ended_by
+from mullama.web.stream.told_tokens import ended_by
 
 #: A chat with more messages is counted in blocks first.
 MANY_MESSAGES = 2048

@@ -11,7 +11,7 @@ from mullama.web.openai.context_policy import shift_member
 from mullama.web.openai.usage import usage
 from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Group
-from mullama.web.stream.scores import NOTHING, TokenWish, ended_by, width
+from mullama.web.stream.told_tokens import NOTHING, TokenWish, ended_by, width
 
 DONE = b"data: [DONE]\n\n"
 

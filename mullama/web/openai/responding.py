@@ -21,7 +21,7 @@ from mullama.web.services import Services
 from mullama.web.stream.direct import direct_body
 from mullama.web.stream.event_stream import EVENTS, EventStream, StreamFormat, start_stream
 from mullama.web.stream.generations import Reply
-from mullama.web.stream.scores import picked
+from mullama.web.stream.told_tokens import picked
 
 #: Tokens with log-probabilities whose JSON takes a thread: a millisecond's.
 MANY_SCORES = 64

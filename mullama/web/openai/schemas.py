@@ -28,7 +28,7 @@ from mullama.web.keys.key_ring import Key
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
-from mullama.web.stream.scores import NOTHING, TokenWish
+from mullama.web.stream.told_tokens import NOTHING, TokenWish
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
