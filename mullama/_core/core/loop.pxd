@@ -56,4 +56,5 @@ cdef class Loop:
     cdef void prefill(self, int slot, int n) noexcept nogil
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil
+    cdef llama_token draw(self, Slot * s, const float * logits, int * error) noexcept nogil
     cdef void commit(self, int slot, int row) noexcept nogil

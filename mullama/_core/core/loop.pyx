@@ -9,14 +9,15 @@ the sets in turn and begins with the one that is in charge already.
 
 cimport cython
 from cython.operator cimport dereference
-from libc.math cimport NAN
+from libc.math cimport INFINITY, NAN
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libcpp.vector cimport vector
 
 from mullama._core.lora.adapters cimport same_set
+from mullama._core.constraint.grammar cimport Next, apply_mask
 from mullama._core.output.clock cimport now_ns
 from mullama._core.compute.compute cimport (
-    CORE_ADAPTER, CORE_DECODE, CORE_NO_KV, CORE_NOT_FINITE, CORE_SAMPLER, Compute, guarded_decode, guarded_sample)
+    CORE_ADAPTER, CORE_CONSTRAINT, CORE_DECODE, CORE_NO_KV, CORE_NOT_FINITE, CORE_SAMPLER, Compute, guarded_decode, guarded_sample)
 from mullama._core.llama cimport *
 from mullama._core.output.output cimport Output
 from mullama._core.core.slots cimport MAX_PIECE, Slot, Slots
@@ -174,6 +175,7 @@ cdef class Loop:
         cdef bint retry = False
         cdef bint is_new = self.slots.in_charge.get() is not NULL and dereference(self.slots.in_charge).is_new
         self.compute.batch.n_tokens = n_tokens
+        self.compute.masks.start()
         ns[0] = 0
         while True:
             threads = 1 if retry else self.compute.governor.threads_for(n_tokens)
@@ -322,8 +324,7 @@ cdef class Loop:
         """Sample from the logits of a batch row. -1 with ``error`` set when that is not possible."""
         cdef Slot * s = self.slots.at(slot)
         cdef float * logits = llama_get_logits_ith(self.slots.ctx, row)
-        cdef llama_token_data_array array
-        cdef int32_t n
+        cdef const uint32_t * mask
         cdef size_t i
         cdef llama_token token
         error[0] = CORE_NOT_FINITE
@@ -333,12 +334,30 @@ cdef class Loop:
         if self.fault_slot == slot:
             self.fault_slot = -1
             logits[self.n_vocab // 2] = NAN
-        # The row is ours until the next decode, so biases go straight into it.
-        if s.ignore_eos or s.n_generated < s.min_tokens:
+        # The row is ours until the next decode, so masks and biases go straight into it.
+        if s.matching.get() is not NULL and not dereference(s.matching).is_open():
+            mask = dereference(s.matching).mask()
+            if mask is NULL:
+                error[0] = CORE_CONSTRAINT
+                return -1
+            apply_mask(logits, self.n_vocab, mask)
+        if s.ignore_eos or s.n_generated < s.min_tokens \
+                or (s.matching.get() is not NULL and not dereference(s.matching).may_end()):
             for i in range(self.eog.size()):
                 logits[self.eog[i]] = -1e30
         for i in range(s.bias.size()):
             logits[s.bias[i].token] += s.bias[i].bias
+        while True:
+            token = self.draw(s, logits, error)
+            if token < 0 or s.matching.get() is NULL or dereference(s.matching).may_come(token, self.vocab):
+                return token
+            logits[token] = -INFINITY
+
+    cdef llama_token draw(self, Slot * s, const float * logits, int * error) noexcept nogil:
+        """Sample from a row that is as it should be."""
+        cdef llama_token_data_array array
+        cdef int32_t n
+        cdef llama_token token
         if s.greedy:
             return scan_argmax(logits, self.n_vocab)
         if s.top_k_first > 0:
@@ -361,11 +380,16 @@ cdef class Loop:
         cdef Slot * s = self.slots.at(slot)
         cdef int error = 0, stop = -1
         cdef uint64_t start = now_ns(), sampled, end
-        cdef llama_token token = self.choose(slot, row, &error)
+        cdef Next next = Next.goes_on
+        cdef llama_token token
         cdef char piece[MAX_PIECE]
         cdef int32_t n = 0
         cdef size_t i
         cdef bint eog = False
+        if s.matching.get() is not NULL and dereference(s.matching).has_forced():
+            token = dereference(s.matching).take_forced()
+        else:
+            token = self.choose(slot, row, &error)
         sampled = now_ns()
         s.row.sample_ns += sampled - start
         self.out.counters.sample_ns += sampled - start
@@ -395,8 +419,14 @@ cdef class Loop:
             else:
                 stop = s.gate.push(piece, n, s.n_generated >= s.min_tokens, self.released)
             s.pending_text.append(self.released)
-        if eog or stop >= 0:
+        if not eog and stop < 0 and s.matching.get() is not NULL:
+            next = dereference(s.matching).seen(token, self.vocab)
+            if next == Next.goes_on and dereference(s.matching).wants_mask():
+                self.compute.masks.add(s.matching)
+        if eog or stop >= 0 or next == Next.complete:
             self.slots.finish(s, slot, MULLAMA_FINISH_STOP, stop, 0)
+        elif next == Next.failed:
+            self.slots.finish(s, slot, MULLAMA_FINISH_ERROR, -1, CORE_CONSTRAINT)
         elif s.n_generated >= s.max_tokens:
             self.slots.finish(s, slot, MULLAMA_FINISH_LENGTH, -1, 0)
         else:

@@ -14,6 +14,7 @@
 #include "../../abi.h"
 #include "compute.h"
 #include "guard.h"
+#include "matching.h"
 #include "adapters.h"
 #include "output.h"
 #include "text.h"
@@ -56,6 +57,7 @@ struct Slot {
     bool     greedy = false;         // argmax of the (biased) logits, no chain needed
     int32_t  top_k_first = 0;        // > 0: the chain looks at the k largest only, so only those are built
     std::vector<llama_logit_bias> bias;
+    MatchingPtr matching;            // what the text is held to; none: it is free
 
     TextGate gate;
     std::string pending_text;        // final, but not yet in the ring
@@ -71,6 +73,7 @@ struct Slot {
             chain = nullptr;
         }
         bias.clear();
+        matching.reset();
         gate = TextGate();
         pending_text.clear();
         lora.reset();

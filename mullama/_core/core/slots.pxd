@@ -10,6 +10,7 @@ from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.constraint.grammar cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr
 from mullama._core.compute.compute cimport Compute, Guard
 from mullama._core.llama cimport *
@@ -39,6 +40,7 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         int32_t top_k_first
         vector[llama_logit_bias] bias
         LoraSetPtr lora
+        MatchingPtr matching
         TextGate gate
         string pending_text
         mullama_row row
