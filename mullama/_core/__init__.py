@@ -25,7 +25,7 @@ libraries.check()
 
 from mullama._core.compute.arbiter import Arbiter, arbiter
 from mullama._core.compute.governor import Governor
-from mullama._core.constraint.grammar import library as constraint_library
+from mullama._core.constraint.grammars import library as constraint_library
 from mullama._core.core.core import FINISH, TEXT, Core
 from mullama._core.core.parking import Parked
 from mullama._core.kernels.quantization import quantize, quantize_types

@@ -10,7 +10,7 @@ from libc.stdint cimport uint64_t
 from libcpp cimport bool as cbool
 
 from mullama._core.compute.arbiter cimport TurnTable
-from mullama._core.constraint.grammar cimport MaskWorker
+from mullama._core.constraint.grammars cimport MaskWorker
 from mullama._core.output.clock cimport Deadline, Flag, NeighbourLoad
 from mullama._core.compute.governor cimport GovernorState
 from mullama._core.llama cimport *

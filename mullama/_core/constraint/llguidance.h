@@ -1,7 +1,7 @@
 // llguidance's C functions, found in the shared library of its Python package: called without the GIL.
 //
 // Its header is not in the package, and the functions are no promise of the package either. What is declared here
-// follows the library's public documentation, is used only with versions that were tried (grammar.pyx), and is compared
+// follows the library's public documentation, is used only with versions that were tried (grammars.pyx), and is compared
 // with what the library itself fills in before anything else is called.
 #pragma once
 

@@ -17,7 +17,7 @@ from libc.string cimport memset
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from mullama._core.constraint.grammar cimport MatchingPtr
+from mullama._core.constraint.grammars cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr, build_set, use_set
 from mullama._core.compute.arbiter cimport Arbiter
 from mullama._core.output.clock cimport now_ns
@@ -73,6 +73,7 @@ cdef class Core:
         self.n_slots = context.n_slots
         self.n_batch = context.n_batch
         self.unified = context.unified
+        self.loop.n_batch = self.n_batch
         cdef bint has_pool
         with nogil:
             has_pool = self.compute.open(n_threads, context.n_batch)

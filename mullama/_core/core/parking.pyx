@@ -3,7 +3,7 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
-from mullama._core.constraint.grammar cimport MatchingPtr
+from mullama._core.constraint.grammars cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr, build_set
 from mullama._core.output.clock cimport now_ns
 from mullama._core.llama cimport *

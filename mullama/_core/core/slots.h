@@ -3,7 +3,7 @@
 //
 // Slot i is llama.cpp's sequence id i. The law of the KV bookkeeping: cells [0, n_past) of a slot hold the KV of its
 // tokens [0, n_past). While a slot decodes, tokens has one more entry: the token that was sampled last and is computed
-// in the next step.
+// in the next step; and some more where a grammar forced what comes behind it.
 //
 //     tokens   |0 ....... prompt ....... n_prompt)[ ... generated ... | last)
 //     in KV    |0 .......................................... n_past)

@@ -10,7 +10,7 @@ from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from mullama._core.constraint.grammar cimport MatchingPtr
+from mullama._core.constraint.grammars cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr
 from mullama._core.compute.compute cimport Compute, Guard
 from mullama._core.llama cimport *

@@ -9,7 +9,7 @@ from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from mullama._core.constraint.grammar cimport Grammar, MatchingPtr
+from mullama._core.constraint.grammars cimport Grammar, MatchingPtr
 from mullama._core.llama cimport llama_logit_bias, llama_sampler, llama_token, llama_vocab
 from mullama._core.model.model cimport Model
 

@@ -14,7 +14,7 @@ from libcpp.vector cimport vector
 
 import secrets
 
-from mullama._core.constraint.grammar cimport Next, compile_for
+from mullama._core.constraint.grammars cimport Next, compile_for
 from mullama._core.llama cimport *
 from mullama._core.model.model cimport Model
 from mullama.errors import InvalidRequest

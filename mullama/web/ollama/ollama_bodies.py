@@ -24,10 +24,12 @@ from mullama.web.openai.schemas import (
     decode_body,
     unbuilt,
 )
+from mullama.web.openai.structured import ResponseFormat
 
 #: What the API calls a field, by our name of it.
 NAMES = {
     "max_tokens": "options.num_predict",
+    "response_format": "format",
     **{
         name: f"options.{name}"
         for name in (
@@ -97,7 +99,6 @@ _generate_decoder = msgspec.json.Decoder(GenerateBody)
 
 _UNBUILT = {
     "tools": "tool calls",
-    "format": "constrained outputs",
     "think": "thoughts apart from the answer",
     "logprobs": "log-probabilities",
     "top_logprobs": "log-probabilities",
@@ -173,7 +174,24 @@ def _fields(body: CommonBody, name: str) -> dict[str, Any]:
         n_predict = None  # -1: no limit; -2: until the context is full
     if n_predict == 0:
         raise InvalidRequest("options.num_predict: it must be at least 1, or -1", param="options.num_predict")
-    return {"model": name, "max_tokens": n_predict, "keep_alive": body.keep_alive, **given}
+    return {
+        "model": name,
+        "max_tokens": n_predict,
+        "keep_alive": body.keep_alive,
+        "response_format": _format(body.format),
+        **given,
+    }
+
+
+def _format(given: str | dict[str, Any] | None) -> ResponseFormat | None:
+    """``json``, or a JSON schema."""
+    if not given:
+        return None
+    if isinstance(given, dict):
+        return ResponseFormat("json_schema", schema=given)
+    if given != "json":
+        raise InvalidRequest("format: it must be json or a JSON schema", param="format")
+    return ResponseFormat("json_object")
 
 
 def _refuse_unbuilt(body: CommonBody) -> None:

@@ -18,6 +18,7 @@ from mullama.web.http.request import Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
+from mullama.web.openai.structured import constrains
 from mullama.web.services import FEW_BIASES, Services
 from mullama.web.stream.generations import Group
 from mullama.web.work import Errand
@@ -99,11 +100,12 @@ class Opening:
         load_ns = time.monotonic_ns() - req.arrival_ns
         engine, errand = lease.engine, services.errand(req)
         named = check_named(call.model, call.named, engine)
-        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
+        is_dear = len(call.body.logit_bias or ()) > FEW_BIASES or constrains(call.body)
         options = await errand.run(
-            has_many, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
+            is_dear, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
         )
-        prepared = await services.prepared(errand, engine, options.sampling)
+        with in_words_of({"constraint": options.constrained_by}):
+            prepared = await services.prepared(errand, engine, options.sampling)
         return cls(services, req, call, lease, errand, named, options, prepared, load_ns)
 
     @property

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from importlib import metadata
 from pathlib import Path
 
-from mullama.constraints import source_of
+from mullama._core.constraint.translation import source_of
 from mullama.errors import InvalidRequest, QueueFull
 
 cdef enum:

@@ -40,6 +40,7 @@ cdef extern from "matching.h" namespace "mullama" nogil:
         Next start(const vector[llama_token] & known, const llama_vocab * vocab) except +
         cbool has_forced()
         llama_token take_forced()
+        size_t n_forced()
         cbool may_come(llama_token token, const llama_vocab * vocab) noexcept
         Next seen(llama_token token, const llama_vocab * vocab) noexcept
         const uint32_t * mask() noexcept
@@ -52,7 +53,7 @@ cdef extern from "matching.h" namespace "mullama" nogil:
     void apply_mask(float * logits, int32_t n, const uint32_t * mask)
 
 
-cdef extern from "grammar.h" namespace "mullama" nogil:
+cdef extern from "grammars.h" namespace "mullama" nogil:
     cppclass CVocabulary "mullama::Vocabulary":
         CVocabulary(const Llg & llg)
         string read(const llama_vocab * vocab) except +

@@ -25,7 +25,9 @@ def source_of(constraint: Constraint) -> tuple[str, str]:
     kind, text = constraint.kind, constraint.text
     for one in (text, *constraint.after, *constraint.triggers):
         _check_text(one)
-    if len(constraint.after) + len(constraint.triggers) > MAX_MARKS or not all((*constraint.after, *constraint.triggers)):
+    if len(constraint.after) + len(constraint.triggers) > MAX_MARKS or not all(
+        (*constraint.after, *constraint.triggers)
+    ):
         raise _refused(f"it may begin with at most {MAX_MARKS} texts, none of them empty")
     if kind is ConstraintKind.JSON_OBJECT:
         return "json_schema", _with_white_space('{"type":"object"}', {})
