@@ -6,13 +6,15 @@ Fields that nobody knows are ignored; those that would change the answer and are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
+from mullama.web.openai.sampling import range_schemas
 from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
+from mullama.web.openapi.operation import unbuilt_schemas
 
 #: What the API calls a field, by our name of it.
 NAMES = {"stop": "stop_sequences", "user": "metadata.user_id"}
@@ -36,10 +38,18 @@ class Block(msgspec.Struct):
     type: str
     text: str | None = None
 
+    field_schemas: ClassVar = {"type": {"enum": ["text", "thinking", "redacted_thinking"]}}
+    object_schema: ClassVar = {
+        "if": {"properties": {"type": {"const": "text"}}},
+        "then": {"properties": {"text": {"type": "string"}}, "required": ["text"]},
+    }
+
 
 class AnthropicMessage(msgspec.Struct):
     role: str
     content: str | list[Block]
+
+    field_schemas: ClassVar = {"role": {"enum": ["user", "assistant"]}}
 
 
 class Metadata(msgspec.Struct):
@@ -49,9 +59,11 @@ class Metadata(msgspec.Struct):
 class Thinking(msgspec.Struct):
     type: Literal["enabled", "disabled", "adaptive"]
 
+    field_schemas: ClassVar = {"type": {"enum": ["disabled", "adaptive"]}}
 
-class MessagesBody(msgspec.Struct, kw_only=True):
-    """``max_tokens`` is required but for ``count_tokens``. None leaves a default in place."""
+
+class CountBody(msgspec.Struct, kw_only=True):
+    """Of ``count_tokens``. None leaves a default in place."""
 
     model: str | None = None
     messages: list[AnthropicMessage] | None = None
@@ -71,6 +83,19 @@ class MessagesBody(msgspec.Struct, kw_only=True):
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     context_management: dict[str, Any] | None = None
+
+    field_schemas: ClassVar[dict[str, Any]] = {
+        "messages": {"minItems": 1},
+        "max_tokens": {"minimum": 1},
+        "temperature": {"minimum": 0, "maximum": MAX_TEMPERATURE},
+        **unbuilt_schemas(_UNBUILT),
+    }
+    required_fields: ClassVar[tuple[str, ...]] = ("messages",)
+
+
+class MessagesBody(CountBody, kw_only=True):
+    field_schemas: ClassVar = CountBody.field_schemas | range_schemas(("top_k", "top_p"))
+    required_fields: ClassVar = ("messages", "max_tokens")
 
 
 _decoder = msgspec.json.Decoder(MessagesBody)

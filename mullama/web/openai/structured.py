@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -23,6 +23,8 @@ class ResponseFormat(msgspec.Struct):
     type: str = "text"
     json_schema: SchemaFormat | None = None
     schema: dict[str, Any] | bool | None = None  # llama-server's
+
+    field_schemas: ClassVar = {"type": {"enum": ["text", "json_object", "json_schema"]}}
 
 
 class StructuredOutputs(msgspec.Struct):
