@@ -23,7 +23,7 @@ constexpr size_t COMPILE_STACK = 256u << 20; // bytes of address space: the libr
 constexpr size_t TOKENIZED_AT_ONCE = 512;    // bytes: some vocabularies are split by a regex that recurses
 constexpr char SPECIAL = '\xff';             // the library's mark of a token that is no text
 
-// The library may tokenise in any thread; who asks it to says by which vocabulary. None: nothing is foreseen then.
+// The library may tokenise in any thread; who asks it to says by which vocabulary. None: byte by byte.
 inline thread_local const llama_vocab * spoken = nullptr;
 
 // Append the tokens of a piece of text that give exactly these bytes. False: there are none.
@@ -58,22 +58,6 @@ inline bool tokens_exactly(const llama_vocab * vocab, std::string_view text, std
     return false;
 }
 
-inline size_t tokenize_for_llg(const void *, const uint8_t * bytes, size_t n, uint32_t * out, size_t most) noexcept {
-    std::vector<uint32_t> found;
-    std::string_view text((const char *) bytes, n);
-    while (!text.empty() && spoken != nullptr) {
-        size_t size = std::min(text.size(), TOKENIZED_AT_ONCE);
-        while (size < text.size() && size > 1 && (text[size] & 0xC0) == 0x80) --size; // not within a character
-        if (!tokens_exactly(spoken, text.substr(0, size), found)) {
-            found.clear();
-            break;
-        }
-        text.remove_prefix(size);
-    }
-    std::copy_n(found.begin(), std::min(most, found.size()), out);
-    return found.size();
-}
-
 // The tokens of a vocabulary as the library wants them; depends on no model once it is made.
 class Vocabulary {
   public:
@@ -105,6 +89,7 @@ class Vocabulary {
             } else {
                 bytes.append(word.data(), size);
             }
+            if (is_text && size == 1) of_byte[(uint8_t) word[0]] = id;
             lengths.push_back(size + !is_text);
             if (is_end) ends.push_back(id);
         }
@@ -114,7 +99,8 @@ class Vocabulary {
         init.end = ends.empty() ? 0xFFFFFFFFu : ends[0];
         init.lengths = lengths.data();
         init.bytes = (const uint8_t *) bytes.data();
-        init.tokenize = tokenize_for_llg;
+        init.tokenize = tokenize;
+        init.user = this;
         if (ends.size() > 1) {
             init.more_ends = ends.data() + 1;
             init.n_more_ends = (uint32_t) ends.size() - 1;
@@ -127,6 +113,29 @@ class Vocabulary {
     const Llg & llg;
     void * tokenizer = nullptr;
     uint32_t n_tokens = 0;
+
+  private:
+    // What the model would make of a text, as far as that is known; all of its bytes have to be there.
+    static size_t tokenize(const void * user, const uint8_t * bytes, size_t n, uint32_t * out, size_t most) noexcept {
+        const Vocabulary & self = *(const Vocabulary *) user;
+        std::vector<uint32_t> found;
+        std::string_view text((const char *) bytes, n);
+        while (!text.empty()) {
+            size_t size = std::min(text.size(), TOKENIZED_AT_ONCE);
+            while (size < text.size() && size > 1 && (text[size] & 0xC0) == 0x80) --size; // not within a character
+            if (spoken == nullptr || !tokens_exactly(spoken, text.substr(0, size), found)) {
+                for (const char byte : text.substr(0, size)) {
+                    const int32_t token = self.of_byte[(uint8_t) byte];
+                    if (token >= 0) found.push_back(token);
+                }
+            }
+            text.remove_prefix(size);
+        }
+        std::copy_n(found.begin(), std::min(most, found.size()), out);
+        return found.size();
+    }
+
+    std::vector<int32_t> of_byte = std::vector<int32_t>(256, -1);
 };
 
 using VocabularyPtr = std::shared_ptr<Vocabulary>;

@@ -170,8 +170,10 @@ def _refusal(constraint, reason):
     if reason == "busy":
         return QueueFull("too many constraints are being compiled", retry_after=1)
     if reason == "slow":
-        reason = f"it takes longer than {MOST_MS / 1000:g} s to compile; make it simpler"
+        reason = "it takes too long to compile; make it simpler"
     words = {"json_object": "JSON object", "json_schema": "JSON schema", "regex": "regular expression",
              "choice": "list of choices", "lark": "grammar", "gbnf": "grammar"}
-    reason = " ".join(reason.split())[:400]
+    reason = " ".join(reason.replace("<non-verbose/>", "").split())[:400]
+    if reason == "NoExtensionBias":
+        reason = "this model has no tokens that it could begin with"
     return InvalidRequest(f"the {words[constraint.kind]} cannot be enforced: {reason}", param="constraint")

@@ -9,8 +9,8 @@ import msgspec
 from mullama.errors import InvalidRequest
 from mullama.types import Constraint, ConstraintKind
 
-MAX_TEXT = 1 << 20  # characters of a schema, expression or grammar
-MAX_GBNF = 1 << 16  # it is translated by Python code
+MAX_TEXT = 1 << 20  # characters of a schema, or a list of choices
+MAX_GRAMMAR = 1 << 16  # of an expression or a grammar: what becomes of their rules grows faster than they do
 MAX_DEPTH = 200  # brackets within brackets
 MAX_CHOICES = 10_000
 MAX_MARKS = 16  # texts that a constraint may begin with
@@ -35,6 +35,8 @@ def source_of(constraint: Constraint) -> tuple[str, str]:
         return "json_schema", _schema(text)
     if kind is ConstraintKind.CHOICE:
         return "regex", _choices(text)
+    if len(text) > MAX_GRAMMAR:
+        raise _refused(f"it has {len(text)} characters; at most {MAX_GRAMMAR} are taken")
     _check_depth(text)
     if kind is ConstraintKind.REGEX:
         return "regex", text
@@ -120,8 +122,6 @@ def _literal(char: str) -> str:
 def _lark_of_gbnf(text: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
-    if len(text) > MAX_GBNF:
-        raise _refused(f"it has {len(text)} characters; at most {MAX_GBNF} of GBNF are taken")
     try:
         return gbnf_to_lark(text)
     except RecursionError:
