@@ -66,7 +66,7 @@ class Messages(_Route):
 
         def whole(replies: list[Reply]) -> dict[str, Any]:
             ((text, finish),) = ((reply.text, reply.finish) for reply in replies)
-            answer = _message(opened.group, [{"type": "text", "text": text}], _usage(opened.group, finish))
+            answer = _message(opened.group, [_text_block(text)], _usage(opened.group, finish))
             return answer | _stop(finish) | (profile_fields([finish]) if with_profile else {})
 
         chunks = partial(MessageEvents, opened, with_profile=with_profile)
@@ -101,7 +101,7 @@ class MessageEvents(StreamFormat):
         """What cached KV saved is known only in the end; until then the whole prompt counts as read."""
         usage = {"input_tokens": self._group.prompt_lengths[0], "output_tokens": 0}
         message = _message(self._group, [], usage) | {"stop_reason": None, "stop_sequence": None}
-        block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+        block = {"type": "content_block_start", "index": 0, "content_block": _text_block("")}
         return _event({"type": "message_start", "message": message}) + _event(block)
 
     def text(self, index: int, text: str) -> bytes:
@@ -111,7 +111,7 @@ class MessageEvents(StreamFormat):
         return self._head, b"}}\n\n"
 
     def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
-        delta = {"type": "message_delta", "delta": _stop(finish), "usage": _usage(self._group, finish)}
+        delta = {"type": "message_delta", "delta": _stop(finish), "usage": _usage(self._group, finish) | _NOT_THERE}
         if self._with_profile:
             delta |= profile_fields([finish])
         stop = _event({"type": "content_block_stop", "index": 0})
@@ -132,8 +132,14 @@ def _message(group: Group, content: list[dict[str, Any]], usage: dict[str, Any])
         "role": "assistant",
         "model": group.model,
         "content": content,
-        "usage": usage,
+        "stop_details": None,
+        "container": None,
+        "usage": usage | _NOT_THERE,
     }
+
+
+def _text_block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "citations": None}
 
 
 def _stop(finish: Finish) -> dict[str, Any]:
@@ -142,6 +148,12 @@ def _stop(finish: Finish) -> dict[str, Any]:
     if finish.stop_string is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": finish.stop_string}
     return {"stop_reason": "end_turn", "stop_sequence": None}
+
+
+#: Members of ``usage`` that its clients' types have: nothing here is of several kinds, places or tiers.
+_NOT_THERE = dict.fromkeys(
+    ("cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier")
+)
 
 
 def _usage(group: Group, finish: Finish) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _cut(
 def _choice(index: int, reply: Reply) -> dict[str, Any]:
     return {
         "index": index,
-        "message": {"role": "assistant", "content": reply.text},
+        "message": {"role": "assistant", "content": reply.text, "refusal": None, "annotations": []},
         "logprobs": None,
         "finish_reason": reply.finish.reason,
     }

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
-from mullama.web.http.request import Request
+from mullama.web.http.request import PERMIT, Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
-from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, policy_for
+from mullama.web.keys.rate_limits import Permit
+from mullama.web.openai.context_policy import USUAL_COMPLETION, ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.openai.structured import constrains
 from mullama.web.services import FEW_BIASES, Services
@@ -122,6 +123,11 @@ class Opening:
         translate: Callable[[Any], list[int]] | None = None,
     ) -> Group:
         """The generations, submitted. The group takes over the lease. Raises what ``Group.submit`` raises."""
+        most = min(self.options.sampling.max_tokens or USUAL_COMPLETION, self.limits.n_ctx)
+        n_prompt = sum(map(len, prompts))
+        permit: Permit | None = self._req.scope.get(PERMIT)
+        most *= self.options.n * len(prompts)
+        reservation = None if permit is None else permit.reserve(n_prompt, most)
         group = Group(
             self._services,
             self._lease,
@@ -129,12 +135,13 @@ class Opening:
             model=SEPARATOR.join((self._call.model, *self._named)),
             endpoint=endpoint,
             prompts=prompts,
-            options=self.options.of_tenant(self._req.tenant),
+            options=self.options.of_client(self._req.tenant, self._req.key),
             prepared=self._prepared,
             arrival_ns=self._req.arrival_ns,
             context_shift=self.policy is ContextPolicy.SHIFT,
             lora=uses_of(self._named, self._call.body.lora),
             translate=translate,
+            reservation=reservation,
         )
         await group.submit()
         self._services.keep_alive(self._call.model, self._keep_alive_s)  # of a request that was not refused
