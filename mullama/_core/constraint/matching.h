@@ -207,16 +207,25 @@ using MatchingPtr = std::shared_ptr<Matching>;
 // Works masks out while the graph runs. Its thread begins with the first one.
 class MaskWorker {
   public:
+    MaskWorker() = default;
+    MaskWorker(const MaskWorker &) = delete;
     ~MaskWorker() { close(); }
 
     void close() {
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            ending = true;
+        Shared * const mine = shared;
+        shared = nullptr;
+        if (mine == nullptr) return;
+        if (pid != getpid()) { // a child of the process, which has the memory but not the thread
+            thread.detach();
+            return;
         }
-        wake.notify_one();
-        if (!thread.joinable()) return;
-        pid == getpid() ? thread.join() : thread.detach(); // a child of the process does not have it
+        {
+            std::lock_guard<std::mutex> lock(mine->mutex);
+            mine->ending = true;
+        }
+        mine->wake.notify_one();
+        thread.join();
+        delete mine;
     }
 
     // Engine thread: to be worked out from the next `start` on.
@@ -227,38 +236,43 @@ class MaskWorker {
 
     void start() {
         if (next.empty()) return;
+        if (shared == nullptr) {
+            shared = new Shared;
+            pid = getpid();
+            thread = std::thread(run, shared);
+        }
         {
-            std::lock_guard<std::mutex> lock(mutex);
-            queue.insert(queue.end(), next.begin(), next.end());
+            std::lock_guard<std::mutex> lock(shared->mutex);
+            shared->queue.insert(shared->queue.end(), next.begin(), next.end());
         }
         next.clear();
-        if (!thread.joinable()) {
-            pid = getpid();
-            thread = std::thread([this] { run(); });
-        }
-        wake.notify_one();
+        shared->wake.notify_one();
     }
 
   private:
-    void run() {
+    struct Shared {
+        std::mutex mutex;
+        std::condition_variable wake;
+        std::vector<MatchingPtr> queue;
+        bool ending = false;
+    };
+
+    static void run(Shared * shared) {
         std::vector<MatchingPtr> mine;
         while (true) {
             mine.clear();
             {
-                std::unique_lock<std::mutex> lock(mutex);
-                wake.wait(lock, [this] { return ending || !queue.empty(); });
-                if (ending) return;
-                mine.swap(queue);
+                std::unique_lock<std::mutex> lock(shared->mutex);
+                shared->wake.wait(lock, [shared] { return shared->ending || !shared->queue.empty(); });
+                if (shared->ending) return;
+                mine.swap(shared->queue);
             }
             for (const MatchingPtr & one : mine) one->work_if_queued();
         }
     }
 
     std::vector<MatchingPtr> next;
-    std::mutex mutex;
-    std::condition_variable wake;
-    std::vector<MatchingPtr> queue;
-    bool ending = false;
+    Shared * shared = nullptr;
     std::thread thread;
     pid_t pid = 0;
 };
