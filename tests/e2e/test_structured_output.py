@@ -27,12 +27,16 @@ def client(server: ServerProcess) -> openai.OpenAI:
 
 
 def test_parse_with_pydantic(client: openai.OpenAI) -> None:
-    for seed in range(3):
-        answer = client.chat.completions.parse(
-            model=NAME, messages=ASK, response_format=River, seed=seed, max_tokens=300, n=2
-        )
-        for choice in answer.choices:
-            assert choice.finish_reason == "length" or isinstance(choice.message.parsed, River)
+    n_parsed = 0
+    for seed in range(4):
+        try:
+            answer = client.chat.completions.parse(
+                model=NAME, messages=ASK, response_format=River, seed=seed, max_tokens=400, n=2
+            )
+        except openai.LengthFinishReasonError:  # a small model may count rivers for ever
+            continue
+        n_parsed += sum(isinstance(choice.message.parsed, River) for choice in answer.choices)
+    assert n_parsed
 
 
 def test_json_object_streamed_and_not(client: openai.OpenAI) -> None:

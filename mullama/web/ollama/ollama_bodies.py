@@ -27,8 +27,8 @@ from mullama.web.openai.schemas import (
     decode_body,
     unbuilt,
 )
-from mullama.web.openai.structured import ResponseFormat
 from mullama.web.openapi.operation import unbuilt_schemas
+from mullama.web.structured import ResponseFormat
 
 #: What the API calls a field, by our name of it.
 NAMES = {

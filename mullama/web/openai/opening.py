@@ -19,9 +19,9 @@ from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
 from mullama.web.keys.rate_limits import Permit
 from mullama.web.openai.context_policy import USUAL_COMPLETION, ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
-from mullama.web.openai.structured import constrains
 from mullama.web.services import FEW_BIASES, Services
 from mullama.web.stream.generations import Group
+from mullama.web.structured import constrains
 from mullama.web.work import Errand
 
 T = TypeVar("T")

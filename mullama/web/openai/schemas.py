@@ -23,12 +23,13 @@ from mullama.errors import InvalidRequest
 from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ModelInfo, Preempt, SamplingParams
+from mullama.web import structured
 from mullama.web.internal.lora_routes import LoraBody, split_name
 from mullama.web.keys.key_ring import Key
-from mullama.web.openai import sampling, structured
+from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
-from mullama.web.openai.structured import ResponseFormat, StructuredOutputs, constrains, constraint_of
+from mullama.web.structured import ResponseFormat, StructuredOutputs, constrains, constraint_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
