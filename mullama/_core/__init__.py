@@ -11,6 +11,7 @@ model      weights, vocabulary, chat template; a llama.cpp context and its limit
 constraint grammars of llguidance, and what holds texts to them
 sampling   SamplingParams to a sampler chain
 lora       LoRA adapters, and the sets of them that sequences use
+embedding  vectors of prompts: several prompts a ubatch
 kernels    ways of computing products of weights; llama.cpp's quantisation; both for processes of their own
 testing    for tests only: parts of the core alone
 
@@ -28,6 +29,7 @@ from mullama._core.compute.governor import Governor
 from mullama._core.constraint.grammars import library as constraint_library
 from mullama._core.core.core import FINISH, TEXT, Core
 from mullama._core.core.parking import Parked
+from mullama._core.embedding.embedder import Embedder
 from mullama._core.kernels.quantization import quantize, quantize_types
 from mullama._core.kv.cells import Cells
 from mullama._core.lora.adapters import Adapter
@@ -49,6 +51,7 @@ __all__ = [
     "Context",
     "Core",
     "Divergence",
+    "Embedder",
     "Governor",
     "Model",
     "Page",
