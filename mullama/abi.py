@@ -29,7 +29,7 @@ SLOT_STATES = {0: "free", 1: "retained", 2: "prefill", 3: "decode", 4: "done"}
 KV_SOURCES = {0: "none", 1: "in_place", 2: "copy", 3: "host", 4: "disk"}
 FINISH_REASONS = {0: "none", 1: "stop", 2: "length", 3: "cancelled", 4: "error"}
 CORE_ERRORS = {  # why one ended with "error"
-    1: "not_finite", 2: "sampler", 3: "decode", 4: "no_kv", 5: "adapter", 6: "no_token",
+    1: "not_finite", 2: "sampler", 3: "decode", 4: "no_kv", 5: "adapter", 6: "constraint", 7: "no_token",
 }  # fmt: skip
 SITES = {
     1: "OPEN", 2: "PLAN", 3: "UBATCH_BEGIN", 4: "UBATCH_END", 5: "SAMPLE", 6: "FINISH", 7: "CLOSE", 8: "MOVE",

@@ -93,7 +93,8 @@ class Services:
     async def prepared(self, errand: Errand, engine: EngineClient, sampling: SamplingParams) -> Any:
         """What opening a request costs, in the pool where that is more than nothing (see EngineClient.prepare)."""
         n = len(sampling.logit_bias) + len(sampling.allowed_token_ids) + len(sampling.stop_token_ids)
-        if sampling.dry_multiplier <= 0 and not sampling.bad_words and n <= FEW_BIASES:
+        is_cheap = sampling.dry_multiplier <= 0 and not sampling.bad_words and sampling.constraint is None
+        if is_cheap and n <= FEW_BIASES:
             return None
         return await errand.run(True, partial(engine.prepare, sampling))
 

@@ -180,6 +180,7 @@ def test_every_sampling_parameter_can_be_set() -> None:
         "logprobs_mode": "processed_logprobs",
         "prompt_logprobs": 2,
         "return_token_ids": True,
+        "guided_regex": "[0-9]+",
     }
     params = completion(json.dumps({"prompt": "x"} | body).encode())[0].sampling
     unset = [
@@ -187,7 +188,7 @@ def test_every_sampling_parameter_can_be_set() -> None:
         for field in dataclasses.fields(SamplingParams)
         if getattr(params, field.name) == getattr(SamplingParams(), field.name)
     ]
-    assert unset == ["constraint"]
+    assert unset == []
     assert params.repeat_penalty == 1.5
     assert params.logit_bias == ((5, -100.0), (7, 1.5))
     assert params.stop == ("end",)

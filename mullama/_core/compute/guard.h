@@ -16,7 +16,8 @@ enum CoreError : int {
     CORE_DECODE        = 3, // llama_decode failed for good
     CORE_NO_KV         = 4, // no room in the KV cache
     CORE_ADAPTER       = 5, // an adapter of the request is gone
-    CORE_NO_TOKEN      = 6, // the request lets no token come
+    CORE_CONSTRAINT    = 6, // the text cannot be held to its constraint any more
+    CORE_NO_TOKEN      = 7, // the request lets no token come
     CORE_EXCEPTION     = 100,
 };
 

@@ -3,7 +3,7 @@
 //
 // Slot i is llama.cpp's sequence id i. The law of the KV bookkeeping: cells [0, n_past) of a slot hold the KV of its
 // tokens [0, n_past). While a slot decodes, tokens has one more entry: the token that was sampled last and is computed
-// in the next step.
+// in the next step; and some more where a grammar forced what comes behind it.
 //
 //     tokens   |0 ....... prompt ....... n_prompt)[ ... generated ... | last)
 //     in KV    |0 .......................................... n_past)
@@ -14,6 +14,7 @@
 #include "../../abi.h"
 #include "compute.h"
 #include "guard.h"
+#include "matching.h"
 #include "adapters.h"
 #include "output.h"
 #include "rules.h"
@@ -68,6 +69,7 @@ struct Slot {
     int32_t  top_k_first = 0;        // > 0: the chain looks at the k largest only, so only those are built
     std::vector<llama_logit_bias> bias;
     TokenRules rules;
+    MatchingPtr matching;            // what the text is held to; none: it is free
 
     TokenReport report;
     int32_t n_scored = 0;            // tokens of the prompt whose log-probabilities are told; the first has none
@@ -86,7 +88,7 @@ struct Slot {
 
     // Whether the logits of its next token are written over before it is chosen.
     bool edits_logits() const {
-        return ignore_eos || n_generated < min_tokens || !bias.empty() || rules.edits();
+        return ignore_eos || n_generated < min_tokens || !bias.empty() || rules.edits() || matching != nullptr;
     }
 
     void end_request() {
@@ -97,6 +99,7 @@ struct Slot {
         bias.clear();
         rules = TokenRules();
         report = TokenReport();
+        matching.reset();
         gate = TextGate();
         pending_text.clear();
         lora.reset();

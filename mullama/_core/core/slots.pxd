@@ -10,6 +10,7 @@ from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.constraint.grammars cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr
 from mullama._core.compute.compute cimport Compute, Guard
 from mullama._core.llama cimport *
@@ -50,6 +51,7 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         int32_t n_scored
         int32_t stop_token
         LoraSetPtr lora
+        MatchingPtr matching
         TextGate gate
         string pending_text
         mullama_row row

@@ -28,10 +28,12 @@ from mullama.web.openai.schemas import (
     unbuilt,
 )
 from mullama.web.openapi.operation import unbuilt_schemas
+from mullama.web.structured import ResponseFormat
 
 #: What the API calls a field, by our name of it.
 NAMES = {
     "max_tokens": "options.num_predict",
+    "response_format": "format",
     **{
         name: f"options.{name}"
         for name in (
@@ -45,7 +47,6 @@ LATEST = ":latest"  # the tag that a name without one has there
 
 _UNBUILT = {
     "tools": "tool calls",
-    "format": "constrained outputs",
     "think": "thoughts apart from the answer",
     "logprobs": "log-probabilities",
     "top_logprobs": "log-probabilities",
@@ -94,7 +95,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     top_logprobs: int | None = None
 
     field_schemas: ClassVar[dict[str, Any]] = {
-        **unbuilt_schemas({name: _UNBUILT[name] for name in ("format", "think", "logprobs", "top_logprobs")}),
+        **unbuilt_schemas({name: _UNBUILT[name] for name in ("think", "logprobs", "top_logprobs")}),
         "keep_alive": DURATION_SCHEMA,
         "model": {"minLength": 1},
     }
@@ -208,7 +209,24 @@ def _fields(body: CommonBody, name: str) -> dict[str, Any]:
         n_predict = None  # -1: no limit; -2: until the context is full
     if n_predict == 0:
         raise InvalidRequest("options.num_predict: it must be at least 1, or -1", param="options.num_predict")
-    return {"model": name, "max_tokens": n_predict, "keep_alive": body.keep_alive, **given}
+    return {
+        "model": name,
+        "max_tokens": n_predict,
+        "keep_alive": body.keep_alive,
+        "response_format": _format(body.format),
+        **given,
+    }
+
+
+def _format(given: str | dict[str, Any] | None) -> ResponseFormat | None:
+    """``json``, or a JSON schema."""
+    if not given:
+        return None
+    if isinstance(given, dict):
+        return ResponseFormat("json_schema", schema=given)
+    if given != "json":
+        raise InvalidRequest("format: it must be json or a JSON schema", param="format")
+    return ResponseFormat("json_object")
 
 
 def _refuse_unbuilt(body: CommonBody) -> None:
