@@ -15,7 +15,7 @@ from mullama import abi, types
 from mullama._core import Model
 from mullama._core.testing.gate import logits_of, score
 from mullama.errors import InvalidRequest
-from mullama.types import SamplingParams, TokenScore
+from mullama.types import Constraint, ConstraintKind, SamplingParams, TokenScore
 
 PROMPT = "some words, some words, and a few more of them"
 NEAR = 1e-4
@@ -264,3 +264,32 @@ def test_what_is_refused(core: Driver, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as refused:
         core.open(PROMPT, sampled(**wrong))
     assert refused.value.param == next(iter(wrong))
+
+
+@pytest.mark.parametrize(
+    "told", [{"logprobs": 3}, {"logprobs": 3, "logprobs_mode": "processed"}, {"return_token_ids": True}]
+)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 40}, {"bad_words": ("ab",)}], ids=str)
+def test_tokens_that_a_constraint_forces(
+    core: Driver, model: Model, told: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Each is told like any other, of the row that stood before it, and the text stays what it was."""
+    constraint = Constraint(ConstraintKind.REGEX, "[abc]{2}forced text[0-9]{3}")
+    params = sampled(60, constraint=constraint, ignore_eos=False, **options)
+    free = core.generate(PROMPT, params)
+    output = core.generate(PROMPT, replaced(params, **told), slot=1)
+    assert free.reason == "stop" and (output.text, output.tokens) == (free.text, free.tokens)
+    assert [one.token for one in output.scores] == output.tokens
+    rows = expected(model, [*output.prompt, *output.tokens])
+    at = 0
+    for i, one in enumerate(output.scores):
+        is_forced = at >= 2 and at + len(one.piece) <= 2 + len("forced text")
+        at += len(one.piece)
+        if "logprobs" not in told:
+            assert one.rank == 0
+        elif "logprobs_mode" not in told:
+            check(one, rows[len(output.prompt) + i - 1], 3, model)
+        elif is_forced:
+            assert (one.logprob, one.rank, one.top) == (0.0, 1, ((one.token, one.piece, 0.0),))
+        else:
+            assert len(one.top) in (2, 3) and all(piece.isalnum() for _, piece, _ in one.top)

@@ -388,7 +388,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         bad_words=sampling.bad_words(body.bad_words),
         allowed_token_ids=sampling.token_ids("allowed_token_ids", body.allowed_token_ids, info),
         logprobs=0 if n > n_shown and wish.n_top is None else wish.n_top,
-        prompt_logprobs=wish.n_prompt_scored,
+        prompt_logprobs=None if wish is NOTHING else wish.n_prompt_scored,
         return_token_ids=wish.ids,
         constraint=constraint,
     )
@@ -414,12 +414,14 @@ def _wish_of(body: GenerationBody) -> TokenWish:
     """What is to be told of tokens. Raises InvalidRequest."""
     top: int | bool | None = None
     if isinstance(body, CompletionBody):
-        top = sampling.log_probabilities("logprobs", body.logprobs)
+        top = None if body.logprobs is None else sampling.log_probabilities("logprobs", body.logprobs)
     elif isinstance(body, ChatBody):
-        top = sampling.log_probabilities("top_logprobs", body.top_logprobs)
+        top = None if body.top_logprobs is None else sampling.log_probabilities("top_logprobs", body.top_logprobs)
         if top and not body.logprobs:
             raise InvalidRequest("top_logprobs: it needs logprobs to be true", param="top_logprobs")
         top = (top or 0) if body.logprobs else None
+    if top is None and body.prompt_logprobs is None and not body.return_token_ids:
+        return NOTHING  # PERF: most requests
     return TokenWish(
         n_top=top,
         n_prompt=sampling.log_probabilities("prompt_logprobs", body.prompt_logprobs),
