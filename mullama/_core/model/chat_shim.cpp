@@ -1,6 +1,10 @@
 #include "chat_shim.h"
 
+#include "answer_parser.h"
+
 #include "chat.h"
+#include "chat-peg-parser.h"
+#include "json-schema-to-grammar.h"
 #include "log.h"
 
 #include <algorithm>
@@ -50,20 +54,10 @@ static bool too_deep(const std::string & json) {
     return false;
 }
 
-bool ChatTemplate::apply(const std::string & messages_json, bool add_generation_prompt, std::string & prompt,
-                         std::string & error) const noexcept {
+// Run `work`, which may throw anything. False, with the reason in `error`.
+template <typename Work> static bool guarded(std::string & error, Work work) noexcept {
     try {
-        if (too_deep(messages_json)) {
-            error = "they are nested too deeply";
-            return false;
-        }
-        common_chat_templates_inputs inputs;
-        inputs.messages = common_chat_msgs_parse_oaicompat(common_json::parse(messages_json));
-        inputs.add_generation_prompt = add_generation_prompt;
-        inputs.use_jinja = !impl->is_named;
-        // The prompt alone is wanted: skip the analysis of tool-call formats.
-        inputs.force_pure_content = true;
-        prompt = common_chat_templates_apply(impl->templates.get(), inputs).prompt;
+        work();
         return true;
     } catch (const std::exception & e) {
         error = e.what();
@@ -72,6 +66,100 @@ bool ChatTemplate::apply(const std::string & messages_json, bool add_generation_
     }
     return false;
 }
+
+bool ChatTemplate::apply(const std::string & messages_json, bool add_generation_prompt, std::string & prompt,
+                         std::string & error) const noexcept {
+    return guarded(error, [&] {
+        if (too_deep(messages_json)) throw std::runtime_error("they are nested too deeply");
+        common_chat_templates_inputs inputs;
+        inputs.messages = common_chat_msgs_parse_oaicompat(common_json::parse(messages_json));
+        inputs.add_generation_prompt = add_generation_prompt;
+        inputs.use_jinja = !impl->is_named;
+        // The prompt alone is wanted: skip the analysis of tool-call formats.
+        inputs.force_pure_content = true;
+        prompt = common_chat_templates_apply(impl->templates.get(), inputs).prompt;
+    });
+}
+
+// While it lives, this thread's parsers are built without grammars, and with `parameters` in place of the functions' own.
+class BuiltWith {
+  public:
+    explicit BuiltWith(const std::map<std::string, common_json> & parameters) {
+        common_grammar_set_wanted(false);
+        common_chat_set_tool_parameters(&parameters);
+    }
+    ~BuiltWith() {
+        common_chat_set_tool_parameters(nullptr);
+        common_grammar_set_wanted(true);
+    }
+    BuiltWith(const BuiltWith &) = delete;
+    BuiltWith & operator=(const BuiltWith &) = delete;
+};
+
+// Calls in the form that most models write when a prompt shows them how, whatever their template knows.
+static common_peg_arena generic_parser(const common_chat_params & params, const common_json & tools, const ChatAsk & ask) {
+    return build_chat_peg_parser([&](common_chat_peg_builder & p) {
+        auto reasoning = p.eps();
+        if (params.supports_thinking && !params.thinking_end_tags.empty()) {
+            const auto & end = params.thinking_end_tags.front();
+            reasoning = p.optional(p.optspace(params.thinking_start_tag) + p.reasoning(p.until(end)) + p.optspace(end));
+        }
+        const auto calls = p.standard_json_tools("<tool_call>", "</tool_call>", tools, ask.parallel, ask.must_call);
+        return p.prefix(params.generation_prompt, params.thinking_start_tag)
+               << reasoning + p.content(p.until("<tool_call>")) + calls + p.end();
+    });
+}
+
+bool ChatTemplate::open(const ChatAsk & ask, ChatOpened & opened, std::string & error) const noexcept {
+    return guarded(error, [&] {
+        for (const auto * json : { &ask.messages, &ask.tools, &ask.parameters, &ask.arguments }) {
+            if (too_deep(*json)) throw std::runtime_error("they are nested too deeply");
+        }
+        common_chat_templates_inputs inputs;
+        inputs.messages = common_chat_msgs_parse_oaicompat(common_json::parse(ask.messages));
+        inputs.add_generation_prompt = ask.add_generation_prompt;
+        inputs.use_jinja = !impl->is_named;
+        inputs.enable_thinking = ask.thinks;
+        inputs.reasoning_format = COMMON_REASONING_FORMAT_AUTO;
+        inputs.parallel_tool_calls = ask.parallel;
+        inputs.tool_choice = !ask.may_call  ? COMMON_CHAT_TOOL_CHOICE_NONE
+                             : ask.must_call ? COMMON_CHAT_TOOL_CHOICE_REQUIRED
+                                             : COMMON_CHAT_TOOL_CHOICE_AUTO;
+        std::map<std::string, common_json> parameters;
+        common_json tools = common_json::array();
+        if (!ask.tools.empty()) {
+            tools = common_json::parse(ask.tools);
+            for (const auto & [name, value] : common_json::parse(ask.parameters).items()) parameters[name] = value;
+            if (!ask.is_generic) inputs.tools = common_chat_tools_parse_oaicompat(tools);
+        }
+        if (!ask.arguments.empty()) {
+            for (const auto & [name, value] : common_json::parse(ask.arguments).items()) {
+                inputs.chat_template_kwargs[name] = value.dump();
+            }
+        }
+        const BuiltWith built(parameters);
+        auto params = common_chat_templates_apply(impl->templates.get(), inputs);
+        auto format = std::make_shared<AnswerFormat>();
+        const bool has_calls = ask.is_generic && ask.may_call && !tools.empty();
+        format->form = params.format;
+        format->prefix = inputs.use_jinja ? params.generation_prompt : "";
+        format->parser = has_calls ? generic_parser(params, tools, ask) : std::move(params.parser);
+        format->find_delimiters();
+        common_json facts = {
+            { "stops", params.additional_stops },
+            { "shown", params.preserved_tokens },
+            { "thinking_start", params.thinking_start_tag },
+            { "thinking_ends", params.thinking_end_tags },
+            { "supports_thinking", params.supports_thinking },
+            { "generation_prompt", params.generation_prompt },
+        };
+        opened.facts = facts.dump();
+        opened.prompt = std::move(params.prompt);
+        opened.format = std::move(format);
+    });
+}
+
+std::map<std::string, bool> ChatTemplate::caps() const { return common_chat_templates_get_caps(impl->templates.get()); }
 
 std::string ChatTemplate::source() const { return common_chat_templates_source(impl->templates.get()); }
 

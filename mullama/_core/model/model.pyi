@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
+from mullama._core.model.answers import AnswerFormat
 from typing import Any
 
 def init_backend() -> None: ...
@@ -44,4 +45,19 @@ class Model:
     def detokenize_bytes(self, tokens: Iterable[int], *, special: bool = False) -> bytes: ...
     def piece(self, token: int, *, special: bool = False) -> bytes: ...
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
+    def open_chat(
+        self,
+        messages_json: bytes,
+        *,
+        tools: bytes = b"",
+        parameters: bytes = b"",
+        arguments: bytes = b"",
+        add_generation_prompt: bool = True,
+        thinks: bool = True,
+        may_call: bool = True,
+        must_call: bool = False,
+        parallel: bool = True,
+        is_generic: bool = False,
+    ) -> tuple[str, AnswerFormat]: ...
+    def chat_caps(self) -> dict[str, bool]: ...
     def chat_template(self) -> str: ...
