@@ -51,6 +51,7 @@ GROUPS = {
     "kv_tokens": "KV cache",
     "scheduler": "Scheduling",
     "deterministic": "Computing",
+    "temperature": "Sampling",
     "gpu_layers": "GPUs",
     "api_key": "Keys and clients",
     "profile_log": "Logs, events and pages",
@@ -76,6 +77,11 @@ class ServeConfig:
     lora: list[str] = option(
         [], "LoRA adapter for the models that it fits, as NAME=PATH of a GGUF file; repeatable", metavar="NAME=PATH"
     )
+    alias: list[str] = option(
+        [], "further name of a served model, as ALIAS=NAME; repeatable", metavar="ALIAS=NAME", pattern=r"[^=]+=[^=]+"
+    )
+    any_model: bool = option(False, "answer requests for a model that is not served with the first one")
+    require_model: bool = option(False, "refuse requests that name no model; without it the first one answers")
     quant: str = option(
         "",
         "quantisation of models whose reference names no file, such as Q4_K_M; none: the reference's own",
@@ -210,6 +216,31 @@ class ServeConfig:
         metavar="TEMPLATE",
     )
 
+    temperature: float = option(
+        0.8, "temperature of requests that name none; 0 is greedy", minimum=0.0, maximum=2.0, metavar="NUMBER"
+    )
+    top_k: int = option(40, "top_k of requests that name none; 0: off", minimum=-1, maximum=_MANY)
+    top_p: float = option(0.95, "top_p of requests that name none", minimum=0.0, maximum=1.0, metavar="NUMBER")
+    min_p: float = option(0.05, "min_p of requests that name none", minimum=0.0, maximum=1.0, metavar="NUMBER")
+    repeat_penalty: float = option(
+        1.0, "repeat_penalty of requests that name none; 1: off", minimum=0.01, maximum=100.0, metavar="NUMBER"
+    )
+    presence_penalty: float = option(
+        0.0, "presence_penalty of requests that name none", minimum=-2.0, maximum=2.0, metavar="NUMBER"
+    )
+    frequency_penalty: float = option(
+        0.0, "frequency_penalty of requests that name none", minimum=-2.0, maximum=2.0, metavar="NUMBER"
+    )
+    max_tokens: int = option(
+        -1, "most tokens of an answer to requests that say none; -1: no limit", minimum=-1, maximum=_MANY, unit="tokens"
+    )
+    sampling: list[str] = option(
+        [],
+        "the same for one model, as 'NAME temperature=0.2 top_k=20'; a table of tables in a file; repeatable",
+        metavar="'NAME FIELD=VALUE …'",
+        pattern=r"\S+( \w+=\S+)+",
+    )
+
     gpu_layers: str = option(
         "auto", "layers on the GPU: auto (what fits) or a number", metavar="auto|N", pattern=r"auto|\d{1,4}"
     )
@@ -272,6 +303,8 @@ class ServeConfig:
             value = getattr(self, opt.name)
             if value != default_of(opt):
                 setattr(self, opt.name, _convert(opt, value, opt.name))
+        if self.any_model and self.require_model:
+            raise ConfigError("any_model and require_model contradict each other; give one", param="any_model")
         if self.deterministic and self.kv_layout == "unified":
             raise ConfigError(
                 "deterministic needs kv_layout streams; in unified the order of cells changes the last bits of sums",
@@ -430,6 +463,8 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
         if isinstance(value, str):
             parts = _list_of(value)
             value = parts if meta.get("secret") else [part for part in parts if part]
+        if isinstance(value, dict) and all(isinstance(table, dict) for table in value.values()):  # [sampling.NAME]
+            value = [" ".join([name, *(f"{key}={one}" for key, one in table.items())]) for name, table in value.items()]
         if not isinstance(value, list | tuple) or not all(isinstance(part, str) for part in value):
             raise ConfigError(f"{source}: expected a list of texts", param=opt.name)
         value = list(value)
@@ -443,8 +478,9 @@ def _convert(opt: Field[Any], value: Any, source: str) -> Any:
     if meta.get("secret"):
         return _keys(opt, value, source)
     pattern = meta.get("pattern")
-    if pattern and not re.fullmatch(pattern, value):
-        raise ConfigError(f"{source}: '{value}' does not fit; it must look like {meta['metavar']}", param=opt.name)
+    for one in value if isinstance(value, list) else [value]:
+        if pattern and not re.fullmatch(pattern, one):
+            raise ConfigError(f"{source}: '{one}' does not fit; it must look like {meta['metavar']}", param=opt.name)
     choices = meta.get("choices")
     if choices and value not in choices:
         raise ConfigError(f"{source}: '{value}' is not one of {', '.join(choices)}", param=opt.name)

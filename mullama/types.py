@@ -57,6 +57,16 @@ class MemoryLeft:
     alone: int
 
 
+class Pooling(enum.StrEnum):
+    """How the vectors of a text's tokens become the answer of an embedding model."""
+
+    MEAN = "mean"
+    CLS = "cls"  # the first token's
+    LAST = "last"
+    NONE = "none"  # all of them
+    RANK = "rank"  # numbers of the model's own head
+
+
 class SeqState(enum.StrEnum):
     """Where a sequence is in its life; the legal moves are in engine/requests/lifecycle.py."""
 

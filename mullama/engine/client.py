@@ -53,7 +53,9 @@ class Speaker(Protocol):
 
     def bytes_alone(self, data: bytes) -> list[int]: ...
 
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
+    def render_chat(
+        self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str: ...
 
 
 class KvClient(Protocol):
@@ -226,12 +228,15 @@ class EngineClient(Protocol):
         """``bos_token``, ``eos_token``, ``unk_token``, ``pad_token`` (their text, None where there is none) and
         ``chat_template``, the source of the template in use."""
 
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
         """The prompt of a chat, by the model's template (ChatML when it has none).
 
         ``messages_json`` is the JSON array of OpenAI messages. The GIL is released while it works.
         Tokenise the result itself with ``add_special=True`` (it knows which control tokens are only spelled by the
         messages, and stay text): a BOS that the vocabulary adds by itself is left out here.
+        ``continue_final_message``: the last one is the assistant's, and the prompt ends with its text.
         Raises InvalidRequest when the template refuses the messages.
         """
 

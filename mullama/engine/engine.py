@@ -34,7 +34,7 @@ from mullama.engine.planning.control import PlanningControl
 from mullama.engine.planning.policy_host import PolicyHost
 from mullama.engine.planning.steps import Steps
 from mullama.engine.requests import handover
-from mullama.engine.requests.chat_text import ChatText, ControlTokens
+from mullama.engine.requests.chat_text import ChatText, ControlTokens, Render, continuing
 from mullama.engine.requests.generation import AsyncGeneration, Inbox, SyncGeneration
 from mullama.engine.requests.intake import Intake
 from mullama.engine.requests.reader import Reader
@@ -266,11 +266,15 @@ class Engine:
             found[name] = model.piece(int(token), special=True).decode("utf-8", "replace") if known else None
         return found
 
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
         """The prompt of a chat; tokenise it with ``add_special=True``. Raises InvalidRequest."""
         self._commands.check_open()
         model = self.model
-        render = functools.partial(model.render_chat, add_generation_prompt=add_generation_prompt)
+        render: Render = functools.partial(model.render_chat, add_generation_prompt=add_generation_prompt)
+        if continue_final_message:
+            render = continuing(model.render_chat)
         if self.config.parse_special_content:
             return render(messages_json)
         known = self._control_tokens

@@ -21,13 +21,22 @@ from collections.abc import Callable, Iterable
 from typing import cast
 
 from mullama.engine.client import EngineClient
-from mullama.errors import ConfigError, LoadCancelled, ModelBusy, ModelNotFound, ModelNotLoaded, QueueFull, ShuttingDown
+from mullama.errors import (
+    ConfigError,
+    InvalidRequest,
+    LoadCancelled,
+    ModelBusy,
+    ModelNotFound,
+    ModelNotLoaded,
+    QueueFull,
+    ShuttingDown,
+)
 from mullama.files import counted
 from mullama.serving.budget import Budget
 from mullama.serving.idle import IdleWatch
 from mullama.serving.loads import Loader, Loads
 from mullama.serving.model_eviction import POLICIES, Evictor, ModelPolicy
-from mullama.serving.served_models import ServedModels
+from mullama.serving.served_models import Names, ServedModels
 from mullama.serving.sleepers import Sleepers
 from mullama.serving.states import Lease, ModelState, Resident, Served
 from mullama.types import MemoryLeft, SleepLevel
@@ -59,6 +68,7 @@ class ModelManager:
         find: Callable[[str], str | None] = lambda name: None,
         others: Callable[[], Iterable[tuple[str, str]]] | None = None,
         estimate: Callable[[str], int | None] = lambda reference: None,
+        names: Names | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.budget = Budget(max_models, memory_budget)
@@ -74,6 +84,7 @@ class ModelManager:
         self._find = find
         self._others = others
         self._estimate = estimate
+        self.names = names or Names()
         self._is_leaving = False
         self._lock = threading.RLock()  # names come from the threads that parse bodies
         for name, engine in engines:
@@ -114,14 +125,27 @@ class ModelManager:
             for first in self.served:
                 return first
             raise ModelNotFound("no model is served", param="model")
-        served = self.served.by_name.get(name) or self.served.in_any_case(name)
-        if served is not None:
-            return served
+        for one in dict.fromkeys((name, self.names.meant(name))):
+            served = self.served.by_name.get(one) or self.served.in_any_case(one)
+            if served is not None:
+                return served
+        name = self.names.meant(name)
         if len(name) <= 200 and (reference := self._find(name)) is not None:
             with self._lock:
                 return self.served.in_any_case(name) or self.add(name.lower(), reference, from_store=True)
         known = ", ".join(one.name for one in self.served) or "none"
         raise ModelNotFound(f"the model '{name[:200]}' is not served here; served models: {known}", param="model")
+
+    def asked(self, name: str | None) -> Served:
+        """What answers a request for ``name``. Raises ModelNotFound, InvalidRequest where it must name a model."""
+        if name is None and self.names.is_required:
+            raise InvalidRequest("model: it is missing; it must be the name of a served model", param="model")
+        try:
+            return self.get(name)
+        except ModelNotFound:
+            if not self.names.any_is_first:
+                raise
+            return self.get(None)
 
     def resolve(self, name: str | None) -> tuple[str, EngineClient]:
         """The served name and its engine. Raises ModelNotFound, ModelNotLoaded.

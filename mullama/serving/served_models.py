@@ -9,15 +9,46 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from mullama.engine.client import EngineClient
-from mullama.errors import EngineDead, ModelNotLoaded, MullamaError
+from mullama.errors import ConfigError, EngineDead, ModelNotLoaded, MullamaError
 from mullama.serving.budget import Budget
 from mullama.serving.states import Lease, ModelState, Resident, Served
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, frozen=True)
+class Names:
+    """Further names of served models, and what becomes of requests whose name is none.
+
+    ``aliases``: an alias in lower case, and the served name that it means.
+    """
+
+    aliases: dict[str, str] = field(default_factory=dict)
+    any_is_first: bool = False  # a name that is not served means the first model
+    is_required: bool = False  # a request without a name is refused
+
+    @classmethod
+    def of(cls, texts: Iterable[str], *, any_is_first: bool, is_required: bool) -> Names:
+        """``texts``: each ``ALIAS=NAME``. Raises ConfigError for an alias that is given twice."""
+        aliases: dict[str, str] = {}
+        for text in texts:
+            alias, _, name = text.partition("=")
+            if alias.lower() in aliases:
+                raise ConfigError(f"--alias: '{alias}' is given twice", param="alias")
+            aliases[alias.lower()] = name
+        return cls(aliases, any_is_first, is_required)
+
+    def meant(self, name: str) -> str:
+        return self.aliases.get(name.lower(), name) if self.aliases else name
+
+    def of_model(self, name: str) -> list[str]:
+        """The aliases of a served name."""
+        return [alias for alias, meant in self.aliases.items() if meant.lower() == name.lower()]
 
 
 class ServedModels:

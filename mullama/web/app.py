@@ -75,7 +75,7 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     _add_ollama(app, services)
     app.add_route("/apply-template", ApplyTemplate(services))
     app.add_route("/tokenizer_info", TokenizerInfo(services))
-    app.add_route("/props", Props(models))
+    app.add_route("/props", Props(models, services.defaults))
     app.add_route("/slots", Slots(models))
     app.add_route("/ready", Ready(models))
     app.add_route("/internal/models", ModelTable(services))

@@ -20,6 +20,7 @@ from mullama.serving.states import Lease
 from mullama.types import SamplingParams
 from mullama.web.http.listening import is_loopback
 from mullama.web.http.request import Request, read_body, until_disconnect
+from mullama.web.openai.sampling import SamplingDefaults
 from mullama.web.profile_log import ProfileLog
 from mullama.web.security import Security
 from mullama.web.work import Errand, Workers
@@ -56,6 +57,7 @@ class Services:
         self.models = models
         self.swaps = swaps or Swaps(models, _no_target, _no_engine)
         self.ping_seconds = ping_seconds
+        self.defaults = SamplingDefaults(config)
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
         self.security: Security | None = None  # of the app that serves them
         self.workers = Workers()

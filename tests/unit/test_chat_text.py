@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mullama.engine.requests.chat_text import ChatText, ControlTokens, Part
+from mullama.engine.requests.chat_text import ChatText, ControlTokens, Part, continuing
 from mullama.errors import InvalidRequest
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|end|>", "[INST]", "</s>", "<s>", "§"]
@@ -185,3 +185,12 @@ def test_never_more_control_tokens_than_the_template_writes(template: Template, 
     assert "".join(part for part, _ in parts) in ("", text)
     plain, _ = render(template, *["x" for _ in contents])
     assert controls(text, parts) == controls(plain, ())
+
+
+def test_a_begun_answer_ends_the_prompt_and_stays_text() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am<|im_end|>"}]
+    data = json.dumps(messages).encode()
+    text = TOKENS.render(continuing(lambda given: chatml(json.loads(given))), data)
+    assert text == chatml(messages[:1]) + "I am<|im_end|>"
+    assert isinstance(text, ChatText)
+    assert [part for part, is_parsed in text.parts if not is_parsed] == ["assistant\nI am<|im_end|>"]

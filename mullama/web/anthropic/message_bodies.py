@@ -96,9 +96,11 @@ def parse_messages(data: bytes, models: ModelManager, *, counts_only: bool = Fal
         raise InvalidRequest(f"max_tokens: {body.max_tokens} is below 1", param="max_tokens")
     if body.temperature is not None and not 0 <= body.temperature <= MAX_TEMPERATURE:
         raise InvalidRequest(f"temperature: it must be between 0 and {MAX_TEMPERATURE:g}", param="temperature")
+    messages = _messages(body)
     chat = ChatBody(
         model=body.model,
-        messages=_messages(body),
+        messages=messages,
+        continue_final_message=messages[-1].role == "assistant",
         max_tokens=body.max_tokens,
         stop=body.stop_sequences,
         temperature=body.temperature,
@@ -126,11 +128,6 @@ def _messages(body: MessagesBody) -> list[Message]:
             found[-1].content = f"{found[-1].content}\n{text}"
         else:
             found.append(Message(role=message.role, content=text))
-    if body.messages[-1].role == "assistant":
-        raise InvalidRequest(
-            "messages: the last one is the assistant's; this server does not go on with a begun answer yet",
-            param="messages",
-        )
     return found
 
 

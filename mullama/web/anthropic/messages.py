@@ -80,7 +80,7 @@ class CountTokens(_Route):
             between = errand.checkpoint if is_large else None
 
             def work() -> int:
-                return len(engine.prompt_tokens(engine.render_chat(chat.messages_json), between=between))
+                return len(engine.prompt_tokens(chat.render(engine, chat.messages_json), between=between))
 
             n_tokens = await errand.run(is_large, work)
             lease.release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -47,17 +48,15 @@ class AdapterBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 def split_name(name: str | None, models: ModelManager) -> tuple[str, tuple[str, ...]]:
     """``base+adapter+…`` as the served name and the adapters' ids. A served name that has a plus is itself first.
 
-    Raises ModelNotFound.
+    Raises ModelNotFound, InvalidRequest where a request must name its model.
     """
     if name is None or SEPARATOR not in name:
-        return models.get(name).name, ()
+        return models.asked(name).name, ()
     parts = name.split(SEPARATOR, MAX_NAMED + 1)
     for n in range(len(parts), 0, -1):
-        try:
+        with contextlib.suppress(ModelNotFound):
             return models.get(SEPARATOR.join(parts[:n])).name, tuple(parts[n:])
-        except ModelNotFound as error:
-            unknown = error
-    raise unknown
+    return models.asked(name).name, ()
 
 
 def uses_of(ids: Sequence[str], lora: Sequence[LoraBody] | None) -> tuple[LoraUse, ...]:

@@ -11,11 +11,13 @@ import orjson
 from mullama.engine.client import EngineClient
 from mullama.errors import QueueFull
 from mullama.installation import VERSION
+from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
 from mullama.types import SamplingParams
 from mullama.web.http.request import Request
 from mullama.web.internal.scheduler_routes import Internal
 from mullama.web.internal.views import scheduler_for_client
+from mullama.web.openai.sampling import SamplingDefaults
 from mullama.web.security import Access
 
 
@@ -24,13 +26,17 @@ class Props(Internal):
 
     access = Access.CLIENT
 
+    def __init__(self, models: ModelManager, sampling: SamplingDefaults) -> None:
+        super().__init__(models)
+        self._sampling = sampling
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """``?model=``; of a model that is loaded or asleep. Raises ModelNotFound, ModelNotLoaded."""
         with self._lease(req) as (name, engine):
             known, info = engine.vocabulary(), engine.info
             resp.data = orjson.dumps(
                 {
-                    "default_generation_settings": {"n_ctx": info.n_ctx, "params": _defaults()},
+                    "default_generation_settings": {"n_ctx": info.n_ctx, "params": self._defaults(name)},
                     "total_slots": info.n_parallel,
                     "model_alias": name,
                     **({"model_path": info.path} if req.is_operator else {}),
@@ -42,6 +48,10 @@ class Props(Internal):
                     "is_sleeping": self._models.get(name).state is ModelState.ASLEEP,
                 }
             )
+
+    def _defaults(self, name: str) -> dict[str, Any]:
+        """The parameters of a request that gives none, by the names that requests have."""
+        return asdict(SamplingParams()) | self._sampling.of(name)
 
 
 class Slots(Internal):
@@ -77,8 +87,3 @@ def _slots(engine: EngineClient, running: list[dict[str, Any]], shown: set[str])
             }
         rows.append(row)
     return rows
-
-
-def _defaults() -> dict[str, Any]:
-    """The parameters of a request that gives none, by the names that requests have."""
-    return asdict(SamplingParams())

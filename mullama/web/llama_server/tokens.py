@@ -19,7 +19,7 @@ from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
 from mullama.web.openai.sampling import check_tokens
-from mullama.web.openai.schemas import Message, decode_body, normalise
+from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 
@@ -94,10 +94,11 @@ class Tokenize(_Route):
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The tokens of a text or a chat. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
         body = await self._services.parse(req, _parse_tokenize)
-        messages = None if body.messages is None else msgspec.json.encode(normalise(body.messages))
+        call = None if body.messages is None else _chat_of(body, self._services)
         text = body.content if body.content is not None else body.prompt
-        size = len(messages or ()) + (sum(map(_size, text)) if isinstance(text, list) else len(text or ""))
-        resp.data = await self._with_model(req, body.model, size, LARGE_TEXT, partial(_tokenized, body, messages))
+        size = len(call.messages_json) if call is not None else 0
+        size += sum(map(_size, text)) if isinstance(text, list) else len(text or "")
+        resp.data = await self._with_model(req, body.model, size, LARGE_TEXT, partial(_tokenized, body, call))
 
 
 class Detokenize(_Route):
@@ -121,12 +122,12 @@ class ApplyTemplate(_Route):
         """The prompt of a chat as text. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
         body = await self._services.parse(req, partial(decode_body, _template_decoder))
         _refuse_unbuilt(body)
-        messages = msgspec.json.encode(normalise(body.messages))
+        call = _chat_of(body, self._services)
 
         def work(_: Pace, lease: Lease) -> bytes:
-            return orjson.dumps({"prompt": str(_rendered(lease.engine, messages, body.add_generation_prompt))})
+            return orjson.dumps({"prompt": str(call.render(lease.engine, call.messages_json))})
 
-        resp.data = await self._with_model(req, body.model, len(messages), LARGE_TEXT, work)
+        resp.data = await self._with_model(req, body.model, len(call.messages_json), LARGE_TEXT, work)
 
 
 class TokenizerInfo(_Route):
@@ -153,14 +154,20 @@ def _parse_tokenize(data: bytes) -> TokenizeBody:
 
 
 def _refuse_unbuilt(body: TokenizeBody | TemplateBody) -> None:
-    for name in ("tools", "chat_template", "chat_template_kwargs", "continue_final_message"):
+    for name in ("tools", "chat_template", "chat_template_kwargs"):
         if getattr(body, name):
             raise InvalidRequest(f"{name}: this server does not support it yet; leave the field out", param=name)
 
 
-def _tokenized(body: TokenizeBody, messages: bytes | None, pace: Pace, lease: Lease) -> bytes:
+def _chat_of(body: TokenizeBody | TemplateBody, services: Services) -> ChatCall:
+    """The chat of which there will be no generation. Raises InvalidRequest, ModelNotFound."""
+    same = ("model", "messages", "add_generation_prompt", "continue_final_message")
+    return chat_call(ChatBody(**{name: getattr(body, name) for name in same}), services.models)
+
+
+def _tokenized(body: TokenizeBody, call: ChatCall | None, pace: Pace, lease: Lease) -> bytes:
     engine = lease.engine
-    tokens = _tokens(engine, body, messages, pace)
+    tokens = _tokens(engine, body, call, pace)
     answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.info.n_ctx}
     if body.with_pieces or body.return_token_strs:
         pieces = engine.pieces(tokens)
@@ -173,10 +180,10 @@ def _tokenized(body: TokenizeBody, messages: bytes | None, pace: Pace, lease: Le
     return orjson.dumps(answer)
 
 
-def _tokens(engine: EngineClient, body: TokenizeBody, messages: bytes | None, pace: Pace) -> list[int]:
-    if messages is not None:
+def _tokens(engine: EngineClient, body: TokenizeBody, call: ChatCall | None, pace: Pace) -> list[int]:
+    if call is not None:
         # As a chat gets it: the template leaves out a BOS that the vocabulary adds by itself.
-        text = _rendered(engine, messages, body.add_generation_prompt)
+        text = call.render(engine, call.messages_json)
         special = _first(body.add_special, body.add_special_tokens, True)
         return engine.prompt_tokens(text, add_special=special, between=pace)
     is_llama = body.content is not None
@@ -198,10 +205,6 @@ def _joined(engine: EngineClient, parts: Sequence[str | int], special: bool, par
         else:
             found += engine.prompt_tokens(part, add_special=special and i == 0, parse_special=parse, between=pace)
     return found
-
-
-def _rendered(engine: EngineClient, messages: bytes, add_generation_prompt: bool | None) -> str:
-    return engine.render_chat(messages, add_generation_prompt=add_generation_prompt is not False)
 
 
 def _first(one: bool | None, other: bool | None, default: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,10 @@ from mullama.engine.client import EngineClient, Speaker
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, without
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, keep_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
-from mullama.web.openai.schemas import ChatCall, Message, parse_chat
+from mullama.web.openai.schemas import ChatCall, Ending, Message, parse_chat
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 from mullama.web.stream.generations import Reply
@@ -47,17 +48,19 @@ async def open_chat(
 
     async def begin(lease: Lease) -> Opened:
         opening = await Opening.of(services, req, call, lease)
-        errand, engine, policy, limits = opening.errand, opening.engine, opening.policy, opening.limits
+        errand, engine, policy, limits, body = opening.errand, opening.engine, opening.policy, opening.limits, call.body
         is_large = len(call.messages_json) > LARGE_TEXT
         pace = errand.checkpoint if is_large else None
         whole = await errand.run(is_large, partial(_whole, engine, call, policy, limits, pace))
+        if isinstance(whole, list) and body.truncate_prompt_tokens is not None:
+            whole = keep_tokens(whole, body.truncate_prompt_tokens, body.truncation_side, limits)
         prompt, n_whole = (whole, len(whole)) if isinstance(whole, list) else ([], whole)
         dropped = None
         if policy.truncates and n_whole > limits.wanted:
             prompt, dropped = await errand.run(
                 True, partial(_cut, engine, call, prompt, n_whole, policy, limits, errand.checkpoint)
             )
-        translate = partial(_translated, messages_json=_messages_json(call, dropped))
+        translate = partial(_translated, call, messages_json=_messages_json(call, dropped))
         group = await opening.submit([prompt], id_prefix=id_prefix, endpoint=endpoint, translate=translate)
         return Opened(group, opening.options, [dropped], load_ns=opening.load_ns)
 
@@ -67,9 +70,11 @@ async def open_chat(
         raise error.about("messages", "the chat") from None
 
 
-def _prompt(engine: EngineClient, messages_json: bytes, most: int | None, pace: Callable[[], None] | None) -> list[int]:
+def _prompt(
+    engine: EngineClient, call: ChatCall, messages_json: bytes, most: int | None, pace: Callable[[], None] | None
+) -> list[int]:
     # render_chat leaves out a BOS that the vocabulary adds by itself.
-    return engine.prompt_tokens(engine.render_chat(messages_json), most=most, between=pace)
+    return engine.prompt_tokens(call.render(engine, messages_json), most=most, between=pace)
 
 
 def _messages_json(call: ChatCall, dropped: Dropped | None) -> bytes:
@@ -84,8 +89,9 @@ def _whole(
 
     Raises ContextLengthExceeded where the policy does not cut it.
     """
-    if len(call.messages) > MANY_MESSAGES and pace is not None:
-        n_least = _least(engine, call.messages, pace)
+    is_cut = policy.truncates or call.body.truncate_prompt_tokens is not None
+    if len(call.messages) > MANY_MESSAGES and pace is not None and call.body.truncate_prompt_tokens is None:
+        n_least = _least(engine, call, pace)
         if n_least > limits.limit:
             if policy.truncates:
                 return n_least
@@ -94,30 +100,31 @@ def _whole(
                 param="messages",
                 n_tokens=n_least,
             )
-    return _prompt(engine, call.messages_json, None if policy.truncates else limits.limit, pace)
+    return _prompt(engine, call, call.messages_json, None if is_cut else limits.limit, pace)
 
 
-def _least(engine: EngineClient, messages: Sequence[Message], pace: Callable[[], None]) -> int:
+def _least(engine: EngineClient, call: ChatCall, pace: Callable[[], None]) -> int:
     """Tokens that a chat surely has: counted block by block, less what the template puts around each.
 
     A template is one piece of work however long its chat is, and cannot be stopped; those of blocks can, in between.
     0 where the template does not take blocks.
     """
     try:
-        around = len(_prompt(engine, msgspec.json.encode(messages[:1]), None, pace))
+        asks = replace(call, ending=Ending.ASKS)
+        around = len(_prompt(engine, asks, msgspec.json.encode(call.messages[:1]), None, pace))
         n = 0
-        for at in range(0, len(messages), BLOCK_MESSAGES):
+        for at in range(0, len(call.messages), BLOCK_MESSAGES):
             pace()
-            block = msgspec.json.encode(messages[at : at + BLOCK_MESSAGES])
-            n += max(len(_prompt(engine, block, None, pace)) - around, 0)
+            block = msgspec.json.encode(call.messages[at : at + BLOCK_MESSAGES])
+            n += max(len(_prompt(engine, asks, block, None, pace)) - around, 0)
         return n
     except InvalidRequest:  # "roles must alternate", say
         return 0
 
 
-def _translated(speaker: Speaker, messages_json: bytes) -> list[int]:
+def _translated(call: ChatCall, speaker: Speaker, messages_json: bytes) -> list[int]:
     """The prompt as another model takes it, to which a swap moves the request."""
-    return speaker.tokenize(speaker.render_chat(messages_json), add_special=True, parse_special=True)
+    return speaker.tokenize(call.render(speaker, messages_json), add_special=True, parse_special=True)
 
 
 def _cut(
@@ -132,7 +139,7 @@ def _cut(
     """The prompt of the chat less what ``policy`` drops, and what that is. Raises ContextLengthExceeded."""
 
     def prompt_of(messages: Sequence[Message], most: int | None = None) -> list[int]:
-        return _prompt(engine, msgspec.json.encode(messages), most, pace)
+        return _prompt(engine, call, msgspec.json.encode(messages), most, pace)
 
     def fits(messages: Sequence[Message]) -> bool:
         try:

@@ -12,7 +12,7 @@ from mullama.engine.client import EngineClient
 from mullama.errors import ContextLengthExceeded
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
-from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_tokens, without
+from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_tokens, keep_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
 from mullama.web.openai.schemas import CompletionCall, completion_prompts, parse_completion
@@ -55,8 +55,11 @@ async def open_completion(
         asked = completion_prompts(call.body, opening.options, engine.info)
         size = sum(len(prompt) for prompt in asked)
         pace = errand.checkpoint if size > LARGE_TEXT else None
-        most = None if policy.truncates else limits.limit
+        keep, side = call.body.truncate_prompt_tokens, call.body.truncation_side
+        most = None if policy.truncates or keep is not None else limits.limit
         prompts = await errand.run(size > LARGE_TEXT, partial(_tokens, engine, asked, most, pace))
+        if keep is not None:
+            prompts = [keep_tokens(prompt, keep, side, limits) for prompt in prompts]
         echoes = None
         if call.body.echo:
             echoes = await errand.run(size > LARGE_TEXT, partial(_echoes, engine, asked, opening.options.n))

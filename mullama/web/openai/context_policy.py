@@ -233,6 +233,16 @@ def drop_tokens(n_tokens: int, policy: ContextPolicy, limits: PromptLimits, *, h
     return range(start, start + n_tokens - n)
 
 
+def keep_tokens(prompt: list[int], keep: int, side: str | None, limits: PromptLimits) -> list[int]:
+    """At most ``keep`` tokens of a prompt, vLLM's ``truncate_prompt_tokens``: the last ones, or the first where
+    ``side`` is "right". -1: as many as leave the completion its room. Raises InvalidRequest beyond the context."""
+    if keep > limits.n_ctx:
+        words = f"truncate_prompt_tokens: {keep} tokens are more than the context of {limits.n_ctx}"
+        raise InvalidRequest(words, param="truncate_prompt_tokens")
+    n = min(len(prompt), limits.wanted if keep < 0 else keep)
+    return prompt[:n] if side == "right" else prompt[len(prompt) - n :]
+
+
 def context_member(dropped: Sequence[Dropped | None]) -> dict[str, Any]:
     """The member ``context`` of a response, from what each prompt lost; none where nothing was dropped.
 

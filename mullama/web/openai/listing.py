@@ -24,12 +24,22 @@ class ModelList:
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Served names first, loaded or not, then what the store has besides."""
-        data = [entry for served in self._models.all() for entry in (describe(served), *with_adapters(served))]
+        data = [
+            entry
+            for served in self._models.all()
+            for entry in (describe(served), *self._aliased(served), *with_adapters(served))
+        ]
         others = await self._services.offload(True, self._models.others) if self._models.has_others else []
         data += [_unloaded(name, "unloaded") for name, _ in others]
         resp.data = orjson.dumps({"object": "list", "data": data})
 
     on_head = on_get  # probes use it
+
+    def _aliased(self, served: Served) -> list[dict[str, Any]]:
+        """An entry for each further name, for clients that look for theirs; ``root`` is the served one."""
+        return [
+            {**describe(served), "id": alias, "root": served.name} for alias in self._models.names.of_model(served.name)
+        ]
 
 
 class ModelDetail:

@@ -100,7 +100,9 @@ class Opening:
         engine, errand = lease.engine, services.errand(req)
         named = check_named(call.model, call.named, engine)
         has_many = len(call.body.logit_bias or ()) > FEW_BIASES
-        options = await errand.run(has_many, partial(options_of, call.body, engine.info))
+        options = await errand.run(
+            has_many, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
+        )
         prepared = await services.prepared(errand, engine, options.sampling)
         return cls(services, req, call, lease, errand, named, options, prepared, load_ns)
 

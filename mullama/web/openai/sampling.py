@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from mullama.errors import InvalidRequest
-from mullama.types import ModelInfo
+from mullama.config import ServeConfig
+from mullama.errors import ConfigError, InvalidRequest
+from mullama.types import ModelInfo, SamplingParams
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters; every token's text is held against every stop string
@@ -67,6 +69,7 @@ RANGES: dict[str, Range] = {
     "seed": Range(-(2**63), 2**63 - 1),
     "priority": Range(-(2**31), 2**31 - 1),
     "slo_ms": Range(1, 86_400_000),
+    "truncate_prompt_tokens": Range(-1),
 }
 
 #: Several spellings of one sampling parameter; the first that is given counts.
@@ -79,6 +82,11 @@ _PARAMS = (
     *("repeat_last_n", "presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length"),
     *("dry_penalty_last_n", "xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta"),
 )
+#: Those that the server has options for by the same names.
+_CONFIGURED = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
+_TYPES: dict[str, Any] = {
+    one.name: int if one.default is None or isinstance(one.default, int) else float for one in fields(SamplingParams)
+}
 #: PERF: each parameter beside each of its spellings.
 _FIELDS = tuple((param, field) for param in _PARAMS for field in _SPELLINGS.get(param, (param,)))
 #: As ``max_tokens``: what leaving it out means (llama-server, LM Studio).
@@ -97,8 +105,9 @@ def check_range(name: str, value: float | None) -> None:
         raise InvalidRequest(f"{name}: {value} is out of range; it must be {RANGES[name]}{unlimited}", param=name)
 
 
-def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
-    """The SamplingParams fields that the request gives, checked and cut to what the model can mean."""
+def sampler_values(body: object, info: ModelInfo, defaults: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The SamplingParams fields that the request gives, and the ``defaults`` for others, checked and cut to what the
+    model can mean."""
     values: dict[str, Any] = {}
     for param, field in _FIELDS:
         value = getattr(body, field, None)
@@ -111,11 +120,41 @@ def sampler_values(body: object, info: ModelInfo) -> dict[str, Any]:
         if param not in values:
             most = MAX_TOKENS if param in _LIMITS else info.n_ctx if param in _COUNTS else value
             values[param] = min(value, most)
+    values = {**defaults, **values}
     if "top_k" in values:
         values["top_k"] = min(max(values["top_k"], 0), info.n_vocab)  # -1 switches it off, as in vLLM
     if values.get("min_tokens", 0) > (values.get("max_tokens") or MAX_TOKENS):
         raise InvalidRequest("min_tokens: it must not be greater than max_tokens", param="min_tokens")
     return values
+
+
+class SamplingDefaults:
+    """What sampling parameters are where a request says nothing: the server's, and over them those of its model."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Raises ConfigError for a field that is none, and a value out of its range."""
+        common: dict[str, Any] = {name: getattr(config, name) for name in _CONFIGURED}
+        self._common = common | {"max_tokens": None if config.max_tokens < 1 else config.max_tokens}
+        self._of_model: dict[str, dict[str, Any]] = {}
+        for text in config.sampling:
+            model, *pairs = text.split(" ")
+            self._of_model[model.lower()] = self._common | dict(map(self._value, pairs))
+
+    @staticmethod
+    def _value(pair: str) -> tuple[str, Any]:
+        name, _, text = pair.partition("=")
+        if name not in _PARAMS or name == "min_tokens":
+            raise ConfigError(f"--sampling: '{name}' is no sampling parameter", param="sampling")
+        try:
+            value = msgspec.json.decode(text, type=_TYPES[name])
+            check_range(name, None if (name, value) == ("max_tokens", NO_LIMIT) else value)
+        except (msgspec.MsgspecError, InvalidRequest) as error:
+            raise ConfigError(f"--sampling: {pair}: {error}", param="sampling") from None
+        return name, None if (name, value) == ("max_tokens", NO_LIMIT) else value
+
+    def of(self, model: str) -> dict[str, Any]:
+        """By the names of SamplingParams; ``model`` is a served name."""
+        return self._of_model.get(model.lower(), self._common)
 
 
 def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:

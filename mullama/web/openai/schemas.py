@@ -8,13 +8,17 @@ msgspec checks the types while it decodes; the ranges are in ``sampling.py``, an
 from __future__ import annotations
 
 import codecs
+import enum
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from mullama.engine.client import EngineClient, Speaker
 from mullama.errors import InvalidRequest
 from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
@@ -74,6 +78,9 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     mirostat_eta: float | None = None
     logit_bias: dict[str, float] | list[Any] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     priority: int | None = None
     slo_ms: float | None = None
     preempt: str | None = None
@@ -99,6 +106,7 @@ class Message(msgspec.Struct, omit_defaults=True):
     tool_call_id: str | None = None
     function_call: dict[str, Any] | None = None
     reasoning_content: str | None = None
+    prefix: bool | None = None  # DeepSeek's and Mistral's: the answer goes on with this message
 
 
 class SchedulerChange(msgspec.Struct):
@@ -117,6 +125,8 @@ class ChatBody(GenerationBody, kw_only=True):
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionBody(GenerationBody, kw_only=True):
@@ -155,6 +165,14 @@ class Options:
         return replace(self.sampling, seed=(seed + index) % sampling.SEED_MODULUS)
 
 
+class Ending(enum.Enum):
+    """How the prompt of a chat ends."""
+
+    ASKS = "asks"  # with the beginning of an answer, as the template has it
+    OPEN = "open"  # with the last message
+    CONTINUES = "continues"  # in the last message, which is the beginning of the answer
+
+
 @dataclass(slots=True, frozen=True)
 class ChatCall:
     model: str  # the served name
@@ -162,6 +180,12 @@ class ChatCall:
     messages: list[Message]
     messages_json: bytes  # the same, encoded
     named: tuple[str, ...] = ()  # adapters in the name of the model
+    ending: Ending = Ending.ASKS
+
+    def render(self, speaker: EngineClient | Speaker, messages_json: bytes) -> str:
+        """The prompt of these messages, ended as the call wants it. Raises InvalidRequest."""
+        asks, continues = self.ending is Ending.ASKS, self.ending is Ending.CONTINUES
+        return speaker.render_chat(messages_json, add_generation_prompt=asks, continue_final_message=continues)
 
 
 @dataclass(slots=True, frozen=True)
@@ -183,7 +207,8 @@ def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
     _refuse_unsupported(body)
     refuse_unbuilt(data, CHAT)
     _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
-    _refuse(any(kind != "text" for kind in body.modalities or ()), "modalities", "anything but text")
+    if body.modalities and any(kind != "text" for kind in body.modalities):
+        raise unbuilt("modalities", "anything but text")
     return _chat_call(body, model, named)
 
 
@@ -194,7 +219,26 @@ def chat_call(body: ChatBody, models: ModelManager) -> ChatCall:
 
 def _chat_call(body: ChatBody, model: str, named: tuple[str, ...]) -> ChatCall:
     messages = normalise(body.messages)
-    return ChatCall(model, body, messages, msgspec.json.encode(messages), named)
+    ending = _ending(body, messages)
+    return ChatCall(model, body, messages, msgspec.json.encode(messages), named, ending)
+
+
+def _ending(body: ChatBody, messages: list[Message]) -> Ending:
+    """What the request says of its last message, in any maker's words. Raises InvalidRequest."""
+    last = messages[-1]
+    field = "continue_final_message" if body.continue_final_message else f"messages[{len(messages) - 1}].prefix"
+    continues = bool(body.continue_final_message or last.prefix)
+    for i, message in enumerate(messages):
+        if message.prefix and message is not last:
+            where = f"messages[{i}].prefix"
+            raise InvalidRequest(f"{where}: only the last message may be the beginning of the answer", param=where)
+        message.prefix = None  # no template knows it
+    if continues and (last.role != "assistant" or not isinstance(last.content, str)):
+        raise InvalidRequest(f"{field}: the last message must be a text of the assistant's to go on with", param=field)
+    if body.continue_final_message and body.add_generation_prompt:
+        words = "the answer goes on with the last message or begins anew, not both; leave one out"
+        raise InvalidRequest(f"add_generation_prompt: {words}", param="add_generation_prompt")
+    return Ending.CONTINUES if continues else Ending.OPEN if body.add_generation_prompt is False else Ending.ASKS
 
 
 def parse_scheduler_change(data: bytes) -> SchedulerChange:
@@ -219,11 +263,13 @@ def completion_prompts(body: CompletionBody, options: Options, info: ModelInfo) 
     return prompts
 
 
-def options_of(body: GenerationBody, info: ModelInfo) -> Options:
-    """What the request asks of the model that answers. Raises InvalidRequest."""
-    for name in ("n", "priority", "slo_ms"):
-        sampling.check_range(name, getattr(body, name))
-    values = sampling.sampler_values(body, info)
+def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any] = MappingProxyType({})) -> Options:
+    """What the request asks of the model that answers; ``defaults`` as of ``SamplingDefaults``. Raises
+    InvalidRequest."""
+    for name in ("n", "priority", "slo_ms", "truncate_prompt_tokens"):
+        if (value := getattr(body, name)) is not None:
+            sampling.check_range(name, value)
+    values = sampling.sampler_values(body, info, defaults)
     if body.dry_sequence_breakers is not None:
         values["dry_sequence_breakers"] = sampling.breakers(body.dry_sequence_breakers)
     params = SamplingParams(
@@ -238,7 +284,7 @@ def options_of(body: GenerationBody, info: ModelInfo) -> Options:
         n=1 if body.n is None else body.n,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        user=body.user,
+        user=body.safety_identifier if body.user is None else body.user,
         priority=body.priority or 0,
         slo_ms=body.slo_ms,
         preempt=_preempt(body.preempt),
@@ -278,8 +324,8 @@ def unbuilt(field: str, what: str) -> InvalidRequest:
 
 def _refuse_unsupported(body: GenerationBody) -> None:
     """What would change the answer is refused rather than ignored."""
-    continuous = body.stream_options is not None and body.stream_options.continuous_usage_stats
-    _refuse(bool(continuous), "stream_options.continuous_usage_stats", "the usage in every chunk")
+    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
+        raise unbuilt("stream_options.continuous_usage_stats", "the usage in every chunk")
     kind = body.response_format.type if body.response_format else "text"
     _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
 
