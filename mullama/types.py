@@ -146,6 +146,7 @@ class SamplingParams:
     min_tokens: int = 0  # end-of-generation and stop strings do not count before
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()  # control tokens that are part of the text, by their names; others are left out
     constraint: Constraint | None = None
 
 
@@ -189,6 +190,31 @@ class GenerateOptions(TypedDict, total=False):
     cache_salt: str
     context_shift: bool
     lora: str | SequenceOf[str] | Mapping[str, float | None] | None
+
+
+class ToolChoice(enum.StrEnum):
+    """Whether an answer calls functions. The words are OpenAI's."""
+
+    AUTO = "auto"
+    NONE = "none"
+    REQUIRED = "required"
+
+
+@dataclass(slots=True, frozen=True)
+class ChatAsk:
+    """What a chat template is asked for beside the messages. JSON as bytes; empty: nothing.
+
+    ``parameters``: for each function in ``tools`` what its calls are read with: a JSON schema of types, properties,
+    required ones and items, and nothing that could take long (no references).
+    """
+
+    tools: bytes = b""  # OpenAI's list of functions, as the template shows them
+    parameters: bytes = b""
+    arguments: bytes = b""  # further arguments of the template, an object
+    choice: ToolChoice = ToolChoice.AUTO
+    parallel: bool = True  # several calls in one answer
+    thinks: bool = True  # where the template leaves open whether the model thinks before it answers
+    splits: bool = True  # thoughts are told apart from the content
 
 
 @dataclass(slots=True, frozen=True)

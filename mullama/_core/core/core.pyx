@@ -466,6 +466,7 @@ cdef class Core:
             raise InvalidRequest("this model's context cannot be shifted", param="context_policy")
         for stop in params.stop:
             stops.push_back(stop.encode("utf-8", "surrogatepass"))
+        cdef vector[llama_token] shown = self.model.controls_of(params.shown)
         cdef LoraSetPtr lora = build_set(self.model, adapters)
         cdef Sampling sampling = prepared_for(self.model, params, prepared)
         cdef Chain chain = build_chain(sampling, params, self.slots.n_ctx, bias)
@@ -488,6 +489,7 @@ cdef class Core:
         s.greedy = chain.greedy
         s.top_k_first = chain.top_k_first
         s.bias.swap(bias)
+        s.shown.swap(shown)
         s.gate.stops.swap(stops)
         self.slots.begin_text(s)
         if s.chain is not NULL:

@@ -57,11 +57,14 @@ struct Slot {
     int32_t  top_k_first = 0;        // > 0: the chain looks at the k largest only, so only those are built
     std::vector<llama_logit_bias> bias;
 
+    std::vector<llama_token> shown;  // control tokens whose names are part of its text; few
     TextGate gate;
     std::string pending_text;        // final, but not yet in the ring
     mullama_row row = {};
 
     bool open() const { return runs() || state == MULLAMA_SLOT_DONE; }
+
+    bool shows(llama_token token) const { return std::find(shown.begin(), shown.end(), token) != shown.end(); }
 
     bool runs() const { return state == MULLAMA_SLOT_PREFILL || state == MULLAMA_SLOT_DECODE; }
 
@@ -71,6 +74,7 @@ struct Slot {
             chain = nullptr;
         }
         bias.clear();
+        shown.clear();
         gate = TextGate();
         pending_text.clear();
         lora.reset();

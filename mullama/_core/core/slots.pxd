@@ -39,9 +39,11 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         int32_t top_k_first
         vector[llama_logit_bias] bias
         LoraSetPtr lora
+        vector[llama_token] shown
         TextGate gate
         string pending_text
         mullama_row row
+        cbool shows(llama_token token)
         cbool open()
         cbool runs()
         void end_request()

@@ -1,8 +1,8 @@
 """How an answer is read: see answers.pxd."""
 
-from libc.stdint cimport int32_t
-from libcpp.memory cimport make_unique
-from libcpp.utility cimport move
+from libcpp.memory cimport shared_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
 
 import json
 
@@ -25,8 +25,9 @@ cdef class AnswerFormat:
 
 cdef AnswerFormat make_format(shared_ptr[Format] format, const string & facts):
     cdef AnswerFormat made = AnswerFormat.__new__(AnswerFormat)
+    cdef bytes text = facts
     made.format = format
-    made.facts = json.loads(<bytes> facts)
+    made.facts = json.loads(text)
     return made
 
 

@@ -100,7 +100,7 @@ class BuiltWith {
 static common_peg_arena generic_parser(const common_chat_params & params, const common_json & tools, const ChatAsk & ask) {
     return build_chat_peg_parser([&](common_chat_peg_builder & p) {
         auto reasoning = p.eps();
-        if (params.supports_thinking && !params.thinking_end_tags.empty()) {
+        if (ask.splits && params.supports_thinking && !params.thinking_end_tags.empty()) {
             const auto & end = params.thinking_end_tags.front();
             reasoning = p.optional(p.optspace(params.thinking_start_tag) + p.reasoning(p.until(end)) + p.optspace(end));
         }
@@ -120,7 +120,7 @@ bool ChatTemplate::open(const ChatAsk & ask, ChatOpened & opened, std::string & 
         inputs.add_generation_prompt = ask.add_generation_prompt;
         inputs.use_jinja = !impl->is_named;
         inputs.enable_thinking = ask.thinks;
-        inputs.reasoning_format = COMMON_REASONING_FORMAT_AUTO;
+        inputs.reasoning_format = ask.splits ? COMMON_REASONING_FORMAT_AUTO : COMMON_REASONING_FORMAT_NONE;
         inputs.parallel_tool_calls = ask.parallel;
         inputs.tool_choice = !ask.may_call  ? COMMON_CHAT_TOOL_CHOICE_NONE
                              : ask.must_call ? COMMON_CHAT_TOOL_CHOICE_REQUIRED

@@ -23,6 +23,7 @@ struct ChatAsk {
     std::string arguments;  // object: further arguments of the template
     bool add_generation_prompt = true;
     bool thinks = true;       // the model may think before it answers, where the template leaves that open
+    bool splits = true;       // thoughts are told apart from the content
     bool may_call = true;
     bool must_call = false;
     bool parallel = true;     // more than one call

@@ -11,7 +11,7 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 from libcpp cimport bool as cbool
 
-from mullama._core.llama cimport llama_model, llama_vocab
+from mullama._core.llama cimport llama_model, llama_token, llama_vocab
 from mullama._core.model.answers cimport Format
 
 
@@ -22,7 +22,7 @@ cdef extern from "chat_shim.h" namespace "mullama" nogil:
     vector[string] c_chat_template_names "mullama::chat_template_names"() except +
     cppclass ChatAsk:
         string messages, tools, parameters, arguments
-        cbool add_generation_prompt, thinks, may_call, must_call, parallel, is_generic
+        cbool add_generation_prompt, thinks, splits, may_call, must_call, parallel, is_generic
     cppclass ChatOpened:
         string prompt, facts
         shared_ptr[Format] format
@@ -59,3 +59,4 @@ cdef class Model:
     cdef void leave(self) noexcept
     cdef void free_unused(self) noexcept
     cdef int take_template(self, str source) except -1
+    cdef vector[llama_token] controls_of(self, texts) except *

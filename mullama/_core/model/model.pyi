@@ -1,7 +1,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
-from mullama._core.model.answers import AnswerFormat
 from typing import Any
+
+from mullama._core.model.answers import AnswerFormat
 
 def init_backend() -> None: ...
 def set_log_level(level: str) -> None: ...
@@ -54,6 +55,7 @@ class Model:
         arguments: bytes = b"",
         add_generation_prompt: bool = True,
         thinks: bool = True,
+        splits: bool = True,
         may_call: bool = True,
         must_call: bool = False,
         parallel: bool = True,

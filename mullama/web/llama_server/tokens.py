@@ -18,8 +18,9 @@ from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
+from mullama.web.openai.functions import ToolBody
 from mullama.web.openai.sampling import check_tokens
-from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body
+from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 
@@ -44,7 +45,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     with_pieces: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolBody] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
@@ -59,7 +60,7 @@ class TemplateBody(msgspec.Struct, kw_only=True):
     model: str | None = None
     messages: list[Message] | None = None
     add_generation_prompt: bool | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolBody] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
@@ -154,14 +155,13 @@ def _parse_tokenize(data: bytes) -> TokenizeBody:
 
 
 def _refuse_unbuilt(body: TokenizeBody | TemplateBody) -> None:
-    for name in ("tools", "chat_template", "chat_template_kwargs"):
-        if getattr(body, name):
-            raise InvalidRequest(f"{name}: this server does not support it yet; leave the field out", param=name)
+    if body.chat_template:
+        raise unbuilt("chat_template", "templates in requests")
 
 
 def _chat_of(body: TokenizeBody | TemplateBody, services: Services) -> ChatCall:
     """The chat of which there will be no generation. Raises InvalidRequest, ModelNotFound."""
-    same = ("model", "messages", "add_generation_prompt", "continue_final_message")
+    same = ("model", "messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs")
     return chat_call(ChatBody(**{name: getattr(body, name) for name in same}), services.models)
 
 

@@ -14,6 +14,7 @@ import msgspec
 from mullama.errors import InvalidRequest, ModelNotFound
 from mullama.serving.manager import ModelManager
 from mullama.web.internal.lora_routes import split_name
+from mullama.web.openai.functions import CallBody, ToolBody
 from mullama.web.openai.schemas import (
     ChatBody,
     ChatCall,
@@ -28,6 +29,7 @@ from mullama.web.openai.schemas import (
 #: What the API calls a field, by our name of it.
 NAMES = {
     "max_tokens": "options.num_predict",
+    "reasoning_effort": "think",
     **{
         name: f"options.{name}"
         for name in (
@@ -74,12 +76,14 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     role: str
     content: str = ""
     images: list[Any] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[CallBody] | None = None
+    tool_name: str | None = None
+    thinking: str | None = None
 
 
 class OllamaChatBody(CommonBody, kw_only=True):
     messages: list[ChatMessage] | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolBody] | None = None
 
 
 class GenerateBody(CommonBody, kw_only=True):
@@ -96,9 +100,7 @@ _chat_decoder = msgspec.json.Decoder(OllamaChatBody)
 _generate_decoder = msgspec.json.Decoder(GenerateBody)
 
 _UNBUILT = {
-    "tools": "tool calls",
     "format": "constrained outputs",
-    "think": "thoughts apart from the answer",
     "logprobs": "log-probabilities",
     "top_logprobs": "log-probabilities",
     "suffix": "filling in the middle",
@@ -125,11 +127,12 @@ def parse_chat_messages(data: bytes, models: ModelManager) -> OllamaCall:
     name = served_name(body.model, models)
     messages = []
     for i, one in enumerate(body.messages or ()):
-        for field, what in (("images", "pictures"), ("tool_calls", "tool calls")):
-            if getattr(one, field):
-                raise unbuilt(f"messages[{i}].{field}", what)
-        messages.append(Message(role=one.role, content=one.content))
-    call = chat_call(ChatBody(messages=messages, **_fields(body, name)), models) if messages else None
+        if one.images:
+            raise unbuilt(f"messages[{i}].images", "pictures")
+        more = {"tool_calls": one.tool_calls, "name": one.tool_name, "reasoning_content": one.thinking}
+        messages.append(Message(role=one.role, content=one.content, **more))  # type: ignore[arg-type]
+    fields = {**_fields(body, name), **_thinking(body.think)}
+    call = chat_call(ChatBody(messages=messages, tools=body.tools, **fields), models) if messages else None
     return OllamaCall(split_name(name, models)[0], call, body.stream is not False, body.keep_alive)
 
 
@@ -147,7 +150,7 @@ def parse_generate(data: bytes, models: ModelManager) -> OllamaCall:
     elif body.prompt:
         messages = [Message(role="system", content=body.system)] if body.system else []
         messages.append(Message(role="user", content=body.prompt))
-        call = chat_call(ChatBody(messages=messages, **_fields(body, name)), models)
+        call = chat_call(ChatBody(messages=messages, **_fields(body, name), **_thinking(body.think)), models)
     return OllamaCall(model, call, body.stream is not False, body.keep_alive)
 
 
@@ -174,6 +177,15 @@ def _fields(body: CommonBody, name: str) -> dict[str, Any]:
     if n_predict == 0:
         raise InvalidRequest("options.num_predict: it must be at least 1, or -1", param="options.num_predict")
     return {"model": name, "max_tokens": n_predict, "keep_alive": body.keep_alive, **given}
+
+
+def _thinking(think: bool | str | None) -> dict[str, Any]:
+    """``think``: whether, or how much (``low``, ``medium``, ``high``)."""
+    if isinstance(think, str):
+        return {"reasoning_effort": think}
+    return (
+        {} if think is not False else {"include_reasoning": False, "chat_template_kwargs": {"enable_thinking": False}}
+    )
 
 
 def _refuse_unbuilt(body: CommonBody) -> None:

@@ -7,11 +7,11 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from mullama.engine.client import EngineClient
+from mullama.engine.client import AnswerForm, EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
@@ -19,6 +19,7 @@ from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
+from mullama.web.stream.answers import Answer
 from mullama.web.stream.generations import Group
 from mullama.web.work import Errand
 
@@ -117,8 +118,14 @@ class Opening:
         id_prefix: str,
         endpoint: str,
         translate: Callable[[Any], list[int]] | None = None,
+        form: AnswerForm | None = None,
     ) -> Group:
-        """The generations, submitted. The group takes over the lease. Raises what ``Group.submit`` raises."""
+        """The generations, submitted; their answers are of ``form``. The group takes over the lease. Raises what
+        ``Group.submit`` raises."""
+        options = self.options.of_tenant(self._req.tenant)
+        if form is not None:
+            stops = tuple(dict.fromkeys((*options.sampling.stop, *form.stops)))
+            options = replace(options, sampling=replace(options.sampling, stop=stops, shown=form.shown))
         group = Group(
             self._services,
             self._lease,
@@ -126,13 +133,16 @@ class Opening:
             model=SEPARATOR.join((self._call.model, *self._named)),
             endpoint=endpoint,
             prompts=prompts,
-            options=self.options.of_tenant(self._req.tenant),
+            options=options,
             prepared=self._prepared,
             arrival_ns=self._req.arrival_ns,
             context_shift=self.policy is ContextPolicy.SHIFT,
             lora=uses_of(self._named, self._call.body.lora),
             translate=translate,
         )
+        if form is not None:
+            shows = getattr(self._call.body, "include_reasoning", None) is not False
+            group.answers = [Answer(form.new_parser(), shows) for _ in range(options.n * len(prompts))]
         await group.submit()
         self._services.keep_alive(self._call.model, self._keep_alive_s)  # of a request that was not refused
         return group

@@ -22,6 +22,7 @@ from mullama.web.http.request import Receive, until_disconnect
 from mullama.web.openai.schemas import Options
 from mullama.web.security import salt_of
 from mullama.web.services import Services
+from mullama.web.stream.answers import Answer
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,11 @@ class Reply:
 
     text: str
     finish: Finish
+    answer: Answer | None = None  # what was read in the text; None: it is all content
+
+    @property
+    def content(self) -> str:
+        return self.text if self.answer is None else self.answer.content
 
 
 class Group:
@@ -68,6 +74,7 @@ class Group:
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.disconnected = False
         self.generations: list[AsyncGeneration] = []
+        self.answers: list[Answer] | None = None  # one a choice; None: the text of each is its content
         #: What the profile log says of the request beside its profile.
         self.labels: dict[str, Any] = {
             "model": model,
@@ -141,9 +148,14 @@ class Group:
         """Wait for every choice. Raises the first error among them."""
         replies = []
         # Reading one after the other is enough: what the others produce meanwhile piles up and comes merged.
-        for generation in self.generations:
-            parts = [delta.text async for delta in generation]
-            replies.append(Reply("".join(parts), self.finished(generation)))
+        for index, generation in enumerate(self.generations):
+            text = "".join([delta.text async for delta in generation])
+            finish = self.finished(generation)
+            answer = None if self.answers is None else self.answers[index]
+            if answer is not None:
+                await answer.read(text)
+                await answer.read(None)
+            replies.append(Reply(text, finish, answer))
         return replies
 
     def finished(self, generation: AsyncGeneration) -> Finish:
