@@ -50,7 +50,7 @@ def model_info(name: str = "fake") -> ModelInfo:
 
 
 class FakeParser:
-    """Reads ``<think>…</think>``, content, and ``<tool_call>{"name": …, "arguments": …}</tool_call>``, which is a call when
+    """Reads ``<think>…</think>``, content, and ``<tool_call>{"name": …, "arguments": …}</tool_call>``, a call when
     it is complete."""
 
     size = 0
