@@ -40,6 +40,8 @@ _MANY = 1 << 30  # fits the C side's 32-bit integers
 #: Ways of computing (mullama/machine/trials.py); a test compares them.
 KERNELS = ("auto", "plain", "sgemm", "tiles", "tiled", "repack", "amx")
 
+ARBITER_POLICIES = ("round_robin", "weighted", "priority")
+
 _SPLIT = r"(\d+(\.\d+)?(,\d+(\.\d+)?)*)?"
 
 
@@ -122,7 +124,7 @@ class ServeConfig:
     arbiter: str = option(
         "round_robin",
         "how models that compute at once share the cores, step by step",
-        choices=("round_robin", "weighted", "priority"),
+        choices=ARBITER_POLICIES,
     )
     host: str = option(
         "127.0.0.1",
@@ -270,6 +272,16 @@ class ServeConfig:
         [], "web origin whose pages may ask, such as https://chat.example.org; repeatable; * for all", metavar="ORIGIN"
     )
     max_body_bytes: int = option(8 << 20, "largest request body", minimum=1024, maximum=_MANY, unit="bytes")
+    response_store_bytes: int = option(
+        64 << 20,
+        "memory for the answers of /v1/responses that are kept; 0: none are",
+        minimum=0,
+        maximum=1 << 40,
+        unit="bytes",
+    )
+    response_ttl: str = option(
+        "24h", "how long such an answer is kept: seconds, 5m, 1h30m; -1: as long as there is room", metavar="DURATION"
+    )
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
     drain_delay: float = option(
         0.0,

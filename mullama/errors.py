@@ -112,6 +112,12 @@ def adapters_loaded(names: Iterable[str], *, param: str) -> ModelBusy:
     return ModelBusy(f"LoRA adapters are loaded ({told}): unload them before another model takes over", param=param)
 
 
+class ResponseNotFound(NotFound):
+    """No response of this id is stored for who asks."""
+
+    code = "response_not_found"
+
+
 class AdapterNotFound(NotFound):
     """No LoRA adapter of this id is loaded onto the model."""
 

@@ -6,6 +6,15 @@ import re
 
 from mullama.errors import InvalidRequest
 
+#: JSON Schema of what is taken.
+DURATION_SCHEMA = {
+    "anyOf": [
+        {"type": "null"},
+        {"type": "number", "maximum": 1e9},
+        {"type": "string", "pattern": r"^(-?[0-9]{1,9}(\.[0-9]{1,9})?|([0-9]{1,4}(\.[0-9]{1,9})?(ms|s|m|h|d)){1,5})$"},
+    ]
+}
+
 
 def parse_duration(text: str | float, param: str = "keep_alive") -> float:
     """Seconds of a number or of a text such as ``90``, ``5m``, ``1h30m``, ``-1`` (for ever). Raises InvalidRequest."""

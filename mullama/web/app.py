@@ -41,12 +41,32 @@ from mullama.web.openai.chat_completions import ChatCompletions
 from mullama.web.openai.completions import Completions
 from mullama.web.openai.context_policy import ContextPolicy, default_policy
 from mullama.web.openai.listing import ModelDetail, ModelList
+from mullama.web.openapi.doc_routes import Docs, OpenApi
+from mullama.web.openapi.document import Route
+from mullama.web.responses.responses import (
+    CancelResponse,
+    InputItems,
+    InputTokens,
+    OneResponse,
+    Responses,
+    store_of,
+)
 from mullama.web.security import Security
 from mullama.web.services import Services
 
 log = logging.getLogger(__name__)
 
-App = falcon.asgi.App[Request, falcon.asgi.Response]
+
+class App(falcon.asgi.App[Request, falcon.asgi.Response]):
+    """Falcon's, with a table of its routes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.routes: list[Route] = []
+        super().__init__(*args, **kwargs)
+
+    def add_route(self, uri_template: str, resource: object, **kwargs: Any) -> None:
+        self.routes.append(Route(uri_template, resource, kwargs.get("suffix", "")))
+        super().add_route(uri_template, resource, **kwargs)
 
 
 def create_app(config: ServeConfig, models: ModelManager, services: Services | None = None) -> App:
@@ -58,7 +78,7 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     services = services or Services(config, models)
     services.security = Security(config)
     middleware: list[Any] = [RequestIds(), *middleware_of(config.cors_origin), services.security, services]
-    app: App = falcon.asgi.App(media_type=falcon.MEDIA_JSON, request_type=Request, middleware=middleware)
+    app = App(media_type=falcon.MEDIA_JSON, request_type=Request, middleware=middleware)
     app.req_options.strip_url_path_trailing_slash = True
     add_error_handlers(app)
 
@@ -73,6 +93,7 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/v1/messages", Messages(services))
     app.add_route("/v1/messages/count_tokens", CountTokens(services))
     _add_ollama(app, services)
+    _add_responses(app, services)
     app.add_route("/apply-template", ApplyTemplate(services))
     app.add_route("/tokenizer_info", TokenizerInfo(services))
     app.add_route("/props", Props(models, services.defaults))
@@ -98,7 +119,18 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/internal/kv/save", KvSave(services))
     app.add_route("/internal/kv/load", KvLoad(services))
     app.add_route("/internal/models/pull", ModelPull(services))
+    app.add_route("/openapi.json", OpenApi(app.routes, services))
+    app.add_route("/docs", Docs())
     return app
+
+
+def _add_responses(app: App, services: Services) -> None:
+    store = store_of(services)
+    app.add_route("/v1/responses", Responses(services, store))
+    app.add_route("/v1/responses/input_tokens", InputTokens(services, store))
+    app.add_route("/v1/responses/{response_id}", OneResponse(services, store))
+    app.add_route("/v1/responses/{response_id}/cancel", CancelResponse(services, store))
+    app.add_route("/v1/responses/{response_id}/input_items", InputItems(services, store))
 
 
 def _add_ollama(app: App, services: Services) -> None:

@@ -8,11 +8,14 @@ import orjson
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import ModelState
 from mullama.web.http.request import Request
+from mullama.web.openapi.answer_types import Status
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 
 
 class Health:
     access = Access.OPEN
+    operations = {"GET": Operation("Whether the process answers", answer=Status)}
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         resp.data = b'{"status":"ok"}'
@@ -22,6 +25,7 @@ class Health:
 
 class Ready:
     access = Access.OPEN
+    operations = {"GET": Operation("Whether every model is ready", answer=Status, statuses=(200, 503))}
 
     def __init__(self, models: ModelManager) -> None:
         self._models = models

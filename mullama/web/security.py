@@ -133,7 +133,7 @@ class Security:
                 raise _unauthenticated("the API key")
             return
         is_write = req.method not in _SAFE_METHODS
-        if is_write:
+        if is_write and _takes(resource, req.method, params):  # else it is answered with 405
             _check_type(req)
         needs_operator = is_write or access is Access.OPERATOR
         if needs_operator and self._admin_key and not is_admin and (is_write or is_client or not self._api_keys):
@@ -151,6 +151,11 @@ class Security:
         """Why nobody at all is an operator of this server."""
         why = "several --api-key" if self._on_loopback else "an address that is not loopback"
         return f"this is off: a server with {why} needs an --admin-key for it"
+
+
+def _takes(resource: object, method: str, params: dict[str, Any]) -> bool:
+    takes = getattr(resource, "takes", None)
+    return takes(method, **params) if takes is not None else hasattr(resource, f"on_{method.lower()}")
 
 
 def _check_type(req: Request) -> None:

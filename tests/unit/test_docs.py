@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import falcon.inspect
 import pytest
 from docs_support import (
     DOCS,
@@ -41,8 +40,7 @@ from mullama.scheduling import Batching, EngineState, Scheduler, SeqView, descri
 from mullama.scheduling.batching import COMMON
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
-from mullama.web.internal.lora_routes import ADAPTER_ROUTES
-from mullama.web.internal.model_routes import ACTIONS
+from mullama.web.openapi.document import served
 from mullama.web.services import Services
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
@@ -171,16 +169,10 @@ def routes() -> Iterator[dict[str, set[str]]]:
     models = ModelManager()
     services = Services(config, models)
     app = create_app(config, models, services)
-    found = {}
-    for route in falcon.inspect.inspect_routes(app):
-        path = route.path.replace("{model_id:path}", "{id}").replace("{swap_id}", "{id}")
-        methods = {method.method for method in route.methods if not method.internal}
-        if "{name:path}" in path:
-            path = path.replace("{name:path}", "NAME")
-            found |= {f"{path}/{action}": {"POST"} for action in ACTIONS}
-            found |= {f"{path}/{below}": set(of) for below, of in ADAPTER_ROUTES.items()}
-            methods = {"GET"}
-        found[path] = methods
+    found: dict[str, set[str]] = {}
+    for one in served(app.routes):
+        path = one.path.replace("{name}/adapters/{id}", "NAME/adapters/ID").replace("{name}", "NAME")
+        found.setdefault(re.sub(r"\{\w+\}", "{id}", path), set()).add(one.method)
     yield found
     services.close()
 

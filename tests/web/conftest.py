@@ -174,10 +174,10 @@ def live(engine: FakeEngine, config: ServeConfig, monkeypatch: pytest.MonkeyPatc
     started: list[tuple[Live, Services]] = []
     monkeypatch.setattr(uvicorn.server, "asyncio", Hurried())
 
-    def start(*, ping_seconds: float = 15.0, direct: bool = True) -> Live:
+    def start(*, ping_seconds: float = 15.0, direct: bool = True, models: ModelManager | None = None) -> Live:
         config.port = 0
         sock = bind(config)
-        services = Services(config, ModelManager([("fake", engine)]), ping_seconds=ping_seconds)
+        services = Services(config, models or ModelManager([("fake", engine)]), ping_seconds=ping_seconds)
         server = Server(config, services, sock)
         if not direct:
             server.config.app = without_extensions(server.config.app)

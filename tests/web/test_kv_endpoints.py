@@ -395,7 +395,7 @@ def test_values_that_are_no_endpoint(value: str) -> None:
 
 
 def test_the_page_lists_the_fields_of_bodies() -> None:
-    fields = dict.fromkeys((*kv_schemas.PinBody.__struct_fields__, *kv_schemas.DropBody.__struct_fields__))
+    fields = dict.fromkeys((*kv_schemas.PrefixPinBody.__struct_fields__, *kv_schemas.DropBody.__struct_fields__))
     assert names(PAGE, "Naming a prefix") == list(fields)
     text = PAGE.read_text(encoding="utf-8")
     assert f"at most {kv_schemas.MAX_TTL_S:.0f}; default {kv_schemas.DEFAULT_TTL_S:.0f}" in text

@@ -229,9 +229,31 @@ def test_bad_bodies_are_400(world: World, action: str, body: object) -> None:
     assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
 
 
-@pytest.mark.parametrize("path", ["fake/explode", "fake", "load"])
-def test_unknown_actions_are_404(world: World, path: str) -> None:
-    assert world.client.post(f"/internal/models/{path}", {}).status == 404
+def test_an_unknown_action_is_404(world: World) -> None:
+    assert world.client.post("/internal/models/fake/explode", {}).status == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "takes"),
+    [
+        ("POST", "fake", "GET"),
+        ("POST", "load", "GET"),
+        ("DELETE", "fake/load", "POST"),
+        ("DELETE", "fake/adapters", "GET, POST"),
+        ("POST", "fake/adapters/x", "GET, DELETE"),
+        ("GET", "fake/load", "POST"),
+    ],
+)
+def test_what_a_path_does_not_take_is_405(world: World, method: str, path: str, takes: str) -> None:
+    answer = world.client.request(method, f"/internal/models/{path}", b"", {})
+    assert answer.status == 405
+    assert answer.headers["allow"].removesuffix(", OPTIONS") == takes
+
+
+def test_options_name_what_a_path_takes(world: World) -> None:
+    for path, takes in (("fake", "GET"), ("fake/load", "POST"), ("fake/adapters/x", "GET, DELETE")):
+        answer = world.client.request("OPTIONS", f"/internal/models/{path}", b"", {})
+        assert (answer.status, answer.headers["allow"]) == (200, f"{takes}, OPTIONS")
 
 
 @pytest.mark.parametrize("action", ["load", "unload", "pin", "unpin", "swap", "share"])

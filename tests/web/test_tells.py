@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import falcon.inspect
 import pytest
 
 from mullama.config import ServeConfig
@@ -16,8 +15,7 @@ from mullama.errors import ConfigError, ModelBusy, ModelLoadError, PluginError, 
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
 from mullama.web.internal import views
-from mullama.web.internal.lora_routes import ADAPTER_ROUTES
-from mullama.web.internal.model_routes import ACTIONS
+from mullama.web.openapi.document import served
 from mullama.web.security import Access, tenant_of
 from mullama.web.services import Services
 
@@ -109,19 +107,13 @@ def make() -> Iterator[Callable[..., Client]]:
 
 def routes(client: Client) -> list[tuple[str, str, Access]]:
     """(method, path as the documentation writes it, access) of all that the server answers."""
+    spelled = {"{model_id}": "{id}", "{swap_id}": "{id}", "{name}/adapters/{id}": "NAME/adapters/ID", "{name}": "NAME"}
     found = []
-    for route in falcon.inspect.inspect_routes(client.app):
-        node = client.app._router.find(re.sub(r"\{[^}]*\}", "x", route.path))
-        assert node is not None
-        access = node[0].access
-        path = route.path.replace("{model_id:path}", "{id}").replace("{swap_id}", "{id}")
-        methods = {one.method for one in route.methods if not one.internal} - {"HEAD", "OPTIONS"}
-        if "{name:path}" in path:
-            path = path.replace("{name:path}", "NAME")
-            found += [("POST", f"{path}/{action}", access) for action in ACTIONS]
-            found += [(method, f"{path}/{below}", access) for below, of in ADAPTER_ROUTES.items() for method in of]
-            methods = {"GET"}
-        found += [(method, path, access) for method in methods]
+    for one in served(client.app.routes):
+        path = one.path
+        for braces, word in spelled.items():
+            path = path.replace(braces, word)
+        found.append((one.method, path, getattr(one.resource, "access", Access.OPERATOR)))
     return found
 
 

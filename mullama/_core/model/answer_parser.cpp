@@ -1,5 +1,7 @@
 #include "answer_parser.h"
 
+#include "answer_format.h"
+
 #include "chat-peg-parser.h"
 
 #include <algorithm>
@@ -23,7 +25,35 @@ void AnswerFormat::find_delimiters() {
     for (const auto & one : delimiters) longest = std::max(longest, one.size());
 }
 
-struct AnswerParser::Parse {
+struct AnswerParser::Impl {
+    enum class Run { NONE, REASONING, CONTENT, JSON_STRING, STRING_VALUE };
+    struct Parse;
+
+    explicit Impl(std::shared_ptr<const AnswerFormat> format);
+
+    void feed(const std::string & piece, std::vector<AnswerDelta> & out);
+    void finish(std::vector<AnswerDelta> & out);
+
+    Parse parse(size_t size) const;
+    void read(std::vector<AnswerDelta> & out);
+    bool go_on(std::vector<AnswerDelta> & out);
+    void tell(const Parse & parse, std::vector<AnswerDelta> & out);
+    void tell(int kind, std::string told, std::vector<AnswerDelta> & out);
+    void begin_run(const Parse & parse);
+    bool may_end(size_t at) const;
+    void give_up(size_t rest, std::vector<AnswerDelta> & out);
+
+    std::shared_ptr<const AnswerFormat> format;
+    std::string text;         // prefix and answer
+    size_t parsed;            // bytes of it that the last parse read
+    size_t told_to = 0;       // of a run: what comes before was told
+    Run run = Run::NONE;
+    bool broken = false;      // what comes is content
+    common_chat_msg told;
+    int n_contradictions = 0;
+};
+
+struct AnswerParser::Impl::Parse {
     enum Last { NOTHING, THOUGHTS, TEXT, CALL };
 
     bool ok = false;       // the text may be the beginning of an answer
@@ -37,7 +67,7 @@ struct AnswerParser::Parse {
     size_t open_start = 0;
 };
 
-AnswerParser::AnswerParser(std::shared_ptr<const AnswerFormat> format_)
+AnswerParser::Impl::Impl(std::shared_ptr<const AnswerFormat> format_)
     : format(std::move(format_)), text(format->prefix), parsed(text.size()), broken(format->parser.empty()) {}
 
 static bool is_space(char c) { return std::isspace((unsigned char) c) != 0; }
@@ -46,7 +76,7 @@ static bool is_blank(const std::string & text, size_t from) {
     return std::all_of(text.begin() + (std::ptrdiff_t) from, text.end(), is_space);
 }
 
-AnswerParser::Parse AnswerParser::parse(size_t size) const {
+AnswerParser::Impl::Parse AnswerParser::Impl::parse(size_t size) const {
     Parse found;
     common_peg_parse_context ctx(text.substr(0, size), COMMON_PEG_PARSE_FLAG_LENIENT);
     common_peg_parse_result result;
@@ -85,7 +115,7 @@ AnswerParser::Parse AnswerParser::parse(size_t size) const {
     return found;
 }
 
-void AnswerParser::tell(int kind, std::string news, std::vector<AnswerDelta> & out) {
+void AnswerParser::Impl::tell(int kind, std::string news, std::vector<AnswerDelta> & out) {
     if (news.empty()) return;
     switch (kind) {
         case AnswerDelta::REASONING: told.reasoning_content += news; break;
@@ -97,7 +127,7 @@ void AnswerParser::tell(int kind, std::string news, std::vector<AnswerDelta> & o
     else out.push_back({ kind, index, std::move(news), "" });
 }
 
-void AnswerParser::tell(const Parse & parse, std::vector<AnswerDelta> & out) {
+void AnswerParser::Impl::tell(const Parse & parse, std::vector<AnswerDelta> & out) {
     // What is new of a text; nothing where it is not what was told and more.
     const auto news = [this](const std::string & old, const std::string & now) {
         if (now.compare(0, old.size(), old) == 0) return now.substr(old.size());
@@ -121,7 +151,7 @@ void AnswerParser::tell(const Parse & parse, std::vector<AnswerDelta> & out) {
     }
 }
 
-void AnswerParser::begin_run(const Parse & parse) {
+void AnswerParser::Impl::begin_run(const Parse & parse) {
     run = Run::NONE;
     told_to = text.size();
     const bool is_native = format->form == COMMON_CHAT_FORMAT_PEG_NATIVE;
@@ -144,8 +174,16 @@ void AnswerParser::begin_run(const Parse & parse) {
     }
 }
 
+// Whether the text from `at` on is the beginning of a delimiter, and not all of it.
+bool AnswerParser::Impl::may_end(size_t at) const {
+    const size_t size = text.size() - at;
+    return std::any_of(format->delimiters.begin(), format->delimiters.end(), [&](const std::string & one) {
+        return one.size() > size && text.compare(at, size, one, 0, size) == 0;
+    });
+}
+
 // Tell what a run surely holds. False: it has ended somewhere, which a parse will find.
-bool AnswerParser::go_on(std::vector<AnswerDelta> & out) {
+bool AnswerParser::Impl::go_on(std::vector<AnswerDelta> & out) {
     size_t sure = text.size();
     if (run == Run::JSON_STRING) {
         for (size_t i = told_to; i < text.size(); ++i) {
@@ -169,14 +207,8 @@ bool AnswerParser::go_on(std::vector<AnswerDelta> & out) {
             if (text.find(one, told_to) != std::string::npos) return false;
         }
         // The earliest place from which on the text may become a delimiter.
-        for (size_t at = std::max(told_to, text.size() - std::min(text.size(), format->longest)); at < text.size(); ++at) {
-            const size_t size = text.size() - at;
-            const auto begins = [&](const std::string & one) { return one.size() > size && text.compare(at, size, one, 0, size) == 0; };
-            if (std::any_of(format->delimiters.begin(), format->delimiters.end(), begins)) {
-                sure = at;
-                break;
-            }
-        }
+        sure = std::max(told_to, text.size() - std::min(text.size(), format->longest));
+        while (sure < text.size() && !may_end(sure)) ++sure;
     }
     std::string news = text.substr(told_to, sure - told_to);
     told_to = sure;
@@ -190,13 +222,13 @@ bool AnswerParser::go_on(std::vector<AnswerDelta> & out) {
 }
 
 // From `rest` on all is content.
-void AnswerParser::give_up(size_t rest, std::vector<AnswerDelta> & out) {
+void AnswerParser::Impl::give_up(size_t rest, std::vector<AnswerDelta> & out) {
     broken = true;
     run = Run::NONE;
     tell(AnswerDelta::CONTENT, text.substr(rest), out);
 }
 
-void AnswerParser::read(std::vector<AnswerDelta> & out) {
+void AnswerParser::Impl::read(std::vector<AnswerDelta> & out) {
     Parse found = parse(text.size());
     if (found.ok) {
         parsed = text.size();
@@ -220,51 +252,62 @@ void AnswerParser::read(std::vector<AnswerDelta> & out) {
     give_up(rest, out);
 }
 
+void AnswerParser::Impl::feed(const std::string & piece, std::vector<AnswerDelta> & out) {
+    if (broken) {
+        tell(AnswerDelta::CONTENT, piece, out);
+        return;
+    }
+    text += piece;
+    if (run != Run::NONE) {
+        if (go_on(out)) return;
+        run = Run::NONE;
+    }
+    if ((text.size() - parsed) * SHARE >= text.size()) read(out);
+}
+
+void AnswerParser::Impl::finish(std::vector<AnswerDelta> & out) {
+    if (broken) return;
+    if (run == Run::NONE && parsed < text.size()) read(out);
+    if (broken) return;
+    if (run == Run::REASONING || run == Run::CONTENT) {
+        // What might have become a delimiter is none.
+        tell(run == Run::REASONING ? AnswerDelta::REASONING : AnswerDelta::CONTENT, text.substr(told_to), out);
+    }
+    if (run != Run::NONE) return;
+    const Parse found = parse(text.size());
+    const size_t rest = found.complete ? found.end : found.told_end;
+    if (!found.ok || is_blank(text, rest)) return;
+    if (found.complete || found.last == Parse::TEXT || found.last == Parse::NOTHING) {
+        tell(AnswerDelta::CONTENT, text.substr(rest), out);
+    } else if (found.last == Parse::THOUGHTS && may_end(rest)) {
+        tell(AnswerDelta::REASONING, text.substr(rest), out);
+    }
+}
+
+AnswerParser::AnswerParser(std::shared_ptr<const AnswerFormat> format) : impl(std::make_unique<Impl>(std::move(format))) {}
+
+AnswerParser::~AnswerParser() = default;
+
 void AnswerParser::feed(const std::string & piece, std::vector<AnswerDelta> & out) noexcept {
     try {
-        if (broken) {
-            tell(AnswerDelta::CONTENT, piece, out);
-            return;
-        }
-        text += piece;
-        if (run != Run::NONE) {
-            if (go_on(out)) return;
-            run = Run::NONE;
-        }
-        if ((text.size() - parsed) * SHARE >= text.size()) read(out);
-    } catch (...) { // nested too deeply, no memory
-        if (!broken) out.push_back({ AnswerDelta::CONTENT, 0, piece, "" });
-        broken = true;
-        run = Run::NONE;
+        impl->feed(piece, out);
+    } catch (...) { // no memory
+        impl->broken = true;
     }
 }
 
 void AnswerParser::finish(std::vector<AnswerDelta> & out) noexcept {
     try {
-        if (broken) return;
-        if (run == Run::REASONING || run == Run::CONTENT) {
-            // What might have become a delimiter is none.
-            tell(run == Run::REASONING ? AnswerDelta::REASONING : AnswerDelta::CONTENT, text.substr(told_to), out);
-            return;
-        }
-        if (run != Run::NONE) return;
-        if (parsed < text.size()) read(out);
-        if (broken) return;
-        if (run != Run::NONE) return;
-        const Parse found = parse(text.size());
-        const size_t rest = found.complete ? found.end : found.told_end;
-        if (!found.ok || is_blank(text, rest)) return;
-        if (found.complete || found.last == Parse::TEXT || found.last == Parse::NOTHING) {
-            tell(AnswerDelta::CONTENT, text.substr(rest), out);
-        } else if (found.last == Parse::THOUGHTS) {
-            const auto begins = [&](const std::string & one) { return one.size() > text.size() - rest && one.compare(0, text.size() - rest, text, rest) == 0; };
-            if (std::any_of(format->delimiters.begin(), format->delimiters.end(), begins)) {
-                tell(AnswerDelta::REASONING, text.substr(rest), out);
-            }
-        }
+        impl->finish(out);
     } catch (...) {
-        broken = true;
+        impl->broken = true;
     }
 }
+
+size_t AnswerParser::size() const noexcept {
+    return impl->run == Impl::Run::NONE && !impl->broken ? impl->text.size() : 0;
+}
+
+int AnswerParser::contradictions() const noexcept { return impl->n_contradictions; }
 
 } // namespace mullama

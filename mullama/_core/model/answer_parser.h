@@ -11,23 +11,13 @@
 // as one piece is told the same. Where an answer cannot be read any further, the rest of it is content.
 #pragma once
 
-#include "chat.h"
-
 #include <memory>
 #include <string>
 #include <vector>
 
 namespace mullama {
 
-struct AnswerFormat {
-    common_chat_format form = COMMON_CHAT_FORMAT_CONTENT_ONLY;
-    std::string prefix;                  // what the prompt holds of the answer already
-    common_peg_arena parser;             // of prefix and answer; empty: all is content
-    std::vector<std::string> delimiters; // texts that may end a run
-    size_t longest = 0;                  // bytes of the longest one
-
-    void find_delimiters();
-};
+struct AnswerFormat; // answer_format.h
 
 // What is new in an answer.
 struct AnswerDelta {
@@ -42,6 +32,7 @@ struct AnswerDelta {
 class AnswerParser {
   public:
     explicit AnswerParser(std::shared_ptr<const AnswerFormat> format);
+    ~AnswerParser();
 
     // Take the next piece (whole UTF-8 characters) and add what is new to `out`. What fails makes the rest content.
     void feed(const std::string & piece, std::vector<AnswerDelta> & out) noexcept;
@@ -50,31 +41,14 @@ class AnswerParser {
     void finish(std::vector<AnswerDelta> & out) noexcept;
 
     // Bytes that the next feed or finish may have to read again.
-    size_t size() const noexcept { return run == Run::NONE && !broken ? text.size() : 0; }
+    size_t size() const noexcept;
 
     // How often a parse contradicted what had been told; for tests.
-    int contradictions() const noexcept { return n_contradictions; }
+    int contradictions() const noexcept;
 
   private:
-    enum class Run { NONE, REASONING, CONTENT, JSON_STRING, STRING_VALUE };
-    struct Parse;
-
-    Parse parse(size_t size) const;
-    void read(std::vector<AnswerDelta> & out);
-    bool go_on(std::vector<AnswerDelta> & out);
-    void tell(const Parse & parse, std::vector<AnswerDelta> & out);
-    void tell(int kind, std::string told, std::vector<AnswerDelta> & out);
-    void begin_run(const Parse & parse);
-    void give_up(size_t rest, std::vector<AnswerDelta> & out);
-
-    std::shared_ptr<const AnswerFormat> format;
-    std::string text;         // prefix and answer
-    size_t parsed;            // bytes of it that the last parse read
-    size_t told_to = 0;       // of a run: what comes before was told
-    Run run = Run::NONE;
-    bool broken = false;      // what comes is content
-    common_chat_msg told;
-    int n_contradictions = 0;
+    struct Impl;
+    std::unique_ptr<Impl> impl;
 };
 
 } // namespace mullama

@@ -1,6 +1,6 @@
 #include "chat_shim.h"
 
-#include "answer_parser.h"
+#include "answer_format.h"
 
 #include "chat.h"
 #include "chat-peg-parser.h"

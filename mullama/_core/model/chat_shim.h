@@ -10,7 +10,7 @@
 
 namespace mullama {
 
-struct AnswerFormat; // answer_parser.h
+struct AnswerFormat; // answer_format.h
 
 // What llama.cpp has templates of by name.
 std::vector<std::string> chat_template_names();

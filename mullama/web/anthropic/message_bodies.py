@@ -6,14 +6,16 @@ Fields that nobody knows are ignored; those that would change the answer and are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
-from mullama.web.openai.functions import CallBody, CalledBody, FunctionBody, ToolBody
+from mullama.web.openai.functions import NAME_SCHEMA, CallBody, CalledBody, FunctionBody, ToolBody
+from mullama.web.openai.sampling import range_schemas
 from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
+from mullama.web.openapi.operation import unbuilt_schemas
 
 #: What the API calls a field, by our name of it.
 NAMES = {"stop": "stop_sequences", "user": "metadata.user_id"}
@@ -41,10 +43,23 @@ class Block(msgspec.Struct):
     tool_use_id: str | None = None
     content: str | list[Block] | None = None
 
+    field_schemas: ClassVar = {"type": {"enum": ["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]}}
+    object_schema: ClassVar = {
+        "allOf": [
+            {
+                "if": {"properties": {"type": {"const": kind}}},
+                "then": {"properties": {name: {"type": "string"} for name in names}, "required": names},
+            }
+            for kind, names in {"text": ["text"], "tool_use": ["id", "name"], "tool_result": ["tool_use_id"]}.items()
+        ]
+    }
+
 
 class AnthropicMessage(msgspec.Struct):
     role: str
     content: str | list[Block]
+
+    field_schemas: ClassVar = {"role": {"enum": ["user", "assistant"]}}
 
 
 class Metadata(msgspec.Struct):
@@ -65,15 +80,19 @@ class AnthropicTool(msgspec.Struct):
     type: str | None = None
     strict: bool | None = None
 
+    field_schemas: ClassVar = {"name": NAME_SCHEMA, "type": {"enum": [None, "custom"]}, "strict": {"enum": [None, False]}}
+
 
 class AnthropicChoice(msgspec.Struct):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
+    field_schemas: ClassVar = {"type": {"enum": ["auto", "none"]}}
 
-class MessagesBody(msgspec.Struct, kw_only=True):
-    """``max_tokens`` is required but for ``count_tokens``. None leaves a default in place."""
+
+class CountBody(msgspec.Struct, kw_only=True):
+    """Of ``count_tokens``. None leaves a default in place."""
 
     model: str | None = None
     messages: list[AnthropicMessage] | None = None
@@ -93,6 +112,19 @@ class MessagesBody(msgspec.Struct, kw_only=True):
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     context_management: dict[str, Any] | None = None
+
+    field_schemas: ClassVar[dict[str, Any]] = {
+        "messages": {"minItems": 1},
+        "max_tokens": {"minimum": 1},
+        "temperature": {"minimum": 0, "maximum": MAX_TEMPERATURE},
+        **unbuilt_schemas(_UNBUILT),
+    }
+    required_fields: ClassVar[tuple[str, ...]] = ("messages",)
+
+
+class MessagesBody(CountBody, kw_only=True):
+    field_schemas: ClassVar = CountBody.field_schemas | range_schemas(("top_k", "top_p"))
+    required_fields: ClassVar = ("messages", "max_tokens")
 
 
 _decoder = msgspec.json.Decoder(MessagesBody)

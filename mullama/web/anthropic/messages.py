@@ -11,17 +11,18 @@ import orjson
 
 from mullama.engine.client import AnswerPart
 from mullama.errors import MullamaError
-from mullama.serving.states import Lease
 from mullama.types import Finish, FinishReason
-from mullama.web.anthropic.message_bodies import NAMES, parse_messages
+from mullama.web.anthropic.message_bodies import NAMES, CountBody, MessagesBody, parse_messages
 from mullama.web.http.request import Request
-from mullama.web.openai.chat_completions import open_chat
-from mullama.web.openai.opening import Opened, in_words_of, with_lease
+from mullama.web.openai.chat_completions import count_tokens, open_chat
+from mullama.web.openai.opening import Opened, in_words_of
 from mullama.web.openai.responding import deliver, wants_profile
 from mullama.web.openai.usage import profile_fields
+from mullama.web.openapi.answer_types import AnthropicAnswer, TokenCount
+from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
-from mullama.web.services import LARGE_TEXT, Services
-from mullama.web.stream.event_stream import event_json
+from mullama.web.services import Services
+from mullama.web.stream.event_stream import EVENTS, StreamFormat, event_json
 from mullama.web.stream.generations import Group, Reply
 
 _TYPES = {
@@ -50,6 +51,12 @@ class _Route:
 
 
 class Messages(_Route):
+    operations = {
+        "POST": Operation(
+            "Answer a chat", body=MessagesBody, answer=AnthropicAnswer, streams=EVENTS, parameters=(PROFILE,)
+        )
+    }
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
         services = self._services
@@ -71,29 +78,17 @@ class Messages(_Route):
 
 
 class CountTokens(_Route):
+    operations = {"POST": Operation("Count the tokens of a chat", body=CountBody, answer=TokenCount)}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """How many tokens the chat of a request has. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
         services = self._services
         with in_words_of(NAMES):
             call = await services.parse(req, partial(parse_messages, models=services.models, counts_only=True))
-        chat = call.chat
-
-        async def count(lease: Lease) -> int:
-            errand, engine = services.errand(req), lease.engine
-            is_large = len(chat.messages_json) > LARGE_TEXT
-            between = errand.checkpoint if is_large else None
-
-            def work() -> int:
-                return len(engine.prompt_tokens(chat.render(engine, chat.messages_json), between=between))
-
-            n_tokens = await errand.run(is_large, work)
-            lease.release()
-            return n_tokens
-
-        resp.data = orjson.dumps({"input_tokens": await with_lease(services, req, chat.model, count)})
+        resp.data = orjson.dumps({"input_tokens": await count_tokens(services, req, call.chat)})
 
 
-class MessageEvents:
+class MessageEvents(StreamFormat):
     """The events of a streamed message."""
 
     _head = (
@@ -101,15 +96,11 @@ class MessageEvents:
         b'data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":'
     )
     ping = b'event: ping\ndata: {"type":"ping"}\n\n'
-    is_first_special = False
 
     def __init__(self, opened: Opened, *, with_profile: bool) -> None:
         self._group = opened.group
         self._stops = opened.options.sampling.stop
         self._with_profile = with_profile
-
-    def first(self, data: bytes) -> bytes:
-        return data
 
     def opening(self, index: int) -> bytes:
         return self._start() + _event(_started(0, {"type": "text", "text": ""}))
@@ -119,9 +110,6 @@ class MessageEvents:
         usage = {"input_tokens": self._group.prompt_lengths[0], "output_tokens": 0}
         message = _message(self._group, [], usage) | {"stop_reason": None, "stop_sequence": None}
         return _event({"type": "message_start", "message": message})
-
-    def parts(self, index: int, parts: Sequence[AnswerPart]) -> bytes:
-        raise NotImplementedError  # its answers are not read
 
     def text(self, index: int, text: str) -> bytes:
         return self._head + event_json(text) + b"}}\n\n"

@@ -10,8 +10,10 @@ from typing import Any
 
 import falcon.asgi
 
-from mullama.errors import PayloadTooLarge
+from mullama.errors import InvalidRequest, PayloadTooLarge
 from mullama.web.http.content_encoding import decode, encodings_of
+
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 #: An HTTP status and OpenAI's error object (what is under ``error``) as another API's body of an error.
@@ -45,6 +47,13 @@ class Request(falcon.asgi.Request):
         super().__init__(scope, receive, *args, **kwargs)
         if "//" in self.path:  # clients put a base URL with a slash at its end before a path with one
             self.path = re.sub("/{2,}", "/", self.path).rstrip("/") or "/"
+
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        """A parameter of the query that is yes or no. Raises InvalidRequest for what is neither."""
+        text = self.get_param(name)
+        if text is not None and text.lower() not in _FLAGS:
+            raise InvalidRequest(f"{name}: {text[:40]!r} is neither true nor false", param=name)
+        return default if text is None else _FLAGS[text.lower()]
 
 
 async def read_body(req: Request, limit: int) -> bytes:

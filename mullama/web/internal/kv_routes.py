@@ -10,18 +10,31 @@ from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest, PermissionDenied
 from mullama.web.http.request import Request
 from mullama.web.internal.kv_event_routes import KvEventStream
-from mullama.web.internal.kv_schemas import Prefix, parse_drop, parse_pin, parse_prefix
+from mullama.web.internal.kv_schemas import (
+    DropBody,
+    Prefix,
+    PrefixBody,
+    PrefixPinBody,
+    parse_drop,
+    parse_pin,
+    parse_prefix,
+)
 from mullama.web.internal.scheduler_routes import Internal, Policies, dump
 from mullama.web.internal.views import kv_for_client
+from mullama.web.openai.schemas import PolicyBody
+from mullama.web.openapi.operation import MODEL, Operation, Parameter, flag
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
-from mullama.web.stream.event_stream import start_stream
+from mullama.web.stream.event_stream import EVENTS, start_stream
 
 DEFAULT_NODES = 1000
 MAX_NODES = 100_000
+_NUMBER = {"type": "integer", "minimum": 0}
 
 
 class KvView(Internal):
+    operations = {"GET": Operation("Layout, cells used and by whom", parameters=(MODEL,))}
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Layout, cells used and by whom, retained prefixes. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
@@ -31,13 +44,23 @@ class KvView(Internal):
 
 class KvTree(Internal):
     access = Access.OPERATOR
+    operations = {
+        "GET": Operation(
+            "The prefix tree",
+            parameters=(
+                MODEL,
+                Parameter("limit", "nodes at most", {"type": "integer", "minimum": 1, "maximum": MAX_NODES}),
+                flag("text", "with what the nodes hold"),
+            ),
+        )
+    }
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The prefix tree, at most ``?limit=`` nodes of it, with ``?text=1`` what they hold.
 
         Raises InvalidRequest, ModelNotFound, PermissionDenied.
         """
-        with_text = (req.get_param("text") or "").lower() in ("1", "true")
+        with_text = req.flag("text")
         # SAFETY: texts are prompts, as in the events.
         if with_text and not req.is_operator:
             raise PermissionDenied("texts are only shown to those who may write under /internal (--admin-key)")
@@ -49,6 +72,7 @@ class KvTree(Internal):
 
 class KvMap(Internal):
     access = Access.OPERATOR
+    operations = {"GET": Operation("Which cells belong to which sequence", parameters=(MODEL,))}
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Which cells belong to which sequence. Raises ModelNotFound."""
@@ -59,6 +83,10 @@ class KvMap(Internal):
 class KvPolicy(Policies):
     access = Access.OPERATOR
     kind = "an eviction policy"
+    operations = {
+        "GET": Operation("The eviction policy in charge", parameters=(MODEL,)),
+        "PUT": Operation("Put another eviction policy in charge", body=PolicyBody, parameters=(MODEL,)),
+    }
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The eviction policy in charge and its parameters. Raises ModelNotFound."""
@@ -73,6 +101,18 @@ class KvPolicy(Policies):
 
 
 class KvEvents(Internal):
+    operations = {
+        "GET": Operation(
+            "What happens to cached KV, as it happens",
+            answer=EVENTS,
+            parameters=(
+                MODEL,
+                Parameter("since", "events after this number", _NUMBER),
+                Parameter("Last-Event-ID", "the same, as clients of event streams say it", _NUMBER, "header"),
+                flag("tokens", "with token ids"),
+            ),
+        )
+    }
     # SAFETY: they name everybody's requests, and tokens are prompts.
     access = Access.OPERATOR
 
@@ -87,7 +127,7 @@ class KvEvents(Internal):
         since = _number(req.get_param("since"), "since", 0)
         if since is None:
             since = _number(req.get_header("Last-Event-ID"), "Last-Event-ID", 0)
-        with_tokens = (req.get_param("tokens") or "").lower() in ("1", "true")
+        with_tokens = req.flag("tokens")
         watchers = self._models.watchers
         stream = KvEventStream(
             log,
@@ -132,6 +172,8 @@ class _PrefixAction(Internal):
 
 
 class KvPin(_PrefixAction):
+    operations = {"POST": Operation("Keep a prefix from eviction for a while", body=PrefixPinBody, parameters=(MODEL,))}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Keep a prefix from eviction for a while. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
@@ -142,6 +184,8 @@ class KvPin(_PrefixAction):
 
 
 class KvUnpin(_PrefixAction):
+    operations = {"POST": Operation("Let a prefix be evicted again", body=PrefixBody, parameters=(MODEL,))}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Let a prefix be evicted again. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
@@ -151,6 +195,8 @@ class KvUnpin(_PrefixAction):
 
 
 class KvDrop(_PrefixAction):
+    operations = {"POST": Operation("Drop a prefix, or everything", body=DropBody, parameters=(MODEL,))}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Drop a prefix, or everything; answers what was freed. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
@@ -163,6 +209,8 @@ class KvDrop(_PrefixAction):
 
 
 class KvSave(_PrefixAction):
+    operations = {"POST": Operation("Write a prefix to disk", body=PrefixBody, parameters=(MODEL,))}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Write a prefix to disk. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):
@@ -172,6 +220,8 @@ class KvSave(_PrefixAction):
 
 
 class KvLoad(_PrefixAction):
+    operations = {"POST": Operation("Read a prefix from disk", body=PrefixBody, parameters=(MODEL,))}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Read a prefix from disk into host memory. Raises InvalidRequest, ModelNotFound."""
         with self._lease(req) as (name, engine):

@@ -4,18 +4,24 @@ become a request to drop everything. Every ``parse_*`` may run in a thread and r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import msgspec
 
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
 from mullama.kv.events import KvTier
-from mullama.web.openai.sampling import check_tokens
+from mullama.web.openai.sampling import TOKEN_IDS_SCHEMA, check_tokens
 from mullama.web.openai.schemas import MAX_SALT, Message, decode_body, normalise, salt_text
 
 DEFAULT_TTL_S = 3600.0
 MAX_TTL_S = 30 * 86400.0
 MAX_NAMESPACE = 512  # characters
+
+
+def _given(name: str) -> dict[str, Any]:
+    """JSON Schema of an object that has this field."""
+    return {"properties": {name: {"not": {"type": "null"}}}, "required": [name]}
 
 
 class PrefixBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -26,13 +32,42 @@ class PrefixBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cache_salt: str | None = None
     namespace: str | None = None
 
+    field_schemas: ClassVar[dict[str, Any]] = {
+        "prompt": {
+            "anyOf": [
+                {"type": "null"},
+                {"type": "string", "minLength": 1},
+                TOKEN_IDS_SCHEMA,
+            ]
+        },
+        "messages": {"minItems": 1},
+        "cache_salt": {"minLength": 1, "maxLength": MAX_SALT},
+        "namespace": {"minLength": 1, "maxLength": MAX_NAMESPACE},
+    }
+    object_schema: ClassVar[dict[str, Any]] = {
+        "oneOf": [_given("prompt"), _given("messages")],
+        "not": {"allOf": [_given("cache_salt"), _given("namespace")]},
+    }
 
-class PinBody(PrefixBody, kw_only=True):
+
+class PrefixPinBody(PrefixBody, kw_only=True):
     ttl_s: float | None = None
+
+    field_schemas: ClassVar = PrefixBody.field_schemas | {"ttl_s": {"exclusiveMinimum": 0, "maximum": MAX_TTL_S}}
 
 
 class DropBody(PrefixBody, kw_only=True):
     tiers: list[str] | None = None
+
+    field_schemas: ClassVar = PrefixBody.field_schemas | {"tiers": {"items": {"enum": list(KvTier)}, "minItems": 1}}
+    object_schema: ClassVar = {
+        "not": {
+            "anyOf": [
+                {"allOf": [_given("prompt"), _given("messages")]},
+                {"allOf": [_given("cache_salt"), _given("namespace")]},
+            ]
+        }
+    }
 
 
 @dataclass(slots=True, frozen=True)
@@ -75,7 +110,7 @@ class Drop:
 
 
 _prefix_decoder = msgspec.json.Decoder(PrefixBody)
-_pin_decoder = msgspec.json.Decoder(PinBody)
+_pin_decoder = msgspec.json.Decoder(PrefixPinBody)
 _drop_decoder = msgspec.json.Decoder(DropBody)
 
 

@@ -13,7 +13,7 @@ import msgspec
 import orjson
 
 from mullama.engine.client import EngineClient
-from mullama.errors import AdapterNotFound, InvalidRequest, ModelNotFound, no_adapter
+from mullama.errors import AdapterNotFound, ModelNotFound, no_adapter
 from mullama.serving.lora_files import find_adapter
 from mullama.serving.manager import ModelManager
 from mullama.types import LoraUse
@@ -21,9 +21,6 @@ from mullama.web.internal.views import adapter_for_client
 
 SEPARATOR = "+"  # between a model and its adapters in a name
 MAX_NAMED = 16
-
-#: Methods below /internal/models/NAME.
-ADAPTER_ROUTES = {"adapters": {"GET", "POST"}, "adapters/ID": {"GET", "DELETE"}}
 
 
 class LoraBody(msgspec.Struct):
@@ -122,8 +119,6 @@ async def load(engine: EngineClient, body: AdapterBody, *, may_read_files: bool)
 
 async def unload(models: ModelManager, model: str, adapter: str, resp: falcon.asgi.Response) -> None:
     """Free one; the answer lists those that stay. Raises what ``WeightsClient.unload_lora`` raises."""
-    if not adapter:
-        raise InvalidRequest("id: name the adapter to unload, as in /adapters/ID", param="id")
     lease = models.borrow(model)
     try:
         await asyncio.to_thread(lease.engine.weights.unload_lora, adapter)

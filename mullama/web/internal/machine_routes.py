@@ -15,11 +15,13 @@ from mullama.serving.manager import ModelManager
 from mullama.serving.readiness import Findings, folder_findings, folders_of
 from mullama.web.http.request import Request
 from mullama.web.internal.scheduler_routes import Internal
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 
 
 class MachineView(Internal):
     access = Access.OPERATOR  # paths, libraries, limits: nothing for a tenant
+    operations = {"GET": Operation("What mullama doctor tells of this machine")}
 
     def __init__(self, models: ModelManager, config: ServeConfig) -> None:
         super().__init__(models)

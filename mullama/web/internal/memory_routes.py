@@ -13,6 +13,7 @@ from mullama.errors import EngineDead
 from mullama.observe import process_memory
 from mullama.web.http.request import Request
 from mullama.web.internal.scheduler_routes import Internal
+from mullama.web.openapi.operation import MODEL, Operation
 from mullama.web.security import Access
 
 MAX_FILES = 20
@@ -20,6 +21,7 @@ MAX_FILES = 20
 
 class MemoryView(Internal):
     access = Access.OPERATOR
+    operations = {"GET": Operation("What models and requests take of the memory", parameters=(MODEL,))}
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """All loaded and sleeping models, or the one of ``?model=``. Raises ModelNotFound, ModelNotLoaded."""

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import re
+from typing import Any, ClassVar
 
+import falcon
 import falcon.asgi
 import msgspec
 import orjson
 
-from mullama.errors import InvalidRequest, ModelNotLoaded, NotFound
-from mullama.serving.durations import parse_duration
+from mullama.config import ARBITER_POLICIES
+from mullama.errors import InvalidRequest, ModelNotFound, ModelNotLoaded, NotFound
+from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.hot_swap import SwapRecord
 from mullama.serving.states import Served
+from mullama.types import GapMode, KvMode, SleepLevel
 from mullama.web.http.request import Receive, Request, on_disconnect
 from mullama.web.internal import lora_routes
 from mullama.web.internal.views import model_for_client
 from mullama.web.openai.schemas import decode_body
+from mullama.web.openapi.operation import Operation, flag
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.event_stream import PING, Silence, event_json, start_stream
+from mullama.web.stream.event_stream import EVENTS, PING, Silence, event_json, start_stream
 
 
 class UnloadBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     force: bool = False
     timeout_s: float = 30.0
 
+    field_schemas: ClassVar = {"timeout_s": {"minimum": 0, "maximum": 86400}}
+
 
 class PinBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     keep_alive: float | str | None = None
+
+    field_schemas: ClassVar = {"keep_alive": DURATION_SCHEMA}
 
 
 class SwapBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -39,11 +48,19 @@ class SwapBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     gap: str = "auto"
     kl: bool = False
 
+    field_schemas: ClassVar = {
+        "to": {"minLength": 1},
+        "kv": {"enum": list(KvMode)},
+        "gap": {"enum": list(GapMode)},
+    }
+
 
 class SleepBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``level``: host or disk; none: what --sleep-level says."""
 
     level: str | None = None
+
+    field_schemas: ClassVar = {"level": {"enum": [None, *SleepLevel]}}
 
 
 class ShareBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -52,7 +69,19 @@ class ShareBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     weight: float = 1.0
     priority: int = 0
 
+    field_schemas: ClassVar = {
+        "weight": {"minimum": 0.01, "maximum": 100},
+        "priority": {"minimum": -(2**31), "maximum": 2**31 - 1},
+    }
 
+
+class ArbiterBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    policy: str
+
+    field_schemas: ClassVar = {"policy": {"enum": list(ARBITER_POLICIES)}}
+
+
+_arbiter_decoder = msgspec.json.Decoder(ArbiterBody)
 _decoders = {
     kind: msgspec.json.Decoder(kind)
     for kind in (UnloadBody, PinBody, SwapBody, SleepBody, ShareBody, lora_routes.AdapterBody)
@@ -61,6 +90,7 @@ _decoders = {
 
 class ModelTable:
     access = Access.INTERNAL
+    operations = {"GET": Operation("Every served model: state, memory, requests")}
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -129,14 +159,31 @@ def row_of(one: Served, now: float) -> dict[str, Any]:
     return row
 
 
-#: Each is a method of ModelActions, by its name behind an underscore.
-ACTIONS = ("load", "unload", "sleep", "wake", "pin", "unpin", "swap", "share")
-
-
 class ModelActions:
     """``/internal/models/NAME`` and ``/internal/models/NAME/ACTION``; a name may hold slashes."""
 
     access = Access.INTERNAL
+    operations = {
+        "GET": Operation("One served model"),
+        "GET /adapters": Operation("The LoRA adapters of a model"),
+        "POST /adapters": Operation("Load a LoRA adapter", body=lora_routes.AdapterBody),
+        "GET /adapters/{id}": Operation("One LoRA adapter"),
+        "DELETE /adapters/{id}": Operation("Unload a LoRA adapter"),
+        "POST /load": Operation("Load a model now"),
+        "POST /unload": Operation("Unload a model", body=UnloadBody),
+        "POST /sleep": Operation("An idle model gives up its weights", body=SleepBody),
+        "POST /wake": Operation("Wake a model that sleeps"),
+        "POST /pin": Operation("Keep a model loaded", body=PinBody),
+        "POST /unpin": Operation("Let a model be unloaded"),
+        "POST /share": Operation("Weight and priority beside other models", body=ShareBody),
+        "POST /swap": Operation(
+            "Other weights under the name",
+            body=SwapBody,
+            streams=EVENTS,
+            parameters=(flag("wait", "false: answer at once"),),
+            statuses=(200, 202),
+        ),
+    }
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -147,24 +194,54 @@ class ModelActions:
         if (named := lora_routes.split_path(name)) is not None:
             await lora_routes.show(models, *named, resp, sees_files=req.is_operator)
             return
-        resp.data = orjson.dumps(_row_for(req, models.get(name), models.now()))
+        try:
+            served = models.get(name)
+        except ModelNotFound:
+            self._check_method("GET", name)
+            raise
+        resp.data = orjson.dumps(_row_for(req, served, models.now()))
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """Carry out an action. Raises NotFound for an unknown one, ModelNotFound, and what the action raises."""
-        if (named := lora_routes.split_path(name)) is not None and not named[1]:
+        model, _, action = name.rpartition("/")
+        if model and self._below(name) == "":
+            raise NotFound(f"there is no action '{action[:40]}'; there are {', '.join(ACTIONS)}")
+        self._check_method("POST", name)
+        if (named := lora_routes.split_path(name)) is not None:
             await self._load_adapter(req, resp, named[0])
             return
-        model, _, action = name.rpartition("/")
-        if action not in ACTIONS or not model:
-            raise NotFound(f"there is no action '{action[:40]}'; there are {', '.join(ACTIONS)}")
         await getattr(self, f"_{action}")(req, resp, model)
 
     async def on_delete(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
-        """Unload an adapter. Raises NotFound for another path, AdapterNotFound, AdapterBusy."""
+        """Unload an adapter. Raises AdapterNotFound, AdapterBusy."""
+        self._check_method("DELETE", name)
         named = lora_routes.split_path(name)
-        if named is None:
-            raise NotFound("only /internal/models/NAME/adapters/ID can be deleted")
+        assert named is not None
         await lora_routes.unload(self._services.models, *named, resp)
+
+    async def on_options(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
+        """What the path takes."""
+        resp.set_header("Allow", ", ".join([*self._methods(name), "OPTIONS"]))
+        resp.set_header("Content-Length", "0")
+
+    def takes(self, method: str, name: str) -> bool:
+        return method in self._methods(name)
+
+    def _below(self, name: str) -> str:
+        """What of a path comes behind the model, as ``operations`` has it."""
+        if (named := lora_routes.split_path(name)) is not None:
+            return "/adapters/{id}" if named[1] else "/adapters"
+        model, _, action = name.rpartition("/")
+        return f"/{action}" if model and action in ACTIONS else ""
+
+    def _check_method(self, method: str, name: str) -> None:
+        """Raises HTTPMethodNotAllowed for what a path does not take."""
+        if method not in (allowed := self._methods(name)):
+            raise falcon.HTTPMethodNotAllowed(allowed)
+
+    def _methods(self, name: str) -> list[str]:
+        below = self._below(name)
+        return [key.partition(" ")[0] for key in self.operations if key.partition(" ")[2] == below]
 
     async def _load_adapter(self, req: Request, resp: falcon.asgi.Response, name: str) -> None:
         """The model is loaded first where it has to be, and stays while the adapter comes."""
@@ -231,7 +308,7 @@ class ModelActions:
             self._services.end_at_shutdown(stream)
             start_stream(resp, stream)
             return
-        if (req.get_param("wait") or "").lower() in ("false", "0"):
+        if not req.flag("wait", default=True):
             resp.status = 202
         else:
             await record.ended.wait()
@@ -240,8 +317,15 @@ class ModelActions:
         resp.data = orjson.dumps(record.to_dict())
 
 
+#: Each is a method of ModelActions, by its name behind an underscore.
+ACTIONS = tuple(
+    key.removeprefix("POST /") for key in ModelActions.operations if re.fullmatch(r"POST /(?!adapters)\w+", key)
+)
+
+
 class SwapViews:
     access = Access.OPERATOR
+    operations = {"GET": Operation("The latest swaps, newest first"), "GET one": Operation("One swap")}
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -299,6 +383,10 @@ class ArbiterView:
     """``/internal/arbiter``: how the engines of this process share its cores."""
 
     access = Access.OPERATOR
+    operations = {
+        "GET": Operation("How models that compute at once share the cores"),
+        "PUT": Operation("Another policy for that", body=ArbiterBody),
+    }
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -322,10 +410,3 @@ class ArbiterView:
         for name, engine in self._services.models.items():
             policy, rows[name] = engine.planning.share()
         return {"policy": policy, "models": rows}
-
-
-class ArbiterBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    policy: str
-
-
-_arbiter_decoder = msgspec.json.Decoder(ArbiterBody)

@@ -27,9 +27,10 @@ from mullama.models.store.store import Store, named
 from mullama.web.error_responses import as_mullama_error
 from mullama.web.http.request import Receive, Request, on_disconnect
 from mullama.web.openai.schemas import decode_body
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.event_stream import PING, Bell, Silence, event_json, start_stream
+from mullama.web.stream.event_stream import EVENTS, PING, Bell, Silence, event_json, start_stream
 
 GAP_SECONDS = 0.1  # at least, between two progress events of one stream
 
@@ -48,6 +49,7 @@ _decoder = msgspec.json.Decoder(PullBody)
 
 class ModelPull:
     access = Access.OPERATOR
+    operations = {"POST": Operation("Fetch a model into the store", body=PullBody, streams=EVENTS)}
 
     def __init__(self, services: Services, store: Store | None = None) -> None:
         self._services = services

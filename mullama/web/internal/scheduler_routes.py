@@ -16,7 +16,8 @@ from mullama.kv.eviction.registry import names_code
 from mullama.serving.manager import ModelManager
 from mullama.web.http.request import Request, read_body
 from mullama.web.internal.views import scheduler_for_client
-from mullama.web.openai.schemas import SchedulerChange, parse_scheduler_change
+from mullama.web.openai.schemas import ParamsBody, PolicyBody, SchedulerChange, parse_scheduler_change
+from mullama.web.openapi.operation import MODEL, Operation
 from mullama.web.security import Access
 
 
@@ -62,6 +63,12 @@ class Policies(Internal):
 
 
 class SchedulerView(Policies):
+    operations = {
+        "GET": Operation("Policy, waiting and running sequences, counters", parameters=(MODEL,)),
+        "PUT": Operation("Put another policy in charge", body=PolicyBody, parameters=(MODEL,)),
+        "PATCH": Operation("Change parameters of the policy in charge", body=ParamsBody, parameters=(MODEL,)),
+    }
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Policy, parameters, waiting and running sequences, step counters. Raises ModelNotFound."""
         with self._lease(req) as (name, engine):
@@ -85,6 +92,11 @@ class SchedulerView(Policies):
 
 
 class ShadowScheduler(Policies):
+    operations = {
+        "PUT": Operation("Run a policy as a shadow", body=PolicyBody, parameters=(MODEL,)),
+        "DELETE": Operation("Run no shadow any more", parameters=(MODEL,)),
+    }
+
     async def on_put(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Run a policy as a shadow instead of the one before. Raises InvalidRequest; then nothing changes."""
         with self._lease(req) as (name, engine):

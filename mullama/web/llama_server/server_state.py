@@ -18,6 +18,7 @@ from mullama.web.http.request import Request
 from mullama.web.internal.scheduler_routes import Internal
 from mullama.web.internal.views import scheduler_for_client
 from mullama.web.openai.sampling import SamplingDefaults
+from mullama.web.openapi.operation import MODEL, Operation, flag
 from mullama.web.security import Access
 
 
@@ -25,6 +26,7 @@ class Props(Internal):
     """Properties of a model; the path of its file is an operator's."""
 
     access = Access.CLIENT
+    operations = {"GET": Operation("Properties of a model", parameters=(MODEL,))}
 
     def __init__(self, models: ModelManager, sampling: SamplingDefaults) -> None:
         super().__init__(models)
@@ -57,13 +59,21 @@ class Props(Internal):
 class Slots(Internal):
     """What each slot works on; a client sees its own requests, and that others are taken."""
 
+    operations = {
+        "GET": Operation(
+            "What each slot works on",
+            answer=list[dict[str, Any]],
+            parameters=(MODEL, flag("fail_on_no_slot", "503 where all slots are taken")),
+        )
+    }
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """``?model=``; with ``?fail_on_no_slot=1`` 503 where all are taken. Raises ModelNotFound, ModelNotLoaded."""
         with self._lease(req) as (_, engine):
             whole = engine.planning.snapshot()
             shown = whole if req.is_operator else scheduler_for_client(whole, req.tenant)
             rows = _slots(engine, whole["running"], {row["id"] for row in shown["running"]})
-        if req.get_param_as_bool("fail_on_no_slot") and all(row["is_processing"] for row in rows):
+        if req.flag("fail_on_no_slot") and all(row["is_processing"] for row in rows):
             raise QueueFull("every slot works on a request", retry_after=1)
         resp.data = orjson.dumps(rows)
 

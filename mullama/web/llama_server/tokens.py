@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import falcon.asgi
 import msgspec
@@ -19,8 +19,10 @@ from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
 from mullama.web.http.request import Request
 from mullama.web.openai.functions import ToolBody
-from mullama.web.openai.sampling import check_tokens
+from mullama.web.openai.sampling import TOKEN_ID_SCHEMA, check_tokens
 from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
+from mullama.web.openapi.answer_types import PromptText, Tokens, TokensText
+from mullama.web.openapi.operation import MODEL, Operation, unbuilt_schemas
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
 
@@ -30,6 +32,12 @@ Pace = Callable[[], None] | None
 
 MAX_PARTS = 4096  # of a ``content`` that is a list
 LARGE_TOKENS = 500  # token ids above which the text of them is made in the pool
+
+
+_UNBUILT = {
+    "chat_template": "templates in requests",
+}
+_UNBUILT_SCHEMAS = unbuilt_schemas(_UNBUILT)
 
 
 class TokenizeBody(msgspec.Struct, kw_only=True):
@@ -50,10 +58,30 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
 
+    field_schemas: ClassVar = {
+        **_UNBUILT_SCHEMAS,
+        "messages": {"minItems": 1},
+        "content": {
+            "anyOf": [
+                {"type": ["string", "null"]},
+                {"type": "array", "items": {"anyOf": [{"type": "string"}, TOKEN_ID_SCHEMA]}, "maxItems": MAX_PARTS},
+            ]
+        },
+    }
+    object_schema: ClassVar = {
+        "oneOf": [
+            {"properties": {name: {"not": {"type": "null"}}}, "required": [name]}
+            for name in ("content", "prompt", "messages")
+        ]
+    }
+
 
 class DetokenizeBody(msgspec.Struct, kw_only=True):
     model: str | None = None
     tokens: list[int] | None = None
+
+    field_schemas: ClassVar = {"tokens": {"items": TOKEN_ID_SCHEMA}}
+    required_fields: ClassVar = ("tokens",)
 
 
 class TemplateBody(msgspec.Struct, kw_only=True):
@@ -64,6 +92,9 @@ class TemplateBody(msgspec.Struct, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
+
+    field_schemas: ClassVar = {**_UNBUILT_SCHEMAS, "messages": {"minItems": 1}}
+    required_fields: ClassVar = ("messages",)
 
 
 _tokenize_decoder = msgspec.json.Decoder(TokenizeBody)
@@ -92,6 +123,8 @@ class _Route:
 
 
 class Tokenize(_Route):
+    operations = {"POST": Operation("The tokens of a text or a chat", body=TokenizeBody, answer=Tokens)}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The tokens of a text or a chat. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
         body = await self._services.parse(req, _parse_tokenize)
@@ -103,6 +136,8 @@ class Tokenize(_Route):
 
 
 class Detokenize(_Route):
+    operations = {"POST": Operation("The text of tokens", body=DetokenizeBody, answer=TokensText)}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The text of tokens, control tokens spelled out. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
         body = await self._services.parse(req, partial(decode_body, _detokenize_decoder))
@@ -119,6 +154,8 @@ class Detokenize(_Route):
 
 
 class ApplyTemplate(_Route):
+    operations = {"POST": Operation("The prompt that a chat becomes", body=TemplateBody, answer=PromptText)}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """The prompt of a chat as text. Raises InvalidRequest, ModelNotFound, PayloadTooLarge."""
         body = await self._services.parse(req, partial(decode_body, _template_decoder))
@@ -132,6 +169,8 @@ class ApplyTemplate(_Route):
 
 
 class TokenizerInfo(_Route):
+    operations = {"GET": Operation("Special tokens, template and sizes of a vocabulary", parameters=(MODEL,))}
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """What a client's own tokenizer would know: special tokens, the template. ``?model=``. Raises ModelNotFound."""
 
@@ -155,8 +194,9 @@ def _parse_tokenize(data: bytes) -> TokenizeBody:
 
 
 def _refuse_unbuilt(body: TokenizeBody | TemplateBody) -> None:
-    if body.chat_template:
-        raise unbuilt("chat_template", "templates in requests")
+    for name, what in _UNBUILT.items():
+        if getattr(body, name):
+            raise unbuilt(name, what)
 
 
 def _chat_of(body: TokenizeBody | TemplateBody, services: Services) -> ChatCall:

@@ -15,17 +15,26 @@ from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import Finish
 from mullama.web.http.request import Request
-from mullama.web.ollama.ollama_bodies import NAMES, OllamaCall, parse_chat_messages, parse_generate
+from mullama.web.ollama.ollama_bodies import (
+    NAMES,
+    GenerateBody,
+    OllamaCall,
+    OllamaChatBody,
+    parse_chat_messages,
+    parse_generate,
+)
 from mullama.web.openai.chat_completions import open_chat
 from mullama.web.openai.completions import open_completion
 from mullama.web.openai.opening import Opened, in_words_of
 from mullama.web.openai.responding import deliver, wants_profile
 from mullama.web.openai.schemas import ChatCall
 from mullama.web.openai.usage import profile_fields
+from mullama.web.openapi.answer_types import OllamaAnswer
+from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
 from mullama.web.stream.answers import Answer, Call
-from mullama.web.stream.event_stream import event_json
+from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Reply
 
 LINES = "application/x-ndjson"
@@ -54,6 +63,9 @@ class Answers(OllamaRoute):
         self._is_chat = is_chat
         self._parse: Callable[[bytes, ModelManager], OllamaCall] = parse_chat_messages if is_chat else parse_generate
         self._name = "api.chat" if is_chat else "api.generate"
+        body = OllamaChatBody if is_chat else GenerateBody
+        does = "Answer a chat" if is_chat else "Answer a prompt"
+        self.operations = {"POST": Operation(does, body, OllamaAnswer, streams=LINES, parameters=(PROFILE,))}
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Raises InvalidRequest, ModelNotFound, PayloadTooLarge, and what the engine raises."""
@@ -89,11 +101,10 @@ class Answers(OllamaRoute):
         return orjson.dumps(head | _text_of("", is_chat=self._is_chat) | done) + b"\n"
 
 
-class AnswerLines:
+class AnswerLines(StreamFormat):
     """The lines of a streamed answer. A silent one stays silent: there is no line that says nothing."""
 
     ping = b""
-    is_first_special = False
 
     def __init__(self, opened: Opened, *, is_chat: bool, with_profile: bool) -> None:
         self._opened = opened
@@ -109,9 +120,6 @@ class AnswerLines:
         )
         before, after = around.split(b"%b")
         self._around = head + before, after
-
-    def first(self, data: bytes) -> bytes:
-        return data
 
     def opening(self, index: int) -> bytes:
         return b""

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import falcon
 import falcon.asgi
@@ -33,6 +33,8 @@ from mullama.web.ollama.answers import LINES, OllamaRoute, now
 from mullama.web.ollama.ollama_bodies import LATEST, served_name
 from mullama.web.openai.opening import with_lease
 from mullama.web.openai.schemas import decode_body
+from mullama.web.openapi.answer_types import OllamaModels, Status, VersionObject
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
 from mullama.web.stream.event_stream import event_json, start_stream
@@ -46,6 +48,12 @@ class NameBody(msgspec.Struct, kw_only=True):
     model: str | None = None
     name: str | None = None
     stream: bool | None = None
+
+    object_schema: ClassVar = {
+        "anyOf": [
+            {"properties": {name: {"type": "string", "minLength": 1}}, "required": [name]} for name in ("model", "name")
+        ]
+    }
 
 
 class CopyBody(msgspec.Struct, kw_only=True):
@@ -66,11 +74,15 @@ def _name_of(data: bytes) -> tuple[str, bool]:
 
 
 class Version(OllamaRoute):
+    operations = {"GET": Operation("The version of the server", answer=VersionObject)}
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         resp.data = orjson.dumps({"version": VERSION})
 
 
 class Tags(OllamaRoute):
+    operations = {"GET": Operation("Models that are served or in the store", answer=OllamaModels)}
+
     def __init__(self, services: Services, store: Store | None = None) -> None:
         super().__init__(services)
         self._store = store or Store()
@@ -87,6 +99,8 @@ class Tags(OllamaRoute):
 
 
 class Running(OllamaRoute):
+    operations = {"GET": Operation("Models that are loaded", answer=OllamaModels)}
+
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:
         """What is loaded, and until when it stays so if nobody asks for it."""
         models = self._services.models
@@ -103,6 +117,8 @@ class Running(OllamaRoute):
 
 
 class Show(OllamaRoute):
+    operations = {"POST": Operation("Template, sizes and abilities of a model", body=NameBody)}
+
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """A model's template, sizes and abilities; it is loaded if need be. Raises InvalidRequest, ModelNotFound."""
         services = self._services
@@ -120,6 +136,7 @@ class Show(OllamaRoute):
 
 class Pull(OllamaRoute):
     access = Access.OPERATOR
+    operations = {"POST": Operation("Fetch a model", body=NameBody, answer=Status, streams=LINES)}
 
     def __init__(self, services: Services, store: Store | None = None) -> None:
         super().__init__(services)
@@ -146,6 +163,7 @@ class Pull(OllamaRoute):
 
 class Delete(OllamaRoute):
     access = Access.OPERATOR
+    operations = {"DELETE": Operation("Remove a model of the store", body=NameBody, answer=None)}
 
     async def on_delete(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Remove a model of the store that is not loaded. Raises InvalidRequest, ReferenceNotFound, ModelBusy."""
@@ -161,6 +179,7 @@ class Delete(OllamaRoute):
 
 class Copy(OllamaRoute):
     access = Access.OPERATOR
+    operations = {"POST": Operation("Another name for a model of the store", body=CopyBody, answer=None)}
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         """Another name for a model of the store. Raises InvalidRequest, ReferenceNotFound."""
@@ -179,6 +198,7 @@ class Unbuilt(OllamaRoute):
     def __init__(self, services: Services, what: str) -> None:
         super().__init__(services)
         self._what = what
+        self.operations = {"POST": Operation(f"Not there yet: {what}", statuses=())}
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
         raise falcon.HTTPNotImplemented(description=f"this server does not support {self._what} yet")

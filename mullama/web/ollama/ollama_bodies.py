@@ -7,15 +7,18 @@ Fields that nobody knows are ignored; those that would change the answer and are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
 from mullama.errors import InvalidRequest, ModelNotFound
+from mullama.serving.durations import DURATION_SCHEMA
 from mullama.serving.manager import ModelManager
 from mullama.web.internal.lora_routes import split_name
-from mullama.web.openai.functions import CallBody, ToolBody
+from mullama.web.openai.functions import EFFORTS, MAX_FUNCTIONS, CallBody, ToolBody
+from mullama.web.openai.sampling import RANGES, STOP_SCHEMA, check_range, range_schemas, stop_strings
 from mullama.web.openai.schemas import (
+    ROLES,
     ChatBody,
     ChatCall,
     CompletionBody,
@@ -25,6 +28,7 @@ from mullama.web.openai.schemas import (
     decode_body,
     unbuilt,
 )
+from mullama.web.openapi.operation import unbuilt_schemas
 
 #: What the API calls a field, by our name of it.
 NAMES = {
@@ -39,6 +43,17 @@ NAMES = {
     },
 }
 LATEST = ":latest"  # the tag that a name without one has there
+
+
+_UNBUILT = {
+    "format": "constrained outputs",
+    "logprobs": "log-probabilities",
+    "top_logprobs": "log-probabilities",
+    "suffix": "filling in the middle",
+    "template": "templates that come with a request",
+    "images": "pictures",
+    "context": "the context of an earlier answer; /api/chat takes the messages",
+}
 
 
 class RunOptions(msgspec.Struct, kw_only=True):
@@ -60,6 +75,13 @@ class RunOptions(msgspec.Struct, kw_only=True):
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
 
+    field_schemas: ClassVar = {
+        **range_schemas(("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n")),
+        **range_schemas(("presence_penalty", "frequency_penalty", "mirostat", "mirostat_tau", "mirostat_eta", "seed")),
+        "num_predict": {"not": {"const": 0}},
+        "stop": STOP_SCHEMA,
+    }
+
 
 class CommonBody(msgspec.Struct, kw_only=True):
     model: str | None = None
@@ -71,6 +93,14 @@ class CommonBody(msgspec.Struct, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
+    field_schemas: ClassVar[dict[str, Any]] = {
+        **unbuilt_schemas({name: _UNBUILT[name] for name in ("format", "logprobs", "top_logprobs")}),
+        "keep_alive": DURATION_SCHEMA,
+        "model": {"minLength": 1},
+        "think": {"enum": [None, True, False, *EFFORTS]},
+    }
+    required_fields: ClassVar = ("model",)
+
 
 class ChatMessage(msgspec.Struct, kw_only=True):
     role: str
@@ -80,10 +110,17 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     tool_name: str | None = None
     thinking: str | None = None
 
+    field_schemas: ClassVar = {
+        **unbuilt_schemas({"images": "pictures"}),
+        "role": {"enum": ROLES},
+    }
+
 
 class OllamaChatBody(CommonBody, kw_only=True):
     messages: list[ChatMessage] | None = None
     tools: list[ToolBody] | None = None
+
+    field_schemas: ClassVar = CommonBody.field_schemas | {"tools": {"maxItems": MAX_FUNCTIONS}}
 
 
 class GenerateBody(CommonBody, kw_only=True):
@@ -95,19 +132,13 @@ class GenerateBody(CommonBody, kw_only=True):
     images: list[Any] | None = None
     context: list[int] | None = None
 
+    field_schemas: ClassVar = CommonBody.field_schemas | unbuilt_schemas(
+        {name: _UNBUILT[name] for name in ("suffix", "template", "images", "context")}
+    )
+
 
 _chat_decoder = msgspec.json.Decoder(OllamaChatBody)
 _generate_decoder = msgspec.json.Decoder(GenerateBody)
-
-_UNBUILT = {
-    "format": "constrained outputs",
-    "logprobs": "log-probabilities",
-    "top_logprobs": "log-probabilities",
-    "suffix": "filling in the middle",
-    "template": "templates that come with a request",
-    "images": "pictures",
-    "context": "the context of an earlier answer; /api/chat takes the messages",
-}
 
 
 @dataclass(slots=True, frozen=True)
@@ -125,14 +156,14 @@ def parse_chat_messages(data: bytes, models: ModelManager) -> OllamaCall:
     body = decode_body(_chat_decoder, data)
     _refuse_unbuilt(body)
     name = served_name(body.model, models)
-    messages = []
+    fields, messages = _fields(body, name), []
     for i, one in enumerate(body.messages or ()):
         if one.images:
             raise unbuilt(f"messages[{i}].images", "pictures")
         more = {"tool_calls": one.tool_calls, "name": one.tool_name, "reasoning_content": one.thinking}
         messages.append(Message(role=one.role, content=one.content, **more))  # type: ignore[arg-type]
-    fields = {**_fields(body, name), **_thinking(body.think)}
-    call = chat_call(ChatBody(messages=messages, tools=body.tools, **fields), models) if messages else None
+    more = {"tools": body.tools, **fields, **_thinking(body.think)}
+    call = chat_call(ChatBody(messages=messages, **more), models) if messages else None
     return OllamaCall(split_name(name, models)[0], call, body.stream is not False, body.keep_alive)
 
 
@@ -142,15 +173,16 @@ def parse_generate(data: bytes, models: ModelManager) -> OllamaCall:
     _refuse_unbuilt(body)
     name = served_name(body.model, models)
     model, named = split_name(name, models)
+    fields = _fields(body, name)
     call: ChatCall | CompletionCall | None = None
     if body.prompt and body.raw:
         if body.system:
             raise InvalidRequest("system: a raw prompt goes to the model as it is; write it there", param="system")
-        call = CompletionCall(model, CompletionBody(prompt=body.prompt, **_fields(body, name)), named)
+        call = CompletionCall(model, CompletionBody(prompt=body.prompt, **fields), named)
     elif body.prompt:
         messages = [Message(role="system", content=body.system)] if body.system else []
         messages.append(Message(role="user", content=body.prompt))
-        call = chat_call(ChatBody(messages=messages, **_fields(body, name), **_thinking(body.think)), models)
+        call = chat_call(ChatBody(messages=messages, **fields, **_thinking(body.think)), models)
     return OllamaCall(model, call, body.stream is not False, body.keep_alive)
 
 
@@ -169,8 +201,12 @@ def served_name(name: str | None, models: ModelManager) -> str:
 
 
 def _fields(body: CommonBody, name: str) -> dict[str, Any]:
+    """The request's members by our names. What is wrong with them is also wrong where the model is only loaded."""
     options = body.options or RunOptions()
     given = {field: getattr(options, field) for field in RunOptions.__struct_fields__ if field != "num_predict"}
+    for field in RANGES.keys() & given.keys():
+        check_range(field, given[field])
+    stop_strings(options.stop)
     n_predict = options.num_predict
     if n_predict is not None and n_predict < 0:
         n_predict = None  # -1: no limit; -2: until the context is full

@@ -19,9 +19,12 @@ from mullama.web.openai.chunks import reason_of
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, keep_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
-from mullama.web.openai.schemas import ChatCall, Ending, Message, parse_chat
+from mullama.web.openai.schemas import ChatBody, ChatCall, Ending, Message, keep_alive_of, options_of, parse_chat
+from mullama.web.openapi.answer_types import ChatCompletion
+from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.stream.event_stream import EVENTS
 from mullama.web.stream.generations import Reply
 
 #: A chat with more messages is counted in blocks first.
@@ -31,6 +34,11 @@ BLOCK_MESSAGES = 256
 
 class ChatCompletions:
     access = Access.CLIENT
+    operations = {
+        "POST": Operation(
+            "Continue a chat", body=ChatBody, answer=ChatCompletion, streams=EVENTS, parameters=(PROFILE,)
+        )
+    }
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -70,6 +78,23 @@ async def open_chat(
         return await with_lease(services, req, call.model, begin)
     except ContextLengthExceeded as error:
         raise error.about("messages", "the chat") from None
+
+
+async def count_tokens(services: Services, req: Request, call: ChatCall) -> int:
+    """How many tokens the prompt of a chat has. Refuses what the chat would be refused for; raises ModelNotFound, and
+    what loading the model raises."""
+
+    async def count(lease: Lease) -> int:
+        errand, engine = services.errand(req), lease.engine
+        options_of(call.body, engine.info)
+        keep_alive_of(call.body)
+        is_large = len(call.messages_json) > LARGE_TEXT
+        pace = errand.checkpoint if is_large else None
+        prompt = await errand.run(is_large, partial(_prompt, engine, call, call.messages_json, None, pace))
+        lease.release()
+        return len(prompt)
+
+    return await with_lease(services, req, call.model, count)
 
 
 def _prompt(

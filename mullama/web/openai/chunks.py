@@ -10,20 +10,18 @@ from mullama.errors import MullamaError
 from mullama.types import Finish, FinishReason
 from mullama.web.openai.context_policy import shift_member
 from mullama.web.openai.usage import profile_fields, usage
-from mullama.web.stream.event_stream import PING, event_json
+from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Group
 
 DONE = b"data: [DONE]\n\n"
 
 
-class ChunkFormat:
+class ChunkFormat(StreamFormat):
     """The bytes of a stream's chunks; all that is constant is made once (PERF).
 
     ``echoes`` are the texts a completion repeats before its own, one a choice; None for a chat, whose choices open
     with the role. ``only_first`` are further members of the stream's first chunk, whatever that is.
     """
-
-    ping = PING
 
     def __init__(
         self,

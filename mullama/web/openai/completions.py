@@ -15,14 +15,22 @@ from mullama.web.http.request import Request
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_tokens, keep_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
-from mullama.web.openai.schemas import CompletionCall, completion_prompts, parse_completion
+from mullama.web.openai.schemas import CompletionBody, CompletionCall, completion_prompts, parse_completion
+from mullama.web.openapi.answer_types import TextCompletion
+from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import LARGE_TEXT, Services
+from mullama.web.stream.event_stream import EVENTS
 from mullama.web.stream.generations import Reply
 
 
 class Completions:
     access = Access.CLIENT
+    operations = {
+        "POST": Operation(
+            "Continue a text", body=CompletionBody, answer=TextCompletion, streams=EVENTS, parameters=(PROFILE,)
+        )
+    }
 
     def __init__(self, services: Services) -> None:
         self._services = services

@@ -148,7 +148,7 @@ FIELDS: tuple[Field, ...] = (
     *_refused(LLAMA, "thoughts that are opened", "thinking_forced_open", endpoints=(CHAT,)),
     *_refused(LLAMA, "other parsers of the answer", "chat_format chat_parser generation_prompt", endpoints=(CHAT,)),
     # -- what may be there or not
-    *_harmless(OPENAI, "chats are not stored", "store metadata"),
+    *_harmless(OPENAI, "chats are not stored; /v1/responses keeps answers", "store metadata"),
     *_harmless(OPENAI, "there is one tier", "service_tier"),
     *_harmless(
         OPENAI,
@@ -188,6 +188,19 @@ _REFUSED = {
 def taken(endpoint: str) -> set[str]:
     """The names of the fields that an endpoint takes."""
     return {one.name for one in FIELDS if one.verdict is Verdict.TAKEN and endpoint in one.endpoints}
+
+
+def field_schemas(endpoint: str) -> dict[str, dict[str, Any]]:
+    """JSON Schema of the fields that are refused, unless they ask for nothing, and of those that are harmless."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in FIELDS:
+        if endpoint not in one.endpoints or one.verdict is Verdict.TAKEN:
+            continue
+        if one.verdict is Verdict.HARMLESS:
+            found[one.name] = {"description": f"Ignored: {one.says}."}
+        else:
+            found[one.name] = {"enum": [None, *one.idle], "description": f"Not there yet: {one.says}."}
+    return found
 
 
 def refuse_unbuilt(data: bytes, endpoint: str) -> None:

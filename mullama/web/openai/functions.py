@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -23,9 +23,10 @@ MAX_ARGUMENTS_BYTES = 1 << 16
 MAX_DEPTH = 64  # of JSON that goes to a template
 MAX_NODES = 2000  # of a schema that calls are read with
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}", re.ASCII)
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+NAME_SCHEMA = {"type": "string", "pattern": f"^{_NAME.pattern}$"}
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
-_FORMATS = ("auto", "deepseek", "deepseek-legacy", "none")
+FORMATS = ("auto", "deepseek", "deepseek-legacy", "none")
 #: What a template is given by us; with another value it would say of the chat what is not so.
 _OURS = ("messages", "tools", "bos_token", "eos_token", "add_generation_prompt", "chat_template", "documents")
 
@@ -36,10 +37,15 @@ class FunctionBody(msgspec.Struct, omit_defaults=True):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    field_schemas: ClassVar = {"name": NAME_SCHEMA, "strict": {"enum": [None, False]}}
+
 
 class ToolBody(msgspec.Struct):
     function: FunctionBody | None = None
     type: str = "function"
+
+    field_schemas: ClassVar = {"type": {"const": "function"}, "function": {"not": {"type": "null"}}}
+    required_fields: ClassVar = ("function",)
 
 
 class CalledBody(msgspec.Struct):
@@ -165,13 +171,13 @@ def ask_of(calls: Calls, thinking: Thinking, *, parallel: bool) -> ChatAsk:
         where = "chat_template_kwargs.enable_thinking"
         raise InvalidRequest(f"{where}: it must be true or false", param=where)
     if thinking.effort is not None:
-        if thinking.effort not in _EFFORTS:
-            words = f"{thinking.effort[:40]!r} is not known; it must be one of {', '.join(_EFFORTS)}"
+        if thinking.effort not in EFFORTS:
+            words = f"{thinking.effort[:40]!r} is not known; it must be one of {', '.join(EFFORTS)}"
             raise InvalidRequest(f"reasoning_effort: {words}", param="reasoning_effort")
         thinks = thinks and thinking.effort != "none"
         kwargs.setdefault("reasoning_effort", thinking.effort)
-    if thinking.format not in (None, *_FORMATS):
-        words = f"it must be one of {', '.join(_FORMATS)}"
+    if thinking.format not in (None, *FORMATS):
+        words = f"it must be one of {', '.join(FORMATS)}"
         raise InvalidRequest(f"reasoning_format: {words}", param="reasoning_format")
     arguments = msgspec.json.encode(kwargs) if kwargs else b""
     if len(arguments) > MAX_ARGUMENTS_BYTES or too_deep(kwargs, MAX_DEPTH):

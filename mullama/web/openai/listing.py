@@ -11,12 +11,15 @@ from mullama.serving.manager import ModelManager
 from mullama.serving.states import Served
 from mullama.web.http.request import Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, split_name
+from mullama.web.openapi.answer_types import ModelObject, ModelObjects
+from mullama.web.openapi.operation import Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
 
 
 class ModelList:
     access = Access.CLIENT
+    operations = {"GET": Operation("The served models", answer=ModelObjects)}
 
     def __init__(self, models: ModelManager, services: Services) -> None:
         self._models = models
@@ -44,6 +47,7 @@ class ModelList:
 
 class ModelDetail:
     access = Access.CLIENT
+    operations = {"GET": Operation("One model", answer=ModelObject)}
 
     def __init__(self, models: ModelManager) -> None:
         self._models = models

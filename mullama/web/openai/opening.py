@@ -62,7 +62,8 @@ async def with_lease(services: Services, req: Request, model: str, begin: Callab
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{secrets.token_hex(16)}"
+    """``chatcmpl-…``; a prefix that ends with an underscore has its own separator."""
+    return f"{prefix}{'' if prefix.endswith('_') else '-'}{secrets.token_hex(16)}"
 
 
 class Opening:

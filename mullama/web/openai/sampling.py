@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +39,11 @@ class Range:
         if self.above:
             return f"greater than {self.low} and at most {self.high}"
         return f"between {self.low} and {self.high}"
+
+    def schema(self) -> dict[str, Any]:
+        """As JSON Schema has it."""
+        found: dict[str, Any] = {"exclusiveMinimum" if self.above else "minimum": self.low}
+        return found | ({} if self.high is None else {"maximum": self.high})
 
 
 #: The field of the request -> what it may be. docs/api.md lists the same (a test compares).
@@ -98,6 +103,12 @@ MAX_TOKENS = 1 << 30
 _COUNTS = {"repeat_last_n", "dry_allowed_length", "dry_penalty_last_n"}
 
 
+def range_schemas(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """JSON Schema of the ranges, beside what the types say."""
+    unlimited = {"minimum": NO_LIMIT, "not": {"const": 0}}
+    return {name: unlimited if name in _SPELLINGS["max_tokens"] else RANGES[name].schema() for name in names}
+
+
 def check_range(name: str, value: float | None) -> None:
     """Raises InvalidRequest naming the field, its value and what it may be."""
     if value is not None and value not in RANGES[name]:
@@ -126,6 +137,43 @@ def sampler_values(body: object, info: ModelInfo, defaults: Mapping[str, Any] = 
     if values.get("min_tokens", 0) > (values.get("max_tokens") or MAX_TOKENS):
         raise InvalidRequest("min_tokens: it must not be greater than max_tokens", param="min_tokens")
     return values
+
+
+_TEXT = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_JSON_TEXT = r'"([^"\\\u0000-\u001f]|\\["\\/bfnrt])+"'  # one text of a list, as JSON
+#: JSON Schema of what the functions below take.
+STOP_SCHEMA = {
+    "anyOf": [
+        {"type": ["string", "null"], "maxLength": MAX_STOP_LENGTH},
+        {"type": "array", "items": _TEXT, "maxItems": MAX_STOPS},
+        {"type": "array", "items": {"const": ""}},
+    ]
+}
+BREAKERS_SCHEMA = {
+    "anyOf": [
+        {"type": "null"},
+        {"type": "array", "items": _TEXT, "maxItems": MAX_BREAKERS},
+        {"type": "string", "pattern": rf"^\[({_JSON_TEXT}(, ?{_JSON_TEXT}){{0,{MAX_BREAKERS - 1}}})?\]$"},
+    ]
+}
+TOKEN_ID_SCHEMA = {"type": "integer", "minimum": 0}
+TOKEN_IDS_SCHEMA = {"type": "array", "items": TOKEN_ID_SCHEMA, "minItems": 1}
+_BIAS = {"type": "number", "minimum": -100, "maximum": 100}
+BIAS_SCHEMA = {
+    "anyOf": [
+        {"type": "null"},
+        {"type": "object", "propertyNames": {"pattern": f"^{_TOKEN_ID.pattern}$"}, "additionalProperties": _BIAS},
+        {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [TOKEN_ID_SCHEMA, _BIAS],
+                "minItems": 2,
+                "maxItems": 2,
+            },
+        },
+    ]
+}
 
 
 class SamplingDefaults:

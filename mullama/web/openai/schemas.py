@@ -13,21 +13,32 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from mullama.engine.client import EngineClient, OpenedChat, Speaker
 from mullama.errors import InvalidRequest
-from mullama.serving.durations import parse_duration
+from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ChatAsk, ModelInfo, Preempt, SamplingParams, ToolChoice
 from mullama.web.internal.lora_routes import LoraBody, split_name
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
-from mullama.web.openai.fields import CHAT, TEXT, refuse_unbuilt
-from mullama.web.openai.functions import CallBody, CalledBody, Thinking, ToolBody, ask_of, calls_of, spell_call
+from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
+from mullama.web.openai.functions import (
+    EFFORTS,
+    FORMATS,
+    MAX_FUNCTIONS,
+    CallBody,
+    CalledBody,
+    Thinking,
+    ToolBody,
+    ask_of,
+    calls_of,
+    spell_call,
+)
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
@@ -40,9 +51,13 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's; refused
 
+    field_schemas: ClassVar = {"continuous_usage_stats": {"enum": [None, False]}}
+
 
 class ResponseFormat(msgspec.Struct):
     type: str = "text"
+
+    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -91,10 +106,24 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     keep_alive: float | str | None = None
     response_format: ResponseFormat | None = None
 
+    field_schemas: ClassVar[dict[str, Any]] = {
+        **sampling.range_schemas(sampling.RANGES.keys() - {"max_completion_tokens"}),
+        "stop": sampling.STOP_SCHEMA,
+        "dry_sequence_breakers": sampling.BREAKERS_SCHEMA,
+        "logit_bias": sampling.BIAS_SCHEMA,
+        "preempt": {"enum": [None, *Preempt]},
+        "context_policy": {"enum": [None, *ContextPolicy]},
+        "cache_salt": {"minLength": 1, "maxLength": MAX_SALT},
+        "keep_alive": DURATION_SCHEMA,
+    }
+
 
 class ContentPart(msgspec.Struct):
     type: str | UnsetType = UNSET
     text: str | UnsetType = UNSET
+
+    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
+    required_fields: ClassVar = ("type", "text")
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -110,12 +139,34 @@ class Message(msgspec.Struct, omit_defaults=True):
     reasoning: str | None = None  # the newer word for it
     prefix: bool | None = None  # DeepSeek's and Mistral's: the answer goes on with this message
 
+    field_schemas: ClassVar = {"role": {"enum": ROLES}}
+    required_fields: ClassVar = ("role",)
+    object_schema: ClassVar = {
+        "anyOf": [
+            {"properties": {"role": {"const": "assistant"}}},
+            {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+        ]
+    }
+
 
 class SchedulerChange(msgspec.Struct):
     """PUT (with ``policy``) and PATCH (without) of /internal/scheduler."""
 
     policy: str | None = None
     params: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class PolicyBody(SchedulerChange):
+    """Of PUT."""
+
+    field_schemas: ClassVar = {"policy": {"minLength": 1}}
+    required_fields: ClassVar = ("policy",)
+
+
+class ParamsBody(SchedulerChange):
+    """Of PATCH."""
+
+    field_schemas: ClassVar = {"policy": {"enum": [None]}}
 
 
 class ChatBody(GenerationBody, kw_only=True):
@@ -134,6 +185,19 @@ class ChatBody(GenerationBody, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
+    field_schemas: ClassVar = {
+        **GenerationBody.field_schemas,
+        **field_schemas(CHAT),
+        **sampling.range_schemas(("max_completion_tokens",)),
+        "messages": {"minItems": 1},
+        "tools": {"maxItems": MAX_FUNCTIONS},
+        "tool_choice": {"enum": [None, "none", "auto"]},
+        "reasoning_effort": {"enum": [None, *EFFORTS]},
+        "reasoning_format": {"enum": [None, *FORMATS]},
+        "modalities": {"items": {"const": "text"}},
+    }
+    required_fields: ClassVar = ("messages",)
+
 
 class CompletionBody(GenerationBody, kw_only=True):
     prompt: str | list[str | int | list[int]] | None = None
@@ -141,6 +205,21 @@ class CompletionBody(GenerationBody, kw_only=True):
     logprobs: int | bool | None = None
     suffix: str | None = None
     best_of: int | None = None
+
+    field_schemas: ClassVar = {
+        **GenerationBody.field_schemas,
+        **field_schemas(TEXT),
+        "prompt": {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                sampling.TOKEN_IDS_SCHEMA,
+                {"type": "array", "items": sampling.TOKEN_IDS_SCHEMA, "minItems": 1},
+            ]
+        },
+        "best_of": {"description": "Only as n has it."},
+    }
+    required_fields: ClassVar = ("prompt",)
 
 
 @dataclass(slots=True, frozen=True)
@@ -325,7 +404,7 @@ def keep_alive_of(body: GenerationBody) -> float | None:
 
 def _preempt(value: str | None) -> Preempt:
     try:
-        return Preempt(value or Preempt.AUTO)
+        return Preempt.AUTO if value is None else Preempt(value)
     except ValueError:
         raise InvalidRequest(f"preempt: it must be one of {', '.join(Preempt)}", param="preempt") from None
 
@@ -447,7 +526,7 @@ def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
 
 
 #: Members that hold what is the client's own, which stays as it came.
-_AS_THEY_CAME = ("messages", "tools", "functions", "tool_choice", "response_format")
+_AS_THEY_CAME = ("messages", "input", "metadata", "tools", "functions", "tool_choice", "response_format")
 
 
 def _with_whole_numbers(decoder: msgspec.json.Decoder[S], data: bytes, error: msgspec.ValidationError) -> S:

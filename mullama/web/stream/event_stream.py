@@ -45,10 +45,12 @@ def event_json(value: object) -> bytes:
 class StreamFormat(Protocol):
     """The bytes of a stream in the words of one API; all that is constant is made once (PERF)."""
 
-    ping: bytes  # sent when there was nothing to say for a while; empty: nothing is
-    is_first_special: bool  # the stream's first piece is not like the others: ``first`` makes it
+    head: bytes = b""  # sent at once, before anything is generated
+    ping: bytes = PING  # sent when there was nothing to say for a while; empty: nothing is
+    is_first_special: bool = False  # the stream's first piece is not like the others: ``first`` makes it
 
-    def first(self, data: bytes) -> bytes: ...
+    def first(self, data: bytes) -> bytes:
+        return data
 
     def opening(self, index: int) -> bytes:
         """What comes before the first text of a choice; may be empty."""
@@ -56,10 +58,19 @@ class StreamFormat(Protocol):
     def text(self, index: int, text: str) -> bytes: ...
 
     def parts(self, index: int, parts: Sequence[AnswerPart]) -> bytes:
-        """What is new in an answer that is read (``Answer.read``); not empty."""
+        """What is new in an answer that is read (``Answer.read``)."""
+        return b"".join([self.text(index, text) for kind, _, text, _ in parts if kind == "content"])
 
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         """What comes before and after a text's JSON in ``text``."""
+
+    def text_json(self, text: str) -> bytes:
+        """A text's JSON, in the order of the stream."""
+        return event_json(text)
+
+    def declined(self) -> None:
+        """The last ``text_json`` was not sent; the text comes again."""
+        return
 
     def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None, *, calls: bool = False) -> bytes:
         """What ends a choice; ``calls``: it has called functions.
@@ -184,6 +195,7 @@ class EventStream:
         self._finishes: list[Finish | None] = [None] * len(group.generations)
         self._running = len(group.generations)
         self._ended = False
+        self._head = chunks.head
         self._body = body
         # A first chunk that is not like the others goes the ordinary way, and only then the direct one is opened.
         self._is_begun = not chunks.is_first_special
@@ -202,7 +214,7 @@ class EventStream:
         PERF: the function that is returned is all that runs for a token of a flowing stream.
         """
         silence, source, opened = self._silence, self._source, self._opened
-        dumps, now = event_json, asyncio.get_running_loop().time
+        dumps, now, declined = self._chunks.text_json, asyncio.get_running_loop().time, self._chunks.declined
         head, tail = self._chunks.around_text(index)
         write_first = body.writer(self._chunks.opening(index) + head, tail)
         write_later = body.writer(head, tail)
@@ -214,6 +226,7 @@ class EventStream:
                 return True  # it is held back
             write = write_later if opened[index] else write_first
             if not write(dumps(text)):
+                declined()
                 return False
             opened[index] = True
             silence.since = now()
@@ -226,6 +239,9 @@ class EventStream:
 
     async def __anext__(self) -> bytes:
         """The next events, as many as are there; never empty."""
+        if self._head:
+            head, self._head = self._head, b""
+            return head
         while not self._ended:
             try:
                 events: list[Event] | None = None

@@ -1,0 +1,1 @@
+"""OpenAI's Responses API, ``/v1/responses``: over the same requests as chat, with a store of answers."""
