@@ -80,7 +80,11 @@ class AnthropicTool(msgspec.Struct):
     type: str | None = None
     strict: bool | None = None
 
-    field_schemas: ClassVar = {"name": NAME_SCHEMA, "type": {"enum": [None, "custom"]}, "strict": {"enum": [None, False]}}
+    field_schemas: ClassVar = {
+        "name": NAME_SCHEMA,
+        "type": {"enum": [None, "custom"]},
+        "strict": {"enum": [None, False]},
+    }
 
 
 class AnthropicChoice(msgspec.Struct):

@@ -162,8 +162,8 @@ def parse_chat_messages(data: bytes, models: ModelManager) -> OllamaCall:
             raise unbuilt(f"messages[{i}].images", "pictures")
         more = {"tool_calls": one.tool_calls, "name": one.tool_name, "reasoning_content": one.thinking}
         messages.append(Message(role=one.role, content=one.content, **more))  # type: ignore[arg-type]
-    more = {"tools": body.tools, **fields, **_thinking(body.think)}
-    call = chat_call(ChatBody(messages=messages, **more), models) if messages else None
+    fields |= {"tools": body.tools, **_thinking(body.think)}
+    call = chat_call(ChatBody(messages=messages, **fields), models) if messages else None
     return OllamaCall(split_name(name, models)[0], call, body.stream is not False, body.keep_alive)
 
 
