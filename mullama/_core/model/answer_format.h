@@ -3,6 +3,7 @@
 
 #include "chat.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -15,7 +16,17 @@ struct AnswerFormat {
     std::vector<std::string> delimiters; // texts that may end a run
     size_t longest = 0;                  // bytes of the longest one
 
-    void find_delimiters();
+    // Of the parser.
+    void find_delimiters() {
+        for (size_t id = 0; id < parser.size(); ++id) {
+            if (const auto * until = std::get_if<common_peg_until_parser>(&parser.get(id))) {
+                delimiters.insert(delimiters.end(), until->delimiters.begin(), until->delimiters.end());
+            }
+        }
+        std::sort(delimiters.begin(), delimiters.end());
+        delimiters.erase(std::unique(delimiters.begin(), delimiters.end()), delimiters.end());
+        for (const auto & one : delimiters) longest = std::max(longest, one.size());
+    }
 };
 
 } // namespace mullama

@@ -14,17 +14,6 @@ using Tags = common_chat_peg_builder;
 // Until so many bytes, each piece is parsed where there is no run; then pieces are gathered to a share of the text.
 constexpr size_t SHARE = 64;
 
-void AnswerFormat::find_delimiters() {
-    for (size_t id = 0; id < parser.size(); ++id) {
-        if (const auto * until = std::get_if<common_peg_until_parser>(&parser.get(id))) {
-            delimiters.insert(delimiters.end(), until->delimiters.begin(), until->delimiters.end());
-        }
-    }
-    std::sort(delimiters.begin(), delimiters.end());
-    delimiters.erase(std::unique(delimiters.begin(), delimiters.end()), delimiters.end());
-    for (const auto & one : delimiters) longest = std::max(longest, one.size());
-}
-
 struct AnswerParser::Impl {
     enum class Run { NONE, REASONING, CONTENT, JSON_STRING, STRING_VALUE };
     struct Parse;
