@@ -153,7 +153,7 @@ class SamplingParams:
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of the Python API's generating methods: SamplingParams, whose defaults hold, and Request.
 
-    ``stop`` and ``dry_sequence_breakers`` take a text or several, ``logit_bias`` a dict from token id to what is added
+    ``stop``, ``shown`` and ``dry_sequence_breakers`` take a text or several, ``logit_bias`` a dict from token id to what is added
     to its logit. ``lora``: ids of loaded LoRA adapters, or ids with scales, as ``{"poems": 0.5}``.
     """
 
@@ -182,6 +182,7 @@ class GenerateOptions(TypedDict, total=False):
     min_tokens: int
     ignore_eos: bool
     stop: str | SequenceOf[str]
+    shown: str | SequenceOf[str]
     constraint: Constraint | None
     priority: int
     user: str | None

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mullama._core import Model
-from mullama._core.model.answers import AnswerFormat, AnswerParser
+from mullama._core.chat.parsing import AnswerFormat, AnswerParser
 from mullama.engine.requests.chats import Chats
 from mullama.errors import InvalidRequest
 from mullama.types import ChatAsk

@@ -12,7 +12,7 @@ from libcpp.vector cimport vector
 from libcpp cimport bool as cbool
 
 from mullama._core.llama cimport llama_model, llama_token, llama_vocab
-from mullama._core.model.answers cimport Format
+from mullama._core.chat.parsing cimport Format
 
 
 ctypedef shared_ptr[llama_model] Handle

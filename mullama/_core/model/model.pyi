@@ -2,7 +2,7 @@ from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any
 
-from mullama._core.model.answers import AnswerFormat
+from mullama._core.chat.parsing import AnswerFormat
 
 def init_backend() -> None: ...
 def set_log_level(level: str) -> None: ...

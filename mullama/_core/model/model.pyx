@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from mullama._core.llama cimport *
-from mullama._core.model.answers cimport make_format
+from mullama._core.chat.parsing cimport make_format
 from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError
 
 

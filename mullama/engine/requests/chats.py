@@ -18,7 +18,7 @@ from mullama.types import ChatAsk, ToolChoice
 
 if TYPE_CHECKING:
     from mullama._core import Model
-    from mullama._core.model.answers import AnswerFormat
+    from mullama._core.chat.parsing import AnswerFormat
 
 #: A text that no template takes for anything but content, unless it reads every answer in a form of its own.
 _PLAIN = " a <b> {c} [d] </e>\n"

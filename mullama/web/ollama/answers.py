@@ -33,7 +33,7 @@ from mullama.web.openapi.answer_types import OllamaAnswer
 from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.answers import Answer, Call
+from mullama.web.stream.answer import Answer, Call
 from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Reply
 

@@ -19,7 +19,7 @@ from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
-from mullama.web.stream.answers import Answer
+from mullama.web.stream.answer import Answer
 from mullama.web.stream.generations import Group
 from mullama.web.work import Errand
 

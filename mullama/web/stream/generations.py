@@ -22,7 +22,7 @@ from mullama.web.http.request import Receive, until_disconnect
 from mullama.web.openai.schemas import Options
 from mullama.web.security import salt_of
 from mullama.web.services import Services
-from mullama.web.stream.answers import Answer
+from mullama.web.stream.answer import Answer
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""How an answer is read: see answers.pxd."""
+"""How an answer is read: see parsing.pxd."""
 
 from libcpp.memory cimport shared_ptr
 from libcpp.string cimport string
