@@ -265,6 +265,11 @@ class ServeConfig:
         metavar="KEY|@FILE",
         secret=True,
     )
+    key_file: str = option(
+        "",
+        "TOML file of keys with names, roles and limits, beside the keys above; read again on SIGHUP",
+        metavar="FILE",
+    )
     allowed_host: list[str] = option(
         [], "extra Host header to accept, .example.org for a domain; repeatable; * accepts all", metavar="HOST"
     )
@@ -281,6 +286,12 @@ class ServeConfig:
     )
     response_ttl: str = option(
         "24h", "how long such an answer is kept: seconds, 5m, 1h30m; -1: as long as there is room", metavar="DURATION"
+    )
+    files_dir: str = option(
+        "", "folder of uploaded files and of batches; default: one in the home of the models", metavar="DIR"
+    )
+    files_bytes: int = option(
+        4 << 30, "most bytes of files there; a key may have half", minimum=0, maximum=1 << 50, unit="bytes"
     )
     drain_timeout: float = option(30.0, "seconds that running requests get after SIGTERM", minimum=0.0, maximum=86400.0)
     drain_delay: float = option(

@@ -147,6 +147,14 @@ class UnsupportedMediaType(MullamaError):
     code = "unsupported_media_type"
 
 
+class RateLimited(MullamaError):
+    """A key has used what it may, or has as many requests as it may; ``retry_after`` says when to come back."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class QueueFull(MullamaError):
     """The admission queue is at its limit; ``retry_after`` says when to come back."""
 
@@ -260,6 +268,21 @@ class StoreError(MullamaError):
 
     code = "store_error"
     for_clients = "the model's files could not be had; the server's log says why"
+
+
+class FilesError(MullamaError):
+    """An uploaded file, or what a batch writes, cannot be kept or read."""
+
+    code = "files_error"
+    for_clients: ClassVar[str | None] = "files cannot be kept just now; the server's log says why"
+
+
+class FilesFull(FilesError):
+    """The disk, or what files may take of it, is full; nothing that was there is lost."""
+
+    status = 507
+    code = "disk_full"
+    for_clients = None
 
 
 class DiskFull(StoreError):

@@ -17,7 +17,7 @@ from mullama.errors import ConfigError, MachineUnfit, MullamaError
 
 #: The commands in the order ``mullama --help`` shows them, by the folder of ``mullama.cli`` that has ``NAME.py``.
 FOLDERS = {
-    "server.": ("serve", "ps", "swap", "sleep", "wake", "lora"),
+    "server.": ("serve", "ps", "swap", "sleep", "wake", "lora", "batch"),
     "talk.": ("run",),
     "store.": ("pull", "list", "show", "fit", "quantize", "cp", "du", "verify", "rm"),
     "research.": ("schedulers", "compare", "simulate", "calibrate"),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mullama.errors import MullamaError
+from mullama.files import STDIO
 from mullama.web.http.listening import unix_path
 
 if TYPE_CHECKING:
@@ -90,17 +94,53 @@ class Server:
             raise RemoteError(str(told.get("message") or f"{self._url} stopped before it was done"))
         return found
 
+    def upload(self, path: str, name: str, data: bytes, fields: dict[str, str]) -> dict[str, Any]:
+        """Send a file as a form does."""
+        return self._ask("POST", path, timeout_s=None, data=fields, files={"file": (name, data)})
+
+    def download(self, path: str, to: Path) -> None:
+        """Write what a path answers to a file, or to stdout; a file is whole or not there. Raises OSError too."""
+        import httpx
+
+        part = to.with_name(f".{to.name[:200]}.part")
+        try:
+            with (
+                self._client(None) as client,
+                client.stream("GET", self._base + path, headers=self._headers) as answer,
+                contextlib.ExitStack() as stack,
+            ):
+                if answer.status_code >= 400:
+                    answer.read()
+                    self._checked(answer)
+                file = sys.stdout.buffer if to == STDIO else stack.enter_context(part.open("wb"))
+                for data in answer.iter_bytes():
+                    file.write(data)
+                file.flush()
+            if to != STDIO:
+                part.replace(to)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._silent(error) from None
+        finally:
+            if to != STDIO:
+                part.unlink(missing_ok=True)
+
     def delete(self, path: str) -> dict[str, Any]:
         return self._ask("DELETE", path, {}, None)
 
     def _ask(
-        self, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float | None = 30.0
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float | None = 30.0,
+        **form: Any,
     ) -> dict[str, Any]:
+        """``form``: httpx's ``data`` and ``files``, instead of a body."""
         import httpx
 
         try:
             with self._client(timeout_s) as client:
-                answer = client.request(method, self._base + path, json=body, headers=self._headers)
+                answer = client.request(method, self._base + path, json=body, headers=self._headers, **form)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._silent(error) from None
         return self._checked(answer)

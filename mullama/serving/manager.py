@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 from mullama.engine.client import EngineClient
@@ -36,7 +36,7 @@ from mullama.serving.budget import Budget
 from mullama.serving.idle import IdleWatch
 from mullama.serving.loads import Loader, Loads
 from mullama.serving.model_eviction import POLICIES, Evictor, ModelPolicy
-from mullama.serving.served_models import Names, ServedModels
+from mullama.serving.served_models import VISIBLE, Names, ServedModels, is_visible
 from mullama.serving.sleepers import Sleepers
 from mullama.serving.states import Lease, ModelState, Resident, Served
 from mullama.types import MemoryLeft, SleepLevel
@@ -122,19 +122,22 @@ class ModelManager:
     def get(self, name: str | None) -> Served:
         """What is served as ``name``, or the first model when it is None. Raises ModelNotFound."""
         if name is None:
-            for first in self.served:
+            for first in self._visible():
                 return first
             raise ModelNotFound("no model is served", param="model")
         for one in dict.fromkeys((name, self.names.meant(name))):
             served = self.served.by_name.get(one) or self.served.in_any_case(one)
-            if served is not None:
+            if served is not None and ((visible := VISIBLE.get()) is None or visible(served.name)):
                 return served
         name = self.names.meant(name)
-        if len(name) <= 200 and (reference := self._find(name)) is not None:
+        if len(name) <= 200 and is_visible(name) and (reference := self._find(name)) is not None:
             with self._lock:
                 return self.served.in_any_case(name) or self.add(name.lower(), reference, from_store=True)
-        known = ", ".join(one.name for one in self.served) or "none"
+        known = ", ".join(one.name for one in self._visible()) or "none"
         raise ModelNotFound(f"the model '{name[:200]}' is not served here; served models: {known}", param="model")
+
+    def _visible(self) -> Iterator[Served]:
+        return (one for one in self.served if is_visible(one.name))
 
     def asked(self, name: str | None) -> Served:
         """What answers a request for ``name``. Raises ModelNotFound, InvalidRequest where it must name a model."""
@@ -169,17 +172,21 @@ class ModelManager:
 
     def all(self) -> list[Served]:
         """Every name that was added or asked for, as it is now: engines that have stopped are given up."""
-        return self.served.all()
+        return [one for one in self.served.all() if is_visible(one.name)]
 
     def items(self) -> list[tuple[str, EngineClient]]:
         """The loaded ones."""
-        return self.served.loaded()
+        return [(name, engine) for name, engine in self.served.loaded() if is_visible(name)]
 
     def others(self) -> list[tuple[str, str]]:
         """(name, reference) of what could be loaded as well, and nobody has asked for yet."""
         if self._others is None:
             return []
-        return [(name, reference) for name, reference in self._others() if self.served.in_any_case(name) is None]
+        return [
+            (name, reference)
+            for name, reference in self._others()
+            if self.served.in_any_case(name) is None and is_visible(name)
+        ]
 
     @property
     def has_others(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,15 @@ from mullama.serving.budget import Budget
 from mullama.serving.states import Lease, ModelState, Resident, Served
 
 log = logging.getLogger(__name__)
+
+
+#: Which served names whoever asks just now may use; None: all. Set for the task of a request, and what works for it.
+VISIBLE: ContextVar[Callable[[str], bool] | None] = ContextVar("visible", default=None)
+
+
+def is_visible(name: str) -> bool:
+    visible = VISIBLE.get()
+    return visible is None or visible(name)
 
 
 @dataclass(slots=True, frozen=True)

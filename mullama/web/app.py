@@ -8,13 +8,18 @@ from typing import Any
 import falcon
 import falcon.asgi
 
+from mullama.batches.batch_runner import BatchRunner
+from mullama.batches.file_store import FileStore, files_folder
 from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
 from mullama.web.anthropic.messages import CountTokens, Messages
+from mullama.web.batches.asking import Asking
+from mullama.web.batches.batch_routes import Batches, CancelBatch, OneBatch
+from mullama.web.batches.file_routes import FileContent, Files, OneFile
 from mullama.web.error_responses import add_error_handlers
 from mullama.web.health import Health, Ready
 from mullama.web.http.cors import middleware_of
-from mullama.web.http.request import Request
+from mullama.web.http.request import PERMIT, Request
 from mullama.web.http.request_log import RequestIds
 from mullama.web.internal.kv_routes import (
     KvDrop,
@@ -45,6 +50,7 @@ from mullama.web.openapi.doc_routes import Docs, OpenApi
 from mullama.web.openapi.document import Route
 from mullama.web.responses.responses import (
     CancelResponse,
+    Compact,
     InputItems,
     InputTokens,
     OneResponse,
@@ -63,6 +69,13 @@ class App(falcon.asgi.App[Request, falcon.asgi.Response]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.routes: list[Route] = []
         super().__init__(*args, **kwargs)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:  # type: ignore[override]
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if (permit := scope.get(PERMIT)) is not None:
+                permit.release()
 
     def add_route(self, uri_template: str, resource: object, **kwargs: Any) -> None:
         self.routes.append(Route(uri_template, resource, kwargs.get("suffix", "")))
@@ -94,6 +107,7 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
     app.add_route("/v1/messages/count_tokens", CountTokens(services))
     _add_ollama(app, services)
     _add_responses(app, services)
+    _add_batches(app, services)
     app.add_route("/apply-template", ApplyTemplate(services))
     app.add_route("/tokenizer_info", TokenizerInfo(services))
     app.add_route("/props", Props(models, services.defaults))
@@ -128,9 +142,22 @@ def _add_responses(app: App, services: Services) -> None:
     store = store_of(services)
     app.add_route("/v1/responses", Responses(services, store))
     app.add_route("/v1/responses/input_tokens", InputTokens(services, store))
+    app.add_route("/v1/responses/compact", Compact(services, store))
     app.add_route("/v1/responses/{response_id}", OneResponse(services, store))
     app.add_route("/v1/responses/{response_id}/cancel", CancelResponse(services, store))
     app.add_route("/v1/responses/{response_id}/input_items", InputItems(services, store))
+
+
+def _add_batches(app: App, services: Services) -> None:
+    asking = Asking(app, services)
+    files = FileStore(files_folder(services.config.files_dir), services.config.files_bytes)
+    batches = services.batches = BatchRunner(files, asking, asking.has_room)
+    app.add_route("/v1/files", Files(files))
+    app.add_route("/v1/files/{file_id}", OneFile(files))
+    app.add_route("/v1/files/{file_id}/content", FileContent(files))
+    app.add_route("/v1/batches", Batches(services, batches))
+    app.add_route("/v1/batches/{batch_id}", OneBatch(services, batches))
+    app.add_route("/v1/batches/{batch_id}/cancel", CancelBatch(services, batches))
 
 
 def _add_ollama(app: App, services: Services) -> None:

@@ -13,7 +13,7 @@ from mullama.web.services import Services
 log = logging.getLogger(__name__)
 
 #: What counts at once; the rest takes a restart.
-RELOADED = ("api_key", "admin_key")
+RELOADED = ("api_key", "admin_key", "key_file")
 
 
 class Reload:
@@ -37,10 +37,6 @@ class Reload:
 
     def _take(self, new: ServeConfig) -> None:
         old = self._services.config
-        if old.api_key and not new.api_key:
-            raise ConfigError("it has no API key any more; a restart opens the server to everyone", param="api_key")
-        if old.admin_key and not new.admin_key:
-            raise ConfigError("it has no admin key any more; a restart does without one", param="admin_key")
         if self._services.security is not None:
             self._services.security.take_keys(new)
         changed = [field.name for field in fields(ServeConfig) if getattr(old, field.name) != getattr(new, field.name)]

@@ -8,8 +8,6 @@ spelling: Falcon routes ``//v1/models`` like ``/v1/models``.
 from __future__ import annotations
 
 import enum
-import hashlib
-import hmac
 import ipaddress
 import logging
 from typing import Any
@@ -19,14 +17,20 @@ import falcon.asgi
 
 from mullama.config import ServeConfig
 from mullama.errors import AuthenticationError, ConfigError, PermissionDenied, UnsupportedMediaType
+from mullama.serving.served_models import VISIBLE
 from mullama.web.http.listening import is_loopback, unix_path
-from mullama.web.http.request import Request
+from mullama.web.http.request import PERMIT, Request
+from mullama.web.keys.key_ring import KeyRing
 
 log = logging.getLogger(__name__)
 
 #: Where clients of other makers put the key: Anthropic's, Azure's.
 _KEY_HEADERS = ("X-Api-Key", "Api-Key")
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+#: In the scope of a request that the server itself makes, which no client can set: (tenant,).
+INSIDE = "mullama.inside"
 
 
 class Access(enum.Enum):
@@ -58,9 +62,9 @@ class Security:
 
     def __init__(self, config: ServeConfig) -> None:
         """Raises ConfigError when keys shall share the cache and there are not several."""
-        self.take_keys(config)
+        self._ring = KeyRing(config)
         self._on_loopback = is_loopback(config.host)
-        if not self._on_loopback and not self._api_keys:
+        if not self._on_loopback and not self._ring.has_users:
             log.warning("anybody who reaches %s:%d may use the models: there is no --api-key", config.host, config.port)
         # No page's request comes through a Unix socket.
         self._any_host = "*" in config.allowed_host or unix_path(config.host) is not None
@@ -78,16 +82,14 @@ class Security:
         self._seen: set[str] = set()  # PERF: raw headers already accepted
 
     def take_keys(self, config: ServeConfig) -> None:
-        """The keys that count from now on. Raises ConfigError as ``Security`` does."""
-        names_tenants = len(config.api_key) > 1
-        if config.cache_shared_by_keys and not names_tenants:
-            raise ConfigError("--cache-shared-by-keys needs several --api-key", param="cache_shared_by_keys")
-        self._api_keys = [key.encode() for key in config.api_key]
-        self._names_tenants = names_tenants
-        self._admin_key = config.admin_key.encode()
+        """The keys that count from now on. Raises ConfigError as ``Security`` does; then those that held go on to hold.
+
+        What clients have used of their limits stays used.
+        """
+        self._ring = KeyRing(config, self._ring)
 
     async def process_request(self, req: Request, resp: falcon.asgi.Response) -> None:
-        if self._any_host:
+        if self._any_host or INSIDE in req.scope:
             return
         header = req.get_header("Host")
         if header in self._seen:
@@ -117,35 +119,58 @@ class Security:
     ) -> None:
         access = getattr(resource, "access", Access.OPERATOR)  # what forgets to say so is shown to nobody else
         req.spell_error = getattr(resource, "spell_error", None)
-        given = _key(req) if self._api_keys or self._admin_key else b""
-        is_client = self._is_client(given)
-        is_admin = _same(given, self._admin_key)
-        if self._admin_key:
+        if access is Access.CLIENT and INSIDE in req.scope:
+            self._mark_inside(req)
+            return
+        ring = self._ring
+        key = req.key = ring.find(_key(req)) if ring.has_users or ring.has_admins else None
+        is_admin = key is not None and key.is_admin
+        is_client = key is not None and not key.is_admin
+        if ring.has_admins:
             req.is_operator = is_admin
         else:
-            req.is_operator = self._on_loopback and not self._names_tenants and (is_client or not self._api_keys)
-        if self._names_tenants and is_client:
-            req.tenant = tenant_of(given)
+            req.is_operator = self._on_loopback and not ring.names_tenants and (is_client or not ring.has_users)
+        if key is not None and is_client:
+            if ring.names_tenants:
+                req.tenant = key.name
+            if key.entry.models is not None:
+                VISIBLE.set(key.entry.may_use)
         if access is Access.OPEN or req.method == "OPTIONS":  # a browser asks what it may send before it sends the key
             return
         if access is Access.CLIENT:
-            if self._api_keys and not is_client:
+            if ring.has_users and not is_client:
                 raise _unauthenticated("the API key")
+            if key is not None and req.method not in _SAFE_METHODS:
+                req.scope[PERMIT] = key.admit()
             return
         is_write = req.method not in _SAFE_METHODS
         if is_write and _takes(resource, req.method, params):  # else it is answered with 405
             _check_type(req)
         needs_operator = is_write or access is Access.OPERATOR
-        if needs_operator and self._admin_key and not is_admin and (is_write or is_client or not self._api_keys):
+        if needs_operator and ring.has_admins and not is_admin and (is_write or is_client or not ring.has_users):
             raise PermissionDenied("this needs 'Authorization: Bearer <the admin key>'")
-        if self._api_keys and not (is_client or is_admin):
-            raise _unauthenticated("the API key or the admin key" if self._admin_key else "the API key")
+        if ring.has_users and key is None:
+            raise _unauthenticated("the API key or the admin key" if ring.has_admins else "the API key")
         if needs_operator and not req.is_operator:
             raise PermissionDenied(self._why_nobody())
 
-    def _is_client(self, given: bytes) -> bool:
-        # Every key is compared, so that the time taken does not tell which one was nearly right.
-        return sum([_same(given, key) for key in self._api_keys]) > 0
+    def _mark_inside(self, req: Request) -> None:
+        """A tenant's own request that the server makes: it counts for no limit, and may use what the key may use.
+
+        Raises AuthenticationError for a tenant who has no key any more.
+        """
+        (req.tenant,) = req.scope[INSIDE]
+        key = next((one for one in self._ring.holders() if one.name == req.tenant), None)
+        if req.tenant is not None and key is None:
+            raise AuthenticationError(f"'{req.tenant}' has no key here any more")
+        VISIBLE.set(key.entry.may_use if key is not None and key.entry.models is not None else None)
+
+    async def process_response(
+        self, req: Request, resp: falcon.asgi.Response, resource: object, req_succeeded: bool
+    ) -> None:
+        if req.key is not None:
+            for name, value in req.key.usage.headers():
+                resp.set_header(name, value)
 
     def _why_nobody(self) -> str:
         """Why nobody at all is an operator of this server."""
@@ -165,11 +190,6 @@ def _check_type(req: Request) -> None:
         raise UnsupportedMediaType("writes under /internal need 'Content-Type: application/json'")
 
 
-def tenant_of(key: bytes) -> str:
-    """A name for who holds a key that does not give the key away."""
-    return f"key-{hashlib.sha256(key).hexdigest()[:8]}"
-
-
 def salt_of(tenant: str | None, salt: str | None) -> str:
     """What keeps a request's KV apart from others': its own salt, and before it the tenant that must share with nobody.
 
@@ -187,10 +207,6 @@ def _key(req: Request) -> bytes:
         if key := (req.get_header(name) or "").strip():
             return key.encode("latin-1")
     return b""
-
-
-def _same(given: bytes, key: bytes) -> bool:
-    return bool(key) and hmac.compare_digest(given, key)
 
 
 def _unauthenticated(key: str) -> AuthenticationError:

@@ -127,7 +127,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._services.models.start()
+        self._services.start()
         log.info("listening on %s", self._url)
         _announce(f"mullama ready on {self._url}")
 

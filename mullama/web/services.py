@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from mullama.batches.batch_runner import BatchRunner
 from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
 from mullama.errors import ClientLeft, InvalidRequest
@@ -60,6 +61,7 @@ class Services:
         self.defaults = SamplingDefaults(config)
         self.profile_log = ProfileLog(config.profile_log) if config.profile_log else None
         self.security: Security | None = None  # of the app that serves them
+        self.batches: BatchRunner | None = None  # of the app that serves them
         self.workers = Workers()
         self.n_left = 0  # requests whose client left before it was answered
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -138,8 +140,11 @@ class Services:
             response.end()
 
     def end_work(self) -> None:
-        """The server ends, and no engine takes requests any more: nobody needs the prompts being worked out."""
+        """The server ends, and no engine takes requests any more: nobody needs the prompts being worked out, and
+        batches go on with the next server."""
         self.workers.end()
+        if self.batches is not None:
+            self.batches.stop()
 
     def end_responses(self) -> None:
         """End those responses, and those that still come. On the event loop."""
@@ -147,20 +152,32 @@ class Services:
         for response in list(self._endless):
             response.end()
 
+    def start(self) -> None:
+        """Requests may come from now on, on the running loop; batches that were interrupted go on."""
+        self.models.start()
+        if self.batches is not None:
+            self.keep(asyncio.get_running_loop().create_task(self.batches.resume()))
+
     async def settle(self) -> None:
         """Wait for the background tasks."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.batches is not None and self._is_ending:
+            await self.batches.stopped()
 
     async def process_startup(self, scope: dict[str, Any], event: dict[str, Any]) -> None:
-        self.models.start()
+        self.start()
 
     async def process_shutdown(self, scope: dict[str, Any], event: dict[str, Any]) -> None:
+        self.end_work()
+        self.end_responses()
         await self.settle()
         self.close()
 
     def close(self) -> None:
         """Stop the pool and the publisher, and flush the profile log. Idempotent."""
         self.workers.close()
+        if self.batches is not None:
+            self.batches.store.close()
         if self.kv_publisher is not None:
             self.kv_publisher.close()
         if self.profile_log is not None:

@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 from mullama.errors import ClientLeft, ShuttingDown
@@ -105,7 +106,7 @@ class Workers:
 
     def start(self, client: Hashable, work: Callable[[], T]) -> asyncio.Future[T]:
         """Run the work of a client that has entered; its thread is given back when the work has really ended."""
-        future = asyncio.get_running_loop().run_in_executor(self._pool, without_exits, work)
+        future = asyncio.get_running_loop().run_in_executor(self._pool, copy_context().run, without_exits, work)
         future.add_done_callback(lambda done: self._ended(client, done))
         return future
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import falcon.testing
@@ -29,8 +30,8 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def config() -> ServeConfig:
-    return ServeConfig(max_body_bytes=1 << 20)
+def config(tmp_path: Path) -> ServeConfig:
+    return ServeConfig(max_body_bytes=1 << 20, files_dir=str(tmp_path / "files"))
 
 
 @pytest.fixture

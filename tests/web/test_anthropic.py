@@ -38,7 +38,9 @@ def test_a_message(client: Client, engine: FakeEngine) -> None:
         "type": "message",
         "role": "assistant",
         "model": "fake",
-        "content": [{"type": "text", "text": "Hello wörld!"}],
+        "content": [{"type": "text", "text": "Hello wörld!", "citations": None}],
+        "stop_details": None,
+        "container": None,
         "stop_reason": "end_turn",
         "stop_sequence": None,
         "usage": {
@@ -46,6 +48,9 @@ def test_a_message(client: Client, engine: FakeEngine) -> None:
             "cache_read_input_tokens": 3,
             "cache_creation_input_tokens": 0,
             "output_tokens": 4,
+            **dict.fromkeys(
+                ("cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier")
+            ),
         },
     }
 

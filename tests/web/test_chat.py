@@ -26,7 +26,7 @@ def test_a_reply_has_openai_s_shape(client: Client, engine: FakeEngine) -> None:
     assert body["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "Hello wörld!"},
+            "message": {"role": "assistant", "content": "Hello wörld!", "refusal": None, "annotations": []},
             "logprobs": None,
             "finish_reason": "stop",
         }

@@ -26,7 +26,9 @@ from .test_live import CHAT, MESSAGES, connect, wait_until
 
 Start = Callable[..., Live]
 STREAM: dict[str, Any] = {"messages": MESSAGES, "stream": True}
-CHANGING = re.compile(rb'(chatcmpl|cmpl)-[0-9a-f]+|"created":\d+|date: [^\r]+|x-request-id: [^\r]+')
+CHANGING = re.compile(
+    rb'(chatcmpl|cmpl)-[0-9a-f]+|"created":\d+|date: [^\r]+|(?:x-request-id|openai-processing-ms): [^\r]+'
+)
 
 
 def raw_response(live: Live, path: str, body: object, *, version: str = "1.1", headers: str = "") -> bytes:

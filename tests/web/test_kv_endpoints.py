@@ -22,7 +22,8 @@ from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
 from mullama.web.internal import kv_schemas
 from mullama.web.internal.kv_routes import DEFAULT_NODES, MAX_NODES
-from mullama.web.security import salt_of, tenant_of
+from mullama.web.keys.key_ring import tenant_of
+from mullama.web.security import salt_of
 from mullama.web.services import LARGE_TEXT, Services
 
 from .conftest import Client

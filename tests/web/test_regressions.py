@@ -24,6 +24,7 @@ from mullama.models.store.store import Store
 from mullama.serving.manager import ModelManager
 from mullama.web import security
 from mullama.web.app import create_app
+from mullama.web.keys import key_ring
 from mullama.web.services import Services
 
 from .conftest import Client, Live
@@ -183,9 +184,13 @@ def test_cve_2025_25183_no_prompt_is_another_s_prefix(client: Client) -> None:
 
 def test_cve_2025_59425_keys_are_compared_in_constant_time() -> None:
     """vLLM: the time of a refusal told how much of a key was right."""
-    source = Path(security.__file__).read_text(encoding="utf-8")
-    assert "compare_digest" in source
-    assert not re.search(r"(api_key|admin_key|given)\s*(==|!=|in)\s*(self\._)?(api|admin|key)", source)
+    rings = [key_ring.KeyRing(ServeConfig(api_key=["alice-key"])) for _ in range(2)]
+    one, other = (ring._blinded(key_ring.digest_of(b"alice-key")) for ring in rings)
+    assert one != other, "what is compared is made with a secret, which no client can steer"
+    assert rings[0].find(b"alice-key") is not None and rings[0].find(b"alice-kez") is None
+    for module in (security, key_ring):
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        assert not re.search(r"(api_key|admin_key|given)\s*(==|!=|in)\s*(self\._)?(api|admin|key)", source)
 
 
 def test_cve_2025_46570_times_tell_nobody_what_another_has_sent() -> None:

@@ -75,10 +75,10 @@ def test_the_first_keys_close_an_open_server(make: Callable[..., World]) -> None
 def test_a_tenant_more_keeps_kv_apart(make: Callable[..., World]) -> None:
     world = make(api_key=["a"])
     security = world.services.security
-    assert security is not None and not security._names_tenants
+    assert security is not None and not security._ring.names_tenants
     world.new = replace(world.new, api_key=["a", "b"])
     world.reload()
-    assert security._names_tenants
+    assert security._ring.names_tenants
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mullama.config import ServeConfig
 from mullama.serving.manager import ModelManager
 from mullama.types import Preempt
 from mullama.web.app import create_app
-from mullama.web.security import tenant_of
+from mullama.web.keys.key_ring import tenant_of
 from mullama.web.services import Services
 
 from .conftest import Client, Result

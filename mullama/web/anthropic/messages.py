@@ -103,7 +103,7 @@ class MessageEvents(StreamFormat):
         self._with_profile = with_profile
 
     def opening(self, index: int) -> bytes:
-        return self._start() + _event(_started(0, {"type": "text", "text": ""}))
+        return self._start() + _event(_started(0, _text_block("")))
 
     def _start(self) -> bytes:
         """What cached KV saved is known only in the end; until then the whole prompt counts as read."""
@@ -119,7 +119,7 @@ class MessageEvents(StreamFormat):
 
     def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None, *, calls: bool = False) -> bytes:
         delta = _stop(finish, self._stops, calls=calls)
-        event = {"type": "message_delta", "delta": delta, "usage": _usage(self._group, finish)}
+        event = {"type": "message_delta", "delta": delta, "usage": _usage(self._group, finish) | _NOT_THERE}
         if self._with_profile:
             event |= profile_fields([finish])
         return self._end_block() + _event(event) + _event({"type": "message_stop"})
@@ -156,7 +156,7 @@ class BlockEvents(MessageEvents):
     def _begin(self, kind: str, text: str, call_id: str) -> bytes:
         ended = self._end_block()
         self._kind = kind
-        block: dict[str, Any] = {"type": "text", "text": ""}
+        block = _text_block("")
         if kind == "reasoning":
             block = {"type": "thinking", "thinking": "", "signature": ""}
         elif kind == "call":
@@ -187,12 +187,12 @@ def _blocks(reply: Reply) -> list[dict[str, Any]]:
     """The content of a whole message."""
     answer = reply.answer
     if answer is None:
-        return [{"type": "text", "text": reply.text}]
+        return [_text_block(reply.text)]
     found: list[dict[str, Any]] = []
     if answer.reasoning:
         found.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
     if answer.content:
-        found.append({"type": "text", "text": answer.content})
+        found.append(_text_block(answer.content))
     return found + [
         {"type": "tool_use", "id": call.id, "name": call.name, "input": call.values()} for call in answer.calls
     ]
@@ -209,8 +209,14 @@ def _message(group: Group, content: list[dict[str, Any]], usage: dict[str, Any])
         "role": "assistant",
         "model": group.model,
         "content": content,
-        "usage": usage,
+        "stop_details": None,
+        "container": None,
+        "usage": usage | _NOT_THERE,
     }
+
+
+def _text_block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "citations": None}
 
 
 def _stop(finish: Finish, stops: Sequence[str], *, calls: bool) -> dict[str, Any]:
@@ -220,6 +226,12 @@ def _stop(finish: Finish, stops: Sequence[str], *, calls: bool) -> dict[str, Any
     if finish.stop_string is not None and finish.stop_string in stops:
         return {"stop_reason": "stop_sequence", "stop_sequence": finish.stop_string}
     return {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
+
+
+#: Members of ``usage`` that its clients' types have: nothing here is of several kinds, places or tiers.
+_NOT_THERE = dict.fromkeys(
+    ("cache_creation", "inference_geo", "output_tokens_details", "server_tool_use", "service_tier")
+)
 
 
 def _usage(group: Group, finish: Finish) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from mullama.errors import ConfigError
 from mullama.web.security import Access
 
 #: Headers of our responses that a page may read, beyond those that it always may.
-EXPOSED = ("Retry-After", "WWW-Authenticate", "X-Context-Dropped", "X-Request-ID")
+EXPOSED = (
+    *("Retry-After", "WWW-Authenticate", "X-Context-Dropped", "X-Request-ID", "openai-processing-ms"),
+    *(f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")),
+)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@,]+", re.IGNORECASE)
 
 

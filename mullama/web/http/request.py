@@ -12,7 +12,9 @@ import falcon.asgi
 
 from mullama.errors import InvalidRequest, PayloadTooLarge
 from mullama.web.http.content_encoding import decode, encodings_of
+from mullama.web.keys.key_ring import Key
 
+PERMIT = "mullama.permit"  # key of the scope: the right of a limited key to its request, given back when it has ended
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -43,6 +45,7 @@ class Request(falcon.asgi.Request):
         self.receive = receive
         self.tenant: str | None = None  # set by Security where API keys tell clients apart
         self.is_operator = False  # set by Security: whether it may also change what is under /internal
+        self.key: Key | None = None  # set by Security: whose key came with it
         self.spell_error: SpellError | None = None  # set by Security: how the resource's API words an error
         super().__init__(scope, receive, *args, **kwargs)
         if "//" in self.path:  # clients put a base URL with a slash at its end before a path with one

@@ -43,6 +43,12 @@ class RequestIds:
         req.scope[_ID] = found
         resp.set_header(HEADER, found)
 
+    async def process_response(
+        self, req: Request, resp: falcon.asgi.Response, resource: object, req_succeeded: bool
+    ) -> None:
+        """How long it took until the answer began, as OpenAI's servers say it."""
+        resp.set_header("openai-processing-ms", str((time.monotonic_ns() - req.arrival_ns) // 1_000_000))
+
 
 def note_group(req: Request, group: Group) -> None:
     """The request is answered by these generations."""

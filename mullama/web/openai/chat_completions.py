@@ -189,7 +189,7 @@ def _choice(index: int, reply: Reply) -> dict[str, Any]:
     message = {"content": reply.text} if answer is None else answer.message()
     return {
         "index": index,
-        "message": {"role": "assistant", **message},
+        "message": {"role": "assistant", **message, "refusal": None, "annotations": []},
         "logprobs": None,
         "finish_reason": reason_of(reply.finish, calls=answer is not None and bool(answer.calls)),
     }

@@ -38,7 +38,8 @@ class ChunkFormat(StreamFormat):
         self._include_usage = include_usage
         self._with_profile = with_profile
         kind = "chat.completion.chunk" if is_chat else "text_completion"
-        head = event_json({"id": group.id, "object": kind, "created": created, "model": group.model})
+        members = {"id": group.id, "object": kind, "created": created, "model": group.model}
+        head = event_json(members | {"system_fingerprint": group.fingerprint})
         self._is_chat = is_chat
         self._echoes = echoes
         self._head = b"data: " + head[:-1] + b',"choices":['

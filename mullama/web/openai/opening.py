@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from mullama.engine.client import AnswerForm, EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
-from mullama.web.http.request import Request
+from mullama.web.http.request import PERMIT, Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
-from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, policy_for
+from mullama.web.keys.rate_limits import Permit
+from mullama.web.openai.context_policy import USUAL_COMPLETION, ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
 from mullama.web.stream.answer import Answer
@@ -123,10 +124,15 @@ class Opening:
     ) -> Group:
         """The generations, submitted; their answers are of ``form``. The group takes over the lease. Raises what
         ``Group.submit`` raises."""
-        options = self.options.of_tenant(self._req.tenant)
+        options = self.options.of_client(self._req.tenant, self._req.key)
         if form is not None:
             stops = tuple(dict.fromkeys((*options.sampling.stop, *form.stops)))
             options = replace(options, sampling=replace(options.sampling, stop=stops, shown=form.shown))
+        most = min(self.options.sampling.max_tokens or USUAL_COMPLETION, self.limits.n_ctx)
+        n_prompt = sum(map(len, prompts))
+        permit: Permit | None = self._req.scope.get(PERMIT)
+        most *= self.options.n * len(prompts)
+        reservation = None if permit is None else permit.reserve(n_prompt, most)
         group = Group(
             self._services,
             self._lease,
@@ -140,6 +146,7 @@ class Opening:
             context_shift=self.policy is ContextPolicy.SHIFT,
             lora=uses_of(self._named, self._call.body.lora),
             translate=translate,
+            reservation=reservation,
         )
         if form is not None:
             shows = getattr(self._call.body, "include_reasoning", None) is not False

@@ -101,6 +101,7 @@ async def respond(
             "object": "chat.completion" if is_chat else "text_completion",
             "created": created,
             "model": group.model,
+            "system_fingerprint": group.fingerprint,
             "choices": [choice(index, reply) for index, reply in enumerate(replies)],
             "usage": usage(group.prompt_lengths, group.n, finishes),
             **context,

@@ -24,6 +24,7 @@ from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ChatAsk, ModelInfo, Preempt, SamplingParams, ToolChoice
 from mullama.web.internal.lora_routes import LoraBody, split_name
+from mullama.web.keys.key_ring import Key
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
@@ -43,6 +44,13 @@ from mullama.web.openai.functions import (
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
 MAX_CHOICES = 1024  # prompts times n, in one request
+
+MAX_METADATA = 16  # pairs, of 64 and 512 characters, as OpenAI has it
+METADATA_SCHEMA = {
+    "maxProperties": MAX_METADATA,
+    "propertyNames": {"maxLength": 64},
+    "additionalProperties": {"type": "string", "maxLength": 512},
+}
 
 S = TypeVar("S")
 
@@ -238,9 +246,13 @@ class Options:
     context_policy: ContextPolicy | None  # None: the server's
     tenant: str | None = None  # whom the API key names
 
-    def of_tenant(self, tenant: str | None) -> Options:
-        """The same for a client that its API key tells from others: it is the user where the request names none."""
-        return self if tenant is None else replace(self, tenant=tenant, user=tenant if self.user is None else self.user)
+    def of_client(self, tenant: str | None, key: Key | None) -> Options:
+        """The same for a client that its API key tells from others: it is the user where the request names none, and
+        is no more urgent than the key may be."""
+        priority = self.priority if key is None else key.priority(self.priority)
+        if tenant is None and priority == self.priority:
+            return self
+        return replace(self, tenant=tenant, user=tenant if self.user is None else self.user, priority=priority)
 
     def of_choice(self, index: int) -> SamplingParams:
         """The sampling of choice ``index`` of a prompt: its seed follows the request's."""
@@ -414,6 +426,14 @@ def salt_text(field: str, text: str | None, limit: int) -> str | None:
     if text is not None and not 0 < len(text) <= limit:
         raise InvalidRequest(f"{field}: it must have 1 to {limit} characters", param=field)
     return text
+
+
+def check_metadata(metadata: dict[str, str] | None) -> None:
+    """What clients write beside a response or a batch. Raises InvalidRequest."""
+    pairs = (metadata or {}).items()
+    if len(pairs) > MAX_METADATA or any(len(name) > 64 or len(text) > 512 for name, text in pairs):
+        words = f"metadata: it takes at most {MAX_METADATA} pairs, names of up to 64 and texts of up to 512 characters"
+        raise InvalidRequest(words, param="metadata")
 
 
 def _refuse(asked: bool, field: str, what: str) -> None:

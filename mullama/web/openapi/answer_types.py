@@ -34,6 +34,7 @@ class ChatCompletion(Struct):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -49,6 +50,7 @@ class TextCompletion(Struct):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[TextChoice]
     usage: Usage
 
@@ -147,3 +149,26 @@ class ListPage(Struct):
     object: Literal["list"]
     data: list[dict[str, Any]]
     has_more: bool
+
+
+class FileObject(Struct):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+
+
+class BatchObject(Struct):
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    status: str
+    created_at: int
+    request_counts: dict[str, int]
+    output_file_id: str | None
+    error_file_id: str | None

@@ -24,6 +24,7 @@ _METHODS = ("GET", "PUT", "POST", "DELETE", "PATCH")
 _FAMILIES = {
     "openai": "OpenAI",
     "responses": "OpenAI",
+    "batches": "OpenAI",
     "anthropic": "Anthropic",
     "ollama": "Ollama",
     "llama_server": "llama-server",

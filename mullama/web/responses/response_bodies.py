@@ -17,13 +17,22 @@ from mullama.serving.manager import ModelManager
 from mullama.web.openai.context_policy import ContextPolicy
 from mullama.web.openai.fields import CHAT, field_schemas, refuse_unbuilt
 from mullama.web.openai.functions import CallBody, CalledBody
-from mullama.web.openai.schemas import ChatBody, ChatCall, GenerationBody, Message, chat_call, decode_body, unbuilt
+from mullama.web.openai.schemas import (
+    METADATA_SCHEMA,
+    ChatBody,
+    ChatCall,
+    GenerationBody,
+    Message,
+    chat_call,
+    check_metadata,
+    decode_body,
+    unbuilt,
+)
 from mullama.web.openapi.operation import unbuilt_schemas
 
 #: What the API calls a field, by our name of it.
 NAMES = {"max_tokens": "max_output_tokens", "messages": "input"}
 ROLES = ("user", "assistant", "system", "developer")
-MAX_METADATA = 16  # pairs, of 64 and 512 characters, as OpenAI has it
 _PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
@@ -149,11 +158,7 @@ class ResponseBody(GenerationBody, kw_only=True):
         "max_tokens": {"enum": [None]},
         "tool_choice": {"enum": [None, "none", "auto"]},
         "include": {"items": {"not": {"const": _LOGPROBS}}},
-        "metadata": {
-            "maxProperties": MAX_METADATA,
-            "propertyNames": {"maxLength": 64},
-            "additionalProperties": {"type": "string", "maxLength": 512},
-        },
+        "metadata": METADATA_SCHEMA,
     }
     required_fields: ClassVar = ("input",)
 
@@ -191,16 +196,10 @@ def parse_response(data: bytes) -> ResponseBody:
         raise InvalidRequest(
             "store: a response in the background is asked for later, and must be stored", param="store"
         )
-    _check_metadata(body.metadata or {})
+    check_metadata(body.metadata)
     if not body.input:
         raise InvalidRequest("input: it is missing; it must be a text or a list of items", param="input")
     return body
-
-
-def _check_metadata(metadata: dict[str, str]) -> None:
-    if len(metadata) > MAX_METADATA or any(len(name) > 64 or len(text) > 512 for name, text in metadata.items()):
-        words = f"metadata: it takes at most {MAX_METADATA} pairs, names of up to 64 and texts of up to 512 characters"
-        raise InvalidRequest(words, param="metadata")
 
 
 def items_of(body: ResponseBody) -> list[Item]:

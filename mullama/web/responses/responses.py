@@ -10,7 +10,7 @@ import falcon.asgi
 import msgspec
 import orjson
 
-from mullama.errors import InvalidRequest
+from mullama.errors import InvalidRequest, NotFound
 from mullama.serving.durations import parse_duration
 from mullama.web.error_responses import as_mullama_error
 from mullama.web.http.request import Request
@@ -163,6 +163,14 @@ def _listed(chain: list[Stored]) -> list[dict[str, Any]]:
     """The items before the last answer."""
     *before, last = chain
     return [item.listed() for item in (*history(before), *msgspec.json.decode(last.items, type=list[Item]))]
+
+
+class Compact(_Route):
+    operations = {"POST": Operation("Not there yet: 404")}
+
+    async def on_post(self, req: Request, resp: falcon.asgi.Response) -> None:
+        """Raises NotFound."""
+        raise NotFound("this server does not compact conversations yet; truncation 'auto' drops what does not fit")
 
 
 class InputTokens(_Route):

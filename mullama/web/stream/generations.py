@@ -19,6 +19,8 @@ from mullama.serving.states import Lease
 from mullama.types import Delta, Finish, FinishReason, LoraUse, Request
 from mullama.web.error_responses import finish_error, internal_error
 from mullama.web.http.request import Receive, until_disconnect
+from mullama.web.keys.rate_limits import Reservation
+from mullama.web.openai.fingerprint import fingerprint_of
 from mullama.web.openai.schemas import Options
 from mullama.web.security import salt_of
 from mullama.web.services import Services
@@ -66,6 +68,7 @@ class Group:
         lora: tuple[LoraUse, ...] = (),
         translate: Callable[[Any], list[int]] | None = None,
         prepared: Any = None,
+        reservation: Reservation | None = None,
     ) -> None:
         """Takes over the lease. Nothing is computed before ``submit``."""
         self.id = request_id
@@ -87,6 +90,7 @@ class Group:
         self._settling: asyncio.Task[None] | None = None
         self._closed = False
         self._lease = lease
+        self._reservation = reservation
         services.n_open += 1
         is_shared = services.config.cache_shared_by_keys
         salt = salt_of(None if is_shared else options.tenant, options.cache_salt)
@@ -127,6 +131,11 @@ class Group:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def fingerprint(self) -> str:
+        """What the answer says of the weights, the build and the ways of computing that it comes from."""
+        return fingerprint_of(self._lease.engine.info)
 
     def watch(self, receive: Receive) -> None:
         """Cancel everything once ``receive`` reports that the client is gone."""
@@ -186,13 +195,22 @@ class Group:
             self._settling = asyncio.get_running_loop().create_task(self._settle(late))
             self._services.keep(self._settling)
         else:
-            self._write_profiles()
+            self._end()
 
     async def _settle(self, late: list[AsyncGeneration]) -> None:
         """A cancelled generation has its profile one step later."""
         for generation in late:
             async for _ in generation:
                 pass
+        self._end()
+
+    def _end(self) -> None:
+        """Every choice has ended."""
+        if self._reservation is not None:
+            profiles = [finish.profile for finish in self.finishes]
+            used = sum(profile.completion_tokens for profile in profiles)
+            # Of those that nobody began with, the prompt costs nothing.
+            self._reservation.settle(used + sum(self.prompt_lengths) if any(one.steps for one in profiles) else 0)
         self._write_profiles()
 
     def _write_profiles(self) -> None:
