@@ -153,8 +153,8 @@ class SamplingParams:
 class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of the Python API's generating methods: SamplingParams, whose defaults hold, and Request.
 
-    ``stop``, ``shown`` and ``dry_sequence_breakers`` take a text or several, ``logit_bias`` a dict from token id to what
-    is added to its logit. ``lora``: ids of loaded LoRA adapters, or ids with scales, as ``{"poems": 0.5}``.
+    ``stop``, ``shown`` and ``dry_sequence_breakers`` take a text or several, ``logit_bias`` a dict from token id to
+    what is added to its logit. ``lora``: ids of loaded LoRA adapters, or ids with scales, as ``{"poems": 0.5}``.
     """
 
     temperature: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -81,9 +82,11 @@ def written(chats: Chats, ask: ChatAsk, **message: Any) -> tuple[str, AnswerForm
     except InvalidRequest:
         return None
     assert begun.form is not None
-    if not whole.startswith(begun.prompt):
-        return None
-    return whole.removeprefix(begun.prompt), begun.form.new_parser
+    n_same = len(os.path.commonprefix([whole, begun.prompt]))
+    answer, opened = whole[n_same:], begun.prompt[n_same:]
+    # A prompt may end in the beginning of a thought, which the template leaves out of answers that are over.
+    thought = f"Hm.{begun.form.thinking_ends[0]}" if opened and begun.form.thinking_ends else ""
+    return thought + answer, begun.form.new_parser
 
 
 def calls_of(*arguments: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -57,7 +57,9 @@ struct AnswerParser::Impl::Parse {
 };
 
 AnswerParser::Impl::Impl(std::shared_ptr<const AnswerFormat> format_)
-    : format(std::move(format_)), text(format->prefix), parsed(text.size()), broken(format->parser.empty()) {}
+    : format(std::move(format_)), text(format->prefix), parsed(text.size()), broken(format->parser.empty()) {
+    if (!broken && !text.empty()) told = parse(text.size()).msg; // the prompt has it, and the answer has not
+}
 
 static bool is_space(char c) { return std::isspace((unsigned char) c) != 0; }
 

@@ -129,11 +129,13 @@ bool ChatTemplate::open(const ChatAsk & ask, ChatOpened & opened, std::string & 
         common_json tools = common_json::array();
         if (!ask.tools.empty()) {
             tools = common_json::parse(ask.tools);
-            for (const auto & [name, value] : common_json::parse(ask.parameters).items()) parameters[name] = value;
+            const auto given = common_json::parse(ask.parameters); // items() only looks at it
+            for (const auto & [name, value] : given.items()) parameters[name] = value;
             if (!ask.is_generic) inputs.tools = common_chat_tools_parse_oaicompat(tools);
         }
         if (!ask.arguments.empty()) {
-            for (const auto & [name, value] : common_json::parse(ask.arguments).items()) {
+            const auto given = common_json::parse(ask.arguments);
+            for (const auto & [name, value] : given.items()) {
                 inputs.chat_template_kwargs[name] = value.dump();
             }
         }
