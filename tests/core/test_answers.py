@@ -19,7 +19,7 @@ from mullama._core.chat.parsing import AnswerFormat, AnswerParser
 from mullama.engine.requests.chats import Chats
 from mullama.errors import InvalidRequest
 from mullama.types import ChatAsk
-from mullama.web.openai.functions import Calls, FunctionBody, Thinking, ask_of
+from mullama.web.chat.functions import Calls, FunctionBody, Thinking, ask_of
 
 TEMPLATES = sorted((Path(__file__).parents[2] / "vendor/llama.cpp/models/templates").glob("*.jinja"))
 USER = {"role": "user", "content": "What is the weather in Paris?"}

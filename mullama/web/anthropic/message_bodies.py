@@ -12,7 +12,7 @@ import msgspec
 
 from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
-from mullama.web.openai.functions import NAME_SCHEMA, CallBody, CalledBody, FunctionBody, ToolBody
+from mullama.web.chat.functions import NAME_SCHEMA, CallBody, CalledBody, FunctionBody, ToolBody
 from mullama.web.openai.sampling import range_schemas
 from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
 from mullama.web.openapi.operation import unbuilt_schemas

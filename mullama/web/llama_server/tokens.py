@@ -17,8 +17,8 @@ import orjson
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
+from mullama.web.chat.functions import ToolBody
 from mullama.web.http.request import Request
-from mullama.web.openai.functions import ToolBody
 from mullama.web.openai.sampling import TOKEN_ID_SCHEMA, check_tokens
 from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
 from mullama.web.openapi.answer_types import PromptText, Tokens, TokensText

@@ -14,6 +14,7 @@ from mullama.errors import MullamaError
 from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import Finish
+from mullama.web.chat.answer import Answer, Call
 from mullama.web.http.request import Request
 from mullama.web.ollama.ollama_bodies import (
     NAMES,
@@ -33,7 +34,6 @@ from mullama.web.openapi.answer_types import OllamaAnswer
 from mullama.web.openapi.operation import PROFILE, Operation
 from mullama.web.security import Access
 from mullama.web.services import Services
-from mullama.web.stream.answer import Answer, Call
 from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Reply
 

@@ -14,8 +14,8 @@ import msgspec
 from mullama.errors import InvalidRequest, ModelNotFound
 from mullama.serving.durations import DURATION_SCHEMA
 from mullama.serving.manager import ModelManager
+from mullama.web.chat.functions import EFFORTS, MAX_FUNCTIONS, CallBody, ToolBody
 from mullama.web.internal.lora_routes import split_name
-from mullama.web.openai.functions import EFFORTS, MAX_FUNCTIONS, CallBody, ToolBody
 from mullama.web.openai.sampling import RANGES, STOP_SCHEMA, check_range, range_schemas, stop_strings
 from mullama.web.openai.schemas import (
     ROLES,

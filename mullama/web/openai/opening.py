@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from mullama.engine.client import AnswerForm, EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
+from mullama.web.chat.answer import Answer
 from mullama.web.http.request import PERMIT, Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
 from mullama.web.keys.rate_limits import Permit
 from mullama.web.openai.context_policy import USUAL_COMPLETION, ContextPolicy, Dropped, PromptLimits, policy_for
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
-from mullama.web.stream.answer import Answer
 from mullama.web.stream.generations import Group
 from mullama.web.work import Errand
 

@@ -23,12 +23,7 @@ from mullama.errors import InvalidRequest
 from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ChatAsk, ModelInfo, Preempt, SamplingParams, ToolChoice
-from mullama.web.internal.lora_routes import LoraBody, split_name
-from mullama.web.keys.key_ring import Key
-from mullama.web.openai import sampling
-from mullama.web.openai.context_policy import ContextPolicy, policy_of
-from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
-from mullama.web.openai.functions import (
+from mullama.web.chat.functions import (
     EFFORTS,
     FORMATS,
     MAX_FUNCTIONS,
@@ -40,6 +35,11 @@ from mullama.web.openai.functions import (
     calls_of,
     spell_call,
 )
+from mullama.web.internal.lora_routes import LoraBody, split_name
+from mullama.web.keys.key_ring import Key
+from mullama.web.openai import sampling
+from mullama.web.openai.context_policy import ContextPolicy, policy_of
+from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters

@@ -14,9 +14,9 @@ import msgspec
 
 from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
+from mullama.web.chat.functions import CallBody, CalledBody
 from mullama.web.openai.context_policy import ContextPolicy
 from mullama.web.openai.fields import CHAT, field_schemas, refuse_unbuilt
-from mullama.web.openai.functions import CallBody, CalledBody
 from mullama.web.openai.schemas import (
     METADATA_SCHEMA,
     ChatBody,

@@ -19,8 +19,8 @@ import orjson
 from mullama.engine.client import AnswerPart
 from mullama.errors import MullamaError
 from mullama.types import Finish
+from mullama.web.chat.answer import Answer
 from mullama.web.error_responses import as_mullama_error
-from mullama.web.stream.answer import Answer
 from mullama.web.stream.direct import DirectBody, Sink, diverts
 from mullama.web.stream.generations import Event, Group, events_of
 

@@ -17,6 +17,7 @@ from mullama.engine.client import AsyncGeneration
 from mullama.errors import ClientLeft
 from mullama.serving.states import Lease
 from mullama.types import Delta, Finish, FinishReason, LoraUse, Request
+from mullama.web.chat.answer import Answer
 from mullama.web.error_responses import finish_error, internal_error
 from mullama.web.http.request import Receive, until_disconnect
 from mullama.web.keys.rate_limits import Reservation
@@ -24,7 +25,6 @@ from mullama.web.openai.fingerprint import fingerprint_of
 from mullama.web.openai.schemas import Options
 from mullama.web.security import salt_of
 from mullama.web.services import Services
-from mullama.web.stream.answer import Answer
 
 log = logging.getLogger(__name__)
 
