@@ -83,6 +83,8 @@ def written(chats: Chats, ask: ChatAsk, **message: Any) -> tuple[str, AnswerForm
     assert begun.form is not None
     pairs = zip(whole, begun.prompt, strict=False)
     n_same = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(whole), len(begun.prompt)))
+    if begun.prompt[n_same:]:  # both go on with another mark, which may begin alike
+        n_same = 1 + max(whole.rfind(end, 0, n_same) for end in "\n>")
     answer, opened = whole[n_same:], begun.prompt[n_same:]
     # A prompt may end in the beginning of a thought, which the template leaves out of answers that are over.
     thought = f"Hm.{begun.form.thinking_ends[0]}" if opened and begun.form.thinking_ends else ""
@@ -100,6 +102,15 @@ WEATHER = ("get_weather", {"city": "Paris", "days": 3})
 FIND = ("find", {"text": TEXT})
 
 
+#: Templates of which no answer with a call can be had this way: they leave calls of earlier answers out, or show them
+#: in another form than the one that the model is to write.
+NOT_SHOWN = (
+    *("LFM2-8B-A1B", "LFM2.5-Instruct", "ibm-granite-granite-3.3-2B-Instruct", "Cohere2MoE", "upstage-Solar-Open-100B"),
+    *("CohereForAI-c4ai-command-r-plus-tool_use", "Mistral-Small-3.2-24B-Instruct-2506", "llama-cpp-deepseek-r1"),
+    *("Qwen3.5-4B", "StepFun3.5-Flash"),
+)
+
+
 def test_there_are_templates() -> None:
     assert len(TEMPLATES) > 60
 
@@ -109,6 +120,8 @@ def test_a_call_that_a_template_writes_is_read(path: Path, chats: Callable[[str]
     chat = chats(path.read_text())
     if not chat.model.chat_caps()["supports_tools"]:
         pytest.skip("it knows no functions")
+    if path.stem in NOT_SHOWN:
+        pytest.skip("what the model writes is not to be had of it")
     found = written(chat, ASK, content="", tool_calls=calls_of(WEATHER))
     print(repr(found and found[0]))
     assert found is not None
