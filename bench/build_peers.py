@@ -1,6 +1,7 @@
 """Builds llama.cpp's own tools from the pinned source, with the flags that mullama itself is built with.
 
-The source is the one its makers published, without our patches: that is what people run instead of mullama.
+The source is the one its makers published, without our patches: that is what people run instead of mullama. One is
+applied where there is AMX, because llama.cpp ends with an illegal instruction there in a build by older compilers.
 
 The web UI of llama-server is neither built nor downloaded: with ``LLAMA_BUILD_UI=OFF`` and
 ``LLAMA_USE_PREBUILT_UI=OFF`` its build step embeds an empty table and touches no network.
@@ -42,6 +43,9 @@ DEFINES = {
     "LLAMA_BUILD_NUMBER": "0",
 }
 
+#: What llama.cpp does not run without, by an instruction set in /proc/cpuinfo.
+NEEDED_PATCHES = {"amx_tile": "0014-amx-configuration.patch"}
+
 
 class BuildFailed(RuntimeError):
     """CMake or the compiler failed, or a tool is missing; the message says what to do."""
@@ -70,6 +74,15 @@ def upstream_commit() -> str:
     return str(tomllib.loads(lock.read_text(encoding="utf-8"))["upstream_commit"])
 
 
+def needed_patches(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Names in vendor/patches of what llama.cpp does not run without on this processor."""
+    try:
+        words = set(cpuinfo.read_text(encoding="utf-8").split())
+    except OSError:
+        return []
+    return [patch for flag, patch in NEEDED_PATCHES.items() if flag in words]
+
+
 def configure_command(build: Path = BUILD) -> list[str]:
     defines = DEFINES | {"LLAMA_BUILD_COMMIT": upstream_commit()}
     if ccache := shutil.which("ccache"):
@@ -90,6 +103,7 @@ def build_tools(build: Path = BUILD) -> Tools:
         raise BuildFailed("cmake was not found: install it (Debian: apt install cmake ninja-build)")
     # returns at once when the folder matches the lock file
     fetch = [sys.executable, str(ROOT / "vendor" / "fetch.py"), "--pristine", "--into", str(SOURCE)]
+    fetch += [f"--with={patch}" for patch in needed_patches()]
     _run(fetch, "fetching llama.cpp")
     _forget_another_source(build / "CMakeCache.txt")
     _run(configure_command(build), "configuring llama.cpp's tools")

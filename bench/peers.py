@@ -227,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 130
     if results:
         flags = vars(args) | {"llama_cpp": build_peers.upstream_commit(), "cmake": build_peers.DEFINES, "peer": PEER}
+        flags |= {"peer_patches": build_peers.needed_patches()}
         common.write_record(common.record("peers", flags, results), args.json)
     return status
 

@@ -57,6 +57,14 @@ class MemoryLeft:
     alone: int
 
 
+class ModelKind(enum.StrEnum):
+    """What a model does; an engine does one of these."""
+
+    GENERATE = "generate"
+    EMBED = "embed"  # vectors of texts
+    RANK = "rank"  # numbers of pairs of texts, by a head of its own
+
+
 class Pooling(enum.StrEnum):
     """How the vectors of a text's tokens become the answer of an embedding model."""
 
@@ -249,6 +257,19 @@ class Request:
     translate: Callable[[Any], SequenceOf[int]] | None = None
 
 
+@dataclass(slots=True)
+class EmbeddingRequest:
+    """Texts to make vectors of, as token ids of the model's vocabulary."""
+
+    id: str
+    prompts: SequenceOf[SequenceOf[int]]
+    pooling: Pooling | None = None  # None: the model's own
+    normalise: bool = True  # to length 1
+    tenant: str | None = None  # whose key sent it
+    client: str = ""  # clients are given their turns by this
+    arrival_ns: int = 0  # when it arrived (0: when it was submitted)
+
+
 @dataclass(slots=True, frozen=True)
 class WeightSpan:
     """Completion tokens from ``from_token`` on (to the next span's) came from these weights."""
@@ -352,3 +373,7 @@ class ModelInfo:
     weights: str = ""  # which weights are in charge, by the name that a swap gave them
     mapped_bytes: int = 0  # of the weights, pages of their file, which the system may take back
     kernels: dict[str, dict[str, Any]] = field(default_factory=dict)  # ways of computing, by type of weights
+    kind: ModelKind = ModelKind.GENERATE
+    pooling: Pooling | None = None  # of a model that embeds: where a request names none
+    n_out: int = 0  # numbers of what it makes of a text
+    cuts_vectors: bool = False  # its vectors may be cut short: ``dimensions`` of a request

@@ -65,6 +65,12 @@ def gemma3() -> Path:
     return _real_model("MULLAMA_TEST_GEMMA", "gemma3:270m")
 
 
+@pytest.fixture(scope="session")
+def minilm_file() -> Path:
+    """all-MiniLM-L6-v2: $MULLAMA_TEST_MINILM, else from the store, pulled and converted when it is not there."""
+    return _real_model("MULLAMA_TEST_MINILM", "minilm")
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """A command that a test runs in this process sets logging up for the process."""

@@ -175,10 +175,12 @@ def try_patches(sdist: Path) -> bool:
     return all_apply
 
 
-def fetch(sdist: Path | None, force: bool, target: Path = HERE / "llama.cpp", pristine: bool = False) -> None:
-    """Have the source in ``target``, with our patches or as its makers published it."""
+def fetch(sdist: Path | None, force: bool, target: Path = HERE / "llama.cpp", only: list[str] | None = None) -> None:
+    """Have the source in ``target``, with our patches or, of them, ``only`` those of these names."""
     lock = read_lock()
-    patched = [] if pristine else patches()
+    patched = [patch for patch in patches() if only is None or patch.name in only]
+    if only is not None and len(patched) < len(set(only)):
+        raise FetchError(f"vendor/patches has not all of {', '.join(only)}")
     stamp = target / STAMP
     if not force and stamp.exists() and stamp.read_text() == stamp_text(lock, patched):
         return
@@ -204,6 +206,7 @@ def main() -> int:
     parser.add_argument("--force", action="store_true", help="fetch again even if the folder is up to date")
     parser.add_argument("--into", type=Path, default=HERE / "llama.cpp", help="where the source goes")
     parser.add_argument("--pristine", action="store_true", help="leave our patches out: llama.cpp as it is published")
+    parser.add_argument("--with", dest="kept", action="append", metavar="PATCH", help="with --pristine: but this one")
     parser.add_argument(
         "--try", dest="other", type=Path, metavar="SDIST", help="say which patches apply to the llama.cpp in this sdist"
     )
@@ -213,7 +216,7 @@ def main() -> int:
     try:
         if args.other:
             return 0 if try_patches(args.other) else 1
-        fetch(args.sdist, args.force, args.into, args.pristine)
+        fetch(args.sdist, args.force, args.into, (args.kept or []) if args.pristine else None)
     except (FetchError, OSError, tarfile.TarError) as error:
         print(f"vendor/fetch.py: {error}", file=sys.stderr)
         return 1

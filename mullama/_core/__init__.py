@@ -10,6 +10,7 @@ weights    other weights under a running core, a core without weights for a whil
 model      weights, vocabulary, chat template; a llama.cpp context and its limits
 sampling   SamplingParams to a sampler chain
 lora       LoRA adapters, and the sets of them that sequences use
+embedding  vectors of prompts: several prompts a ubatch
 kernels    ways of computing products of weights; llama.cpp's quantisation; both for processes of their own
 testing    for tests only: parts of the core alone
 
@@ -26,6 +27,7 @@ from mullama._core.compute.arbiter import Arbiter, arbiter
 from mullama._core.compute.governor import Governor
 from mullama._core.core.core import FINISH, TEXT, Core
 from mullama._core.core.parking import Parked
+from mullama._core.embedding.embedder import Embedder
 from mullama._core.kernels.quantization import quantize, quantize_types
 from mullama._core.kv.cells import Cells
 from mullama._core.lora.adapters import Adapter
@@ -47,6 +49,7 @@ __all__ = [
     "Context",
     "Core",
     "Divergence",
+    "Embedder",
     "Governor",
     "Model",
     "Page",

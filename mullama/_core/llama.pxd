@@ -58,6 +58,11 @@ cdef extern from "llama.h" nogil:
         LLAMA_FLASH_ATTN_TYPE_DISABLED
         LLAMA_FLASH_ATTN_TYPE_ENABLED
 
+    enum llama_pooling_type:  # there is a function of that name
+        LLAMA_POOLING_TYPE_UNSPECIFIED
+        LLAMA_POOLING_TYPE_NONE
+        LLAMA_POOLING_TYPE_RANK
+
     ctypedef cbool (*llama_progress_callback)(float progress, void * user_data) noexcept
 
     ctypedef struct llama_model_params:
@@ -82,6 +87,7 @@ cdef extern from "llama.h" nogil:
         int32_t n_threads
         int32_t n_threads_batch
         llama_flash_attn_type flash_attn_type
+        llama_pooling_type pooling_type
         ggml_type type_k
         ggml_type type_v
         ggml_abort_callback abort_callback
@@ -141,6 +147,8 @@ cdef extern from "llama.h" nogil:
     const llama_vocab * llama_model_get_vocab(const llama_model * model)
     int32_t llama_model_n_ctx_train(const llama_model * model)
     int32_t llama_model_n_embd(const llama_model * model)
+    int32_t llama_model_n_embd_out(const llama_model * model)
+    uint32_t llama_model_n_cls_out(const llama_model * model)
     int32_t llama_model_n_layer(const llama_model * model)
     int32_t llama_model_n_swa(const llama_model * model)
     int llama_model_rope_type(const llama_model * model)

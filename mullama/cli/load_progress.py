@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from mullama.cli.interrupt import on_interrupt
 from mullama.cli.progress import LoadProgress, PullProgress
-from mullama.errors import LoadCancelled
+from mullama.errors import InvalidRequest, LoadCancelled
+from mullama.types import ModelKind
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
     from mullama.engine.engine import Engine
+    from mullama.engine.kinds import AnyEngine
     from mullama.models.resolve import ResolvedModel
     from mullama.models.store.store import Store
 
@@ -38,12 +40,21 @@ def weights_of(model: ResolvedModel) -> str:
 
 
 def load_engine(model: ResolvedModel, config: ServeConfig) -> Engine:
+    """Load a model that generates (see load_any). Raises InvalidRequest for one that embeds."""
+    from mullama.engine.kinds import kind_at
+
+    if kind_at(model.path) is not ModelKind.GENERATE:
+        raise InvalidRequest(f"'{model.name}' generates no text: it is for mullama embed, and for /v1/embeddings")
+    return cast("Engine", load_any(model, config))
+
+
+def load_any(model: ResolvedModel, config: ServeConfig) -> AnyEngine:
     """Load a model. A signal gives the load up and raises KeyboardInterrupt, or SystemExit (see ``on_interrupt``)."""
-    from mullama.engine.engine import Engine
+    from mullama.engine import kinds
 
     with LoadProgress(model.name) as progress, on_interrupt(progress.cancel) as interrupt:
         try:
-            engine = Engine.load(
+            engine = kinds.load_engine(
                 model.path, name=model.name, config=config, progress=progress, weights=weights_of(model)
             )
         except LoadCancelled:

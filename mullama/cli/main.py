@@ -18,7 +18,7 @@ from mullama.errors import ConfigError, MachineUnfit, MullamaError
 #: The commands in the order ``mullama --help`` shows them, by the folder of ``mullama.cli`` that has ``NAME.py``.
 FOLDERS = {
     "server.": ("serve", "ps", "swap", "sleep", "wake", "lora", "batch"),
-    "talk.": ("run",),
+    "talk.": ("run", "embed"),
     "store.": ("pull", "list", "show", "fit", "quantize", "cp", "du", "verify", "rm"),
     "research.": ("schedulers", "compare", "simulate", "calibrate"),
 }

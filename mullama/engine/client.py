@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mullama.kv.events import KvEventLog
-from mullama.types import ChatAsk, Delta, Finish, ModelInfo, Request, SamplingParams
+from mullama.types import ChatAsk, Delta, EmbeddingRequest, Finish, ModelInfo, Request, SamplingParams
 
 
 class Generation(Protocol):
@@ -322,3 +322,22 @@ class EngineClient(Protocol):
 
     def close(self) -> None:
         """Stop the engine thread and free the context and the model. Idempotent."""
+
+
+class EmbeddingClient(EngineClient, Protocol):
+    """A loaded model that embeds or ranks (``info.kind``). What is for models which generate raises InvalidRequest."""
+
+    def affixes(self) -> tuple[list[int], list[int]]:
+        """The tokens that the vocabulary puts before and behind every text."""
+
+    def pair_tokens(self, query: str, document: str, most: int | None = None) -> list[int]:
+        """Two texts as one prompt for a model that ranks; the second is cut where there are more than ``most``."""
+
+    async def embed(self, request: EmbeddingRequest) -> list[bytes]:
+        """What becomes of each text, in their order, as the bytes of 32-bit floats: ``info.n_out`` of them, for each
+        token where the pooling is ``none``. Cancelling it gives the rest up.
+
+        Raises QueueFull, ShuttingDown, EngineDead, ContextLengthExceeded (a text is longer than ``info.n_ctx``),
+        InvalidRequest (no text, an empty one, token ids outside the vocabulary, a pooling that the model does not
+        have), ComputeFailed.
+        """

@@ -7,14 +7,17 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mullama.errors import EngineDead, ShuttingDown
 
-if TYPE_CHECKING:
-    from mullama._core import Core
-
 T = TypeVar("T")
+
+
+class Interruptible(Protocol):
+    """What the engine thread runs."""
+
+    def interrupt(self) -> None: ...
 
 
 class Commands:
@@ -23,7 +26,7 @@ class Commands:
     ``draining``, ``stopping``, ``closed`` and ``failure`` (why the thread stopped by itself) are set once.
     """
 
-    def __init__(self, core: Core, name: str) -> None:
+    def __init__(self, core: Interruptible, name: str) -> None:
         self.lock = threading.Condition()
         self.draining = False
         self.stopping = False

@@ -7,7 +7,6 @@ append commands, set its interrupt flag, or read the instrumentation page.
 from __future__ import annotations
 
 import asyncio
-import codecs
 import dataclasses
 import itertools
 import logging
@@ -40,7 +39,7 @@ from mullama.engine.requests.generation import AsyncGeneration, Inbox, SyncGener
 from mullama.engine.requests.intake import Intake
 from mullama.engine.requests.reader import Reader
 from mullama.engine.requests.sequences import LiveSequence, Sequences
-from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens
+from mullama.engine.requests.tokenizing import Tokenizer, TooManyTokens, text_of, vocabulary_of
 from mullama.engine.weights import load
 from mullama.engine.weights.control import WeightControl
 from mullama.engine.weights.in_charge import Boundary, Weights
@@ -63,9 +62,6 @@ from mullama.scheduling.base import IDLE_LIMIT_NS
 from mullama.types import ChatAsk, Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
 
 log = logging.getLogger("mullama.engine")
-
-#: What clients call a special token, and its name in a model's metadata.
-SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 T = TypeVar("T")
 
@@ -246,10 +242,7 @@ class Engine:
     def detokenize(self, tokens: SequenceOf[int], *, special: bool = False, only_whole: bool = False) -> str:
         """Text of token ids, malformed UTF-8 replaced by U+FFFD (see EngineClient.detokenize)."""
         self._commands.check_open()
-        if only_whole:
-            data = self.model.detokenize_bytes(tokens, special=special)
-            return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
-        return self.model.detokenize(tokens, special=special)
+        return text_of(self.model, tokens, special=special, only_whole=only_whole)
 
     def pieces(self, tokens: SequenceOf[int]) -> list[bytes]:
         """The bytes of each token (see EngineClient.pieces)."""
@@ -259,13 +252,7 @@ class Engine:
     def vocabulary(self) -> dict[str, Any]:
         """The special tokens and the template (see EngineClient.vocabulary)."""
         self._commands.check_open()
-        model = self.model
-        found: dict[str, Any] = {"chat_template": model.chat_template()}
-        for name, key in SPECIAL_TOKENS.items():
-            token = model.metadata().get(f"tokenizer.ggml.{key}_token_id", "")
-            known = token.isdecimal() and int(token) < model.n_vocab
-            found[name] = model.piece(int(token), special=True).decode("utf-8", "replace") if known else None
-        return found
+        return vocabulary_of(self.model)
 
     def render_chat(
         self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False

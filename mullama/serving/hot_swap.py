@@ -257,6 +257,12 @@ class Swaps:
         new = await asyncio.to_thread(self._load, served.name, target)
         load_ms = (time.monotonic() - loading) * 1e3
         try:
+            if new.info.kind is not old.info.kind:
+                raise InvalidRequest(
+                    f"to: '{served.name}' is for {old.info.kind} requests and the other model for {new.info.kind}: "
+                    "serve it by a name of its own",
+                    param="to",
+                )
             texts = await asyncio.to_thread(old.weights.texts_for, new.weights) if record.kl else None
             resident = self._models.served.replace(served, new, target.reference)
         except BaseException:

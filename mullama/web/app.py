@@ -38,9 +38,11 @@ from mullama.web.internal.memory_routes import MemoryView
 from mullama.web.internal.model_routes import ArbiterView, ModelActions, ModelTable, SwapViews
 from mullama.web.internal.pull_routes import ModelPull
 from mullama.web.internal.scheduler_routes import SchedulerView, ShadowScheduler
+from mullama.web.llama_server.completion import LlamaCompletion
 from mullama.web.llama_server.server_state import Props, Slots
 from mullama.web.llama_server.tokens import ApplyTemplate, Detokenize, Tokenize, TokenizerInfo
 from mullama.web.ollama.answers import Answers
+from mullama.web.ollama.embed_routes import Embed
 from mullama.web.ollama.models import Copy, Delete, Pull, Running, Show, Tags, Unbuilt, Version
 from mullama.web.openai.chat_completions import ChatCompletions
 from mullama.web.openai.completions import Completions
@@ -59,6 +61,9 @@ from mullama.web.responses.responses import (
 )
 from mullama.web.security import Security
 from mullama.web.services import Services
+from mullama.web.vectors.embeddings import Embeddings
+from mullama.web.vectors.rerank import Rerank
+from mullama.web.vectors.scores import Scores
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +106,15 @@ def create_app(config: ServeConfig, models: ModelManager, services: Services | N
         app.add_route(f"{prefix}/health", Health())
         app.add_route(f"{prefix}/tokenize", Tokenize(services))
         app.add_route(f"{prefix}/detokenize", Detokenize(services))
+        app.add_route(f"{prefix}/rerank", Rerank(services))
+        app.add_route(f"{prefix}/score", Scores(services))
+    app.add_route("/v2/rerank", Rerank(services, shows_documents=False))
+    app.add_route("/v1/embeddings", Embeddings(services))
+    for name in ("embedding", "embeddings"):
+        app.add_route(f"/{name}", Embeddings(services, is_openai=False))
     app.add_route("/v1/completions", Completions(services))
+    for path in ("/completion", "/completions"):
+        app.add_route(path, LlamaCompletion(services))
     app.add_route("/v1/models/{model_id:path}", ModelDetail(models))
     app.add_route("/v1/messages", Messages(services))
     app.add_route("/v1/messages/count_tokens", CountTokens(services))
@@ -168,13 +181,13 @@ def _add_ollama(app: App, services: Services) -> None:
     app.add_route("/api/show", Show(services))
     app.add_route("/api/version", Version(services))
     app.add_route("/api/pull", Pull(services))
+    app.add_route("/api/embed", Embed(services))
+    app.add_route("/api/embeddings", Embed(services, is_old=True))
     app.add_route("/api/delete", Delete(services))
     app.add_route("/api/copy", Copy(services))
     for name, what in (
         ("push", "pushing models"),
         ("create", "making models; mullama quantize and mullama cp do it"),
-        ("embed", "embeddings"),
-        ("embeddings", "embeddings"),
     ):
         app.add_route(f"/api/{name}", Unbuilt(services, what))
 

@@ -155,15 +155,18 @@ class Security:
             raise PermissionDenied(self._why_nobody())
 
     def _mark_inside(self, req: Request) -> None:
-        """A tenant's own request that the server makes: it counts for no limit, and may use what the key may use.
+        """A tenant's own request that the server makes: it is one of its key's, with the limits of that.
 
-        Raises AuthenticationError for a tenant who has no key any more.
+        Raises AuthenticationError for a tenant who has no key any more, RateLimited.
         """
         (req.tenant,) = req.scope[INSIDE]
         key = next((one for one in self._ring.holders() if one.name == req.tenant), None)
         if req.tenant is not None and key is None:
             raise AuthenticationError(f"'{req.tenant}' has no key here any more")
         VISIBLE.set(key.entry.may_use if key is not None and key.entry.models is not None else None)
+        if key is not None:
+            req.key = key
+            req.scope[PERMIT] = key.admit()
 
     async def process_response(
         self, req: Request, resp: falcon.asgi.Response, resource: object, req_succeeded: bool

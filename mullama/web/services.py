@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 from mullama.batches.batch_runner import BatchRunner
 from mullama.config import ServeConfig
 from mullama.engine.client import EngineClient
-from mullama.errors import ClientLeft, InvalidRequest
+from mullama.errors import InvalidRequest
 from mullama.observe.kv_publisher import KvPublisher
 from mullama.serving.hot_swap import Swaps
 from mullama.serving.manager import ModelManager
 from mullama.serving.states import Lease
 from mullama.types import SamplingParams
 from mullama.web.http.listening import is_loopback
-from mullama.web.http.request import Request, read_body, until_disconnect
+from mullama.web.http.request import Request, read_body, unless_left
 from mullama.web.openai.sampling import SamplingDefaults
 from mullama.web.profile_log import ProfileLog
 from mullama.web.security import Security
@@ -112,16 +112,7 @@ class Services:
         lease = self.models.try_lease(name)
         if lease is not None:
             return lease
-        waiting = asyncio.ensure_future(self.models.lease(name))
-        leaving = asyncio.ensure_future(until_disconnect(req.receive))
-        try:
-            await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                raise ClientLeft("the client left while the model was loaded")
-            return await waiting
-        finally:
-            waiting.cancel()
-            leaving.cancel()
+        return await unless_left(req.receive, self.models.lease(name), "the client left while the model was loaded")
 
     def keep_alive(self, name: str, seconds: float | None) -> None:
         """Carry out what a request says of how long its model stays loaded; for one that was not refused."""

@@ -24,6 +24,7 @@ from mullama._core import (
     Context,
     Core,
     Divergence,
+    Embedder,
     Governor,
     Model,
     Page,
@@ -35,7 +36,7 @@ from mullama._core.chat.parsing import AnswerFormat, AnswerParser
 from mullama._core.kernels import products as kernels
 from mullama._core.testing.gate import StopText
 from mullama.errors import ModelLoadError
-from mullama.types import SamplingParams
+from mullama.types import Pooling, SamplingParams
 
 MODULES = [m.name for m in pkgutil.walk_packages(mullama._core.__path__, "mullama._core.")]
 PLACES = {name.rpartition(".")[2]: name for name in MODULES}
@@ -176,6 +177,8 @@ CALLS: dict[str, Callable[..., bool]] = {
     "context.Context": lambda c: isinstance(c.context, Context),
     "context.Context.model": lambda c: c.context.model is c.model,
     "context.Context.n_slots": lambda c: c.context.n_slots == 2,
+    "context.Context.embeds": lambda c: c.context.embeds is False,
+    "context.Context.ranks": lambda c: c.context.ranks is False,
     "context.Context.reference": lambda c: c.context.reference is False,
     "context.Context.n_ctx": lambda c: c.context.n_ctx == 256,
     "context.Context.n_batch": lambda c: c.context.n_batch == 64,
@@ -290,6 +293,29 @@ CALLS: dict[str, Callable[..., bool]] = {
     "core.Core.is_vacant": lambda c: c.is_vacant is False and vacated(c).core.is_vacant is True,
     "core.Core.is_switching": lambda c: c.is_switching() is False,
     "core.Core.take_in": lambda c: handed(c).audit() == [],
+    "embedder.Embedder": lambda e: isinstance(e, Embedder),
+    "embedder.Embedder.context": lambda e: e.context.embeds,
+    "embedder.Embedder.model": lambda e: isinstance(e.model, Model),
+    "embedder.Embedder.governor": lambda e: isinstance(e.governor, Governor),
+    "embedder.Embedder.turns": lambda e: isinstance(e.turns, Arbiter),
+    "embedder.Embedder.page": lambda e: isinstance(e.page, Page),
+    "embedder.Embedder.n_ctx": lambda e: e.n_ctx == 64,
+    "embedder.Embedder.n_batch": lambda e: e.n_batch == 64,
+    "embedder.Embedder.n_slots": lambda e: e.n_slots == 16,
+    "embedder.Embedder.n_embd": lambda e: e.n_embd == 64,
+    "embedder.Embedder.seat": lambda e: e.seat in e.turns.seats(),
+    "embedder.Embedder.can_shift": lambda e: e.can_shift is False,
+    "embedder.Embedder.unified": lambda e: e.unified is True,
+    "embedder.Embedder.run": lambda e: len(e.run([([104, 105], Pooling.LAST, True)])[0]) == 64 * 4,
+    "embedder.Embedder.pause": lambda e: e.pause() is None,
+    "embedder.Embedder.interrupt": lambda e: e.interrupt() is None,
+    "embedder.Embedder.abort": lambda e: e.abort() is None,
+    "embedder.Embedder.note_opened": lambda e: e.note_opened(1) is None,
+    "embedder.Embedder.note_cancelled": lambda e: e.note_cancelled(1) is None,
+    "embedder.Embedder.note_idle": lambda e: e.note_idle(5, 0) is None,
+    "embedder.Embedder.memory": lambda e: sum(e.memory()["weights"].values()) > 0,
+    "embedder.Embedder.inject_nan": lambda e: e.inject_nan(0) is None and e.run([([5], Pooling.LAST, True)]) == [None],
+    "embedder.Embedder.close": lambda e: e.close() is None,
     "core.Core.context": lambda c: c.context.model is c.model,
     "core.Core.turns": lambda c: isinstance(c.turns, Arbiter),
     "core.Core.seat": lambda c: c.seat in c.turns.seats(),
@@ -395,8 +421,9 @@ def subject(
     tiny_model: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[tuple[Any, ...]]:
     kind = request.param.split(".")[1]
+    embedder = None
     on_core = ("Core", "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy", "Adapter", "Divergence")
-    on_model = ("Model", "Sampling", "AnswerFormat", "AnswerParser", "weights_by_layout")
+    on_model = ("Model", "Sampling", "AnswerFormat", "AnswerParser", "weights_by_layout", "Embedder")
     model = Model(tiny_model()) if kind in (*on_model, *on_core) else None
     core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
     arguments: dict[str, tuple[Any, ...]] = dict.fromkeys(on_model, (model,))
@@ -407,6 +434,9 @@ def subject(
         arguments["Context"] = arguments["Vacancy"] = arguments["Divergence"] = (core,)
         if kind == "Carrier":
             arguments["Carrier"] = (Carrier(core, core.context.like(core.model)),)
+    if kind == "Embedder" and model is not None:
+        embedder = Embedder(model, n_ctx=64)
+        arguments["Embedder"] = (embedder,)
     adapter = Adapter(model, lora.build(tmp_path / "a.gguf", tiny_model())) if kind == "Adapter" else None
     arguments["Adapter"] = (adapter, core)
     if request.param.count(".") == 2:
@@ -419,6 +449,8 @@ def subject(
     yield arguments.get(kind, ())
     if core is not None:
         core.close()
+    if embedder is not None:
+        embedder.close()
     if adapter is not None:
         adapter.close()
     if model is not None:

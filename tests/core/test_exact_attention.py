@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mullama.installation.instructions import library_folder
-from mullama.machine.processor import processor
 
 MAX_ROWS = 4
 F16 = 1  # enum ggml_type
@@ -176,7 +175,6 @@ def test_scores_that_grow_and_long_stretches_of_hidden_cells() -> None:
 
 
 @needs_it
-@pytest.mark.skipif("avx512_fp16" in processor().flags, reason="llama.cpp adds up in half precision here; we do not")
 @pytest.mark.parametrize("n", [64, 128, 192, 256])
 def test_scores_are_added_up_as_llama_cpp_does(n: int) -> None:
     rng = np.random.default_rng(n)

@@ -22,7 +22,7 @@ from mullama.installation.instructions import library_folder
 from mullama.machine import kernels as charge
 from mullama.machine import trial_child, trials, ways
 from mullama.machine.remembered import Remembered
-from mullama.machine.trials import LAYOUTS, TOLERANCE, WAYS, Found, Task
+from mullama.machine.trials import LAYOUTS, ROUGH, TOLERANCE, WAYS, Found, Task
 from mullama.machine.way_choice import choose
 from mullama.models.files import gguf
 from mullama.models.files.gguf import TENSOR_TYPES
@@ -91,7 +91,9 @@ def test_every_way_is_right(found: dict[tuple[int, str], Found], kind: int) -> N
     assert found[kind, "plain"].is_there
     for each in of:
         if each.is_there:
-            assert each.error <= TOLERANCE / 50 and (each.is_exact or each.way not in EXACT)
+            # AMX keeps columns of F16 that the plain products round.
+            limit = ROUGH.get(kind, TOLERANCE / 50) if each.way == "amx" else TOLERANCE / 50
+            assert each.error <= limit and (each.is_exact or each.way not in EXACT)
             assert each.is_steady or each.way not in EXACT
             assert not each.is_exact or each.error == 0.0
 

@@ -188,3 +188,12 @@ def test_the_peer_s_prompt_cache_can_be_turned_off(tmp_path: Path, extra: tuple[
     with reuse.caching_pool(found) as pool:
         command = pool.servers[context.PEER].command
     assert [b for a, b in itertools.pairwise(command) if a == "-cram"][-1] == size
+
+
+def test_what_llama_cpp_does_not_run_without_is_told_by_the_processor(tmp_path: Path) -> None:
+    (tmp_path / "amx").write_text("flags\t\t: fpu avx512f amx_bf16 amx_tile\n", encoding="utf-8")
+    (tmp_path / "none").write_text("flags\t\t: fpu avx512f\n", encoding="utf-8")
+    (patch,) = build_peers.needed_patches(tmp_path / "amx")
+    assert (build_peers.ROOT / "vendor" / "patches" / patch).is_file()
+    assert build_peers.needed_patches(tmp_path / "none") == []
+    assert build_peers.needed_patches(tmp_path / "missing") == []

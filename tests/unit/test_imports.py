@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "mullama"
 #: What computes, and is made of the compiled core; nothing else needs it to be imported.
 NEED_CORE = {"mullama.api", "mullama.engine.engine", "mullama.engine.requests.intake"}
+NEED_CORE |= {"mullama.engine.embedding.embedding_engine"}
 NEED_CORE_FOLDERS = ("mullama._core", "mullama.engine.weights")
 
 

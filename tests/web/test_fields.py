@@ -70,7 +70,6 @@ REPORTED = (
     "stop_token_ids",
     "bad_words",
     "allowed_token_ids",
-    "n_predict",
     "max_new_tokens",
     "web_search_options",
     "prediction",
@@ -129,9 +128,10 @@ def test_a_member_of_a_field_is_refused_too(client: Client) -> None:
 
 
 def test_a_refusal_says_what_there_is_instead(client: Client) -> None:
-    message = client.post(PATHS[CHAT], NEEDED[CHAT] | {"n_predict": 5}).error["message"]
+    message = client.post(PATHS[CHAT], NEEDED[CHAT] | {"max_new_tokens": 5}).error["message"]
     assert (
-        message == "n_predict: this server does not support this name yet; max_tokens is the one; leave the field out"
+        message
+        == "max_new_tokens: this server does not support this name yet; max_tokens is the one; leave the field out"
     )
     message = client.post(PATHS[CHAT], NEEDED[CHAT] | {"grammar": "x"}).error["message"]
     assert message == "grammar: this server does not support grammars yet; leave the field out"

@@ -6,11 +6,13 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,13 +21,14 @@ from mullama.config import ServeConfig
 from mullama.errors import ConfigError, InvalidRequest, RateLimited
 from mullama.serving.manager import ModelManager
 from mullama.web.app import create_app
-from mullama.web.keys.key_file import MAX_BYTES, MAX_KEYS, read_key_file
+from mullama.web.batches.asking import Asking
+from mullama.web.keys.key_file import MAX_BYTES, MAX_KEYS, KeyEntry, read_key_file
 from mullama.web.keys.key_ring import KeyRing, tenant_of
 from mullama.web.keys.rate_limits import MINUTE, Bucket, Usage, duration
 from mullama.web.reload import Reload
 from mullama.web.services import Services
 
-from .conftest import Client, Result
+from .conftest import Client, Live, Result
 from .fake_engine import FakeEngine
 
 PROMPT = {"prompt": "abc", "max_tokens": 4}  # 4 prompt tokens with BOS, 4 of completion
@@ -145,6 +148,20 @@ def test_a_file_that_everybody_may_read_is_told(tmp_path: Path, caplog: pytest.L
     assert "chmod o-r" in caplog.text and "a-key" not in caplog.text
 
 
+def test_the_example_of_the_page_is_a_key_file(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```toml\n(\[\[key\]\].*?)```", page, re.DOTALL)
+    path = tmp_path / "keys.toml"
+    path.write_text(example)
+    ring = KeyRing(ServeConfig(key_file=str(path)))
+    found = {one.name: one for one in ring.holders()}
+    assert set(found) == {"alice", "reports", "root"} and found["root"].is_admin
+    reports = ring.find(b"its-successor")
+    assert reports is found["reports"] and reports.entry.may_use("Qwen3:4b") and not reports.entry.may_use("gemma")
+    rows = set(re.findall(r"^\| `(\w+)` \|", page.partition("### The key file")[2].partition("\n## ")[0], re.M))
+    assert rows == set(KeyEntry.__struct_fields__)
+
+
 def test_keys_and_digests_of_one_name_are_one_client(make: Callable[..., World]) -> None:
     digest = hashlib.sha256("clé".encode()).hexdigest()
     world = make(entry(key=f'key = ["old", "new"]\nsha256 = "{digest}"') + entry(name="bob", key='key = "b"'))
@@ -262,7 +279,7 @@ def test_what_a_request_uses_beyond_its_minute_is_owed(make: Callable[..., World
     now[0] += 20 + 30
     assert world.ask("a-key", {"prompt": "a", "max_tokens": 1}).status == 200
     never = world.ask("a-key", {"prompt": "a" * 10, "max_tokens": 1})
-    assert never.status == 429 and "6 a minute" in never.error["message"]
+    assert never.status == 400 and "6 a minute" in never.error["message"]
 
 
 def test_a_refused_request_costs_no_tokens(make: Callable[..., World], now: list[float]) -> None:
@@ -316,6 +333,21 @@ def test_the_right_to_a_request_comes_back_when_its_client_leaves(make: Callable
     assert key.usage.tokens.level == 100, "nobody began with it"
 
 
+def test_what_the_server_asks_for_a_tenant_counts_as_its_own(make: Callable[..., World], now: list[float]) -> None:
+    world = make(entry("requests_per_minute = 2\nmodels = ['large']"))
+    asking = Asking(world.client.app, world.services)
+
+    def line(model: str) -> Any:
+        return asyncio.run(asking("alice", "/v1/completions", json.dumps({**PROMPT, "model": model}).encode()))
+
+    assert (line("large").status, line("small").status) == (200, 404)
+    refused = line("large")
+    assert (refused.status, refused.retry_after) == (429, 30)
+    assert world.ask("a-key").status == 429
+    (key,) = world.services.security._ring.holders()  # type: ignore[union-attr]
+    assert key.usage.n_open == 0
+
+
 # -- reading it again ------------------------------------------------------------------------------------------
 
 
@@ -360,8 +392,11 @@ def test_no_more_is_used_than_the_limit_lets(capacity: int, steps: list[tuple[fl
         now[0] += wait
         try:
             reservation = usage.admit().reserve(prompt, completion)
+        except InvalidRequest:
+            assert prompt > capacity
+            continue
         except RateLimited as error:
-            assert error.retry_after is None or error.retry_after >= 0
+            assert error.retry_after is not None and error.retry_after >= 0
             continue
         actual = completion if completion % 2 else completion // 2
         assert used <= capacity + now[0] * capacity / MINUTE + 1e-6
@@ -391,3 +426,27 @@ def test_durations() -> None:
     assert [duration(x) for x in (0, 0.0001, 0.25, 1, 58.2, 60, 61.5, 600)] == [
         *("0ms", "1ms", "250ms", "1s", "59s", "1m0s", "1m2s", "10m0s")
     ]
+
+
+def test_openai_s_client_reads_the_limits(
+    live: Callable[..., Live], config: ServeConfig, tmp_path: Path, now: list[float]
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(entry("requests_per_minute = 2\ntokens_per_minute = 1000\nmodels = ['fake']"))
+    path.chmod(0o600)
+    config.key_file = str(path)
+    client = openai.OpenAI(base_url=f"{live().url}/v1", api_key="a-key", max_retries=0)
+    headers = {"X-Request-ID": "my-request"}
+    raw = client.completions.with_raw_response.create(model="fake", prompt="abc", max_tokens=4, extra_headers=headers)
+    assert raw.headers["x-ratelimit-remaining-requests"] == "1" and raw.headers["x-ratelimit-limit-tokens"] == "1000"
+    assert raw.headers["x-request-id"] == "my-request" and int(raw.headers["openai-processing-ms"]) >= 0
+    fingerprint = raw.parse().system_fingerprint
+    assert fingerprint is not None and re.fullmatch(r"fp_[0-9a-f]{12}", fingerprint)
+    message: Any = {"role": "user", "content": "x"}
+    chunks = list(client.chat.completions.create(model="fake", messages=[message], max_tokens=4, stream=True))
+    assert {chunk.system_fingerprint for chunk in chunks} == {fingerprint}
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.completions.create(model="fake", prompt="abc")
+    assert caught.value.code == "rate_limit_exceeded" and caught.value.response.headers["retry-after"] == "30"
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="other").models.list()

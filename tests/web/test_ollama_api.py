@@ -134,7 +134,7 @@ def test_models(client: Client) -> None:
     assert set(client.get("/api/version").json) == {"version"}
 
 
-@pytest.mark.parametrize("name", ["push", "create", "embed", "embeddings"])
+@pytest.mark.parametrize("name", ["push", "create"])
 def test_what_is_not_built_says_so(client: Client, name: str) -> None:
     result = client.post(f"/api/{name}", {"model": "fake"})
     assert result.status == 501 and "does not support" in result.json["error"]

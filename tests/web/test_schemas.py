@@ -43,7 +43,16 @@ def completion(data: bytes) -> tuple[Options, list[str | list[int]]]:
 
 
 MESSAGES = [{"role": "user", "content": "hi"}]
-INTEGERS = {"n", "max_tokens", "max_completion_tokens", "min_tokens", "top_k", "repeat_last_n", "dry_allowed_length"}
+INTEGERS = {
+    "n",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "n_predict",
+    "top_k",
+    "repeat_last_n",
+    "dry_allowed_length",
+}
 INTEGERS |= {"dry_penalty_last_n", "mirostat", "seed", "priority", "truncate_prompt_tokens"}
 
 json_values = st.recursive(

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from mullama.types import Finish, FinishReason, LoraUse, Profile, WeightSpan
+from mullama.web.openai.fingerprint import fingerprint_of
 from mullama.web.openai.usage import profile_fields, total
+
+from .fake_engine import model_info
 
 #: A value other than the default for every field of a profile.
 GIVEN: dict[str, Any] = {
@@ -43,3 +46,13 @@ def test_a_profile_says_all_that_it_has() -> None:
     one = replace(full(), queue_ms=1.23456)
     assert one.to_dict() == {**asdict(one), "queue_ms": 1.235}
     assert one.to_dict()["kernels"] is not one.kernels, "the engine has one for all of its requests"
+
+
+def test_the_fingerprint_names_weights_build_and_kernels() -> None:
+    info = model_info()
+    ways = {"Q4_1": {"columns": {"1": "plain", "8": "tiles"}, "bytes": {}}}
+    others = [replace(info, weights="q8"), replace(info, kernels=ways), replace(info, size_bytes=1)]
+    found = [fingerprint_of(one) for one in (info, *others)]
+    assert len(set(found)) == 4
+    assert found == [fingerprint_of(one) for one in (info, *others)]
+    assert fingerprint_of(replace(info, created=info.created + 1)) == found[0], "a restart changes nothing"

@@ -34,6 +34,7 @@ cdef extern from "governor.h" namespace "mullama" nogil:
         void look(double cores, uint64_t now)
         void set_cores(int n)
         double cost(int n_tokens)
+        uint64_t n_changes()
         GovernorView view()
 
 

@@ -33,7 +33,6 @@ cdef class Core:
     cdef readonly bint unified         # one buffer of cells for all slots
     cdef int pid                       # of the process that made it
 
-    cdef Page new_page(self, path, bint needed)
     cdef void release(self) noexcept
 
     # For the modules that move and exchange what is in it (cells, carrier, vacancy).

@@ -26,7 +26,7 @@ from mullama._core.llama cimport *
 from mullama._core.core.loop cimport Loop
 from mullama._core.model.model cimport Model
 from mullama._core.output.output cimport RECORD_FINISH, RECORD_TEXT, FinishBody, PageBlocks, RecordHeader
-from mullama._core.output.page cimport Page
+from mullama._core.output.page cimport Page, page_at
 from mullama._core.core.parking cimport Parked
 from mullama._core.sampling.chain cimport Chain, Sampling, accept_all, build_chain, prepared_for
 from mullama._core.core.slots cimport Slot
@@ -83,21 +83,13 @@ cdef class Core:
         try:
             if not self.out.wake.open():
                 raise ModelLoadError("no file descriptor left for the wake-up")
-            self.page = self.new_page(page_path, page_needed)
+            self.page = page_at(self.n_slots, page_path, page_needed)
             self.out.page = self.page.blocks
             self.warm_up(context, self.governor, quick)
             self.publish()
         except BaseException:
             self.close()
             raise
-
-    cdef Page new_page(self, path, bint needed):
-        try:
-            return Page(self.n_slots, path)
-        except OSError as error:
-            if needed:
-                raise ModelLoadError(f"the instrumentation page {path} cannot be made: {error.strerror}") from None
-            return Page(self.n_slots)
 
     def __dealloc__(self):
         self.release()

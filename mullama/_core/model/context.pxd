@@ -28,6 +28,8 @@ cdef class Context:
     cdef readonly int n_slots
     cdef readonly int n_ctx            # tokens one slot may hold
     cdef readonly int n_batch
+    cdef readonly bint embeds          # it gives the vectors of tokens, or what a head says of a prompt (``ranks``)
+    cdef readonly bint ranks
     cdef readonly bint reference       # computes by the reference computations only
     cdef readonly bint unified         # one buffer of cells for all slots
     cdef readonly bint can_shift       # the oldest tokens of a sequence can make room for new ones

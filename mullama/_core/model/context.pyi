@@ -7,6 +7,8 @@ class Context:
     n_slots: int
     n_ctx: int
     n_batch: int
+    embeds: bool
+    ranks: bool
     reference: bool
     unified: bool
     can_shift: bool
@@ -24,6 +26,8 @@ class Context:
         type_v: str = "f16",
         unified_cells: int = 0,
         reference: bool = False,
+        embeds: bool = False,
+        ranks: bool = False,
     ) -> None: ...
     def close(self) -> None: ...
     def like(self, model: Model) -> Context: ...

@@ -20,21 +20,24 @@ cdef class Context:
         self.mem = NULL
 
     def __init__(self, Model model not None, *, int n_slots, int n_ctx, int n_batch=512, flash_attn="auto",
-                 type_k="f16", type_v="f16", int unified_cells=0, bint reference=False):
+                 type_k="f16", type_v="f16", int unified_cells=0, bint reference=False, bint embeds=False,
+                 bint ranks=False):
         """Allocate ``n_slots`` sequences of ``n_ctx`` tokens each (rounded up to 256 by llama.cpp).
 
         ``n_batch`` is the most tokens one decode computes. Each slot has cells of its own (a stream), unless there are
         ``unified_cells`` for all of them together. ``type_k``, ``type_v``: types of the cells, by ggml's names.
         ``reference``: compute so that results do not depend on what is computed beside them (CPU; slower).
+        ``embeds``: no text but the vectors of ``n_batch`` tokens, of all slots together, one decode at a time; with
+        ``ranks`` what the model's head says of each prompt.
         Raises ModelLoadError when it does not fit.
         """
         model.check()
         if model.vocab_only:
             raise ModelLoadError("this model was loaded without weights")
         facts = model.facts()
-        if facts["has_encoder"] or not facts["has_decoder"] or facts["is_diffusion"]:
-            raise ModelLoadError(f"{model.path}: only decoder-only text models can be served "
-                                 f"({facts['architecture']} is not one)")
+        is_plain = facts["has_decoder"] and not facts["has_encoder"]
+        if facts["is_diffusion"] or not (is_plain or (embeds and not facts["has_decoder"])):
+            raise unfit(model, facts)
         if not 1 <= n_slots <= <int> llama_max_parallel_sequences():
             raise ModelLoadError(f"parallel must be 1 to {llama_max_parallel_sequences()}, got {n_slots}",
                                  param="parallel")
@@ -47,11 +50,13 @@ cdef class Context:
         if unified_cells and not 256 <= unified_cells <= 1 << 28:
             raise ModelLoadError(f"unified_cells must be 256 to 268435456, got {unified_cells}", param="kv_tokens")
         self.wanted = {"n_slots": n_slots, "n_ctx": n_ctx, "n_batch": n_batch, "flash_attn": flash_attn,
-                       "type_k": type_k, "type_v": type_v, "unified_cells": unified_cells, "reference": reference}
+                       "type_k": type_k, "type_v": type_v, "unified_cells": unified_cells, "reference": reference,
+                       "embeds": embeds, "ranks": ranks}
         self.model = model
         self.n_slots = n_slots
         self.reference = reference
-        self.unified = unified_cells > 0
+        self.embeds, self.ranks = embeds, embeds and ranks
+        self.unified = unified_cells > 0 or embeds
         self.n_batch = max(n_batch, n_slots)
         self.n_swa = facts["n_swa"]
         self.can_trim = not (facts["is_recurrent"] or facts["is_hybrid"])
@@ -59,10 +64,17 @@ cdef class Context:
         cdef llama_context_params params = llama_context_default_params()
         # llama.cpp divides n_ctx by the number of streams and rounds up to 256 cells.
         n_ctx = (n_ctx + 255) // 256 * 256
+        if embeds:
+            unified_cells = self.n_batch
         params.n_ctx = n_ctx * n_slots if not self.unified else (unified_cells + 255) // 256 * 256
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_seq_max = n_slots
-        params.n_outputs_max = n_slots
+        params.n_outputs_max = self.n_batch if embeds else n_slots
+        params.embeddings = embeds
+        if embeds:  # what becomes of the vectors of a prompt's tokens is each request's affair (embedding_batch.h)
+            params.pooling_type = LLAMA_POOLING_TYPE_NONE
+            if ranks:
+                params.pooling_type = LLAMA_POOLING_TYPE_RANK
         params.flash_attn_type = {"auto": LLAMA_FLASH_ATTN_TYPE_AUTO, "on": LLAMA_FLASH_ATTN_TYPE_ENABLED,
                                   "off": LLAMA_FLASH_ATTN_TYPE_DISABLED}[flash_attn]
         params.kv_unified = self.unified
@@ -75,12 +87,11 @@ cdef class Context:
         if self.ctx is NULL:
             from mullama._core.model.model import _last_error
             raise ModelLoadError(f"no context of {n_slots} x {n_ctx} tokens: {_last_error('llama.cpp refused')}")
-        if llama_get_memory(self.ctx) is NULL:
+        if llama_get_memory(self.ctx) is NULL and not embeds:
             # Embedding and decision models: each decode outputs every token, which is an assertion.
             llama_free(self.ctx)
             self.ctx = NULL
-            raise ModelLoadError(f"{model.path}: only decoder-only text models can be served "
-                                 f"({facts['architecture']} is not one)")
+            raise unfit(model, facts)
         self.n_ctx = min(llama_n_ctx_seq(self.ctx), n_ctx)
         if reference and not llama_set_reference(self.ctx, True):
             llama_free(self.ctx)
@@ -91,7 +102,7 @@ cdef class Context:
         self.pid = process_id()
         self.mem = llama_get_memory(self.ctx)
         self.token_bytes = llama_cells_token_bytes(self.ctx, 0)
-        self.can_shift = self.can_trim and self.n_swa == 0 and llama_memory_can_shift(self.mem) \
+        self.can_shift = self.can_trim and self.n_swa == 0 and not embeds and llama_memory_can_shift(self.mem) \
             and self.token_bytes > 0
         cdef llama_token token
         for token in range(model.n_vocab):
@@ -153,6 +164,8 @@ cdef class Context:
                 if size:
                     found[part][name] = found[part].get(name, 0) + size
         found["output"] = self.n_slots * self.model.n_vocab * sizeof(float)
+        if self.embeds:
+            found["output"] = self.n_batch * llama_model_n_embd_out(self.model.ptr) * sizeof(float)
         return found
 
     def buffers(self):
@@ -190,6 +203,11 @@ cdef class Context:
         if "recurrent" in sizes:
             found["recurrent"] = sizes["recurrent"] // self.n_slots
         return found
+
+
+cdef object unfit(Model model, facts):
+    return ModelLoadError(f"{model.path}: only decoder-only text models can be served "
+                          f"({facts['architecture']} is not one)")
 
 
 cdef ggml_type cell_type(name, param) except *:

@@ -54,4 +54,5 @@ cdef extern from "output.h" namespace "mullama" nogil:
         mullama_counters counters
         cbool pushed
         const Flag * stop
+        void put_counters()
         void site(uint32_t kind, int32_t slot, uint64_t handle, int64_t a, int64_t b)

@@ -11,3 +11,6 @@ cdef class Page:
     cdef object file                 # its descriptor, which holds the lock; None for a private page
     cdef mullama_header * header
     cdef PageBlocks blocks             # what is written; none once it is closed
+
+
+cdef Page page_at(int n_rows, path, bint needed)

@@ -14,6 +14,7 @@ except ImportError:  # Windows: nobody can remove a file that is in use
     fcntl = None
 
 from mullama.abi cimport *
+from mullama.errors import ModelLoadError
 
 
 cdef extern from "page_write.h" namespace "mullama" nogil:
@@ -145,6 +146,17 @@ cdef class Page:
             except BufferError:
                 pass  # somebody reads: the last reader's end closes it
             self.mapping = None
+
+
+cdef Page page_at(int n_rows, path, bint needed):
+    """A page in this file; unless it is ``needed`` there, in private memory where that cannot be. Raises
+    ModelLoadError."""
+    try:
+        return Page(n_rows, path)
+    except OSError as error:
+        if needed:
+            raise ModelLoadError(f"the instrumentation page {path} cannot be made: {error.strerror}") from None
+        return Page(n_rows)
 
 
 cdef size_t _aligned(size_t n) noexcept:

@@ -93,14 +93,14 @@ def _summary(models: ModelManager, config: ServeConfig) -> None:
 
 def _load_first(models: ModelManager, config: ServeConfig) -> None:
     """Load the named models as far as the limit allows; the others wait for a request."""
-    from mullama.cli.load_progress import load_engine
+    from mullama.cli.load_progress import load_any
 
     for n, found in enumerate(_find_models(config)):
         reference = found.spec.reference.key
         if config.max_models and n >= config.max_models:
             models.add(found.name, reference)
         else:
-            models.add_loaded(found.name, load_engine(found, config), reference)
+            models.add_loaded(found.name, load_any(found, config), reference)
 
 
 def _find_models(config: ServeConfig) -> list[ResolvedModel]:

@@ -21,7 +21,7 @@ from mullama.serving.targets import Target, find_target
 
 if TYPE_CHECKING:
     from mullama.config import ServeConfig
-    from mullama.engine.engine import Engine
+    from mullama.engine.kinds import AnyEngine
     from mullama.models.resolve import ResolvedModel
 
 BUDGET_SHARE = 0.9  # of the memory that is free at the start
@@ -63,9 +63,9 @@ def make_swaps(config: ServeConfig, models: ModelManager) -> Swaps:
         return find_target(to, reference, store=store, progress=progress, may_read_files=may_read_files)
 
     def load(name: str, target: Target) -> Any:
-        from mullama.engine.engine import Engine
+        from mullama.engine.kinds import load_engine
 
-        return Engine.load(target.path, name=name, config=config, weights=target.label, background=True)
+        return load_engine(target.path, name=name, config=config, weights=target.label, background=True)
 
     return Swaps(models, find, load)
 
@@ -121,13 +121,13 @@ class Files:
         return found
 
 
-def _load(name: str, reference: str, config: ServeConfig, files: Files, progress: Callable[[float], bool]) -> Engine:
+def _load(name: str, reference: str, config: ServeConfig, files: Files, progress: Callable[[float], bool]) -> AnyEngine:
     """An engine for a reference that is here already. Raises ReferenceNotFound, ModelLoadError, StoreError."""
-    from mullama.engine.engine import Engine
+    from mullama.engine.kinds import load_engine
     from mullama.engine.memory import fits
 
     found = files.resolve(reference, lambda path: fits.sizes_for(path, config, name))
-    return Engine.load(
+    return load_engine(
         found.path, name=name, config=config, weights=weights_of(found), background=True, progress=progress
     )
 

@@ -93,9 +93,12 @@ def _hash(path: Path, size: int) -> str:
 
 def _summary(header: Header) -> dict[str, Any]:
     """What most people look for, under names of ours."""
+    from mullama.models.files.kind import kind_of
+
     return {
         "gguf_version": header.version,
         "architecture": header.get("general.architecture"),
+        "kind": kind_of(header),
         "parameters": header.n_params,
         "context_length": header.get("{arch}.context_length"),
         "layers": header.get("{arch}.block_count"),

@@ -26,7 +26,9 @@ from mullama.machine import memory
 from mullama.models.files import gguf, lora_file
 from mullama.models.files.estimate import Estimate, check_fits, estimate, is_enough, largest, token_bytes
 from mullama.models.files.gguf import Header
+from mullama.models.files.kind import kind_of
 from mullama.models.files.shape import shape_of
+from mullama.types import ModelKind
 
 log = logging.getLogger("mullama.engine")
 
@@ -70,6 +72,8 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = 
     free = free_memory(config)
     if free is None or _has_gpu():
         return None
+    if _embeds(path):
+        return Sizes(embedding_ctx(path, config, name), 1)
     try:
         header = header_of(path)
         if sharing.is_loaded(path, config):
@@ -86,6 +90,24 @@ def sizes_for(path: str | Path, config: ServeConfig, name: str, *, tell: bool = 
     if tell and sizes != _sizes(header, config, None):
         log.warning("%s: %d x %d tokens, because little memory is free", name, sizes.n_parallel, sizes.n_ctx)
     return sizes
+
+
+def embedding_ctx(path: str | Path, config: ServeConfig, name: str) -> int:
+    """The most tokens of a text for a model that embeds. Raises MemoryTooSmall where that does not fit."""
+    header = header_of(path)
+    trained = shape_of(header).n_ctx_train
+    n_ctx = min(config.ctx_size or sizing.DEFAULT_CTX, trained or sizing.DEFAULT_CTX)
+    free = free_memory(config)
+    if free is not None and not _has_gpu():
+        check_fits(_less_shared(_needs(header, config, n_ctx, 1), path, config), free, name)
+    return n_ctx
+
+
+def _embeds(path: str | Path) -> bool:
+    try:
+        return kind_of(header_of(path)) is not ModelKind.GENERATE
+    except ModelLoadError:
+        return False
 
 
 def token_bytes_of(path: str | Path, config: ServeConfig) -> int:

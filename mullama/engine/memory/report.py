@@ -9,7 +9,7 @@ from mullama.observe import process_memory as system
 from mullama.types import SeqState
 
 if TYPE_CHECKING:
-    from mullama._core import Core
+    from mullama._core import Core, Embedder
     from mullama.engine.parts import EngineParts
     from mullama.engine.requests.sequences import LiveSequence
     from mullama.engine.weights.loras import LoadedLora
@@ -31,7 +31,7 @@ class LoadMeter:
         self._grown = _own_bytes()
         self._handed = system.heap_in_use()
 
-    def tables(self, core: Core) -> int:
+    def tables(self, core: Core | Embedder) -> int:
         """Bytes since it was made, less the buffers of the model and the context; 0 where nobody says."""
         grown, handed = _own_bytes(), system.heap_in_use()
         here = [(kind, address, size) for _, kind, address, size in core.context.buffers() if address]
@@ -54,12 +54,12 @@ def _own_bytes() -> int | None:
 async def report(parts: EngineParts) -> dict[str, Any]:
     """``memory_report`` (see EngineClient): looked up at a step boundary, the pages counted afterwards."""
     found, buffers = await asyncio.wrap_future(parts.commands.call(lambda: _at_boundary(parts)))
-    return await asyncio.to_thread(_measured, found, buffers)
+    return await asyncio.to_thread(measured, found, buffers)
 
 
 def report_sync(parts: EngineParts) -> dict[str, Any]:
     """The same for a thread without an event loop."""
-    return _measured(*parts.commands.call(lambda: _at_boundary(parts)).result())
+    return measured(*parts.commands.call(lambda: _at_boundary(parts)).result())
 
 
 def _at_boundary(parts: EngineParts) -> tuple[dict[str, Any], list[Buffer]]:
@@ -81,6 +81,24 @@ def _at_boundary(parts: EngineParts) -> tuple[dict[str, Any], list[Buffer]]:
         "is_changing_weights": core.is_switching() or parts.weights.change is not None,
     }
     return found, buffers
+
+
+def without_cache(core: Embedder, tables_bytes: int) -> dict[str, Any]:
+    """The same of an engine that keeps no KV, as ``measured`` takes it. Its own thread."""
+    output = core.memory()["output"]
+    return {
+        "weights_shared_by": max(core.model.n_twins, 1),
+        "kv": {"parts": {}, "used_bytes": 0, "retained_bytes": 0, "shared_bytes": 0, "requests": []},
+        "output": {"allocated_bytes": output, "resident_bytes": output},
+        "tables_bytes": tables_bytes,
+        "adapters": [],
+        "host_tier_bytes": 0,
+        "disk_tier_bytes": None,
+        "parked_sequences": 0,
+        "parked_bytes": 0,
+        "staging_bytes": 0,
+        "is_changing_weights": False,
+    }
 
 
 def _adapter(one: LoadedLora) -> dict[str, Any]:
@@ -154,7 +172,7 @@ def _held(kind: str, size: int) -> system.Pages:
     return system.Pages(file=size) if kind.endswith("_Mapped") else system.Pages(anonymous=size)
 
 
-def _measured(found: dict[str, Any], buffers: list[Buffer]) -> dict[str, Any]:
+def measured(found: dict[str, Any], buffers: list[Buffer]) -> dict[str, Any]:
     """Add what is resident of each buffer. What lies on a device is not of this process."""
     here = [buffer for buffer in buffers if buffer[2]]
     pages = system.resident((address, size) for _, _, address, size in here)

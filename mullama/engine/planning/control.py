@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mullama.engine.client import PlanningClient
 from mullama.engine.parts import EngineParts
 from mullama.engine.planning import report
-from mullama.errors import InvalidRequest, ModelBusy
+from mullama.engine.planning.turn_share import set_share, share_of
+from mullama.errors import ModelBusy
 from mullama.plugins.groups import Published, publish
 from mullama.scheduling import Scheduler, registry
 
@@ -110,25 +111,11 @@ class PlanningControl(PlanningClient):
 
     def share(self) -> tuple[str, dict[str, Any]]:
         """The arbiter's policy, and what this engine has of the cores (see PlanningClient)."""
-        core = self._parts.core
-        turns, seat = core.turns, core.turns.seats().get(core.seat, {})
-        share = {
-            "weight": seat.get("weight", 1.0),
-            "priority": seat.get("priority", 0),
-            "turns": seat.get("turns", 0),
-            "computed_ms": round(seat.get("used_ns", 0) / 1e6, 3),
-            "waited_ms": round(seat.get("wait_ns", 0) / 1e6, 3),
-            "is_waiting": seat.get("is_waiting", False),
-        }
-        return turns.policy, share
+        return share_of(self._parts.core)
 
     def set_share(self, *, weight: float = 1.0, priority: int = 0) -> None:
         """What this engine may expect beside others. Raises InvalidRequest."""
-        if not -(2**31) <= priority < 2**31:  # SAFETY: it becomes an int of C
-            raise InvalidRequest(
-                f"a priority must be {-(2**31)} to {2**31 - 1}, got {str(priority)[:40]}", param="priority"
-            )
-        self._parts.core.turns.set_share(self._parts.core.seat, weight=weight, priority=priority)
+        set_share(self._parts.core, weight=weight, priority=priority)
 
     def set_arbiter_policy(self, policy: str) -> None:
         """How the engines of this process take turns. Raises InvalidRequest."""

@@ -9,11 +9,12 @@ Vocabularies for which that does not hold, and texts without such places, are to
 
 from __future__ import annotations
 
+import codecs
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mullama.engine.background import in_background
 from mullama.engine.requests.chat_text import ChatText, Part
@@ -21,6 +22,9 @@ from mullama.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from mullama._core import Model
+
+#: What clients call a special token, and its name in a model's metadata.
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 #: Characters of a piece: less than a millisecond's work.
 PIECE_CHARS = 1000
@@ -171,6 +175,24 @@ class Tokenizer:
             if marked[at : at + len(plain)] == plain:
                 return marked[:at], marked[at + len(plain) :]
         raise AssertionError("a text is not part of itself")  # pragma: no cover
+
+
+def text_of(model: Model, tokens: Sequence[int], *, special: bool = False, only_whole: bool = False) -> str:
+    """What EngineClient.detokenize gives."""
+    if only_whole:
+        data = model.detokenize_bytes(tokens, special=special)
+        return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+    return model.detokenize(tokens, special=special)
+
+
+def vocabulary_of(model: Model) -> dict[str, Any]:
+    """What EngineClient.vocabulary gives."""
+    found: dict[str, Any] = {"chat_template": model.chat_template()}
+    for name, key in SPECIAL_TOKENS.items():
+        token = model.metadata().get(f"tokenizer.ggml.{key}_token_id", "")
+        known = token.isdecimal() and int(token) < model.n_vocab
+        found[name] = model.piece(int(token), special=True).decode("utf-8", "replace") if known else None
+    return found
 
 
 def _border_of(specials: Sequence[bytes]) -> re.Pattern[str] | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mullama import abi, faults
-from mullama._core import Core, Model, chat_template_names, devices, llama_cpp_version
+from mullama._core import Core, Embedder, Model, chat_template_names, devices, llama_cpp_version
 from mullama._core.kernels.products import weights_by_layout
 from mullama.config import ServeConfig
 from mullama.engine.memory import fits, sizing
@@ -201,6 +201,23 @@ def make_core(
     return core
 
 
+def make_embedder(model: Model, name: str, config: ServeConfig, *, n_ctx: int, ranks: bool, quick: bool) -> Embedder:
+    """The same of a model that embeds, for texts of ``n_ctx`` tokens. Raises ModelLoadError."""
+    return Embedder(
+        model,
+        n_ctx=n_ctx,
+        n_batch=config.batch_size,
+        ranks=ranks,
+        n_threads=config.threads or usable_threads(),
+        threads_fixed=config.threads_fixed,
+        flash_attn=config.flash_attn,
+        reference=config.deterministic,
+        page_path=_page_path(name, config.page_dir),
+        page_needed=bool(config.page_dir),
+        quick=quick,
+    )
+
+
 def open_disk_tier(
     model: Model, core: Core, kv: KvCache, config: ServeConfig, post: Callable[[Callable[[], None]], None]
 ) -> DiskTier | None:
@@ -296,7 +313,7 @@ def _description(facts: dict[str, Any]) -> str:
     return " ".join(filter(None, (name, count_of(facts["n_params"]), kind)))
 
 
-def info_of(model: Model, core: Core, name: str, weights: str = "") -> ModelInfo:
+def info_of(model: Model, core: Core | Embedder, name: str, weights: str = "") -> ModelInfo:
     """``weights``: what tells these weights from others of the same name; the file's stem when it is not given."""
     facts = model.facts()
     return ModelInfo(

@@ -17,6 +17,9 @@ from typing import Any
 
 from mullama import abi
 from mullama.child import become_child
+from mullama.models.files import gguf
+from mullama.models.files.kind import kind_of
+from mullama.types import ModelKind, Pooling
 
 #: Stages, in order.
 LOAD, DECODE, TEMPLATE = "loading", "decoding one token", "rendering its chat template"
@@ -60,7 +63,8 @@ def main(path: str, memory: int, cpu_s: int, template_s: float, adapter: str = "
 def _probe(path: str, template_s: float) -> dict[str, Any]:
     model, started = _open(path)
     tell(stage=DECODE, after_ms=_ms(started))
-    is_finite = _decode(model)
+    kind = kind_of(gguf.check(path))
+    is_finite = _decode(model) if kind is ModelKind.GENERATE else _embed(model, kind)
     has_template = any(key.startswith("tokenizer.chat_template") for key in model.metadata())
     model.close()
     template = "none"
@@ -114,6 +118,23 @@ def _decode(model: Any, adapters: Any = ()) -> bool:
                 raise ModelLoadError(f"{model.path}: llama.cpp cannot decode with it (core error {error})")
             return bool(error == 0)
     raise ModelLoadError(f"{model.path}: decoding one token did not end")
+
+
+def _embed(model: Any, kind: ModelKind) -> bool:
+    """The vector of a short text; whether it was finite. Raises ModelLoadError for other failures."""
+    from mullama._core import Embedder
+    from mullama.errors import ComputeFailed, ModelLoadError
+
+    ranks = kind is ModelKind.RANK
+    core = Embedder(model, n_ctx=N_BATCH, ranks=ranks, n_threads=1, threads_fixed=True)
+    text = model.tokenize("Hello")[: core.n_ctx] or [0]
+    try:
+        (vector,) = core.run([(text, Pooling.RANK if ranks else Pooling.MEAN, True)])
+    except ComputeFailed as error:
+        raise ModelLoadError(f"{model.path}: {error.message}") from None
+    finally:
+        core.close()
+    return vector is not None
 
 
 def _render(path: str, seconds: float) -> str:

@@ -19,8 +19,9 @@ from mullama.files import human_size
 from mullama.machine.processor import processor
 from mullama.models.files import gguf
 from mullama.models.files.gguf import Header, Tensor
+from mullama.models.files.kind import kind_of
 from mullama.models.files.shape import Shape, shape_of
-from mullama.types import CELL_TYPES
+from mullama.types import CELL_TYPES, ModelKind
 
 _PLAIN_CELLS = ("f32", "f16", "bf16")
 
@@ -92,6 +93,8 @@ def estimate(
     label = "this model" if isinstance(model, Header) else str(model)
     header = model if isinstance(model, Header) else gguf.check(model)
     shape = shape_of(header, label)
+    if kind_of(header) is not ModelKind.GENERATE:
+        return _of_vectors(header, shape, n_ctx, n_batch, mmap, flash_attn != "off")
     n_ctx = _padded(n_ctx)
     cells = n_ctx if kv_layout == "streams" else _padded(kv_tokens or n_ctx * n_parallel)
     n_streams = n_parallel if kv_layout == "streams" else 1
@@ -107,6 +110,25 @@ def estimate(
         compute=_compute(shape, cells, window, n_streams, n_parallel, n_batch, flash_attn != "off"),
         output=shape.n_vocab * n_parallel * _FLOAT,
         adapters=adapters,
+    )
+
+
+def _of_vectors(header: Header, shape: Shape, n_ctx: int, n_batch: int, mmap: bool, flash_attn: bool) -> Estimate:
+    """What a model that embeds takes: room for one ubatch of texts, and for the vectors of its tokens."""
+    n_ctx = min(n_ctx, shape.n_ctx_train or n_ctx)
+    n_batch = max(n_batch, n_ctx)
+    cells = _padded(n_batch)
+    mapped, copied = _weights(header, mmap)
+    kv = _kv(shape, cells, 0, 1, 1, _cell("f16"), _cell("f16"), "auto")
+    mask = 0 if kv else n_batch * n_batch * (2 if flash_attn else _FLOAT)
+    return Estimate(
+        n_ctx=n_ctx,
+        n_parallel=1,
+        weights_mapped=mapped,
+        weights_copied=copied,
+        kv=kv,
+        compute=mask + _compute(shape, cells, 0, 1, 1, n_batch, flash_attn),
+        output=n_batch * shape.n_embd * _FLOAT,
     )
 
 

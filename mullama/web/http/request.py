@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 import falcon.asgi
 
-from mullama.errors import InvalidRequest, PayloadTooLarge
+from mullama.errors import ClientLeft, InvalidRequest, PayloadTooLarge
 from mullama.web.http.content_encoding import decode, encodings_of
 from mullama.web.keys.key_ring import Key
+
+T = TypeVar("T")
 
 PERMIT = "mullama.permit"  # key of the scope: the right of a limited key to its request, given back when it has ended
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
@@ -32,6 +34,20 @@ async def until_disconnect(receive: Receive) -> None:
     """Wait until the client is gone (or has been answered: uvicorn reports both the same way)."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def unless_left(receive: Receive, work: Coroutine[Any, Any, T], message: str) -> T:
+    """What ``work`` gives; a client that leaves meanwhile cancels it. Raises ClientLeft with ``message``."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(until_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientLeft(message)
+        return await working
+    finally:
+        working.cancel()
+        leaving.cancel()
 
 
 class Request(falcon.asgi.Request):

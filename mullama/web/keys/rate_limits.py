@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from mullama.errors import RateLimited
+from mullama.errors import InvalidRequest, RateLimited
 
 MINUTE = 60.0
 
@@ -91,12 +91,12 @@ class Permit:
     def reserve(self, prompt: int, completion: int) -> Reservation:
         """Take the tokens that a request may need: at most a minute's, the rest is owed if it comes to that.
 
-        Raises RateLimited where they are not there, or a prompt has more than they ever will be.
+        Raises RateLimited where they are not there, InvalidRequest for a prompt that has more than there ever will be.
         """
         bucket, amount = self.usage.tokens, 0
         if bucket.capacity:
             if prompt > bucket.capacity:
-                raise RateLimited(
+                raise InvalidRequest(
                     f"the prompt has {prompt} tokens, and this key may use {bucket.capacity} a minute, prompt and "
                     "completion together"
                 )

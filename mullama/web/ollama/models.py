@@ -26,7 +26,7 @@ from mullama.models.store.entry import Entry
 from mullama.models.store.store import Store, named
 from mullama.models.store.upkeep import entry_of
 from mullama.serving.states import Lease, ModelState, Served
-from mullama.types import ModelInfo
+from mullama.types import ModelInfo, ModelKind
 from mullama.web.http.request import Request
 from mullama.web.internal.pull_routes import GAP_SECONDS, Watch
 from mullama.web.ollama.answers import LINES, OllamaRoute, now
@@ -300,6 +300,6 @@ def _shown(engine: EngineClient) -> dict[str, Any]:
             f"{kind}.embedding_length": info.n_embd,
             f"{kind}.block_count": info.n_layer,
         },
-        "capabilities": ["completion"],
+        "capabilities": ["completion" if info.kind is ModelKind.GENERATE else "embedding"],
         "modified_at": datetime.fromtimestamp(info.created, UTC).isoformat().replace("+00:00", "Z"),
     }

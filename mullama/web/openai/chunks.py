@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mullama.engine.client import AnswerPart
 from mullama.errors import MullamaError
 from mullama.types import Finish, FinishReason
 from mullama.web.openai.context_policy import shift_member
-from mullama.web.openai.usage import profile_fields, usage
+from mullama.web.openai.usage import usage
 from mullama.web.stream.event_stream import StreamFormat, event_json
 from mullama.web.stream.generations import Group
 
@@ -20,7 +20,8 @@ class ChunkFormat(StreamFormat):
     """The bytes of a stream's chunks; all that is constant is made once (PERF).
 
     ``echoes`` are the texts a completion repeats before its own, one a choice; None for a chat, whose choices open
-    with the role. ``only_first`` are further members of the stream's first chunk, whatever that is.
+    with the role. ``at_end`` makes further members of the last chunk that has any, ``only_first`` are those of the
+    stream's first chunk, whatever that is.
     """
 
     def __init__(
@@ -30,13 +31,13 @@ class ChunkFormat(StreamFormat):
         created: int,
         is_chat: bool,
         include_usage: bool,
-        with_profile: bool = False,
+        at_end: Callable[[Sequence[Finish]], dict[str, Any]] = lambda finishes: {},
         echoes: Sequence[str] | None = None,
         only_first: dict[str, Any] | None = None,
     ) -> None:
         self._group = group
         self._include_usage = include_usage
-        self._with_profile = with_profile
+        self._at_end = at_end
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         members = {"id": group.id, "object": kind, "created": created, "model": group.model}
         head = event_json(members | {"system_fingerprint": group.fingerprint})
@@ -82,10 +83,10 @@ class ChunkFormat(StreamFormat):
         context, reason = shift_member([finish.profile.context_shifted]), reason_of(finish, calls=calls)
         if ended is None:
             return self._last(index, reason, context)
-        profile = profile_fields(ended) if self._with_profile else {}
+        extra = self._at_end(ended)
         if not self._include_usage:
-            return self._last(index, reason, context | profile) + DONE
-        counts = {"usage": usage(self._group.prompt_lengths, self._group.n, ended), **profile}
+            return self._last(index, reason, context | extra) + DONE
+        counts = {"usage": usage(self._group.prompt_lengths, self._group.n, ended), **extra}
         return self._last(index, reason, context) + self._head + b"]" + _members(counts) + b"}\n\n" + DONE
 
     def _last(self, index: int, reason: str, extra: dict[str, Any]) -> bytes:

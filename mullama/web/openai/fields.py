@@ -21,6 +21,7 @@ from mullama.errors import InvalidRequest
 
 CHAT, TEXT = "chat", "completions"
 BOTH = (CHAT, TEXT)
+VECTORS = "embeddings"  # and rerank and score
 OPENAI, VLLM, LLAMA, TGI, OURS = "OpenAI", "vLLM", "llama-server", "TGI", "mullama"
 
 
@@ -79,6 +80,7 @@ FIELDS: tuple[Field, ...] = (
         LLAMA, "typical_p repeat_penalty repeat_last_n dry_multiplier dry_base dry_allowed_length dry_penalty_last_n"
     ),
     *_taken(LLAMA, "dry_sequence_breakers xtc_probability xtc_threshold mirostat mirostat_tau mirostat_eta lora"),
+    *_taken(LLAMA, "n_predict timings_per_token"),
     *_taken(OURS, "slo_ms preempt context_policy keep_alive"),
     # -- what would change the answer, and is not there
     *_refused(OPENAI, "this name; tools is the one", "functions", endpoints=(CHAT,)),
@@ -128,7 +130,6 @@ FIELDS: tuple[Field, ...] = (
     *_refused(VLLM, "arguments of extensions", "vllm_xargs"),
     *_refused(LLAMA, "grammars", "grammar"),
     *_refused(LLAMA, "schemas of the answer", "json_schema", only=("",)),
-    *_refused(LLAMA, "this name; max_tokens is the one", "n_predict", only=()),
     *_refused(TGI, "this name; max_tokens is the one", "max_new_tokens", only=()),
     *_refused(LLAMA, "this name; n is the one", "n_cmpl", 1),
     *_refused(LLAMA, "a time limit for the answer", "t_max_predict_ms", 0, -1),
@@ -164,7 +165,7 @@ FIELDS: tuple[Field, ...] = (
     *_harmless(VLLM, "there are no pictures", "mm_processor_kwargs media_io_kwargs return_mm_kwargs"),
     *_harmless(VLLM, "vLLM ignores it here as well", "return_token_offsets"),
     *_harmless(LLAMA, "reused KV does not change the answer", "cache_prompt n_cache_reuse id_slot"),
-    *_harmless(LLAMA, "X-Profile has the times", "timings_per_token return_progress verbose"),
+    *_harmless(LLAMA, "X-Profile has the times", "return_progress verbose"),
     *_harmless(LLAMA, "a matter of the connection", "sse_ping_interval"),
     *_harmless(LLAMA, "where samplers run does not change the answer", "backend_sampling"),
     *_harmless(
@@ -178,11 +179,23 @@ FIELDS: tuple[Field, ...] = (
     *_harmless(LLAMA, "llama-server does not look at it either", "t_max_prompt_ms"),
 )
 
+#: Those of embeddings, rerank and score that are refused; docs/embeddings.md has the others.
+_OF_VECTORS: tuple[Field, ...] = (
+    *_refused(VLLM, "chats as texts; input takes texts", "messages", endpoints=(VECTORS,)),
+    *_refused(VLLM, "templates in requests", "chat_template chat_template_kwargs", endpoints=(VECTORS,)),
+    *_refused(VLLM, "other types of numbers", "embed_dtype", "float32", endpoints=(VECTORS,)),
+    *_refused(VLLM, "another order of bytes", "endianness", "native", "little", endpoints=(VECTORS,)),
+    *_refused(VLLM, "pictures", "mm_processor_kwargs data_1 data_2", endpoints=(VECTORS,)),
+    *_refused(OPENAI, "kinds of input", "input_type", endpoints=(VECTORS,)),
+    *_refused(OURS, "limits of a document; truncate_prompt_tokens cuts", "max_tokens_per_doc", endpoints=(VECTORS,)),
+    *_refused(OURS, "fields that are ranked", "rank_fields", endpoints=(VECTORS,)),
+)
+
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _REFUSED = {
     endpoint: {one.name: one for one in FIELDS if one.verdict is Verdict.REFUSED and endpoint in one.endpoints}
     for endpoint in BOTH
-}
+} | {VECTORS: {one.name: one for one in _OF_VECTORS}}
 
 
 def taken(endpoint: str) -> set[str]:

@@ -79,6 +79,7 @@ def describe(served: Served) -> dict[str, Any]:
         "created": info.created,
         "owned_by": "mullama",
         "state": served.state.shown,
+        "kind": info.kind,
         "max_model_len": info.n_ctx,
         "meta": {
             "description": info.description,
@@ -93,6 +94,7 @@ def describe(served: Served) -> dict[str, Any]:
             "n_embd": info.n_embd,
             "n_layer": info.n_layer,
             "has_chat_template": info.has_chat_template,
+            **({"n_out": info.n_out, "pooling": info.pooling} if info.pooling is not None else {}),
         },
     }
 

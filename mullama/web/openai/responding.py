@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import falcon.asgi
 import orjson
 
+from mullama.types import Finish
 from mullama.web.http.request import Request
 from mullama.web.http.request_log import note_group
 from mullama.web.openai.chunks import ChunkFormat
 from mullama.web.openai.context_policy import context_member, shift_member
 from mullama.web.openai.opening import Opened
-from mullama.web.openai.usage import profile_fields, usage
+from mullama.web.openai.usage import profile_fields, timings, usage
 from mullama.web.services import Services
 from mullama.web.stream.direct import direct_body
 from mullama.web.stream.event_stream import EVENTS, EventStream, StreamFormat, start_stream
@@ -78,13 +79,17 @@ async def respond(
             resp.set_header("X-Context-Dropped", str(sum(one.n_dropped for one in dropped if one is not None)))
         return context
 
+    def at_end(finishes: Sequence[Finish]) -> dict[str, Any]:
+        told = profile_fields(finishes) if wants_profile(req) else {}
+        return told | ({"timings": timings(finishes)} if options.with_timings else {})
+
     def chunks() -> ChunkFormat:
         return ChunkFormat(
             group,
             created=created,
             is_chat=is_chat,
             include_usage=options.include_usage,
-            with_profile=wants_profile(req),
+            at_end=at_end,
             echoes=opened.echoes,
             only_first=cut(),
         )
@@ -105,7 +110,7 @@ async def respond(
             "choices": [choice(index, reply) for index, reply in enumerate(replies)],
             "usage": usage(group.prompt_lengths, group.n, finishes),
             **context,
-            **(profile_fields(finishes) if wants_profile(req) else {}),
+            **at_end(finishes),
         }
 
     await deliver(req, resp, services, opened, streams=options.stream, chunks=chunks, whole=whole)

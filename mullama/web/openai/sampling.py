@@ -51,6 +51,7 @@ RANGES: dict[str, Range] = {
     "n": Range(1, 128),
     "max_tokens": Range(1),
     "max_completion_tokens": Range(1),
+    "n_predict": Range(1),
     "min_tokens": Range(0),
     "temperature": Range(0, 2),
     "top_k": Range(-1),
@@ -79,7 +80,7 @@ RANGES: dict[str, Range] = {
 
 #: Several spellings of one sampling parameter; the first that is given counts.
 _SPELLINGS = {
-    "max_tokens": ("max_completion_tokens", "max_tokens"),
+    "max_tokens": ("max_completion_tokens", "max_tokens", "n_predict"),
     "repeat_penalty": ("repeat_penalty", "repetition_penalty"),
 }
 _PARAMS = (

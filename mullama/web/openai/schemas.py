@@ -76,6 +76,8 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     n: int | None = None
     max_tokens: int | None = None
+    n_predict: int | None = None
+    timings_per_token: bool | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop: str | list[str] | None = None
@@ -244,6 +246,7 @@ class Options:
     preempt: Preempt
     cache_salt: str | None
     context_policy: ContextPolicy | None  # None: the server's
+    with_timings: bool = False
     tenant: str | None = None  # whom the API key names
 
     def of_client(self, tenant: str | None, key: Key | None) -> Options:
@@ -405,6 +408,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         slo_ms=body.slo_ms,
         preempt=_preempt(body.preempt),
         cache_salt=salt_text("cache_salt", body.cache_salt, MAX_SALT),
+        with_timings=bool(body.timings_per_token),
         context_policy=policy_of(body.context_policy, can_shift=info.can_shift),
     )
 

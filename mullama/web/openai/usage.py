@@ -33,6 +33,23 @@ def profile_fields(finishes: Sequence[Finish]) -> dict[str, Any]:
     return {"profile": total(profiles).to_dict(), "profiles": [profile.to_dict() for profile in profiles]}
 
 
+def timings(finishes: Sequence[Finish]) -> dict[str, Any]:
+    """llama-server's ``timings`` of all choices together."""
+    p = finishes[0].profile if len(finishes) == 1 else total([finish.profile for finish in finishes])
+    n, m = p.kv_cache_miss, p.completion_tokens
+    return {
+        "cache_n": p.kv_cache_hit,
+        "prompt_n": n,
+        "prompt_ms": round(p.prefill_ms, 3),
+        "prompt_per_token_ms": round(p.prefill_ms / n, 3) if n else 0.0,
+        "prompt_per_second": round(1e3 * n / p.prefill_ms, 3) if p.prefill_ms else 0.0,
+        "predicted_n": m,
+        "predicted_ms": round(p.decode_ms, 3),
+        "predicted_per_token_ms": round(p.decode_ms / m, 3) if m else 0.0,
+        "predicted_per_second": round(1e3 * m / p.decode_ms, 3) if p.decode_ms else 0.0,
+    }
+
+
 def total(profiles: Sequence[Profile]) -> Profile:
     """What all choices cost together: work adds up (a prompt counts for every choice that took it in, so that hit
     and miss still add up to it); waiting is the longest, the first token the earliest."""

@@ -151,6 +151,63 @@ class ListPage(Struct):
     has_more: bool
 
 
+class VectorUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingObject(Struct):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingObjects(Struct):
+    object: Literal["list"]
+    data: list[EmbeddingObject]
+    model: str
+    usage: VectorUsage
+
+
+class VectorsOfText(Struct):
+    index: int
+    embedding: list[Any]
+
+
+class Reranked(Struct):
+    id: str
+    model: str
+    results: list[dict[str, Any]]
+    usage: VectorUsage
+
+
+class ScoreObject(Struct):
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class ScoreObjects(Struct):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[ScoreObject]
+    usage: VectorUsage
+
+
+class OllamaVectors(Struct):
+    embeddings: list[list[float]]
+    model: str
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OllamaVector(Struct):
+    embedding: list[float]
+
+
 class FileObject(Struct):
     id: str
     object: Literal["file"]

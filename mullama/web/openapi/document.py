@@ -28,6 +28,7 @@ _FAMILIES = {
     "anthropic": "Anthropic",
     "ollama": "Ollama",
     "llama_server": "llama-server",
+    "vectors": "OpenAI",
     "internal": "mullama",
     "openapi": "mullama",
 }
