@@ -104,7 +104,10 @@ static common_peg_arena generic_parser(const common_chat_params & params, const 
             const auto & end = params.thinking_end_tags.front();
             reasoning = p.optional(p.optspace(params.thinking_start_tag) + p.reasoning(p.until(end)) + p.optspace(end));
         }
-        const auto calls = p.standard_json_tools("<tool_call>", "</tool_call>", tools, ask.parallel, ask.must_call);
+        // Each call has marks of its own.
+        const auto call = p.standard_json_tools("<tool_call>", "</tool_call>", tools, false, true) + p.space();
+        auto calls = ask.parallel ? p.one_or_more(call) : call;
+        if (!ask.must_call) calls = p.optional(calls);
         return p.prefix(params.generation_prompt, params.thinking_start_tag)
                << reasoning + p.content(p.until("<tool_call>")) + calls + p.end();
     });
