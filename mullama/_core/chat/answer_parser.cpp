@@ -248,12 +248,17 @@ void AnswerParser::Impl::feed(const std::string & piece, std::vector<AnswerDelta
         tell(AnswerDelta::CONTENT, piece, out);
         return;
     }
-    text += piece;
-    if (run != Run::NONE) {
-        if (go_on(out)) return;
+    // A character at a time, so that what is told does not depend on where the pieces end.
+    for (size_t at = 0; at < piece.size() && !broken;) {
+        size_t end = at + 1;
+        while (end < piece.size() && ((unsigned char) piece[end] & 0xC0) == 0x80) ++end;
+        text.append(piece, at, end - at);
+        at = end;
+        if (run != Run::NONE && go_on(out)) continue;
         run = Run::NONE;
+        if ((text.size() - parsed) * SHARE >= text.size()) read(out);
+        if (broken) tell(AnswerDelta::CONTENT, piece.substr(at), out);
     }
-    if ((text.size() - parsed) * SHARE >= text.size()) read(out);
 }
 
 void AnswerParser::Impl::finish(std::vector<AnswerDelta> & out) {
