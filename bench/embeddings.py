@@ -32,10 +32,11 @@ from bench.servers import LLAMA_SERVER, MULLAMA, Server
 
 #: Words of one token each in BERT's English vocabulary.
 WORDS = (
-    "the river runs through a small town where people work every day in old stone houses near green fields and quiet "
-    "streets some walk to market others read books or write letters while children play games under tall trees when "
-    "night falls lights shine from open windows music plays dogs bark far away rain comes with cold wind but inside it "
-    "is warm bread bakes fire burns friends talk about war peace love money law science history art food health school"
+    "the river runs through a small town where people work every day in old stone houses near green fields and "
+    "quiet streets some walk to market others read books or write letters while children play games under tall "
+    "trees when night falls lights shine from open windows music plays dogs bark far away rain comes with cold wind "
+    "but inside it is warm bread fire burns friends talk about war peace love money law science history art food "
+    "health school"
 )
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 MAX_LINES = 50_000
 MAX_ERRORS = 20  # of a file that are told
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 UNFINISHED = frozenset(("validating", "in_progress", "finalizing", "cancelling"))

@@ -30,6 +30,7 @@ from mullama.errors import FilesError, InvalidRequest, MullamaError, NotFound, Q
 log = logging.getLogger(__name__)
 
 MAX_UNFINISHED = 64  # batches of one tenant
+MAX_FINISHED = 1000  # that are remembered
 #: What a request is told to be in a batch, for policies that know priorities: lower is more urgent.
 PRIORITY = b'"priority":2147483647'
 LOOK_S = 0.02  # between two looks for room
@@ -156,6 +157,9 @@ class BatchRunner:
         if sum(one.tenant == tenant and one.status in UNFINISHED for one in batches.values()) >= MAX_UNFINISHED:
             raise QueueFull(f"{MAX_UNFINISHED} batches are unfinished already", retry_after=60)
         self.store.get(file_id, tenant)
+        for old in [one for one in await self.of_tenant(tenant) if one.status not in UNFINISHED][:-MAX_FINISHED]:
+            await asyncio.to_thread(self._path(old, ".json").unlink, missing_ok=True)
+            batches.pop(old.id, None)
         now = int(time.time())
         batch = Batch(
             id=f"batch_{secrets.token_hex(12)}",
@@ -211,13 +215,12 @@ class BatchRunner:
         batch = run.batch
         try:
             await self._work(run)
-        except (MullamaError, OSError) as error:
-            log.warning("batch %s has failed: %s", batch.id, error)
-            batch.errors.append({"code": "server_error", "message": str(error), "param": None, "line": None})
-            await self._move(batch, "failed")
-        except Exception:
-            log.exception("batch %s has failed", batch.id)
-            batch.errors.append({"code": "server_error", "message": "internal error", "param": None, "line": None})
+        except Exception as error:
+            is_told = isinstance(error, MullamaError)
+            log.warning("batch %s has failed: %s", batch.id, error, exc_info=not is_told)
+            message = str(error) if is_told else "internal error; the server's log has the details"
+            batch.errors.append({"code": "server_error", "message": message, "param": None, "line": None})
+            await self._keep_results(batch)
             await self._move(batch, "failed")
         finally:
             self._runs.pop(batch.id, None)

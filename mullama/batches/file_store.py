@@ -25,6 +25,7 @@ from mullama.home import NOWHERE, default_root, expand
 
 log = logging.getLogger(__name__)
 
+LEAST = 4096  # bytes that a file counts for, however little it holds
 PART = ".part"  # ends the name of a file that is being written
 
 
@@ -157,8 +158,8 @@ class FileStore:
         """Count ``n`` more bytes of an upload. Raises FilesFull."""
         with self._lock:
             files = list(self._files.values())
-            held = sum(one.bytes for one in files) + self._n_pending
-            mine = sum(one.bytes for one in files if one.tenant == tenant) + n_so_far
+            held = sum(max(one.bytes, LEAST) for one in files) + self._n_pending
+            mine = sum(max(one.bytes, LEAST) for one in files if one.tenant == tenant) + n_so_far
             share = self.max_bytes if tenant is None else self.max_bytes // 2
             if held + n > self.max_bytes or mine + n > share:
                 raise FilesFull(f"files may take {human_size(share)} here (--files-bytes); delete some", param="file")
@@ -179,13 +180,18 @@ class Upload:
         self.n_bytes = 0
 
     def __enter__(self) -> Upload:
-        with _disk_errors("keep the file"):
-            self._file = self._part.open("wb")
+        self._store.take_room(LEAST, self._tenant, 0)
+        try:
+            with _disk_errors("keep the file"):
+                self._file = self._part.open("wb")
+        except FilesError:
+            self._store.give_room(LEAST)
+            raise
         return self
 
     def write(self, data: bytes) -> None:
         """Raises FilesFull, FilesError."""
-        self._store.take_room(len(data), self._tenant, self.n_bytes)
+        self._store.take_room(len(data), self._tenant, self.n_bytes + LEAST)
         self.n_bytes += len(data)
         with _disk_errors("keep the file"):
             self._file.write(data)
@@ -197,7 +203,7 @@ class Upload:
         return self._store.keep(self._part, self._tenant, filename, purpose)
 
     def __exit__(self, *exc: object) -> None:
-        self._store.give_room(self.n_bytes)
+        self._store.give_room(self.n_bytes + LEAST)
         with contextlib.suppress(OSError):
             self._file.close()
         self._part.unlink(missing_ok=True)

@@ -199,9 +199,8 @@ class Swaps:
         except Exception as error:
             if isinstance(error, EngineDead):
                 self._models.served.give_up(served, error)
-            record.error = (
-                error if isinstance(error, MullamaError) else MullamaError(f"{type(error).__name__}: {error}")
-            )
+            told = error if isinstance(error, MullamaError) else MullamaError(f"{type(error).__name__}: {error}")
+            record.error = told.with_traceback(None)  # the record stays, and what its frames hold shall not
             record.state = "failed"
             log.warning("%s goes on with its weights: %s", served.name, error)
         finally:

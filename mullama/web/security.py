@@ -140,7 +140,7 @@ class Security:
         if access is Access.CLIENT:
             if ring.has_users and not is_client:
                 raise _unauthenticated("the API key")
-            if key is not None and req.method not in _SAFE_METHODS:
+            if key is not None and req.method not in _SAFE_METHODS and getattr(resource, "counts", True):
                 req.scope[PERMIT] = key.admit()
             return
         is_write = req.method not in _SAFE_METHODS

@@ -78,9 +78,10 @@ class ServerProcess:
         self.page_dir = folder / "pages"
         self.stderr_file = folder / "stderr.txt"
         folder.mkdir(parents=True, exist_ok=True)
+        folders = ["--page-dir", str(self.page_dir), "--files-dir", str(folder / "files")]
         with self.stderr_file.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [*(program or mullama()), "serve", "--port", "0", "--page-dir", str(self.page_dir), *args],
+                [*(program or mullama()), "serve", "--port", "0", *folders, *args],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -224,7 +224,7 @@ def test_a_batch_of_a_wrong_file_fails(live: Callable[..., Live]) -> None:
     done = asked.wait(asked.batch([line("a"), line("a")]).id, "failed")
     assert done.errors.data[0].code == "duplicate_custom_id"
     assert (done.output_file_id, done.error_file_id) == (None, None)
-    for wrong in ({"endpoint": "/v1/embeddings"}, {"input_file_id": "file-1"}, {"completion_window": "0s"}):
+    for wrong in ({"endpoint": "/v1/rerank"}, {"input_file_id": "file-1"}, {"completion_window": "0s"}):
         with pytest.raises(openai.APIStatusError) as caught:
             asked.client.batches.create(
                 **{"input_file_id": done.input_file_id, "endpoint": CHAT, "completion_window": "24h"} | wrong  # type: ignore[arg-type]
@@ -286,29 +286,29 @@ def put(store: FileStore, size: int, tenant: str | None = None) -> str:
 
 
 def test_files_keep_within_their_bounds(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "files", 1000)
-    first = put(store, 400, "a")
+    store = FileStore(tmp_path / "files", 100_000)
+    first = put(store, 40_000, "a")
     with pytest.raises(FilesFull):
-        put(store, 200, "a")  # half is a tenant's
-    put(store, 500, "b")
+        put(store, 20_000, "a")  # half is a tenant's
+    put(store, 40_000, "b")
     with pytest.raises(FilesFull):
-        put(store, 200, "c")
-    assert store.get(first, "a").bytes == 400
+        put(store, 20_000, "c")
+    assert store.get(first, "a").bytes == 40_000
     assert [one.name for one in (tmp_path / "files").glob("*.part")] == []
     store.delete(first, "a")
-    put(store, 200, "c")
+    put(store, 20_000, "c")
     with pytest.raises(NotFound):
         store.get(first, "a")
     store.close()
-    again = FileStore(tmp_path / "files", 1000)
-    assert [one.bytes for one in again.of_tenant("c")] == [200]
+    again = FileStore(tmp_path / "files", 100_000)
+    assert [one.bytes for one in again.of_tenant("c")] == [20_000]
     with pytest.raises(FilesError, match="another server"):
-        FileStore(tmp_path / "files", 1000).open()
+        FileStore(tmp_path / "files", 100_000).open()
     again.close()
 
 
 def test_a_disk_that_is_full_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = FileStore(tmp_path / "files", 1000)
+    store = FileStore(tmp_path / "files", 100_000)
     kept = put(store, 10)
 
     def full(*_: object) -> None:
@@ -328,3 +328,42 @@ def test_a_cut_line_is_taken_off(tmp_path: Path) -> None:
     path.write_bytes(b'{"custom_id":"a"}\n{"custom_id":"b"}\n{"custom')
     assert list(finished_lines(path)) == ["a", "b"]
     assert path.read_bytes().endswith(b'"b"}\n')
+
+
+def test_many_small_files_have_a_bound_too(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "files", 100_000)
+    with pytest.raises(FilesFull):
+        for _ in range(30):
+            put(store, 0)
+    assert len(store.of_tenant(None)) == 100_000 // 4096
+    store.close()
+
+
+def test_a_batch_whose_file_is_gone_keeps_what_is_answered(
+    engine: FakeEngine, config: ServeConfig, live: Callable[..., Live]
+) -> None:
+    engine.delay = 0.01
+    first = live()
+    asked = Asked(first)
+    batch = asked.batch([line(f"n{i}") for i in range(100)])
+    while asked.client.batches.retrieve(batch.id).request_counts.completed < 3:
+        time.sleep(0.01)
+    first.server.should_exit = True
+    first.thread.join(20)
+    for file in Path(config.files_dir).glob(f"{batch.input_file_id}.*"):
+        file.unlink()
+    engine.draining = False
+    asked = Asked(live())
+    done = asked.wait(batch.id, "failed")
+    assert "there is no file" in done.errors.data[0].message
+    assert len(asked.lines(done.output_file_id)) >= 3
+
+
+def test_old_batches_are_forgotten(live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "MAX_FINISHED", 2)
+    asked = Asked(live())
+    ids = []
+    for i in range(4):
+        ids.append(asked.batch([line(f"n{i}")]).id)
+        asked.wait(ids[-1], "completed")
+    assert {one.id for one in asked.client.batches.list()} <= set(ids[1:])

@@ -77,8 +77,27 @@ RANGES: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100"),
     ({"logit_bias": {"5": "x"}}, "logit_bias", "expected a number"),
     ({"logit_bias": [5]}, "logit_bias", "expected an object"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not support"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "not support"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "it must be text, json_object or json_schema"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "it is missing"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema", "missing"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
+        "response_format.json_schema.schema",
+        "expected",
+    ),
+    (
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        "structured_outputs.choice",
+        "structured_outputs.regex says already",
+    ),
+    (
+        {"structured_outputs": {"structural_tag": {}, "whitespace_pattern": "x"}},
+        "structured_outputs.whitespace_pattern",
+        "not support",
+    ),
+    ({"guided_json": {"type": "object"}, "grammar": 'start: "a"'}, "grammar", "guided_json says already"),
+    ({"guided_choice": "a"}, "guided_choice", "expected a list"),
+    ({"guided_regex": 5}, "guided_regex", "expected a string"),
 ]
 
 

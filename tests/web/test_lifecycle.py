@@ -343,3 +343,11 @@ def test_a_swap_that_nobody_waits_for(world: World, monkeypatch: pytest.MonkeyPa
     answer = world.client.post("/internal/models/fake/swap", {"to": "Q4_0"}, query="wait=false")
     assert (answer.status, answer.json["state"]) == (202, "running")
     assert world.client.get(f"/internal/swaps/{answer.json['id']}").json["state"] == "done"
+
+
+def test_a_failed_swap_keeps_nothing_of_who_asked(world: World) -> None:
+    """The record stays; a traceback in it would keep the frames of the request, and with them its connection."""
+    world.error = ReferenceNotFound("no such thing")
+    assert world.client.post("/internal/models/fake/swap", {"to": "x"}).status == 404
+    error = world.services.swaps.history[-1].error
+    assert error is not None and error.__traceback__ is None

@@ -91,7 +91,7 @@ def test_a_name_may_have_the_tag_latest(client: Client, engine: FakeEngine) -> N
     [
         ("/api/chat", {"messages": HI}, "model: it is missing"),
         ("/api/chat", {**CHAT, "tools": [{"type": "x"}]}, "tools[0].type: 'x' is not built"),
-        ("/api/chat", {**CHAT, "format": "json"}, "format"),
+        ("/api/chat", {**CHAT, "format": "xml"}, "format: it must be json or a JSON schema"),
         ("/api/chat", {**CHAT, "think": "colossal"}, "think: 'colossal' is not known"),
         ("/api/chat", {"model": "fake", "messages": [{"role": "user", "images": ["x"]}]}, "messages[0].images"),
         ("/api/chat", {"model": "fake", "messages": [{"role": "king", "content": "x"}]}, "'king' is not a role"),

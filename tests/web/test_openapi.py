@@ -170,7 +170,7 @@ def test_schemathesis_finds_nothing(
     command += [word for path in LEFT_OUT for word in ("--exclude-path", path)]
     command += ["--seed", os.environ.get("MULLAMA_SEED", "1")]
     if LONG:
-        command += ["--phases", "coverage,fuzzing", "--mode", "all", "--max-examples", "50", "--no-shrink"]
+        command += ["--phases", "coverage,fuzzing", "--mode", "all", "--max-time", "900", "--no-shrink"]
     else:
         command += ["--phases", "coverage", "--mode", "negative", "--max-time", "50"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -323,6 +325,25 @@ def test_in_the_background(engine: FakeEngine, live: Callable[..., Live]) -> Non
     assert (found["status"], found["error"]["message"]) == ("failed", "not finite")
     engine.fail_after = None
     assert call("POST", f"/{call('POST', body=BODY)['id']}/cancel")["http"] == 400
+
+
+def test_what_runs_in_the_background_counts_for_its_key(
+    engine: FakeEngine, config: ServeConfig, live: Callable[..., Live], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text('[[key]]\nname = "ann"\nkey = "ann-has-a-long-key"\nconcurrent = 1\n')
+    keys.chmod(0o600)
+    config.key_file = str(keys)
+    engine.hang = True
+    client = openai.OpenAI(base_url=f"{live().url}/v1", api_key="ann-has-a-long-key", max_retries=0)
+    begun = client.responses.create(**BODY, background=True)
+    with pytest.raises(openai.RateLimitError):
+        client.responses.create(**BODY)
+    assert client.responses.cancel(begun.id).status == "cancelled"
+    while client.responses.retrieve(begun.id).status != "cancelled" or engine.running:
+        pass
+    engine.hang = False
+    assert client.responses.create(**BODY).output_text == "Hello wörld!"
 
 
 def test_a_server_may_keep_nothing(engine: FakeEngine) -> None:

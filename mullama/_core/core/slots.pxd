@@ -10,6 +10,7 @@ from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.constraint.grammars cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr
 from mullama._core.compute.compute cimport Compute, Guard
 from mullama._core.llama cimport *
@@ -40,6 +41,7 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         vector[llama_logit_bias] bias
         LoraSetPtr lora
         vector[llama_token] shown
+        MatchingPtr matching
         TextGate gate
         string pending_text
         mullama_row row

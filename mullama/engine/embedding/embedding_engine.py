@@ -51,6 +51,10 @@ from mullama.types import EmbeddingRequest, ModelInfo, ModelKind, Pooling, Reque
 
 log = logging.getLogger("mullama.engine")
 
+#: Tokens of a ubatch of several texts. PERF: attention goes over all of a ubatch, whosoever tokens they are, so that a
+#: larger one wastes more than its products gain: with MiniLM on a CPU 128 are a quarter to a third faster than 512.
+UBATCH_TOKENS = 128
+
 Vectors = list[bytes]  # of each text: 32-bit floats
 
 
@@ -402,7 +406,7 @@ class EmbeddingEngine:
 
     def _step(self) -> None:
         """One ubatch: take texts, compute them, hand the finished requests over."""
-        texts = self._queue.take(self._config.batch_size, self._core.n_slots)
+        texts = self._queue.take(min(self._config.batch_size, UBATCH_TOKENS), self._core.n_slots)
         own = self._info.pooling or Pooling.MEAN
         prompts = [(job.request.prompts[i], job.request.pooling or own, job.request.normalise) for job, i in texts]
         failed: Exception | None = None

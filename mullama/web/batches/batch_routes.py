@@ -99,6 +99,7 @@ class OneBatch(_Route):
 
 
 class CancelBatch(_Route):
+    counts = False  # as for a response
     operations = {"POST": Operation("End a batch; what is answered is kept", answer=BatchObject)}
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response, batch_id: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import falcon
 import falcon.asgi
+import msgspec
 import orjson
 
 from mullama.batches.file_store import FileStore, StoredFile, Upload
@@ -25,6 +26,13 @@ PIECE = 1 << 20  # bytes written or read at a time, in a thread
 PURPOSES = ("batch", "batch_output")
 
 
+class UploadForm(msgspec.Struct):
+    purpose: Literal["batch"]
+    file: Any
+
+    field_schemas: ClassVar = {"file": {"contentMediaType": "application/octet-stream"}}
+
+
 class _Route:
     access = Access.CLIENT
 
@@ -39,7 +47,7 @@ class Files(_Route):
             answer=ListPage,
             parameters=(*PAGING, Parameter("purpose", "only files of it", {"enum": list(PURPOSES)})),
         ),
-        "POST": Operation("Upload a file, as multipart/form-data with its purpose", answer=FileObject),
+        "POST": Operation("Upload a file", body=UploadForm, answer=FileObject, takes=falcon.MEDIA_MULTIPART),
     }
 
     async def on_get(self, req: Request, resp: falcon.asgi.Response) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import falcon.asgi
 import msgspec
@@ -37,6 +37,10 @@ class AdapterBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     reference: str | None = None
     id: str | None = None
     scale: float = 1.0
+
+    object_schema: ClassVar = {
+        "oneOf": [{"properties": {name: {"type": "string"}}, "required": [name]} for name in ("path", "reference")]
+    }
 
 
 # -- requests

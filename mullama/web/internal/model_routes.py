@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from copy import copy
 from typing import Any, ClassVar
 
 import falcon
@@ -313,7 +314,7 @@ class ModelActions:
         else:
             await record.ended.wait()
             if record.error is not None:
-                raise record.error
+                raise copy(record.error)  # which would keep the frames of this request, and its connection
         resp.data = orjson.dumps(record.to_dict())
 
 

@@ -29,11 +29,13 @@ from mullama.web.openai.schemas import (
     unbuilt,
 )
 from mullama.web.openapi.operation import unbuilt_schemas
+from mullama.web.structured import ResponseFormat
 
 #: What the API calls a field, by our name of it.
 NAMES = {
     "max_tokens": "options.num_predict",
     "reasoning_effort": "think",
+    "response_format": "format",
     **{
         name: f"options.{name}"
         for name in (
@@ -46,7 +48,6 @@ LATEST = ":latest"  # the tag that a name without one has there
 
 
 _UNBUILT = {
-    "format": "constrained outputs",
     "logprobs": "log-probabilities",
     "top_logprobs": "log-probabilities",
     "suffix": "filling in the middle",
@@ -94,7 +95,7 @@ class CommonBody(msgspec.Struct, kw_only=True):
     top_logprobs: int | None = None
 
     field_schemas: ClassVar[dict[str, Any]] = {
-        **unbuilt_schemas({name: _UNBUILT[name] for name in ("format", "logprobs", "top_logprobs")}),
+        **unbuilt_schemas({name: _UNBUILT[name] for name in ("logprobs", "top_logprobs")}),
         "keep_alive": DURATION_SCHEMA,
         "model": {"minLength": 1},
         "think": {"enum": [None, True, False, *EFFORTS]},
@@ -212,7 +213,24 @@ def _fields(body: CommonBody, name: str) -> dict[str, Any]:
         n_predict = None  # -1: no limit; -2: until the context is full
     if n_predict == 0:
         raise InvalidRequest("options.num_predict: it must be at least 1, or -1", param="options.num_predict")
-    return {"model": name, "max_tokens": n_predict, "keep_alive": body.keep_alive, **given}
+    return {
+        "model": name,
+        "max_tokens": n_predict,
+        "keep_alive": body.keep_alive,
+        "response_format": _format(body.format),
+        **given,
+    }
+
+
+def _format(given: str | dict[str, Any] | None) -> ResponseFormat | None:
+    """``json``, or a JSON schema."""
+    if not given:
+        return None
+    if isinstance(given, dict):
+        return ResponseFormat("json_schema", schema=given)
+    if given != "json":
+        raise InvalidRequest("format: it must be json or a JSON schema", param="format")
+    return ResponseFormat("json_object")
 
 
 def _thinking(think: bool | str | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mullama.web.openai.context_policy import USUAL_COMPLETION, ContextPolicy, D
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
 from mullama.web.stream.generations import Group
+from mullama.web.structured import constrains
 from mullama.web.work import Errand
 
 T = TypeVar("T")
@@ -102,11 +103,12 @@ class Opening:
         load_ns = time.monotonic_ns() - req.arrival_ns
         engine, errand = lease.engine, services.errand(req)
         named = check_named(call.model, call.named, engine)
-        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
+        is_dear = len(call.body.logit_bias or ()) > FEW_BIASES or constrains(call.body)
         options = await errand.run(
-            has_many, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
+            is_dear, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
         )
-        prepared = await services.prepared(errand, engine, options.sampling)
+        with in_words_of({"constraint": options.constrained_by}):
+            prepared = await services.prepared(errand, engine, options.sampling)
         return cls(services, req, call, lease, errand, named, options, prepared, load_ns)
 
     @property

@@ -23,6 +23,7 @@ from mullama.errors import InvalidRequest
 from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import ChatAsk, ModelInfo, Preempt, SamplingParams, ToolChoice
+from mullama.web import structured
 from mullama.web.chat.functions import (
     EFFORTS,
     FORMATS,
@@ -40,6 +41,7 @@ from mullama.web.keys.key_ring import Key
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
+from mullama.web.structured import ResponseFormat, StructuredOutputs, constrains, constraint_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
@@ -60,12 +62,6 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None  # vLLM's; refused
 
     field_schemas: ClassVar = {"continuous_usage_stats": {"enum": [None, False]}}
-
-
-class ResponseFormat(msgspec.Struct):
-    type: str = "text"
-
-    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -115,6 +111,13 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     lora: list[LoraBody] | None = None
     keep_alive: float | str | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: str | dict[str, Any] | bool | None = None
 
     field_schemas: ClassVar[dict[str, Any]] = {
         **sampling.range_schemas(sampling.RANGES.keys() - {"max_completion_tokens"}),
@@ -246,6 +249,7 @@ class Options:
     preempt: Preempt
     cache_salt: str | None
     context_policy: ContextPolicy | None  # None: the server's
+    constrained_by: str = ""  # the field that asked for the constraint of ``sampling``
     with_timings: bool = False
     tenant: str | None = None  # whom the API key names
 
@@ -389,6 +393,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         if (value := getattr(body, name)) is not None:
             sampling.check_range(name, value)
     values = sampling.sampler_values(body, info, defaults)
+    constraint, constrained_by = constraint_of(body) if constrains(body) else (None, "")
     if body.dry_sequence_breakers is not None:
         values["dry_sequence_breakers"] = sampling.breakers(body.dry_sequence_breakers)
     params = SamplingParams(
@@ -397,6 +402,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         seed=sampling.seed_of(body.seed),
         logit_bias=sampling.logit_biases(body.logit_bias, info),
         ignore_eos=bool(body.ignore_eos),
+        constraint=constraint,
     )
     return Options(
         sampling=params,
@@ -410,6 +416,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         cache_salt=salt_text("cache_salt", body.cache_salt, MAX_SALT),
         with_timings=bool(body.timings_per_token),
         context_policy=policy_of(body.context_policy, can_shift=info.can_shift),
+        constrained_by=constrained_by,
     )
 
 
@@ -454,8 +461,6 @@ def _refuse_unsupported(body: GenerationBody) -> None:
     """What would change the answer is refused rather than ignored."""
     if body.stream_options is not None and body.stream_options.continuous_usage_stats:
         raise unbuilt("stream_options.continuous_usage_stats", "the usage in every chunk")
-    kind = body.response_format.type if body.response_format else "text"
-    _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
 
 
 def normalise(messages: list[Message] | None) -> list[Message]:
@@ -550,7 +555,7 @@ def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
 
 
 #: Members that hold what is the client's own, which stays as it came.
-_AS_THEY_CAME = ("messages", "input", "metadata", "tools", "functions", "tool_choice", "response_format")
+_AS_THEY_CAME = ("messages", "input", "metadata", "tools", "functions", "tool_choice", *structured.FIELDS)
 
 
 def _with_whole_numbers(decoder: msgspec.json.Decoder[S], data: bytes, error: msgspec.ValidationError) -> S:

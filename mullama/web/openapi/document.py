@@ -154,7 +154,7 @@ def _operation(one: Served, family: str, schemas: Mapping[Any, dict[str, Any]]) 
         found["parameters"] = parameters
     # What changes something under /internal has a type that no form has, also where there is nothing to say.
     if told.body is not None or (one.method != "GET" and one.access is Access.OPERATOR):
-        content = {_JSON: {"schema": {} if told.body is None else schemas[told.body]}}
+        content = {told.takes: {"schema": {} if told.body is None else schemas[told.body]}}
         found["requestBody"] = {"required": True, "content": content}
     responses = {str(status): _answer(status, told, schemas) for status in told.statuses}
     error = {_JSON: {"schema": {"$ref": _REF.format(name=f"{family}Error")}}}

@@ -30,6 +30,7 @@ class Operation:
     answer: Any = dict[str, Any]
     streams: str = ""  # media type of the answer where it is streamed
     parameters: tuple[Parameter, ...] = ()
+    takes: str = "application/json"  # media type of the body
     statuses: tuple[int, ...] = (200,)  # of answers that are no errors, or are no error objects
 
 

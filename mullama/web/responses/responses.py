@@ -13,7 +13,8 @@ import orjson
 from mullama.errors import InvalidRequest, NotFound
 from mullama.serving.durations import parse_duration
 from mullama.web.error_responses import as_mullama_error
-from mullama.web.http.request import Request
+from mullama.web.http.request import PERMIT, Request
+from mullama.web.keys.rate_limits import Permit
 from mullama.web.openai.chat_completions import count_tokens, open_chat
 from mullama.web.openai.opening import Opened, in_words_of
 from mullama.web.openai.pages import PAGING, page_of
@@ -82,7 +83,8 @@ class Responses(_Route):
             one.group = opened.group
             keep(writer.begun())
             resp.data = one.data
-            services.keep(asyncio.get_running_loop().create_task(self._run(one, opened, writer)))
+            permit = req.scope.pop(PERMIT, None)  # it lasts as long as the generation
+            services.keep(asyncio.get_running_loop().create_task(self._run(one, opened, writer, permit)))
             return
 
         def whole(replies: list[Reply]) -> dict[str, Any]:
@@ -93,7 +95,7 @@ class Responses(_Route):
         chunks = partial(ResponseEvents, writer, keep)
         await deliver(req, resp, services, opened, streams=opened.options.stream, chunks=chunks, whole=whole)
 
-    async def _run(self, one: Stored, opened: Opened, writer: ResponseWriter) -> None:
+    async def _run(self, one: Stored, opened: Opened, writer: ResponseWriter, permit: Permit | None) -> None:
         """Generate for nobody who waits."""
         try:
             (reply,) = await opened.group.collect()
@@ -102,6 +104,8 @@ class Responses(_Route):
             response = writer.failed(as_mullama_error(error), is_cancelled=one.is_cancelled)
         finally:
             opened.group.close()
+            if permit is not None:
+                permit.release()
         is_wanted, one.group = self._store.is_kept(one), None
         one.data, one.status = orjson.dumps(response), response["status"]
         if is_wanted:
@@ -131,6 +135,7 @@ class OneResponse(_Route):
 
 
 class CancelResponse(_Route):
+    counts = False  # as a request of a limited key: what it ends may be all that the key may have
     operations = {"POST": Operation("Stop a response that runs in the background", answer=ResponseObject)}
 
     async def on_post(self, req: Request, resp: falcon.asgi.Response, response_id: str) -> None:
