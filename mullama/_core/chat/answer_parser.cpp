@@ -50,6 +50,8 @@ struct AnswerParser::Impl::Parse {
     size_t end = 0;        // what comes behind was not read
     size_t told_end = 0;   // where what was found ends
     Last last = NOTHING;   // what ends there
+    size_t n_calls = 0;    // that have begun
+    size_t before_call = 0; // where what was found before the latest of them ends
     common_chat_msg msg;
     // What is still open at the end of the text, and where it begins.
     std::string open_tag;
@@ -92,6 +94,10 @@ AnswerParser::Impl::Parse AnswerParser::Impl::parse(size_t size) const {
     }
     mapper->from_ast(ctx.ast, result);
     ctx.ast.visit(result, [&](const common_peg_ast_node & node) {
+        if (node.tag == Tags::TOOL) {
+            found.n_calls++;
+            found.before_call = found.told_end;
+        }
         if (node.tag.empty() || node.end < found.told_end) return;
         const bool is_thought = node.tag == Tags::REASONING;
         if (is_thought || node.tag == Tags::CONTENT) found.last = is_thought ? Parse::THOUGHTS : Parse::TEXT;
@@ -109,7 +115,13 @@ AnswerParser::Impl::Parse AnswerParser::Impl::parse(size_t size) const {
 void AnswerParser::Impl::tell(int kind, std::string news, std::vector<AnswerDelta> & out) {
     if (news.empty()) return;
     switch (kind) {
-        case AnswerDelta::REASONING: told.reasoning_content += news; break;
+        case AnswerDelta::REASONING: {
+            const bool is_first = is_blank(told.reasoning_content, 0);
+            told.reasoning_content += news;
+            if (is_first) news.erase(news.begin(), std::find_if_not(news.begin(), news.end(), is_space));
+            if (news.empty()) return;
+            break;
+        }
         case AnswerDelta::CONTENT: told.content += news; break;
         default: told.tool_calls.back().arguments += news; break;
     }
@@ -239,6 +251,8 @@ void AnswerParser::Impl::read(std::vector<AnswerDelta> & out) {
     if (found.ok) {
         tell(found, out);
         rest = found.complete ? found.end : found.told_end;
+        // A call whose name never came was not told, and is content from its first mark on.
+        if (!found.complete && found.n_calls > told.tool_calls.size()) rest = found.before_call;
     }
     give_up(rest, out);
 }

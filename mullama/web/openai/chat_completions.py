@@ -13,7 +13,7 @@ import msgspec
 from mullama.engine.client import AnswerForm, EngineClient, Speaker
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.states import Lease
-from mullama.types import ChatAsk
+from mullama.types import ChatAsk, ToolChoice
 from mullama.web.http.request import Request
 from mullama.web.openai.chunks import reason_of
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, keep_tokens, without
@@ -62,6 +62,15 @@ async def open_chat(
         is_large = call.size > LARGE_TEXT
         pace = errand.checkpoint if is_large else None
         whole, form = await errand.run(is_large, partial(_whole, engine, call, policy, limits, pace))
+        if opening.options.sampling.constraint is not None:
+            if call.ask.tools and call.ask.choice is not ToolChoice.NONE:
+                field = opening.options.constrained_by
+                raise InvalidRequest(
+                    f"{field}: an answer that may call functions cannot be constrained as well; leave tools out, or set "
+                    "tool_choice to none",
+                    param=field,
+                )
+            form = None  # it holds from the first token on: there are no thoughts, and all is content
         if isinstance(whole, list) and body.truncate_prompt_tokens is not None:
             whole = keep_tokens(whole, body.truncate_prompt_tokens, body.truncation_side, limits)
         prompt, n_whole = (whole, len(whole)) if isinstance(whole, list) else ([], whole)
