@@ -66,8 +66,8 @@ async def open_chat(
             if call.ask.tools and call.ask.choice is not ToolChoice.NONE:
                 field = opening.options.constrained_by
                 raise InvalidRequest(
-                    f"{field}: an answer that may call functions cannot be constrained as well; leave tools out, or set "
-                    "tool_choice to none",
+                    f"{field}: an answer that may call functions cannot be constrained as well; leave tools out, or "
+                    "set tool_choice to none",
                     param=field,
                 )
             form = None  # it holds from the first token on: there are no thoughts, and all is content
