@@ -50,7 +50,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SAMPLING = frozenset(field.name for field in fields(SamplingParams))
 _REQUEST = ("priority", "user", "slo_ms", "cache_salt", "context_shift")
 #: Options that hold several things.
-_SEVERAL = ("stop", "dry_sequence_breakers", "logit_bias", "stop_token_ids", "bad_words", "allowed_token_ids")
+_SEVERAL = ("stop", "shown", "dry_sequence_breakers", "logit_bias", "stop_token_ids", "bad_words", "allowed_token_ids")
 WINDOW = 3  # prompts of a batch that wait, for each slot
 PATIENCE_S = 0.5  # how long a batch of which nothing runs waits for room in a full queue
 POLL_S = 0.005

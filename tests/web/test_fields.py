@@ -63,8 +63,6 @@ REPORTED = (
     "guided_whitespace_pattern",
     "grammar_lazy",
     "chat_template",
-    "chat_template_kwargs",
-    "reasoning_effort",
     "max_new_tokens",
     "web_search_options",
     "prediction",

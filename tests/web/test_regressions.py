@@ -140,7 +140,10 @@ def test_cve_2024_39721_a_device_is_no_model() -> None:
         ("CVE-2025-62372 embeddings of another shape", {"prompt_embeds": ["AAAA", "AA"], "best_of": 1}),
         ("CVE-2025-48942 a schema that is none", {"response_format": {"type": "json_schema", "json_schema": {"x": 1}}}),
         ("CVE-2025-48943 an expression that is none", {"guided_regex": "[", "response_format": {"type": "regex"}}),
-        ("CVE-2025-48944 a tool whose pattern is none", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (
+            "CVE-2025-48944 a tool whose schema is none",
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]},
+        ),
         ("CVE-2025-48944 a tool of a type that is none", {"tools": [{"type": "x"}]}),
     ],
 )

@@ -510,6 +510,7 @@ cdef class Core:
             raise InvalidRequest("this model's context cannot be shifted", param="context_policy")
         for stop in params.stop:
             stops.push_back(stop.encode("utf-8", "surrogatepass"))
+        cdef vector[llama_token] shown = self.model.controls_of(params.shown)
         cdef LoraSetPtr lora = build_set(self.model, adapters)
         cdef Sampling sampling = prepared_for(self.model, params, prepared)
         cdef MatchingPtr matching = begin_matching(sampling, self.model, none)
@@ -537,6 +538,7 @@ cdef class Core:
         take_report(s, params)
         s.n_scored = 1
         s.stop_token = -1
+        s.shown.swap(shown)
         s.matching = matching
         if matching.get() is not NULL and dereference(matching).wants_mask():
             self.compute.masks.add(matching)

@@ -554,7 +554,7 @@ cdef class Loop:
         cdef char piece[MAX_PIECE]
         cdef int32_t n = 0
         cdef size_t i
-        cdef bint eog = False
+        cdef bint eog = False, shows = False
         self.out.counters.sampled_tokens += 1
         self.out.site(MULLAMA_SITE_SAMPLE, slot, s.handle, token, sampled - start)
         s.tokens.push_back(token)
@@ -573,11 +573,12 @@ cdef class Loop:
                 eog = True
                 break
         if not eog:
-            n = llama_token_to_piece(self.vocab, token, piece, MAX_PIECE, 0, False)
+            shows = s.shows(token)
+            n = llama_token_to_piece(self.vocab, token, piece, MAX_PIECE, 0, shows)
             if n < 0:
                 # A piece longer than any sane one: the negated length is what it needs.
                 self.long_piece.resize(-n)
-                n = llama_token_to_piece(self.vocab, token, &self.long_piece[0], -n, 0, False)
+                n = llama_token_to_piece(self.vocab, token, &self.long_piece[0], -n, 0, shows)
                 stop = s.gate.push(&self.long_piece[0], max(n, 0), s.n_generated >= s.min_tokens, self.released)
             else:
                 stop = s.gate.push(piece, n, s.n_generated >= s.min_tokens, self.released)

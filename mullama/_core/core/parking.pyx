@@ -139,6 +139,7 @@ cdef class Parked:
             self.slot.greedy = chain.greedy
             self.slot.top_k_first = chain.top_k_first
             self.slot.bias.swap(bias)
+            self.slot.shown = model.controls_of(params.shown)
             self.slot.matching = matching
             self.slot.tokens.swap(known)
             if chain.ptr is not NULL:

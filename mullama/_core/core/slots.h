@@ -75,11 +75,14 @@ struct Slot {
     int32_t n_scored = 0;            // tokens of the prompt whose log-probabilities are told; the first has none
     int32_t stop_token = -1;         // that ended it, of those that it asked to
 
+    std::vector<llama_token> shown;  // control tokens whose names are part of its text; few
     TextGate gate;
     std::string pending_text;        // final, but not yet in the ring
     mullama_row row = {};
 
     bool open() const { return runs() || state == MULLAMA_SLOT_DONE; }
+
+    bool shows(llama_token token) const { return std::find(shown.begin(), shown.end(), token) != shown.end(); }
 
     bool runs() const { return state == MULLAMA_SLOT_PREFILL || state == MULLAMA_SLOT_DECODE; }
 
@@ -99,6 +102,7 @@ struct Slot {
         bias.clear();
         rules = TokenRules();
         report = TokenReport();
+        shown.clear();
         matching.reset();
         gate = TextGate();
         pending_text.clear();

@@ -51,10 +51,12 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         int32_t n_scored
         int32_t stop_token
         LoraSetPtr lora
+        vector[llama_token] shown
         MatchingPtr matching
         TextGate gate
         string pending_text
         mullama_row row
+        cbool shows(llama_token token)
         cbool open()
         cbool runs()
         cbool scores_prompt()

@@ -68,7 +68,8 @@ def _refused(
 FIELDS: tuple[Field, ...] = (
     *_taken(OPENAI, "model stream stream_options n max_tokens stop seed temperature top_p presence_penalty"),
     *_taken(OPENAI, "frequency_penalty logit_bias user response_format"),
-    *_taken(OPENAI, "messages max_completion_tokens tool_choice modalities", (CHAT,)),
+    *_taken(OPENAI, "messages max_completion_tokens modalities tools tool_choice parallel_tool_calls", (CHAT,)),
+    *_taken(OPENAI, "reasoning_effort", (CHAT,)),
     *_taken(OPENAI, "logprobs"),
     *_taken(OPENAI, "top_logprobs", (CHAT,)),
     *_taken(OPENAI, "prompt echo best_of", (TEXT,)),
@@ -79,7 +80,8 @@ FIELDS: tuple[Field, ...] = (
     *_taken(LLAMA, "grammar json_schema"),
     *_taken(VLLM, "min_tokens ignore_eos top_k min_p repetition_penalty priority cache_salt"),
     *_taken(VLLM, "truncate_prompt_tokens truncation_side"),
-    *_taken(VLLM, "add_generation_prompt continue_final_message", (CHAT,)),
+    *_taken(VLLM, "add_generation_prompt continue_final_message chat_template_kwargs include_reasoning", (CHAT,)),
+    *_taken(LLAMA, "reasoning_format", (CHAT,)),
     *_taken(
         LLAMA, "typical_p repeat_penalty repeat_last_n dry_multiplier dry_base dry_allowed_length dry_penalty_last_n"
     ),
@@ -87,10 +89,10 @@ FIELDS: tuple[Field, ...] = (
     *_taken(LLAMA, "n_predict timings_per_token"),
     *_taken(OURS, "slo_ms preempt context_policy keep_alive logprobs_mode"),
     # -- what would change the answer, and is not there
-    *_refused(OPENAI, "tool calls", "tools functions", endpoints=(CHAT,)),
-    *_refused(OPENAI, "tool calls", "function_call", "none", "auto", endpoints=(CHAT,)),
+    *_refused(OPENAI, "this name; tools is the one", "functions", endpoints=(CHAT,)),
+    *_refused(OPENAI, "this name; tool_choice is the one", "function_call", "none", "auto", endpoints=(CHAT,)),
     *_refused(OPENAI, "filling in the middle", "suffix", endpoints=(TEXT,)),
-    *_refused(OPENAI, "levels of reasoning", "reasoning_effort"),
+    *_refused(OPENAI, "levels of reasoning", "reasoning_effort", endpoints=(TEXT,)),
     *_refused(OPENAI, "levels of verbosity", "verbosity", "medium", endpoints=(CHAT,)),
     *_refused(OPENAI, "searching the web", "web_search_options", only=()),
     *_refused(OPENAI, "predicted outputs", "prediction", only=()),
@@ -119,9 +121,8 @@ FIELDS: tuple[Field, ...] = (
     *_refused(VLLM, "several tries for one choice", "best_of", 1, endpoints=(CHAT,)),
     *_refused(VLLM, "going on with the last message", "continue_final_message", endpoints=(TEXT,)),
     *_refused(VLLM, "templates in requests; --chat-template sets the model's", "chat_template"),
-    *_refused(VLLM, "arguments of the template", "chat_template_kwargs"),
+    *_refused(VLLM, "arguments of the template", "chat_template_kwargs", endpoints=(TEXT,)),
     *_refused(VLLM, "documents", "documents"),
-    *_refused(VLLM, "separating thoughts from the text", "include_reasoning", endpoints=(CHAT,), only=(True,)),
     *_refused(VLLM, "budgets for thoughts", "thinking_token_budget", -1),
     *_refused(VLLM, "KV from other servers", "kv_transfer_params ec_transfer_params"),
     *_refused(VLLM, "arguments of extensions", "vllm_xargs"),
@@ -141,12 +142,11 @@ FIELDS: tuple[Field, ...] = (
     *_refused(LLAMA, "this name; return_token_ids is the one", "return_tokens"),
     *_refused(LLAMA, 'this name; logprobs_mode "processed_logprobs" asks for it', "post_sampling_probs"),
     *_refused(LLAMA, "a choice of the answer's members", "response_fields"),
-    *_refused(LLAMA, "separating thoughts from the text", "reasoning_format", "none"),
+    *_refused(LLAMA, "separating thoughts from the text", "reasoning_format", "none", endpoints=(TEXT,)),
     *_refused(LLAMA, "budgets for thoughts", "thinking_budget_tokens reasoning_budget_tokens", -1),
     *_refused(LLAMA, "thoughts that are opened", "thinking_forced_open", endpoints=(CHAT,)),
     *_refused(LLAMA, "other parsers of the answer", "chat_format chat_parser generation_prompt", endpoints=(CHAT,)),
     # -- what may be there or not
-    *_harmless(OPENAI, "no tools are called", "parallel_tool_calls", (CHAT,)),
     *_harmless(OPENAI, "chats are not stored; /v1/responses keeps answers", "store metadata"),
     *_harmless(OPENAI, "there is one tier", "service_tier"),
     *_harmless(

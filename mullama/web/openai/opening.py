@@ -7,13 +7,14 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from mullama.engine.client import EngineClient
+from mullama.engine.client import AnswerForm, EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
+from mullama.web.chat.answer import Answer
 from mullama.web.http.request import PERMIT, Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
 from mullama.web.keys.rate_limits import Permit
@@ -136,9 +137,15 @@ class Opening:
         id_prefix: str,
         endpoint: str,
         translate: Callable[[Any], list[int]] | None = None,
+        form: AnswerForm | None = None,
     ) -> Group:
-        """The generations, submitted. The group takes over the lease. Raises what ``Group.submit`` raises."""
+        """The generations, submitted; their answers are of ``form``. The group takes over the lease. Raises what
+        ``Group.submit`` raises."""
         _check_scores(prompts, self.options)
+        options = self.options.of_client(self._req.tenant, self._req.key)
+        if form is not None:
+            stops = tuple(dict.fromkeys((*options.sampling.stop, *form.stops)))
+            options = replace(options, sampling=replace(options.sampling, stop=stops, shown=form.shown))
         most = min(self.options.sampling.max_tokens or USUAL_COMPLETION, self.limits.n_ctx)
         n_prompt = sum(map(len, prompts))
         permit: Permit | None = self._req.scope.get(PERMIT)
@@ -151,7 +158,7 @@ class Opening:
             model=SEPARATOR.join((self._call.model, *self._named)),
             endpoint=endpoint,
             prompts=prompts,
-            options=self.options.of_client(self._req.tenant, self._req.key),
+            options=options,
             prepared=self._prepared,
             arrival_ns=self._req.arrival_ns,
             context_shift=self.policy is ContextPolicy.SHIFT,
@@ -159,6 +166,9 @@ class Opening:
             translate=translate,
             reservation=reservation,
         )
+        if form is not None:
+            shows = getattr(self._call.body, "include_reasoning", None) is not False
+            group.answers = [Answer(form.new_parser(), shows) for _ in range(options.n * len(prompts))]
         await group.submit()
         self._services.keep_alive(self._call.model, self._keep_alive_s)  # of a request that was not refused
         return group
