@@ -90,6 +90,23 @@ def test_a_stream_says_the_same(client: Client, engine: FakeEngine, size: int, n
         assert message | NOTHING == expected
 
 
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_log_probabilities_of_all_that_is_read(client: Client, engine: FakeEngine, size: int) -> None:
+    """Each token once, also of thoughts and calls, and the rest as without."""
+    text = f"{THOUGHT}{CALL}"
+    engine.reply = [text[at : at + size] for at in range(0, len(text), size)]
+    told = {"logprobs": True, "top_logprobs": 1}
+    whole = client.post(URL, {**BODY, **told}).json["choices"][0]
+    found = chunks(client.post(URL, {**BODY, **told, "stream": True}))
+    streamed = [
+        one for chunk in found for choice in chunk["choices"] for one in (choice["logprobs"] or {}).get("content", ())
+    ]
+    assert [one["token"] for one in streamed] == engine.reply and streamed == whole["logprobs"]["content"]
+    message, reason = joined(found)
+    assert (message["content"], message["reasoning"], reason) == ("Well: ", "Let me see.", "tool_calls")
+    assert message["tool_calls"][0]["function"] == whole["message"]["tool_calls"][0]["function"]
+
+
 def test_an_answer_in_words_stays_one(client: Client, engine: FakeEngine) -> None:
     choice = client.post(URL, BODY).json["choices"][0]
     assert choice["finish_reason"] == "stop" and choice["message"] == {
