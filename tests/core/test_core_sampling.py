@@ -59,8 +59,8 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
     "constraint": ({}, Constraint(ConstraintKind.REGEX, "[0-9]+")),
 }
 
-# What is told beside the text (test_core_logprobs.py).
-TOLD = {"logprobs", "logprobs_mode", "prompt_logprobs", "return_token_ids"}
+# What is told of the same tokens (test_core_logprobs.py).
+TOLD = {"shown", "logprobs", "logprobs_mode", "prompt_logprobs", "return_token_ids"}
 
 
 def test_every_field_is_in_the_table() -> None:
