@@ -28,7 +28,14 @@ FREE, RETAINED, PREFILL, DECODE, DONE = range(5)  # MULLAMA_SLOT_*
 SLOT_STATES = {0: "free", 1: "retained", 2: "prefill", 3: "decode", 4: "done"}
 KV_SOURCES = {0: "none", 1: "in_place", 2: "copy", 3: "host", 4: "disk"}
 FINISH_REASONS = {0: "none", 1: "stop", 2: "length", 3: "cancelled", 4: "error"}
-CORE_ERRORS = {1: "not_finite", 2: "sampler", 3: "decode", 4: "no_kv", 5: "adapter"}  # why one ended with "error"
+CORE_ERRORS = {
+    1: "not_finite",
+    2: "sampler",
+    3: "decode",
+    4: "no_kv",
+    5: "adapter",
+    6: "constraint",
+}  # why one ended with "error"
 SITES = {
     1: "OPEN", 2: "PLAN", 3: "UBATCH_BEGIN", 4: "UBATCH_END", 5: "SAMPLE", 6: "FINISH", 7: "CLOSE", 8: "MOVE",
     9: "EVICT", 10: "THREADS", 11: "RING_STALL", 12: "IDLE", 13: "PREEMPT", 14: "RESUME",

@@ -305,7 +305,7 @@ class Engine(CoreEngine):
         unknown = values.keys() - _SAMPLING
         if unknown:
             raise TypeError(f"there is no option {sorted(unknown)[0]!r}; help(Engine.generate) lists them")
-        for name in ("stop", "dry_sequence_breakers", "logit_bias"):
+        for name in ("stop", "shown", "dry_sequence_breakers", "logit_bias"):
             if name in values:
                 values[name] = _tuple_of(name, values[name])
         sampling = SamplingParams(**cast(dict[str, Any], values))

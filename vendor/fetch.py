@@ -92,7 +92,7 @@ def unpack(sdist: Path, lock: dict, into: Path) -> None:
             if not name.is_relative_to(root):
                 continue
             inner = name.relative_to(root)
-            if not inner.parts or inner.parts[0] not in wanted:
+            if not any(inner.is_relative_to(path) for path in wanted):
                 continue
             if ".." in inner.parts or not (member.isfile() or member.isdir()):
                 continue

@@ -8,6 +8,7 @@ compute    the thread pool, the turn among the engines of a process, the thread 
 kv         KV in and out of the slots: rows, checkpoints, copies
 weights    other weights under a running core, a core without weights for a while, how far two models are apart
 model      weights, vocabulary, chat template; a llama.cpp context and its limits
+constraint grammars of llguidance, and what holds texts to them
 sampling   SamplingParams to a sampler chain
 lora       LoRA adapters, and the sets of them that sequences use
 embedding  vectors of prompts: several prompts a ubatch
@@ -25,6 +26,7 @@ libraries.check()
 
 from mullama._core.compute.arbiter import Arbiter, arbiter
 from mullama._core.compute.governor import Governor
+from mullama._core.constraint.grammars import library as constraint_library
 from mullama._core.core.core import FINISH, TEXT, Core
 from mullama._core.core.parking import Parked
 from mullama._core.embedding.embedder import Embedder
@@ -59,6 +61,7 @@ __all__ = [
     "arbiter",
     "chat_template_names",
     "check_params",
+    "constraint_library",
     "devices",
     "llama_cpp_version",
     "quantize",

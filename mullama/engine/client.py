@@ -6,11 +6,12 @@ No compiled code is imported here.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from mullama.kv.events import KvEventLog
-from mullama.types import Delta, EmbeddingRequest, Finish, ModelInfo, Request, SamplingParams
+from mullama.types import ChatAsk, Delta, EmbeddingRequest, Finish, ModelInfo, Request, SamplingParams
 
 
 class Generation(Protocol):
@@ -46,6 +47,43 @@ class SyncGeneration(Generation, Protocol):
     def __next__(self) -> Delta: ...
 
 
+#: Something new in an answer: its kind, the index of the call, the text, and the id that the model gave a call. Kinds:
+#: ``reasoning``, ``content``, ``call`` (the text is the function's name), ``arguments`` (of the latest call).
+AnswerPart = tuple[str, int, str, str]
+
+
+class AnswerParser(Protocol):
+    """Reads one answer while it is written. What it has told is never taken back, and does not depend on the pieces."""
+
+    def feed(self, text: str) -> Sequence[AnswerPart]:
+        """What is new with the next piece. What cannot be read is content."""
+
+    def finish(self) -> Sequence[AnswerPart]:
+        """What had been held back; the answer has ended."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that the next call may have to read again."""
+
+
+@dataclass(slots=True, frozen=True)
+class AnswerForm:
+    """How the answers to a chat are written, and what has to be asked of the engine for it."""
+
+    new_parser: Callable[[], AnswerParser]
+    stops: tuple[str, ...] = ()  # texts that end the answer, and are no part of it
+    shown: tuple[str, ...] = ()  # control tokens that the parser has to see (SamplingParams.shown)
+    thinking_ends: tuple[str, ...] = ()  # what ends the thoughts
+
+
+@dataclass(slots=True, frozen=True)
+class OpenedChat:
+    """``prompt``: see ``EngineClient.render_chat``. ``form`` None: the whole text of an answer is its content."""
+
+    prompt: str
+    form: AnswerForm | None
+
+
 class Speaker(Protocol):
     """Puts the text of one request into another model's tokens (see ``Request.translate``)."""
 
@@ -56,6 +94,8 @@ class Speaker(Protocol):
     def render_chat(
         self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> str: ...
+
+    def open_chat(self, messages_json: bytes, ask: ChatAsk, *, add_generation_prompt: bool = True) -> OpenedChat: ...
 
 
 class KvClient(Protocol):
@@ -238,6 +278,12 @@ class EngineClient(Protocol):
         messages, and stay text): a BOS that the vocabulary adds by itself is left out here.
         ``continue_final_message``: the last one is the assistant's, and the prompt ends with its text.
         Raises InvalidRequest when the template refuses the messages.
+        """
+
+    def open_chat(self, messages_json: bytes, ask: ChatAsk, *, add_generation_prompt: bool = True) -> OpenedChat:
+        """The prompt of a chat with functions and thoughts, as ``render_chat`` makes it, and the form of its answers.
+
+        A template that knows no functions shows them in its system message. Raises InvalidRequest as ``render_chat``.
         """
 
     def prepare(self, sampling: SamplingParams) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import itertools
 import logging
 import sys
@@ -24,6 +23,7 @@ from mullama import abi
 from mullama._core import TEXT, Cells, Core, Model, Sampling, system_info
 from mullama.config import ServeConfig
 from mullama.engine.background import NICE_URGENT, in_background
+from mullama.engine.client import OpenedChat
 from mullama.engine.commands import Commands
 from mullama.engine.kv_control import KvControl
 from mullama.engine.memory import fits, sizing
@@ -33,7 +33,8 @@ from mullama.engine.planning.control import PlanningControl
 from mullama.engine.planning.policy_host import PolicyHost
 from mullama.engine.planning.steps import Steps
 from mullama.engine.requests import handover
-from mullama.engine.requests.chat_text import ChatText, ControlTokens, Render, continuing
+from mullama.engine.requests.chat_text import ChatText
+from mullama.engine.requests.chats import Chats
 from mullama.engine.requests.generation import AsyncGeneration, Inbox, SyncGeneration
 from mullama.engine.requests.intake import Intake
 from mullama.engine.requests.reader import Reader
@@ -58,7 +59,7 @@ from mullama.observe.process_memory import give_back_heap
 from mullama.plugins.arguments import parse_args
 from mullama.scheduling import registry
 from mullama.scheduling.base import IDLE_LIMIT_NS
-from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
+from mullama.types import ChatAsk, Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
 
 log = logging.getLogger("mullama.engine")
 
@@ -136,7 +137,7 @@ class Engine:
         if config.shadow_scheduler:
             self._policy.shadow = self.planning.make_shadow(config.shadow_scheduler, None)
         self._tokenizer = Tokenizer(lambda: parts.model)
-        self._control_tokens: tuple[Model, ControlTokens] | None = None  # of which model; found for the first chat
+        self._known_chats: Chats | None = None
         self._audited = -1  # version of the KV cache that was audited last
         self._idle = False
         self._has_ended = False  # a request has, since it was last looked what goes next
@@ -257,17 +258,21 @@ class Engine:
         self, messages_json: bytes, *, add_generation_prompt: bool = True, continue_final_message: bool = False
     ) -> str:
         """The prompt of a chat; tokenise it with ``add_special=True``. Raises InvalidRequest."""
+        return self._chats().render(
+            messages_json, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
+
+    def open_chat(self, messages_json: bytes, ask: ChatAsk, *, add_generation_prompt: bool = True) -> OpenedChat:
+        """The prompt of a chat with functions and thoughts, and the form of its answers. Raises InvalidRequest."""
+        return self._chats().open(messages_json, ask, add_generation_prompt=add_generation_prompt)
+
+    def _chats(self) -> Chats:
+        """Those of the model that is loaded now."""
         self._commands.check_open()
-        model = self.model
-        render: Render = functools.partial(model.render_chat, add_generation_prompt=add_generation_prompt)
-        if continue_final_message:
-            render = continuing(model.render_chat)
-        if self.config.parse_special_content:
-            return render(messages_json)
-        known = self._control_tokens
-        if known is None or known[0] is not model:
-            known = self._control_tokens = (model, ControlTokens(model.control_tokens()))
-        return known[1].render(render, messages_json)
+        model, known = self.model, self._known_chats
+        if known is None or known.model is not model:
+            known = self._known_chats = Chats(model, parses_special=self.config.parse_special_content)
+        return known
 
     def submit(self, request: Request) -> AsyncGeneration:
         """Queue a request; call on the event loop that will read it (errors: see EngineClient.submit)."""

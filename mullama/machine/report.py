@@ -16,7 +16,8 @@ from mullama.machine.ways import ways_report
 
 
 def machine_report(n_threads: int, folders: dict[str, Folder]) -> dict[str, Any]:
-    """Processor, threads, memory, folders, build, libraries, devices, ways of computing. Unknown values are None.
+    """Processor, threads, memory, folders, build, libraries, devices, what constrains texts, ways of computing. Unknown
+    values are None.
 
     ``n_threads``: those that were asked for, 0: automatic. ``folders`` by what they are for. Sizes are bytes.
     """
@@ -46,6 +47,7 @@ def machine_report(n_threads: int, folders: dict[str, Folder]) -> dict[str, Any]
             for one in libraries.libraries()
         ],
         "devices": _devices(),
+        "constraints": _constraints(),
         "ways": _ways(),
     }
 
@@ -96,6 +98,12 @@ def _ways() -> list[dict[str, Any]]:
         return ways_report()
     except MachineUnfit:  # the libraries do not load, which is told elsewhere
         return []
+
+
+def _constraints() -> dict[str, Any] | None:
+    """The library that holds texts to grammars: ``version`` and ``problem``; None where the core is not loaded."""
+    core = sys.modules.get("mullama._core")
+    return None if core is None else dict(core.constraint_library())
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -92,7 +92,8 @@ class Services:
 
     async def prepared(self, errand: Errand, engine: EngineClient, sampling: SamplingParams) -> Any:
         """What opening a request costs, in the pool where that is more than nothing (see EngineClient.prepare)."""
-        if sampling.dry_multiplier <= 0 and len(sampling.logit_bias) <= FEW_BIASES:
+        is_cheap = sampling.dry_multiplier <= 0 and sampling.constraint is None
+        if is_cheap and len(sampling.logit_bias) <= FEW_BIASES:
             return None
         return await errand.run(True, partial(engine.prepare, sampling))
 

@@ -32,6 +32,7 @@ from mullama._core import (
     Sampling,
     Vacancy,
 )
+from mullama._core.chat.parsing import AnswerFormat, AnswerParser
 from mullama._core.kernels import products as kernels
 from mullama._core.testing.gate import StopText
 from mullama.errors import ModelLoadError
@@ -39,6 +40,10 @@ from mullama.types import Pooling, SamplingParams
 
 MODULES = [m.name for m in pkgutil.walk_packages(mullama._core.__path__, "mullama._core.")]
 PLACES = {name.rpartition(".")[2]: name for name in MODULES}
+
+
+def form_of(model: Model) -> AnswerFormat:
+    return model.open_chat(b'[{"role":"user","content":"hi"}]')[1]
 
 
 def compiled_modules() -> list[ModuleType]:
@@ -251,6 +256,16 @@ CALLS: dict[str, Callable[..., bool]] = {
     "model.Model.twin": lambda m: m.twin().close() is None,
     "model.Model.n_twins": lambda m: m.n_twins == 1,
     "model.Model.is_open": lambda m: m.is_open is True,
+    "model.Model.open_chat": lambda m: "hi" in m.open_chat(b'[{"role":"user","content":"hi"}]')[0],
+    "model.Model.chat_caps": lambda m: "supports_tools" in m.chat_caps(),
+    "parsing.AnswerFormat": lambda m: isinstance(form_of(m), AnswerFormat),
+    "parsing.AnswerFormat.facts": lambda m: form_of(m).facts["stops"] == [],
+    "parsing.AnswerFormat.parser": lambda m: isinstance(form_of(m).parser(), AnswerParser),
+    "parsing.AnswerParser": lambda m: isinstance(form_of(m).parser(), AnswerParser),
+    "parsing.AnswerParser.feed": lambda m: form_of(m).parser().feed("hi") == [("content", 0, "hi", "")],
+    "parsing.AnswerParser.finish": lambda m: form_of(m).parser().finish() == [],
+    "parsing.AnswerParser.size": lambda m: form_of(m).parser().size > 0,
+    "parsing.AnswerParser.contradictions": lambda m: form_of(m).parser().contradictions == 0,
     "model.Model.chat_template": lambda m: "messages" in m.chat_template(),
     "chain.check_params": lambda: mullama._core.check_params(SamplingParams()) is None,
     "chain.Breaker": lambda: mullama._core.sampling.chain.Breaker() is not None,
@@ -309,6 +324,9 @@ CALLS: dict[str, Callable[..., bool]] = {
     "core.Core.steps_done": lambda c: running(c).steps_done() == 2,
     "core.Core.parked_bytes": lambda c: c.parked_bytes() == 0,
     "core.Core": lambda c: isinstance(c, Core),
+    "grammars.library": lambda: mullama._core.constraint_library()["problem"] is None,
+    "grammars.Grammar": lambda: mullama._core.constraint.grammars.Grammar() is not None,
+    "grammars.Vocabulary": lambda: mullama._core.constraint.grammars.Vocabulary() is not None,
     "loop.Loop": lambda: mullama._core.core.loop.Loop() is not None,
     "core.Core.model": lambda c: isinstance(c.model, Model),
     "core.Core.page": lambda c: isinstance(c.page, Page),
@@ -384,12 +402,15 @@ def test_there_are_compiled_modules() -> None:
         "context",
         "core",
         "divergence",
+        "embedder",
         "gate",
         "governor",
+        "grammars",
         "loop",
         "model",
         "page",
         "parking",
+        "parsing",
         "products",
         "quantization",
         "vacancy",
@@ -407,9 +428,10 @@ def subject(
     kind = request.param.split(".")[1]
     embedder = None
     on_core = ("Core", "Parked", "Cells", "Context", "Carrier", "Arbiter", "Vacancy", "Adapter", "Divergence")
-    model = Model(tiny_model()) if kind in ("Model", "Sampling", "weights_by_layout", "Embedder", *on_core) else None
+    on_model = ("Model", "Sampling", "AnswerFormat", "AnswerParser", "weights_by_layout", "Embedder")
+    model = Model(tiny_model()) if kind in (*on_model, *on_core) else None
     core = Core(model, n_slots=2, n_ctx=256, n_batch=64) if kind in on_core else None
-    arguments: dict[str, tuple[Any, ...]] = dict.fromkeys(("Model", "Sampling", "weights_by_layout"), (model,))
+    arguments: dict[str, tuple[Any, ...]] = dict.fromkeys(on_model, (model,))
     arguments["Parked"] = (core,)
     arguments["Core"] = (core,)
     if core is not None:

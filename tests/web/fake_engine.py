@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mullama.engine.client import AnswerForm, AnswerPart, OpenedChat
 from mullama.engine.requests.generation import AsyncGeneration
 from mullama.errors import AdapterNotFound, ContextLengthExceeded, InvalidRequest, ShuttingDown
 from mullama.kv.events import KvEvent, KvEventKind, KvEventLog, KvTier
 from mullama.kv.index.tree import pack
-from mullama.types import Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
+from mullama.types import ChatAsk, Finish, FinishReason, ModelInfo, Profile, Request, SamplingParams
 
 BOS = 1
 N_VOCAB = 1000
@@ -45,6 +47,50 @@ def model_info(name: str = "fake") -> ModelInfo:
         is_hybrid=False,
         created=1_700_000_000,
     )
+
+
+class FakeParser:
+    """Reads ``<think>…</think>``, content, and ``<tool_call>{"name": …, "arguments": …}</tool_call>``, a call when
+    it is complete."""
+
+    size = 0
+    _ENDS = {"content": ("<think>", "<tool_call>"), "reasoning": ("</think>",), "call": ("</tool_call>",)}
+
+    def __init__(self) -> None:
+        self._state, self._text, self._n_calls = "content", "", 0
+
+    def feed(self, text: str) -> list[AnswerPart]:
+        self._text += text
+        parts: list[AnswerPart] = []
+        while True:
+            ends = self._ENDS[self._state]
+            if found := re.search("|".join(ends), self._text):
+                self._tell(self._text[: found.start()], parts)
+                self._text = self._text[found.end() :]
+                self._state = {"<think>": "reasoning", "<tool_call>": "call"}.get(found[0], "content")
+                continue
+            if self._state != "call":
+                held = max(n for end in ends for n in range(len(end)) if self._text.endswith(end[:n]))
+                self._tell(self._text[: len(self._text) - held], parts)
+                self._text = self._text[len(self._text) - held :]
+            return parts
+
+    def finish(self) -> list[AnswerPart]:
+        parts: list[AnswerPart] = []
+        if self._text:
+            parts.append(("content", 0, self._text, ""))
+        return parts
+
+    def _tell(self, text: str, parts: list[AnswerPart]) -> None:
+        if self._state != "call":
+            if text:
+                parts.append((self._state, 0, text, ""))
+            return
+        call, index = json.loads(text), self._n_calls
+        arguments = json.dumps(call["arguments"])
+        parts.append(("call", index, call["name"], call.get("id", "")))
+        parts += [("arguments", index, arguments[:3], ""), ("arguments", index, arguments[3:], "")]
+        self._n_calls += 1
 
 
 class FakeGeneration(AsyncGeneration):
@@ -219,6 +265,8 @@ class FakeEngine:
         self.generations: list[FakeGeneration] = []
         self.running: set[FakeGeneration] = set()
         self.rendered: list[dict[str, Any]] = []
+        self.asks: list[ChatAsk] = []
+        self.thinks = False
         self.scheduler_calls: list[tuple[str, str, dict[str, Any]]] = []
         self.kv_calls: list[tuple[str, list[int] | None, dict[str, Any]]] = []
         self.kv = FakeKv(self)
@@ -275,6 +323,13 @@ class FakeEngine:
             raise InvalidRequest("the chat template refuses these messages", param="messages")
         text = "".join(f"<{m['role']}>{m.get('content') or ''}" for m in self.rendered)
         return text + ("<assistant>" if add_generation_prompt and not continue_final_message else "")
+
+    def open_chat(self, messages_json: bytes, ask: ChatAsk, *, add_generation_prompt: bool = True) -> OpenedChat:
+        """Answers are read in a form where functions are asked for, or ``thinks`` is set."""
+        self.asks.append(ask)
+        prompt = self.render_chat(messages_json, add_generation_prompt=add_generation_prompt)
+        form = AnswerForm(FakeParser, stops=("<stop>",), shown=("<tool_call>",))
+        return OpenedChat(prompt, form if ask.tools or self.thinks else None)
 
     def prepare(self, sampling: SamplingParams) -> Any:
         self.prepared.append((threading.current_thread().name, sampling))

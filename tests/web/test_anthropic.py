@@ -125,7 +125,7 @@ def test_the_fields_reach_the_engine(client: Client, engine: FakeEngine) -> None
     assert engine.rendered == [
         {"role": "system", "content": "Be brief.\nBe kind."},
         {"role": "user", "content": "a\nb"},
-        {"role": "assistant", "content": "c"},
+        {"role": "assistant", "content": "c", "reasoning_content": "?"},
         {"role": "user", "content": "d"},
     ]
     request = engine.requests[-1]
@@ -150,8 +150,14 @@ def test_the_fields_reach_the_engine(client: Client, engine: FakeEngine) -> None
         ({"temperature": 1.5}, "temperature: it must be between 0 and 1"),
         ({"top_p": 2}, "top_p"),
         ({"stop_sequences": ["a", ""]}, "stop_sequences: a stop string must not be empty"),
-        ({"tools": [{"name": "f"}]}, "tools: this server does not support tool calls"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"tools": [{"name": "f"}, {"name": "f"}]}, "there are two functions named 'f'"),
+        ({"tools": [{"name": "f", "type": "bash_20250124"}]}, "tools[0].type: this server does not support the tool"),
+        ({"thinking": {"type": "loud"}}, "thinking.type"),
+        ({"tools": [{"name": "f"}], "tool_choice": {"type": "tool", "name": "g"}}, "there is no function 'g'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]},
+            "messages[0].content[0].tool_use_id: it is missing",
+        ),
         ({"output_config": {"format": {}}}, "output_config"),
     ],
 )
@@ -201,3 +207,78 @@ def test_counting_tokens(client: Client, engine: FakeEngine) -> None:
     long = [{"role": "user", "content": "b" * 5000}]
     assert client.post(f"{URL}/count_tokens", {"messages": long}).json["input_tokens"] == 5018
     assert client.post(f"{URL}/count_tokens", {"messages": []}).status == 400
+
+
+WEATHER = {"name": "get_weather", "description": "The weather.", "input_schema": {"type": "object", "properties": {}}}
+CALLING = [
+    "<think>Hm",
+    "m.</think>Well",
+    ": ",
+    '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}',
+    "</tool_call>",
+]
+
+
+def put_together(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The content of a message from its events, which must come in order."""
+    blocks: list[dict[str, Any]] = []
+    is_open = False
+    for event in found:
+        if event["type"] == "content_block_start":
+            assert not is_open and event["index"] == len(blocks)
+            blocks.append(dict(event["content_block"]))
+            is_open = True
+        elif event["type"] == "content_block_delta":
+            assert is_open and event["index"] == len(blocks) - 1
+            delta, block = event["delta"], blocks[-1]
+            if delta["type"] == "input_json_delta":
+                block["json"] = block.get("json", "") + delta["partial_json"]
+            else:
+                name = delta["type"].removesuffix("_delta")
+                block[name] += delta[name]
+        elif event["type"] == "content_block_stop":
+            assert is_open and event["index"] == len(blocks) - 1
+            is_open = False
+    assert not is_open
+    for block in blocks:
+        if "json" in block:
+            block["input"] = json.loads(block.pop("json"))
+    return blocks
+
+
+def test_thoughts_and_calls_are_blocks(client: Client, engine: FakeEngine) -> None:
+    engine.reply = CALLING
+    body = {**BODY, "tools": [WEATHER], "thinking": {"type": "enabled", "budget_tokens": 1024}}
+    whole = client.post(URL, body).json
+    assert whole["stop_reason"] == "tool_use"
+    thinking, text, call = whole["content"]
+    assert thinking == {"type": "thinking", "thinking": "Hmm.", "signature": ""} and text["text"] == "Well: "
+    assert (call["name"], call["input"]) == ("get_weather", {"city": "Rome"}) and call["id"]
+    found = events(client.post(URL, {**body, "stream": True}))
+    streamed = put_together(found)
+    streamed[2]["id"] = call["id"]
+    assert streamed == whole["content"] and found[-2]["delta"]["stop_reason"] == "tool_use"
+    assert json.loads(engine.asks[0].tools)[0]["function"]["parameters"] == WEATHER["input_schema"]
+    assert engine.asks[0].thinks and not engine.asks[0].arguments
+
+
+def test_calls_and_results_reach_the_template(client: Client, engine: FakeEngine) -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"city": "Rome"}}
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "t1",
+        "content": [{"type": "text", "text": "sun"}],
+        "is_error": False,
+    }
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}, call]},
+        {"role": "user", "content": [result, {"type": "text", "text": "and now?"}]},
+    ]
+    assert client.post(URL, {**BODY, "messages": messages, "tools": [WEATHER]}).status == 200
+    _, one, answered, asked = engine.rendered
+    assert one["content"] == "a" and one["reasoning_content"] == "hm"
+    assert one["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city":"Rome"}'}
+    assert answered == {"role": "tool", "content": "sun", "tool_call_id": "t1", "name": "get_weather"}
+    assert asked == {"role": "user", "content": "and now?"}
+    assert not engine.asks[0].thinks

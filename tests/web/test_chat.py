@@ -62,7 +62,7 @@ def test_messages_reach_the_template_normalised(client: Client, engine: FakeEngi
         {"role": "developer", "content": "be brief"},
         {"role": "user", "name": "ann", "content": "a\nb"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "c1", "content": "42"},
+        {"role": "tool", "tool_call_id": "c1", "content": "42", "name": "f"},  # some templates want it
         {"role": "assistant", "content": None},
     ]
 

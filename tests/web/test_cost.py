@@ -23,7 +23,7 @@ from .fake_engine import FakeEngine
 OURS = str(Path(mullama.__file__).parent)
 #: What looks into classes, or copies objects, each time that it is asked.
 DEAR = {str(module.__file__) for module in (dataclasses, typing, uuid)}
-MOST = 86  # calls of our own functions until the engine has a request; what is resumed counts again
+MOST = 98  # calls of our own functions until the engine has a request; what is resumed counts again
 
 CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
 TEXT = ("/v1/completions", {"prompt": "hi"})

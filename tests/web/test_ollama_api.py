@@ -90,9 +90,9 @@ def test_a_name_may_have_the_tag_latest(client: Client, engine: FakeEngine) -> N
     ("path", "body", "words"),
     [
         ("/api/chat", {"messages": HI}, "model: it is missing"),
-        ("/api/chat", {**CHAT, "tools": [{}]}, "tools: this server does not support tool calls"),
-        ("/api/chat", {**CHAT, "format": "json"}, "format"),
-        ("/api/chat", {**CHAT, "think": True}, "think"),
+        ("/api/chat", {**CHAT, "tools": [{"type": "x"}]}, "tools[0].type: 'x' is not built"),
+        ("/api/chat", {**CHAT, "format": "xml"}, "format: it must be json or a JSON schema"),
+        ("/api/chat", {**CHAT, "think": "colossal"}, "think: 'colossal' is not known"),
         ("/api/chat", {"model": "fake", "messages": [{"role": "user", "images": ["x"]}]}, "messages[0].images"),
         ("/api/chat", {"model": "fake", "messages": [{"role": "king", "content": "x"}]}, "'king' is not a role"),
         ("/api/chat", {**CHAT, "options": {"temperature": 9}}, "options.temperature"),
@@ -174,3 +174,43 @@ def test_copy_and_delete(client: Client, stored: Store, services: Any) -> None:
     assert gone.status == 200 and {entry.key for entry in stored.entries()} == {"other-name"}
     none = client.request("DELETE", "/api/delete", b'{"model": "small"}', {"Content-Type": "application/json"})
     assert none.status == 404
+
+
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_thoughts_and_calls(client: Client, engine: FakeEngine) -> None:
+    call = '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome"}}</tool_call>'
+    engine.reply = ["<think>Hm", "m.</think>Well", call[:30], call[30:], call]
+    asked = {**CHAT, "tools": TOOLS, "think": True}
+    whole = client.post("/api/chat", {**asked, "stream": False}).json["message"]
+    wanted = {"name": "get_weather", "arguments": {"city": "Rome"}}
+    assert whole["thinking"] == "Hmm." and whole["content"] == "Well"
+    assert [one["function"] for one in whole["tool_calls"]] == [wanted] * 2
+    lines = [json.loads(line) for line in client.post("/api/chat", asked).body.splitlines()]
+    assert "".join(line["message"].get("thinking", "") for line in lines) == "Hmm."
+    assert "".join(line["message"]["content"] for line in lines) == "Well"
+    calls = [one["function"] for line in lines for one in line["message"].get("tool_calls", ())]
+    assert calls == [wanted] * 2 and lines[-1]["done"] and not any(line["done"] for line in lines[:-1])
+
+
+def test_thinking_may_be_switched_off(client: Client, engine: FakeEngine) -> None:
+    engine.thinks, engine.reply = True, ["<think>Hm.</think>", "Well"]
+    message = client.post("/api/chat", {**CHAT, "think": False, "stream": False}).json["message"]
+    assert message == {"role": "assistant", "content": "Well"} and not engine.asks[-1].thinks
+    text = client.post("/api/generate", {**TEXT, "stream": False, "think": "low"}).json
+    assert (text["thinking"], text["response"]) == ("Hm.", "Well")
+    assert json.loads(engine.asks[-1].arguments) == {"reasoning_effort": "low"}
+
+
+def test_calls_and_results_reach_the_template(client: Client, engine: FakeEngine) -> None:
+    call = {"function": {"name": "get_weather", "arguments": {"city": "Rome"}}}
+    more = [
+        {"role": "assistant", "content": "", "tool_calls": [call], "thinking": "hm"},
+        {"role": "tool", "tool_name": "get_weather", "content": "sun"},
+    ]
+    body = {**CHAT, "tools": TOOLS, "messages": [*CHAT["messages"], *more]}
+    assert client.post("/api/chat", body).status == 200
+    one, two = engine.rendered[-2:]
+    assert one["tool_calls"][0]["function"]["arguments"] == '{"city":"Rome"}' and one["reasoning_content"] == "hm"
+    assert two == {"role": "tool", "content": "sun", "name": "get_weather"}

@@ -136,12 +136,14 @@ def test_cve_2024_39721_a_device_is_no_model() -> None:
         ("CVE-2026-34756 n negative", {"n": -1}),
         ("CVE-2026-21869 a negative count", {"max_tokens": -2}),
         ("CVE-2026-21869 a negative n_discard", {"n_discard": -1}),
-        ("CVE-2026-2069 a grammar of nested repetitions", {"grammar": 'root ::= ("a"*)*'}),
         ("CVE-2025-62164 a prompt as embeddings", {"prompt_embeds": "AAAA", "best_of": 1}),
         ("CVE-2025-62372 embeddings of another shape", {"prompt_embeds": ["AAAA", "AA"], "best_of": 1}),
         ("CVE-2025-48942 a schema that is none", {"response_format": {"type": "json_schema", "json_schema": {"x": 1}}}),
         ("CVE-2025-48943 an expression that is none", {"guided_regex": "[", "response_format": {"type": "regex"}}),
-        ("CVE-2025-48944 a tool whose pattern is none", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (
+            "CVE-2025-48944 a tool whose schema is none",
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]},
+        ),
         ("CVE-2025-48944 a tool of a type that is none", {"tools": [{"type": "x"}]}),
     ],
 )

@@ -181,8 +181,8 @@ def test_items_become_messages(client: Client, engine: FakeEngine) -> None:
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": "a\nb"},
         {"role": "assistant", "content": "c", "reasoning_content": "hm", "tool_calls": calls},
-        {"role": "tool", "content": "1", "tool_call_id": "call_1"},
-        {"role": "tool", "content": "2", "tool_call_id": "call_2"},
+        {"role": "tool", "content": "1", "tool_call_id": "call_1", "name": "f"},
+        {"role": "tool", "content": "2", "tool_call_id": "call_2", "name": "g"},
     ]
 
 

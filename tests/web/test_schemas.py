@@ -172,6 +172,7 @@ def test_every_sampling_parameter_can_be_set() -> None:
         "min_tokens": 2,
         "ignore_eos": True,
         "stop": "end",
+        "guided_regex": "[0-9]+",
     }
     params = completion(json.dumps({"prompt": "x"} | body).encode())[0].sampling
     unset = [
@@ -179,7 +180,7 @@ def test_every_sampling_parameter_can_be_set() -> None:
         for field in dataclasses.fields(SamplingParams)
         if getattr(params, field.name) == getattr(SamplingParams(), field.name)
     ]
-    assert unset == ["constraint"]
+    assert unset == ["shown"]
     assert params.repeat_penalty == 1.5
     assert params.logit_bias == ((5, -100.0), (7, 1.5))
     assert params.stop == ("end",)

@@ -63,12 +63,11 @@ def test_other_numbers_are_refused_by_name(client: Client, text: str, param: str
     assert reply.status == 400 and reply.error["param"] == param
 
 
-def test_numbers_in_messages_stay_as_they_came(client: Client, engine: FakeEngine) -> None:
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, "x": 3.0}
-    messages = [*BODY["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]
-    assert client.post(CHAT, {"messages": messages, "max_tokens": 2.0}).status == 200
-    rendered: Any = engine.rendered
-    assert isinstance(rendered[1]["tool_calls"][0]["x"], float)
+def test_numbers_of_functions_stay_as_they_came(client: Client, engine: FakeEngine) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "number", "minimum": 3.0}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    assert client.post(CHAT, {**BODY, "tools": tools, "max_tokens": 2.0}).status == 200
+    assert b'"minimum":3.0' in engine.asks[0].tools
 
 
 @pytest.mark.parametrize(

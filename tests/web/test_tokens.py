@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -72,7 +73,7 @@ def test_pieces(client: Client) -> None:
         ({"content": [[1]]}, "content[0]", "got a list"),
         ({"content": [1] * 4097}, "content", "at most 4096 parts"),
         ({"messages": []}, "messages", "at least one message"),
-        ({"messages": CHAT, "tools": [{}]}, "tools", "leave the field out"),
+        ({"messages": CHAT, "chat_template": "{{x}}"}, "chat_template", "leave the field out"),
         ({"messages": CHAT, "chat_template": "x"}, "chat_template", "leave the field out"),
     ],
 )
@@ -104,13 +105,15 @@ def test_detokenize_gives_back_what_was_tokenised(client: Client, path: str) -> 
     assert client.post(path, {"tokens": ["a"]}).error["param"] == "tokens[0]"
 
 
-def test_apply_template(client: Client) -> None:
+def test_apply_template(client: Client, engine: FakeEngine) -> None:
     assert client.post("/apply-template", {"messages": CHAT}).json == {"prompt": RENDERED}
     plain = client.post("/apply-template", {"messages": CHAT, "add_generation_prompt": False})
     assert plain.json == {"prompt": "<user>Hi"}
     assert client.post("/apply-template", {}).error["param"] == "messages"
-    refused = client.post("/apply-template", {"messages": CHAT, "chat_template_kwargs": {"a": 1}})
-    assert refused.error["param"] == "chat_template_kwargs"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    more = {"tools": tools, "chat_template_kwargs": {"a": 1}}
+    assert client.post("/apply-template", {"messages": CHAT, **more}).status == 200
+    assert json.loads(engine.asks[-1].tools) == tools and json.loads(engine.asks[-1].arguments) == {"a": 1}
 
 
 def test_tokenizer_info(client: Client) -> None:

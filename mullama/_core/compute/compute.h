@@ -6,6 +6,7 @@
 #include "clock.h"
 #include "governor.h"
 #include "guard.h"
+#include "matching.h"
 #include "pool.h"
 
 #include "llama.h"
@@ -40,6 +41,7 @@ class Compute {
     llama_batch batch = {};
     Guard guard;
     NeighbourLoad neighbours;
+    MaskWorker masks;   // of constraints, while the graph runs
     uint64_t busy_since = 0;  // end of the last step; 0 after idling
     std::atomic<uint64_t> switched_ns{0}; // last step of the old weights ended; 0: the new ones have taken one
     int code = 0;             // llama_decode's, of the last trial
@@ -59,6 +61,7 @@ class Compute {
 
     // Contexts with these threads must be gone.
     void close() {
+        masks.close();
         if (pool != nullptr) pool_free(pool);
         pool = nullptr;
         if (seat != 0) turns->leave(seat);

@@ -10,6 +10,7 @@ from libc.stdint cimport uint64_t
 from libcpp cimport bool as cbool
 
 from mullama._core.compute.arbiter cimport TurnTable
+from mullama._core.constraint.grammars cimport MaskWorker
 from mullama._core.output.clock cimport Deadline, Flag, NeighbourLoad
 from mullama._core.compute.governor cimport GovernorState
 from mullama._core.llama cimport *
@@ -22,6 +23,7 @@ cdef extern from "guard.h" namespace "mullama" nogil:
         CORE_DECODE "mullama::CORE_DECODE"
         CORE_NO_KV "mullama::CORE_NO_KV"
         CORE_ADAPTER "mullama::CORE_ADAPTER"
+        CORE_CONSTRAINT "mullama::CORE_CONSTRAINT"
     cppclass Guard:
         const char * message
     int guarded_decode(llama_context * ctx, const llama_batch & batch, Guard & guard)
@@ -45,6 +47,7 @@ cdef extern from "compute.h" namespace "mullama" nogil:
         llama_batch batch
         Guard guard
         NeighbourLoad neighbours
+        MaskWorker masks
         uint64_t busy_since
         uint64_t switched_ns "switched_ns.load" ()
         void set_switched "switched_ns.store" (uint64_t ns)

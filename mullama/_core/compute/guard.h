@@ -16,6 +16,7 @@ enum CoreError : int {
     CORE_DECODE        = 3, // llama_decode failed for good
     CORE_NO_KV         = 4, // no room in the KV cache
     CORE_ADAPTER       = 5, // an adapter of the request is gone
+    CORE_CONSTRAINT    = 6, // the text cannot be held to its constraint any more
     CORE_EXCEPTION     = 100,
 };
 

@@ -11,11 +11,13 @@ The engine thread owns a Core: every method is called from that thread, except `
 
 cimport cython
 from cpython.unicode cimport PyUnicode_DecodeUTF8
+from cython.operator cimport dereference
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memset
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.constraint.grammars cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr, build_set, use_set
 from mullama._core.compute.arbiter cimport Arbiter
 from mullama._core.output.clock cimport now_ns
@@ -28,7 +30,7 @@ from mullama._core.model.model cimport Model
 from mullama._core.output.output cimport RECORD_FINISH, RECORD_TEXT, FinishBody, PageBlocks, RecordHeader
 from mullama._core.output.page cimport Page, page_at
 from mullama._core.core.parking cimport Parked
-from mullama._core.sampling.chain cimport Chain, Sampling, accept_all, build_chain, prepared_for
+from mullama._core.sampling.chain cimport Chain, Sampling, accept_all, begin_matching, build_chain, prepared_for
 from mullama._core.core.slots cimport Slot
 from mullama.abi cimport *
 from mullama._core.compute.arbiter import arbiter as default_arbiter
@@ -71,6 +73,7 @@ cdef class Core:
         self.n_slots = context.n_slots
         self.n_batch = context.n_batch
         self.unified = context.unified
+        self.loop.n_batch = self.n_batch
         cdef bint has_pool
         with nogil:
             has_pool = self.compute.open(n_threads, context.n_batch)
@@ -441,6 +444,7 @@ cdef class Core:
         cdef vector[llama_token] tokens = prompt
         cdef vector[llama_logit_bias] bias
         cdef vector[string] stops
+        cdef vector[llama_token] none
         cdef size_t i
         if tokens.empty() or <int> tokens.size() >= self.slots.n_ctx + 1:
             raise InvalidRequest(f"a prompt must have 1 to {self.slots.n_ctx} tokens, got {tokens.size()}",
@@ -458,8 +462,10 @@ cdef class Core:
             raise InvalidRequest("this model's context cannot be shifted", param="context_policy")
         for stop in params.stop:
             stops.push_back(stop.encode("utf-8", "surrogatepass"))
+        cdef vector[llama_token] shown = self.model.controls_of(params.shown)
         cdef LoraSetPtr lora = build_set(self.model, adapters)
         cdef Sampling sampling = prepared_for(self.model, params, prepared)
+        cdef MatchingPtr matching = begin_matching(sampling, self.model, none)
         cdef Chain chain = build_chain(sampling, params, self.slots.n_ctx, bias)
         reuse = self.slots.keep_head(slot, reuse)
         s.n_past = reuse
@@ -480,6 +486,10 @@ cdef class Core:
         s.greedy = chain.greedy
         s.top_k_first = chain.top_k_first
         s.bias.swap(bias)
+        s.shown.swap(shown)
+        s.matching = matching
+        if matching.get() is not NULL and dereference(matching).wants_mask():
+            self.compute.masks.add(matching)
         s.gate.stops.swap(stops)
         self.slots.begin_text(s)
         if s.chain is not NULL:
@@ -609,14 +619,15 @@ cdef class Core:
             raise ValueError("only a preempted sequence without saved KV can change its core")
         self.out.counters.parked -= 1
 
-    def take_in(self, Parked parked not None, uint64_t handle, tokens=None, params=None, adapters=()):
+    def take_in(self, Parked parked not None, uint64_t handle, tokens=None, params=None, adapters=(), *,
+                int n_prompt=0):
         """Know a preempted sequence that another core has let go by ``handle``; ``resume`` goes on with it.
 
         Where the other model's token ids mean something else, ``tokens`` are the sequence's text in this vocabulary
-        and ``params`` the request's sampling parameters, of which the sampler is made anew. ``adapters`` are this
+        (the first ``n_prompt`` of them are the prompt) and ``params`` the request's sampling parameters, of which the sampler is made anew. ``adapters`` are this
         core's. Raises InvalidRequest when it does not fit; then the sequence is as it was.
         """
-        parked.adopt(self.model, self.slots.n_ctx, handle, tokens, params, adapters)
+        parked.adopt(self.model, self.slots.n_ctx, handle, tokens, n_prompt, params, adapters)
         self.out.counters.parked += 1
 
     def drop_saved(self, Parked parked not None):

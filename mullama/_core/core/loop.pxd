@@ -30,6 +30,7 @@ cdef class Loop:
     cdef Slots * slots
     cdef const llama_vocab * vocab     # of the model in charge
     cdef int n_vocab
+    cdef int n_batch                   # tokens of one decode at most
     cdef vector[llama_token] eog
     cdef vector[llama_token_data] candidates
     cdef string released
@@ -53,7 +54,11 @@ cdef class Loop:
     cdef int decode(self, int n_tokens, int n_seqs, uint64_t * ns) noexcept nogil
     cdef void shift(self, int slot) noexcept nogil
     cdef void decode_rows(self, size_t first, size_t last, bint is_extra) noexcept nogil
+    cdef bint catch_up(self, size_t first, size_t last) noexcept nogil
+    cdef bint comes_at_once(self, Slot * s) noexcept nogil
     cdef void prefill(self, int slot, int n) noexcept nogil
     cdef void fail_rows(self, const int32_t * which, size_t n, int rc) noexcept nogil
     cdef llama_token choose(self, int slot, int row, int * error) noexcept nogil
+    cdef llama_token draw(self, Slot * s, const float * logits, int * error) noexcept nogil
     cdef void commit(self, int slot, int row) noexcept nogil
+    cdef bint append(self, Slot * s, int slot, llama_token token, uint64_t start, uint64_t sampled) noexcept nogil

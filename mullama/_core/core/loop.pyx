@@ -9,14 +9,15 @@ the sets in turn and begins with the one that is in charge already.
 
 cimport cython
 from cython.operator cimport dereference
-from libc.math cimport NAN
+from libc.math cimport INFINITY, NAN
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libcpp.vector cimport vector
 
 from mullama._core.lora.adapters cimport same_set
+from mullama._core.constraint.grammars cimport Next, apply_mask
 from mullama._core.output.clock cimport now_ns
 from mullama._core.compute.compute cimport (
-    CORE_ADAPTER, CORE_DECODE, CORE_NO_KV, CORE_NOT_FINITE, CORE_SAMPLER, Compute, guarded_decode, guarded_sample)
+    CORE_ADAPTER, CORE_CONSTRAINT, CORE_DECODE, CORE_NO_KV, CORE_NOT_FINITE, CORE_SAMPLER, Compute, guarded_decode, guarded_sample)
 from mullama._core.llama cimport *
 from mullama._core.output.output cimport Output
 from mullama._core.core.slots cimport MAX_PIECE, Slot, Slots
@@ -174,6 +175,7 @@ cdef class Loop:
         cdef bint retry = False
         cdef bint is_new = self.slots.in_charge.get() is not NULL and dereference(self.slots.in_charge).is_new
         self.compute.batch.n_tokens = n_tokens
+        self.compute.masks.start()
         ns[0] = 0
         while True:
             threads = 1 if retry else self.compute.governor.threads_for(n_tokens)
@@ -238,8 +240,8 @@ cdef class Loop:
         cdef int row, rc, slot
         cdef Slot * s
         cdef uint64_t ns
-        cdef int n = <int> (last - first)
-        if self.compute.deadline.stop.get():
+        cdef int n = <int> (last - first), n_tokens = n, j
+        if self.compute.deadline.stop.get() or not self.catch_up(first, last):
             return
         if is_extra:
             if same_set(self.slots.in_charge, self.decoding(first).lora):
@@ -255,22 +257,69 @@ cdef class Loop:
             s = self.slots.at(slot)
             if s.n_past >= self.slots.n_ctx and s.shift_keep >= 0:
                 self.shift(slot)
-            self.compute.put_token(row, s.tokens[s.n_past], s.n_past, slot, True)
-        rc = self.decode(n, n, &ns)
+            if n == 1:
+                n_tokens = <int> s.tokens.size() - s.n_past
+                for j in range(n_tokens):
+                    self.compute.put_token(j, s.tokens[s.n_past + j], s.n_past + j, slot, j == n_tokens - 1)
+            else:
+                self.compute.put_token(row, s.tokens[s.n_past], s.n_past, slot, True)
+        rc = self.decode(n_tokens, n, &ns)
         if rc != 0:
             self.fail_rows(&self.plan_decode[first], n, rc)
             return
-        self.out.counters.decode_tokens += n
+        self.out.counters.decode_tokens += n_tokens
         for i in range(first, last):
             s = self.decoding(i)
-            s.n_past += 1
+            s.n_past += n_tokens if n == 1 else 1
             s.row.decode_ns += ns
             s.row.ubatches += 1
             s.row.batch_sum += n
             s.row.threads_min = min(s.row.threads_min, <uint32_t> self.compute.threads)
             s.row.threads_max = max(s.row.threads_max, <uint32_t> self.compute.threads)
         for i in range(first, last):
-            self.commit(self.plan_decode[i], <int> (i - first))
+            self.commit(self.plan_decode[i], n_tokens - 1 if n == 1 else <int> (i - first))
+
+    cdef bint catch_up(self, size_t first, size_t last) noexcept nogil:
+        """Compute what slots of a range have to compute beside their last token: tokens that a grammar forced. One that
+        is alone in its range computes them together with that.
+
+        False: one failed, and the range is none any more.
+        """
+        cdef size_t i
+        cdef int j, n, rc, most = self.n_batch if last - first == 1 else 1
+        cdef uint64_t ns
+        cdef Slot * s
+        for i in range(first, last):
+            s = self.decoding(i)
+            while <int> s.tokens.size() - s.n_past > most:
+                n = min(<int> s.tokens.size() - s.n_past - 1, self.n_batch)
+                if not self.slots.put_in_charge(s.lora):
+                    self.fail_rows(&self.plan_decode[i], 1, CORE_ADAPTER)
+                    return False
+                for j in range(n):
+                    self.compute.put_token(j, s.tokens[s.n_past + j], s.n_past + j, self.plan_decode[i], False)
+                rc = self.decode(n, 1, &ns)
+                if rc != 0:
+                    self.fail_rows(&self.plan_decode[i], 1, rc)
+                    return False
+                self.out.counters.decode_tokens += n
+                s.n_past += n
+                s.row.decode_ns += ns
+                s.row.ubatches += 1
+                s.row.batch_sum += 1
+        return True
+
+    cdef bint comes_at_once(self, Slot * s) noexcept nogil:
+        """Whether forced tokens are computed together, before the next step, because that costs less than their share
+        of as many steps."""
+        cdef int n = <int> dereference(s.matching).n_forced()
+        cdef int rows = max(<int> self.plan_decode.size(), 1)
+        cdef double alone = self.compute.governor.expected(n), together = self.compute.governor.expected(rows)
+        if s.shift_keep >= 0 or n < 2:
+            return False
+        if alone <= 0 or together <= 0:
+            return n > rows
+        return alone * rows < together * n
 
     cdef void prefill(self, int slot, int n) noexcept nogil:
         """The next ``n`` prompt tokens of a slot; samples the first token when they are the last."""
@@ -322,8 +371,7 @@ cdef class Loop:
         """Sample from the logits of a batch row. -1 with ``error`` set when that is not possible."""
         cdef Slot * s = self.slots.at(slot)
         cdef float * logits = llama_get_logits_ith(self.slots.ctx, row)
-        cdef llama_token_data_array array
-        cdef int32_t n
+        cdef const uint32_t * mask
         cdef size_t i
         cdef llama_token token
         error[0] = CORE_NOT_FINITE
@@ -333,12 +381,30 @@ cdef class Loop:
         if self.fault_slot == slot:
             self.fault_slot = -1
             logits[self.n_vocab // 2] = NAN
-        # The row is ours until the next decode, so biases go straight into it.
-        if s.ignore_eos or s.n_generated < s.min_tokens:
+        # The row is ours until the next decode, so masks and biases go straight into it.
+        if s.matching.get() is not NULL and not dereference(s.matching).is_open():
+            mask = dereference(s.matching).mask()
+            if mask is NULL:
+                error[0] = CORE_CONSTRAINT
+                return -1
+            apply_mask(logits, self.n_vocab, mask)
+        if s.ignore_eos or s.n_generated < s.min_tokens \
+                or (s.matching.get() is not NULL and not dereference(s.matching).may_end()):
             for i in range(self.eog.size()):
                 logits[self.eog[i]] = -1e30
         for i in range(s.bias.size()):
             logits[s.bias[i].token] += s.bias[i].bias
+        while True:
+            token = self.draw(s, logits, error)
+            if token < 0 or s.matching.get() is NULL or dereference(s.matching).may_come(token, self.vocab):
+                return token
+            logits[token] = -INFINITY
+
+    cdef llama_token draw(self, Slot * s, const float * logits, int * error) noexcept nogil:
+        """Sample from a row that is as it should be."""
+        cdef llama_token_data_array array
+        cdef int32_t n
+        cdef llama_token token
         if s.greedy:
             return scan_argmax(logits, self.n_vocab)
         if s.top_k_first > 0:
@@ -359,13 +425,13 @@ cdef class Loop:
     cdef void commit(self, int slot, int row) noexcept nogil:
         """Sample the next token of a slot and let its text out; decides whether the request ends with it."""
         cdef Slot * s = self.slots.at(slot)
-        cdef int error = 0, stop = -1
-        cdef uint64_t start = now_ns(), sampled, end
-        cdef llama_token token = self.choose(slot, row, &error)
-        cdef char piece[MAX_PIECE]
-        cdef int32_t n = 0
-        cdef size_t i
-        cdef bint eog = False
+        cdef int error = 0
+        cdef uint64_t start = now_ns(), sampled
+        cdef llama_token token
+        if s.matching.get() is not NULL and dereference(s.matching).has_forced():
+            token = dereference(s.matching).take_forced()
+        else:
+            token = self.choose(slot, row, &error)
         sampled = now_ns()
         s.row.sample_ns += sampled - start
         self.out.counters.sample_ns += sampled - start
@@ -373,6 +439,21 @@ cdef class Loop:
             s.poisoned = True
             self.slots.finish(s, slot, MULLAMA_FINISH_ERROR, -1, error)
             return
+        if self.append(s, slot, token, start, sampled) and s.matching.get() is not NULL and self.comes_at_once(s):
+            while dereference(s.matching).has_forced():
+                start = now_ns()
+                if not self.append(s, slot, dereference(s.matching).take_forced(), start, start):
+                    break
+        self.out.counters.commit_ns += now_ns() - sampled
+
+    cdef bint append(self, Slot * s, int slot, llama_token token, uint64_t start, uint64_t sampled) noexcept nogil:
+        """A token of a slot is chosen: let its text out. Whether the request goes on."""
+        cdef int stop = -1
+        cdef Next next = Next.goes_on
+        cdef char piece[MAX_PIECE]
+        cdef int32_t n = 0
+        cdef size_t i
+        cdef bint eog = False, shows = False
         self.out.counters.sampled_tokens += 1
         self.out.site(MULLAMA_SITE_SAMPLE, slot, s.handle, token, sampled - start)
         s.tokens.push_back(token)
@@ -386,20 +467,27 @@ cdef class Loop:
                 eog = True
                 break
         if not eog:
-            n = llama_token_to_piece(self.vocab, token, piece, MAX_PIECE, 0, False)
+            shows = s.shows(token)
+            n = llama_token_to_piece(self.vocab, token, piece, MAX_PIECE, 0, shows)
             if n < 0:
                 # A piece longer than any sane one: the negated length is what it needs.
                 self.long_piece.resize(-n)
-                n = llama_token_to_piece(self.vocab, token, &self.long_piece[0], -n, 0, False)
+                n = llama_token_to_piece(self.vocab, token, &self.long_piece[0], -n, 0, shows)
                 stop = s.gate.push(&self.long_piece[0], max(n, 0), s.n_generated >= s.min_tokens, self.released)
             else:
                 stop = s.gate.push(piece, n, s.n_generated >= s.min_tokens, self.released)
             s.pending_text.append(self.released)
-        if eog or stop >= 0:
+        if not eog and stop < 0 and s.matching.get() is not NULL:
+            next = dereference(s.matching).seen(token, self.vocab)
+            if next == Next.goes_on and dereference(s.matching).wants_mask():
+                self.compute.masks.add(s.matching)
+        if eog or stop >= 0 or next == Next.complete:
             self.slots.finish(s, slot, MULLAMA_FINISH_STOP, stop, 0)
+        elif next == Next.failed:
+            self.slots.finish(s, slot, MULLAMA_FINISH_ERROR, -1, CORE_CONSTRAINT)
         elif s.n_generated >= s.max_tokens:
             self.slots.finish(s, slot, MULLAMA_FINISH_LENGTH, -1, 0)
         else:
             self.slots.flush_text(s)
-        end = now_ns()
-        self.out.counters.commit_ns += end - sampled
+            return True
+        return False

@@ -21,6 +21,7 @@ cdef class Parked:
 
     cdef int take_from(self, Slots * slots, int slot, bint save) except -1
     cdef int put_into(self, Slots * slots, int slot, int reuse) except -1
-    cdef int adopt(self, Model model, int n_ctx, uint64_t handle, tokens, params, adapters) except -1
+    cdef int adopt(self, Model model, int n_ctx, uint64_t handle, tokens, int n_prompt, params,
+                   adapters) except -1
     cdef void drop(self, Slots * slots) noexcept
     cdef void forget(self, Slots * slots) noexcept

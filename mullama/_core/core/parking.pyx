@@ -3,10 +3,11 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
+from mullama._core.constraint.grammars cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr, build_set
 from mullama._core.output.clock cimport now_ns
 from mullama._core.llama cimport *
-from mullama._core.sampling.chain cimport Chain, accept_all, build_chain, prepared_for
+from mullama._core.sampling.chain cimport Chain, Sampling, accept_all, begin_matching, build_chain, prepared_for
 from mullama._core.core.slots cimport Slot, Slots, swap_slots
 from mullama.abi cimport *
 from mullama.errors import InvalidRequest
@@ -106,10 +107,14 @@ cdef class Parked:
         slots.out.site(MULLAMA_SITE_RESUME, slot, s.handle, reuse, n)
         return 0
 
-    cdef int adopt(self, Model model, int n_ctx, uint64_t handle, tokens, params, adapters) except -1:
+    cdef int adopt(self, Model model, int n_ctx, uint64_t handle, tokens, int n_prompt, params,
+                   adapters) except -1:
         """Become a sequence of another model (see Core.take_in)."""
         cdef vector[llama_token] known = self.slot.tokens if tokens is None else tokens
         cdef vector[llama_logit_bias] bias
+        cdef vector[llama_token] answer
+        cdef Sampling sampling
+        cdef MatchingPtr matching
         cdef Chain chain
         cdef LoraSetPtr lora = build_set(model, adapters)
         cdef size_t i
@@ -118,13 +123,18 @@ cdef class Parked:
         for i in range(known.size()):
             model.check_token(known[i])
         if tokens is not None:
-            chain = build_chain(prepared_for(model, params, None), params, n_ctx, bias)
+            sampling = prepared_for(model, params, None)
+            answer = tokens[n_prompt:]
+            matching = begin_matching(sampling, model, answer)
+            chain = build_chain(sampling, params, n_ctx, bias)
             if self.slot.chain is not NULL:
                 llama_sampler_free(self.slot.chain)
             self.slot.chain = chain.ptr
             self.slot.greedy = chain.greedy
             self.slot.top_k_first = chain.top_k_first
             self.slot.bias.swap(bias)
+            self.slot.shown = model.controls_of(params.shown)
+            self.slot.matching = matching
             self.slot.tokens.swap(known)
             if chain.ptr is not NULL:
                 with nogil:

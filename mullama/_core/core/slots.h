@@ -3,7 +3,7 @@
 //
 // Slot i is llama.cpp's sequence id i. The law of the KV bookkeeping: cells [0, n_past) of a slot hold the KV of its
 // tokens [0, n_past). While a slot decodes, tokens has one more entry: the token that was sampled last and is computed
-// in the next step.
+// in the next step; and some more where a grammar forced what comes behind it.
 //
 //     tokens   |0 ....... prompt ....... n_prompt)[ ... generated ... | last)
 //     in KV    |0 .......................................... n_past)
@@ -14,6 +14,7 @@
 #include "../../abi.h"
 #include "compute.h"
 #include "guard.h"
+#include "matching.h"
 #include "adapters.h"
 #include "output.h"
 #include "text.h"
@@ -56,12 +57,16 @@ struct Slot {
     bool     greedy = false;         // argmax of the (biased) logits, no chain needed
     int32_t  top_k_first = 0;        // > 0: the chain looks at the k largest only, so only those are built
     std::vector<llama_logit_bias> bias;
+    MatchingPtr matching;            // what the text is held to; none: it is free
 
+    std::vector<llama_token> shown;  // control tokens whose names are part of its text; few
     TextGate gate;
     std::string pending_text;        // final, but not yet in the ring
     mullama_row row = {};
 
     bool open() const { return runs() || state == MULLAMA_SLOT_DONE; }
+
+    bool shows(llama_token token) const { return std::find(shown.begin(), shown.end(), token) != shown.end(); }
 
     bool runs() const { return state == MULLAMA_SLOT_PREFILL || state == MULLAMA_SLOT_DECODE; }
 
@@ -71,6 +76,8 @@ struct Slot {
             chain = nullptr;
         }
         bias.clear();
+        shown.clear();
+        matching.reset();
         gate = TextGate();
         pending_text.clear();
         lora.reset();

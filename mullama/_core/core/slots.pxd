@@ -10,6 +10,7 @@ from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.constraint.grammars cimport MatchingPtr
 from mullama._core.lora.adapters cimport LoraSetPtr
 from mullama._core.compute.compute cimport Compute, Guard
 from mullama._core.llama cimport *
@@ -39,9 +40,12 @@ cdef extern from "slots.h" namespace "mullama" nogil:
         int32_t top_k_first
         vector[llama_logit_bias] bias
         LoraSetPtr lora
+        vector[llama_token] shown
+        MatchingPtr matching
         TextGate gate
         string pending_text
         mullama_row row
+        cbool shows(llama_token token)
         cbool open()
         cbool runs()
         void end_request()

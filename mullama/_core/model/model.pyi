@@ -2,6 +2,8 @@ from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any
 
+from mullama._core.chat.parsing import AnswerFormat
+
 def init_backend() -> None: ...
 def set_log_level(level: str) -> None: ...
 def chat_template_names() -> list[str]: ...
@@ -44,4 +46,20 @@ class Model:
     def detokenize_bytes(self, tokens: Iterable[int], *, special: bool = False) -> bytes: ...
     def piece(self, token: int, *, special: bool = False) -> bytes: ...
     def render_chat(self, messages_json: bytes, *, add_generation_prompt: bool = True) -> str: ...
+    def open_chat(
+        self,
+        messages_json: bytes,
+        *,
+        tools: bytes = b"",
+        parameters: bytes = b"",
+        arguments: bytes = b"",
+        add_generation_prompt: bool = True,
+        thinks: bool = True,
+        splits: bool = True,
+        may_call: bool = True,
+        must_call: bool = False,
+        parallel: bool = True,
+        is_generic: bool = False,
+    ) -> tuple[str, AnswerFormat]: ...
+    def chat_caps(self) -> dict[str, bool]: ...
     def chat_template(self) -> str: ...

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 from mullama._core.llama cimport *
+from mullama._core.chat.parsing cimport make_format
 from mullama.errors import InvalidRequest, LoadCancelled, ModelLoadError
 
 
@@ -496,6 +497,15 @@ cdef class Model:
             n = llama_token_to_piece(self.vocab, id, buf.data(), <int32_t> buf.size(), 0, special)
         return buf.data()[:max(n, 0)]
 
+    cdef vector[llama_token] controls_of(self, texts) except *:
+        """The control tokens that are spelled like one of ``texts``; other texts are none."""
+        cdef vector[llama_token] found
+        for text in texts:
+            tokens = self.tokenize(text, add_special=False)
+            if len(tokens) == 1 and not self.piece(tokens[0]):
+                found.push_back(tokens[0])
+        return found
+
     # -- chat -------------------------------------------------------------------------------------
 
     def render_chat(self, bytes messages_json, *, bint add_generation_prompt=True):
@@ -515,14 +525,48 @@ cdef class Model:
         finally:
             self.leave()
         if not ok:
-            reason = error.decode("utf-8", "replace")[:300]
-            raise InvalidRequest(f"the chat template refuses these messages: {reason}", param="messages")
+            raise _refused(error)
         return prompt.decode("utf-8", "replace")
+
+    def open_chat(self, bytes messages_json, *, bytes tools=b"", bytes parameters=b"", bytes arguments=b"",
+                  bint add_generation_prompt=True, bint thinks=True, bint splits=True, bint may_call=True,
+                  bint must_call=False, bint parallel=True, bint is_generic=False):
+        """The prompt of a chat with functions and thoughts, and the AnswerFormat of its answer; the GIL is released.
+
+        The parameters are ChatAsk's (chat_shim.h). Raises InvalidRequest as ``render_chat`` does.
+        """
+        self.check()
+        cdef ChatAsk ask
+        cdef ChatOpened opened
+        cdef string error
+        cdef cbool ok
+        ask.messages, ask.tools, ask.parameters, ask.arguments = messages_json, tools, parameters, arguments
+        ask.add_generation_prompt, ask.thinks, ask.is_generic = add_generation_prompt, thinks, is_generic
+        ask.splits, ask.may_call, ask.must_call, ask.parallel = splits, may_call, must_call, parallel
+        self.enter()
+        try:
+            with nogil:
+                ok = self.chat.get().open(ask, opened, error)
+        finally:
+            self.leave()
+        if not ok:
+            raise _refused(error)
+        return opened.prompt.decode("utf-8", "replace"), make_format(opened.format, opened.facts)
+
+    def chat_caps(self):
+        """What the template can do, by llama.cpp's names (``supports_tools`` …)."""
+        self.check()
+        return {name.decode(): can for name, can in self.chat.get().caps()}
 
     def chat_template(self):
         """Source of the template in use."""
         self.check()
         return self.chat.get().source().decode("utf-8", "replace")
+
+
+def _refused(bytes error):
+    reason = error.decode("utf-8", "replace")[:300]
+    return InvalidRequest(f"the chat template refuses these messages: {reason}", param="messages")
 
 
 def _forget_errors():

@@ -9,6 +9,7 @@ from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
+from mullama._core.constraint.grammars cimport Grammar, MatchingPtr
 from mullama._core.llama cimport llama_logit_bias, llama_sampler, llama_token, llama_vocab
 from mullama._core.model.model cimport Model
 
@@ -53,9 +54,11 @@ cdef class Sampling:
     cdef readonly Model model
     cdef vector[llama_logit_bias] bias
     cdef vector[TokenSequence] breakers
+    cdef Grammar grammar     # None: the text is free
 
     cdef int need_breakers(self, tuple texts) except -1
 
 
 cdef Sampling prepared_for(Model model, object params, object prepared)
+cdef MatchingPtr begin_matching(Sampling prepared, Model model, const vector[llama_token] & known) except *
 cdef Chain build_chain(Sampling prepared, object params, int32_t n_ctx, vector[llama_logit_bias] & bias) except *

@@ -6,6 +6,7 @@ to the logits themselves before the chain, which is what llama.cpp's logit-bias 
 candidates to be built.
 """
 
+from cython.operator cimport dereference
 from libc.stdint cimport int32_t, uint32_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
@@ -13,6 +14,7 @@ from libcpp.vector cimport vector
 
 import secrets
 
+from mullama._core.constraint.grammars cimport Next, compile_for
 from mullama._core.llama cimport *
 from mullama._core.model.model cimport Model
 from mullama.errors import InvalidRequest
@@ -144,6 +146,8 @@ cdef class Sampling:
             self.bias.push_back(entry)
         if params.dry_multiplier > 0 and params.dry_base >= 1 and params.dry_penalty_last_n != 0:
             self.need_breakers(tuple(params.dry_sequence_breakers))
+        if params.constraint is not None:
+            self.grammar = compile_for(model, params.constraint)
 
     cdef int need_breakers(self, tuple texts) except -1:
         cdef BreakerTable table
@@ -170,6 +174,19 @@ cdef Sampling prepared_for(Model model, object params, object prepared):
     if prepared is not None and (<Sampling?> prepared).model is model:
         return prepared
     return Sampling(model, params)
+
+
+cdef MatchingPtr begin_matching(Sampling prepared, Model model, const vector[llama_token] & known) except *:
+    """What holds a text to its constraint, where it has one; ``known``: the tokens of it that are there already.
+
+    Raises InvalidRequest where these are not what is allowed.
+    """
+    cdef MatchingPtr matching
+    if prepared.grammar is not None:
+        matching = prepared.grammar.begin()
+        if dereference(matching).start(known, model.vocab) != Next.goes_on:
+            raise InvalidRequest("the constraint allows nothing here", param="constraint")
+    return matching
 
 
 cdef Chain build_chain(Sampling prepared, object params, int32_t n_ctx, vector[llama_logit_bias] & bias) except *:

@@ -49,6 +49,7 @@ def sections(report: dict[str, Any]) -> Iterator[tuple[str, Sequence[str]]]:
     yield "build", _build(report["build"])
     yield "libraries", _libraries(report["libraries"])
     yield "devices", [_device(one) for one in report["devices"]] or ["unknown: the libraries are not loaded"]
+    yield "constraints", [_constraints(report["constraints"])]
     yield "ways", _ways(report["ways"]) or ["not known yet: they are tried when a model is loaded first"]
 
 
@@ -122,6 +123,13 @@ def _libraries(libraries: Sequence[dict[str, Any]]) -> list[str]:
 def _device(one: dict[str, Any]) -> str:
     memory = f"{_size(one['memory_free'])} free of {_size(one['memory_total'])}"
     return f"{one['name']} ({one['type']}): {one['description']}, {memory}"
+
+
+def _constraints(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return "unknown: the libraries are not loaded"
+    problem = one["problem"]
+    return f"llguidance {one['version']}, by its C functions" if problem is None else f"none: {problem}"
 
 
 def _ways(types: Sequence[dict[str, Any]]) -> list[str]:

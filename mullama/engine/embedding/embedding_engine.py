@@ -204,6 +204,10 @@ class EmbeddingEngine:
         """Raises InvalidRequest, as all that is for models which generate."""
         raise self._generates_nothing()
 
+    def open_chat(self, messages_json: bytes, *_: Any, **__: Any) -> NoReturn:
+        """Raises InvalidRequest, as all that is for models which generate."""
+        raise self._generates_nothing()
+
     def prepare(self, sampling: SamplingParams) -> NoReturn:
         raise self._generates_nothing()
 

@@ -114,7 +114,8 @@ def arrive(
         try:
             if one.parked is not None:
                 tokens = one.tokens
-                core.take_in(one.parked, handle, tokens, seq.request.sampling if tokens is not None else None)
+                sampling = seq.request.sampling if tokens is not None else None
+                core.take_in(one.parked, handle, tokens, sampling, n_prompt=len(one.prompt))
                 seq.view.prefill_left = one.parked.left()
                 reader.note_weights(handle, weights, seq.view.generated)
         except MullamaError as error:

@@ -36,8 +36,6 @@ class Intake:
             raise InvalidRequest(f"a token id is outside the vocabulary (0 to {info.n_vocab - 1})", param="prompt")
         if request.context_shift and not info.can_shift:
             raise InvalidRequest(f"'{info.name}' cannot shift its context", param="context_policy")
-        if request.sampling.constraint is not None:
-            raise InvalidRequest("this engine does not constrain what is generated yet", param="constraint")
         _check_fields(request)
         if isinstance(request.prepared, Sampling) and request.prepared.model is self._parts.model:
             return request.prepared

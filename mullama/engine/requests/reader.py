@@ -26,6 +26,7 @@ ERROR_TEXTS = {
     "decode": "llama_decode failed",
     "no_kv": "there was no room in the KV cache",
     "adapter": "an adapter of the request is gone",
+    "constraint": "the constraint became too complex to follow",
 }
 
 

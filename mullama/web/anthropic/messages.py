@@ -9,6 +9,7 @@ from typing import Any
 import falcon.asgi
 import orjson
 
+from mullama.engine.client import AnswerPart
 from mullama.errors import MullamaError
 from mullama.types import Finish, FinishReason
 from mullama.web.anthropic.message_bodies import NAMES, CountBody, MessagesBody, parse_messages
@@ -65,11 +66,14 @@ class Messages(_Route):
         with_profile = wants_profile(req)
 
         def whole(replies: list[Reply]) -> dict[str, Any]:
-            ((text, finish),) = ((reply.text, reply.finish) for reply in replies)
-            answer = _message(opened.group, [_text_block(text)], _usage(opened.group, finish))
-            return answer | _stop(finish) | (profile_fields([finish]) if with_profile else {})
+            (reply,) = replies
+            answer = _message(opened.group, _blocks(reply), _usage(opened.group, reply.finish))
+            calls = reply.answer is not None and bool(reply.answer.calls)
+            stop = _stop(reply.finish, opened.options.sampling.stop, calls=calls)
+            return answer | stop | (profile_fields([reply.finish]) if with_profile else {})
 
-        chunks = partial(MessageEvents, opened, with_profile=with_profile)
+        events = MessageEvents if opened.group.answers is None else BlockEvents
+        chunks = partial(events, opened, with_profile=with_profile)
         await deliver(req, resp, services, opened, streams=call.streams, chunks=chunks, whole=whole)
 
 
@@ -95,14 +99,17 @@ class MessageEvents(StreamFormat):
 
     def __init__(self, opened: Opened, *, with_profile: bool) -> None:
         self._group = opened.group
+        self._stops = opened.options.sampling.stop
         self._with_profile = with_profile
 
     def opening(self, index: int) -> bytes:
+        return self._start() + _event(_started(0, _text_block("")))
+
+    def _start(self) -> bytes:
         """What cached KV saved is known only in the end; until then the whole prompt counts as read."""
         usage = {"input_tokens": self._group.prompt_lengths[0], "output_tokens": 0}
         message = _message(self._group, [], usage) | {"stop_reason": None, "stop_sequence": None}
-        block = {"type": "content_block_start", "index": 0, "content_block": _text_block("")}
-        return _event({"type": "message_start", "message": message}) + _event(block)
+        return _event({"type": "message_start", "message": message})
 
     def text(self, index: int, text: str) -> bytes:
         return self._head + event_json(text) + b"}}\n\n"
@@ -110,15 +117,85 @@ class MessageEvents(StreamFormat):
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         return self._head, b"}}\n\n"
 
-    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
-        delta = {"type": "message_delta", "delta": _stop(finish), "usage": _usage(self._group, finish) | _NOT_THERE}
+    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None, *, calls: bool = False) -> bytes:
+        delta = _stop(finish, self._stops, calls=calls)
+        event = {"type": "message_delta", "delta": delta, "usage": _usage(self._group, finish) | _NOT_THERE}
         if self._with_profile:
-            delta |= profile_fields([finish])
-        stop = _event({"type": "content_block_stop", "index": 0})
-        return stop + _event(delta) + _event({"type": "message_stop"})
+            event |= profile_fields([finish])
+        return self._end_block() + _event(event) + _event({"type": "message_stop"})
+
+    def _end_block(self) -> bytes:
+        return _event({"type": "content_block_stop", "index": 0})
 
     def error(self, error: MullamaError) -> bytes:
         return _event(spell_error(error.status, error.to_openai()["error"]))
+
+
+class BlockEvents(MessageEvents):
+    """The same of an answer that is read: a block for its thoughts, for its text, for each call."""
+
+    def __init__(self, opened: Opened, *, with_profile: bool) -> None:
+        super().__init__(opened, with_profile=with_profile)
+        self._n_blocks = 0
+        self._kind = ""  # of the block that is open
+
+    def opening(self, index: int) -> bytes:
+        return self._start()
+
+    def parts(self, index: int, parts: Sequence[AnswerPart]) -> bytes:
+        out = []
+        for kind, _, text, call_id in parts:
+            if kind == "call" or (kind != self._kind and kind in ("content", "reasoning")):
+                out.append(self._begin(kind, text, call_id))
+            if kind != "call":
+                name, member = _DELTAS[kind]
+                delta = {"type": name, member: text}
+                out.append(_event({"type": "content_block_delta", "index": self._n_blocks - 1, "delta": delta}))
+        return b"".join(out)
+
+    def _begin(self, kind: str, text: str, call_id: str) -> bytes:
+        ended = self._end_block()
+        self._kind = kind
+        block = _text_block("")
+        if kind == "reasoning":
+            block = {"type": "thinking", "thinking": "", "signature": ""}
+        elif kind == "call":
+            block = {"type": "tool_use", "id": call_id, "name": text, "input": {}}
+        self._n_blocks += 1
+        return ended + _event(_started(self._n_blocks - 1, block))
+
+    def _end_block(self) -> bytes:
+        if not self._kind:
+            return b""
+        self._kind = ""
+        return _event({"type": "content_block_stop", "index": self._n_blocks - 1})
+
+
+#: The delta of a part, and its member.
+_DELTAS = {
+    "content": ("text_delta", "text"),
+    "reasoning": ("thinking_delta", "thinking"),
+    "arguments": ("input_json_delta", "partial_json"),
+}
+
+
+def _started(index: int, block: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "content_block_start", "index": index, "content_block": block}
+
+
+def _blocks(reply: Reply) -> list[dict[str, Any]]:
+    """The content of a whole message."""
+    answer = reply.answer
+    if answer is None:
+        return [_text_block(reply.text)]
+    found: list[dict[str, Any]] = []
+    if answer.reasoning:
+        found.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
+    if answer.content:
+        found.append(_text_block(answer.content))
+    return found + [
+        {"type": "tool_use", "id": call.id, "name": call.name, "input": call.values()} for call in answer.calls
+    ]
 
 
 def _event(fields: dict[str, Any]) -> bytes:
@@ -142,12 +219,13 @@ def _text_block(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text, "citations": None}
 
 
-def _stop(finish: Finish) -> dict[str, Any]:
+def _stop(finish: Finish, stops: Sequence[str], *, calls: bool) -> dict[str, Any]:
+    """``stops``: the client's; others are the template's. ``calls``: functions are called."""
     if finish.reason is FinishReason.LENGTH:
         return {"stop_reason": "max_tokens", "stop_sequence": None}
-    if finish.stop_string is not None:
+    if finish.stop_string is not None and finish.stop_string in stops:
         return {"stop_reason": "stop_sequence", "stop_sequence": finish.stop_string}
-    return {"stop_reason": "end_turn", "stop_sequence": None}
+    return {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
 
 
 #: Members of ``usage`` that its clients' types have: nothing here is of several kinds, places or tiers.

@@ -65,7 +65,7 @@ class CompletionPieces(StreamFormat):
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         return b'data: {"index":%d,"tokens":[],"stop":false,"id_slot":-1,"content":' % index, b"}\n\n"
 
-    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
+    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None, *, calls: bool = False) -> bytes:
         return b"data: " + event_json(self.last(index, "", finish)) + b"\n\n"
 
     def last(self, index: int, text: str, finish: Finish) -> dict[str, Any]:

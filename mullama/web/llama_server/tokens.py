@@ -17,6 +17,7 @@ import orjson
 from mullama.engine.client import EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
+from mullama.web.chat.functions import ToolBody
 from mullama.web.http.request import Request
 from mullama.web.openai.sampling import TOKEN_ID_SCHEMA, check_tokens
 from mullama.web.openai.schemas import ChatBody, ChatCall, Message, chat_call, decode_body, unbuilt
@@ -34,9 +35,7 @@ LARGE_TOKENS = 500  # token ids above which the text of them is made in the pool
 
 
 _UNBUILT = {
-    "tools": "tool calls",
     "chat_template": "templates in requests",
-    "chat_template_kwargs": "arguments of the template",
 }
 _UNBUILT_SCHEMAS = unbuilt_schemas(_UNBUILT)
 
@@ -54,7 +53,7 @@ class TokenizeBody(msgspec.Struct, kw_only=True):
     with_pieces: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolBody] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
@@ -89,7 +88,7 @@ class TemplateBody(msgspec.Struct, kw_only=True):
     model: str | None = None
     messages: list[Message] | None = None
     add_generation_prompt: bool | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolBody] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
@@ -202,7 +201,7 @@ def _refuse_unbuilt(body: TokenizeBody | TemplateBody) -> None:
 
 def _chat_of(body: TokenizeBody | TemplateBody, services: Services) -> ChatCall:
     """The chat of which there will be no generation. Raises InvalidRequest, ModelNotFound."""
-    same = ("model", "messages", "add_generation_prompt", "continue_final_message")
+    same = ("model", "messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs")
     return chat_call(ChatBody(**{name: getattr(body, name) for name in same}), services.models)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import falcon.asgi
 import orjson
 
+from mullama.engine.client import AnswerPart
 from mullama.errors import MullamaError
 from mullama.serving.durations import parse_duration
 from mullama.serving.manager import ModelManager
 from mullama.types import Finish
+from mullama.web.chat.answer import Answer, Call
 from mullama.web.http.request import Request
 from mullama.web.ollama.ollama_bodies import (
     NAMES,
@@ -82,7 +84,7 @@ class Answers(OllamaRoute):
 
         def whole(replies: list[Reply]) -> dict[str, Any]:
             (reply,) = replies
-            return lines.last(reply.text, reply.finish)
+            return lines.last(reply.text, reply.finish, reply.answer)
 
         await deliver(
             req, resp, services, opened, streams=asked.streams, chunks=lambda: lines, whole=whole, media_type=LINES
@@ -108,6 +110,7 @@ class AnswerLines(StreamFormat):
         self._opened = opened
         self._is_chat = is_chat
         self._with_profile = with_profile
+        self._n_calls = 0  # that have had their line
         self._common = {"model": opened.group.model, "created_at": now()}
         head = event_json(self._common)[:-1]
         around = (
@@ -127,15 +130,50 @@ class AnswerLines(StreamFormat):
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         return self._around
 
-    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
-        return event_json(self.last("", finish)) + b"\n"
+    def parts(self, index: int, parts: Sequence[AnswerPart]) -> bytes:
+        """A line for each text; a call has one when all of it is there."""
+        out = []
+        for kind, at, text, _ in parts:
+            if kind == "call":
+                out.append(self._calls(at))
+            elif kind != "arguments":
+                said = _text_of(text, is_chat=self._is_chat) if kind == "content" else self._thought(text)
+                out.append(self._line(said))
+        return b"".join(out)
 
-    def last(self, text: str, finish: Finish) -> dict[str, Any]:
-        """The object that ends an answer, with its counts and times (nanoseconds)."""
+    def _thought(self, text: str) -> dict[str, Any]:
+        found = _text_of("", is_chat=self._is_chat)
+        (found["message"] if self._is_chat else found)["thinking"] = text
+        return found
+
+    def _calls(self, end: int) -> bytes:
+        """The line of the calls before the one at ``end`` that had none yet."""
+        answers = self._opened.group.answers
+        calls = answers[0].calls[self._n_calls : end] if answers else []
+        self._n_calls = end
+        if not calls or not self._is_chat:
+            return b""
+        return self._line({"message": {"role": "assistant", "content": "", "tool_calls": _calls(calls)}})
+
+    def _line(self, said: dict[str, Any]) -> bytes:
+        return event_json({**self._common, **said, "done": False}) + b"\n"
+
+    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None, *, calls: bool = False) -> bytes:
+        answers = self._opened.group.answers
+        ended_calls = self._calls(len(answers[0].calls)) if answers else b""
+        return ended_calls + event_json(self.last("", finish)) + b"\n"
+
+    def last(self, text: str, finish: Finish, answer: Answer | None = None) -> dict[str, Any]:
+        """The object that ends an answer, with its counts and times (nanoseconds); ``answer``: what was read in it."""
         profile = finish.profile
+        said = _text_of(text if answer is None else answer.content, is_chat=self._is_chat)
+        if answer is not None:
+            inner = said["message"] if self._is_chat else said
+            inner |= {"thinking": answer.reasoning} if answer.reasoning else {}
+            inner |= {"tool_calls": _calls(answer.calls)} if answer.calls and self._is_chat else {}
         return {
             **self._common,
-            **_text_of(text, is_chat=self._is_chat),
+            **said,
             "done": True,
             "done_reason": str(finish.reason),
             "total_duration": _ns(profile.total_ms),
@@ -158,6 +196,10 @@ def now() -> str:
 
 def _text_of(text: str, *, is_chat: bool) -> dict[str, Any]:
     return {"message": {"role": "assistant", "content": text}} if is_chat else {"response": text}
+
+
+def _calls(calls: Sequence[Call]) -> list[dict[str, Any]]:
+    return [{"id": call.id, "function": {"name": call.name, "arguments": call.values()}} for call in calls]
 
 
 def _ns(ms: float) -> int:

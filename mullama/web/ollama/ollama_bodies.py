@@ -14,6 +14,7 @@ import msgspec
 from mullama.errors import InvalidRequest, ModelNotFound
 from mullama.serving.durations import DURATION_SCHEMA
 from mullama.serving.manager import ModelManager
+from mullama.web.chat.functions import EFFORTS, MAX_FUNCTIONS, CallBody, ToolBody
 from mullama.web.internal.lora_routes import split_name
 from mullama.web.openai.sampling import RANGES, STOP_SCHEMA, check_range, range_schemas, stop_strings
 from mullama.web.openai.schemas import (
@@ -28,10 +29,13 @@ from mullama.web.openai.schemas import (
     unbuilt,
 )
 from mullama.web.openapi.operation import unbuilt_schemas
+from mullama.web.structured import ResponseFormat
 
 #: What the API calls a field, by our name of it.
 NAMES = {
     "max_tokens": "options.num_predict",
+    "reasoning_effort": "think",
+    "response_format": "format",
     **{
         name: f"options.{name}"
         for name in (
@@ -44,9 +48,6 @@ LATEST = ":latest"  # the tag that a name without one has there
 
 
 _UNBUILT = {
-    "tools": "tool calls",
-    "format": "constrained outputs",
-    "think": "thoughts apart from the answer",
     "logprobs": "log-probabilities",
     "top_logprobs": "log-probabilities",
     "suffix": "filling in the middle",
@@ -94,9 +95,10 @@ class CommonBody(msgspec.Struct, kw_only=True):
     top_logprobs: int | None = None
 
     field_schemas: ClassVar[dict[str, Any]] = {
-        **unbuilt_schemas({name: _UNBUILT[name] for name in ("format", "think", "logprobs", "top_logprobs")}),
+        **unbuilt_schemas({name: _UNBUILT[name] for name in ("logprobs", "top_logprobs")}),
         "keep_alive": DURATION_SCHEMA,
         "model": {"minLength": 1},
+        "think": {"enum": [None, True, False, *EFFORTS]},
     }
     required_fields: ClassVar = ("model",)
 
@@ -105,19 +107,21 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     role: str
     content: str = ""
     images: list[Any] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[CallBody] | None = None
+    tool_name: str | None = None
+    thinking: str | None = None
 
     field_schemas: ClassVar = {
-        **unbuilt_schemas({"images": "pictures", "tool_calls": "tool calls"}),
+        **unbuilt_schemas({"images": "pictures"}),
         "role": {"enum": ROLES},
     }
 
 
 class OllamaChatBody(CommonBody, kw_only=True):
     messages: list[ChatMessage] | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolBody] | None = None
 
-    field_schemas: ClassVar = CommonBody.field_schemas | unbuilt_schemas({"tools": "tool calls"})
+    field_schemas: ClassVar = CommonBody.field_schemas | {"tools": {"maxItems": MAX_FUNCTIONS}}
 
 
 class GenerateBody(CommonBody, kw_only=True):
@@ -155,10 +159,11 @@ def parse_chat_messages(data: bytes, models: ModelManager) -> OllamaCall:
     name = served_name(body.model, models)
     fields, messages = _fields(body, name), []
     for i, one in enumerate(body.messages or ()):
-        for field, what in (("images", "pictures"), ("tool_calls", "tool calls")):
-            if getattr(one, field):
-                raise unbuilt(f"messages[{i}].{field}", what)
-        messages.append(Message(role=one.role, content=one.content))
+        if one.images:
+            raise unbuilt(f"messages[{i}].images", "pictures")
+        more = {"tool_calls": one.tool_calls, "name": one.tool_name, "reasoning_content": one.thinking}
+        messages.append(Message(role=one.role, content=one.content, **more))  # type: ignore[arg-type]
+    fields |= {"tools": body.tools, **_thinking(body.think)}
     call = chat_call(ChatBody(messages=messages, **fields), models) if messages else None
     return OllamaCall(split_name(name, models)[0], call, body.stream is not False, body.keep_alive)
 
@@ -178,7 +183,7 @@ def parse_generate(data: bytes, models: ModelManager) -> OllamaCall:
     elif body.prompt:
         messages = [Message(role="system", content=body.system)] if body.system else []
         messages.append(Message(role="user", content=body.prompt))
-        call = chat_call(ChatBody(messages=messages, **fields), models)
+        call = chat_call(ChatBody(messages=messages, **fields, **_thinking(body.think)), models)
     return OllamaCall(model, call, body.stream is not False, body.keep_alive)
 
 
@@ -208,7 +213,33 @@ def _fields(body: CommonBody, name: str) -> dict[str, Any]:
         n_predict = None  # -1: no limit; -2: until the context is full
     if n_predict == 0:
         raise InvalidRequest("options.num_predict: it must be at least 1, or -1", param="options.num_predict")
-    return {"model": name, "max_tokens": n_predict, "keep_alive": body.keep_alive, **given}
+    return {
+        "model": name,
+        "max_tokens": n_predict,
+        "keep_alive": body.keep_alive,
+        "response_format": _format(body.format),
+        **given,
+    }
+
+
+def _format(given: str | dict[str, Any] | None) -> ResponseFormat | None:
+    """``json``, or a JSON schema."""
+    if not given:
+        return None
+    if isinstance(given, dict):
+        return ResponseFormat("json_schema", schema=given)
+    if given != "json":
+        raise InvalidRequest("format: it must be json or a JSON schema", param="format")
+    return ResponseFormat("json_object")
+
+
+def _thinking(think: bool | str | None) -> dict[str, Any]:
+    """``think``: whether, or how much (``low``, ``medium``, ``high``)."""
+    if isinstance(think, str):
+        return {"reasoning_effort": think}
+    return (
+        {} if think is not False else {"include_reasoning": False, "chat_template_kwargs": {"enable_thinking": False}}
+    )
 
 
 def _refuse_unbuilt(body: CommonBody) -> None:

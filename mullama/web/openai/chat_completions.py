@@ -10,10 +10,12 @@ from typing import Any
 import falcon.asgi
 import msgspec
 
-from mullama.engine.client import EngineClient, Speaker
+from mullama.engine.client import AnswerForm, EngineClient, Speaker
 from mullama.errors import ContextLengthExceeded, InvalidRequest
 from mullama.serving.states import Lease
+from mullama.types import ChatAsk, ToolChoice
 from mullama.web.http.request import Request
+from mullama.web.openai.chunks import reason_of
 from mullama.web.openai.context_policy import ContextPolicy, Dropped, PromptLimits, drop_turns, keep_tokens, without
 from mullama.web.openai.opening import Opened, Opening, with_lease
 from mullama.web.openai.responding import respond
@@ -57,9 +59,18 @@ async def open_chat(
     async def begin(lease: Lease) -> Opened:
         opening = await Opening.of(services, req, call, lease)
         errand, engine, policy, limits, body = opening.errand, opening.engine, opening.policy, opening.limits, call.body
-        is_large = len(call.messages_json) > LARGE_TEXT
+        is_large = call.size > LARGE_TEXT
         pace = errand.checkpoint if is_large else None
-        whole = await errand.run(is_large, partial(_whole, engine, call, policy, limits, pace))
+        whole, form = await errand.run(is_large, partial(_whole, engine, call, policy, limits, pace))
+        if opening.options.sampling.constraint is not None:
+            if call.ask.tools and call.ask.choice is not ToolChoice.NONE:
+                field = opening.options.constrained_by
+                raise InvalidRequest(
+                    f"{field}: an answer that may call functions cannot be constrained as well; leave tools out, or "
+                    "set tool_choice to none",
+                    param=field,
+                )
+            form = None  # it holds from the first token on: there are no thoughts, and all is content
         if isinstance(whole, list) and body.truncate_prompt_tokens is not None:
             whole = keep_tokens(whole, body.truncate_prompt_tokens, body.truncation_side, limits)
         prompt, n_whole = (whole, len(whole)) if isinstance(whole, list) else ([], whole)
@@ -69,7 +80,7 @@ async def open_chat(
                 True, partial(_cut, engine, call, prompt, n_whole, policy, limits, errand.checkpoint)
             )
         translate = partial(_translated, call, messages_json=_messages_json(call, dropped))
-        group = await opening.submit([prompt], id_prefix=id_prefix, endpoint=endpoint, translate=translate)
+        group = await opening.submit([prompt], id_prefix=id_prefix, endpoint=endpoint, translate=translate, form=form)
         return Opened(group, opening.options, [dropped], load_ns=opening.load_ns)
 
     try:
@@ -109,8 +120,9 @@ def _messages_json(call: ChatCall, dropped: Dropped | None) -> bytes:
 
 def _whole(
     engine: EngineClient, call: ChatCall, policy: ContextPolicy, limits: PromptLimits, pace: Callable[[], None] | None
-) -> list[int] | int:
-    """The prompt of a chat. One that surely does not fit, and has many messages: how many tokens it has at least.
+) -> tuple[list[int] | int, AnswerForm | None]:
+    """The prompt of a chat, and the form of its answers. One that surely does not fit, and has many messages: how many
+    tokens it has at least.
 
     Raises ContextLengthExceeded where the policy does not cut it.
     """
@@ -119,13 +131,14 @@ def _whole(
         n_least = _least(engine, call, pace)
         if n_least > limits.limit:
             if policy.truncates:
-                return n_least
+                return n_least, call.open(engine, msgspec.json.encode(call.messages[-1:])).form
             raise ContextLengthExceeded(
                 f"the prompt has at least {n_least} tokens; one request may use {limits.n_ctx}, completion included",
                 param="messages",
                 n_tokens=n_least,
             )
-    return _prompt(engine, call, call.messages_json, None if is_cut else limits.limit, pace)
+    opened = call.open(engine, call.messages_json)
+    return engine.prompt_tokens(opened.prompt, most=None if is_cut else limits.limit, between=pace), opened.form
 
 
 def _least(engine: EngineClient, call: ChatCall, pace: Callable[[], None]) -> int:
@@ -135,7 +148,7 @@ def _least(engine: EngineClient, call: ChatCall, pace: Callable[[], None]) -> in
     0 where the template does not take blocks.
     """
     try:
-        asks = replace(call, ending=Ending.ASKS)
+        asks = replace(call, ending=Ending.ASKS, ask=ChatAsk())
         around = len(_prompt(engine, asks, msgspec.json.encode(call.messages[:1]), None, pace))
         n = 0
         for at in range(0, len(call.messages), BLOCK_MESSAGES):
@@ -181,9 +194,11 @@ def _cut(
 
 
 def _choice(index: int, reply: Reply) -> dict[str, Any]:
+    answer = reply.answer
+    message = {"content": reply.text} if answer is None else answer.message()
     return {
         "index": index,
-        "message": {"role": "assistant", "content": reply.text, "refusal": None, "annotations": []},
+        "message": {"role": "assistant", **message, "refusal": None, "annotations": []},
         "logprobs": None,
-        "finish_reason": reply.finish.reason,
+        "finish_reason": reason_of(reply.finish, calls=answer is not None and bool(answer.calls)),
     }

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mullama.engine.client import AnswerPart
 from mullama.errors import MullamaError
-from mullama.types import Finish
+from mullama.types import Finish, FinishReason
 from mullama.web.openai.context_policy import shift_member
 from mullama.web.openai.usage import usage
 from mullama.web.stream.event_stream import StreamFormat, event_json
@@ -58,6 +59,14 @@ class ChunkFormat(StreamFormat):
     def text(self, index: int, text: str) -> bytes:
         return self._text_heads[index] + event_json(text) + self._text_tail
 
+    def parts(self, index: int, parts: Sequence[AnswerPart]) -> bytes:
+        """A chunk for each: clients put arguments together by the index of the call, and know its name by then."""
+        return b"".join([self._delta(index, _delta(*part)) for part in parts])
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._head + event_json(choice) + self._end + b"}\n\n"
+
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         """What comes before and after a text's JSON."""
         return self._text_heads[index], self._text_tail
@@ -69,16 +78,16 @@ class ChunkFormat(StreamFormat):
             return self._head + choice % index + self._end + b"}\n\n"
         return self.text(index, self._echoes[index]) if self._echoes else b""
 
-    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
+    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None, *, calls: bool = False) -> bytes:
         """The chunk with the finish reason; after the last choice also the usage chunk and the end of the stream."""
-        context = shift_member([finish.profile.context_shifted])
+        context, reason = shift_member([finish.profile.context_shifted]), reason_of(finish, calls=calls)
         if ended is None:
-            return self._last(index, finish.reason, context)
+            return self._last(index, reason, context)
         extra = self._at_end(ended)
         if not self._include_usage:
-            return self._last(index, finish.reason, context | extra) + DONE
+            return self._last(index, reason, context | extra) + DONE
         counts = {"usage": usage(self._group.prompt_lengths, self._group.n, ended), **extra}
-        return self._last(index, finish.reason, context) + self._head + b"]" + _members(counts) + b"}\n\n" + DONE
+        return self._last(index, reason, context) + self._head + b"]" + _members(counts) + b"}\n\n" + DONE
 
     def _last(self, index: int, reason: str, extra: dict[str, Any]) -> bytes:
         """``extra`` are further members of the chunk."""
@@ -88,6 +97,23 @@ class ChunkFormat(StreamFormat):
 
     def error(self, error: MullamaError) -> bytes:
         return b"data: " + event_json(error.to_openai()) + b"\n\n"
+
+
+def reason_of(finish: Finish, *, calls: bool) -> str:
+    """OpenAI's word for why a choice ended; ``calls``: it has called functions."""
+    return "tool_calls" if calls and finish.reason is FinishReason.STOP else str(finish.reason)
+
+
+def _delta(kind: str, index: int, text: str, call_id: str) -> dict[str, Any]:
+    """What is new in an answer as a delta."""
+    if kind == "content":
+        return {"content": text}
+    if kind == "reasoning":
+        return {"reasoning_content": text, "reasoning": text}
+    if kind == "call":
+        function = {"name": text, "arguments": ""}
+        return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
 def _members(extra: dict[str, Any]) -> bytes:

@@ -7,13 +7,14 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from mullama.engine.client import EngineClient
+from mullama.engine.client import AnswerForm, EngineClient
 from mullama.errors import InvalidRequest
 from mullama.serving.states import Lease
+from mullama.web.chat.answer import Answer
 from mullama.web.http.request import PERMIT, Request
 from mullama.web.internal.lora_routes import SEPARATOR, check_named, uses_of
 from mullama.web.keys.rate_limits import Permit
@@ -21,6 +22,7 @@ from mullama.web.openai.context_policy import USUAL_COMPLETION, ContextPolicy, D
 from mullama.web.openai.schemas import ChatCall, CompletionCall, Options, keep_alive_of, options_of
 from mullama.web.services import FEW_BIASES, Services
 from mullama.web.stream.generations import Group
+from mullama.web.structured import constrains
 from mullama.web.work import Errand
 
 T = TypeVar("T")
@@ -101,11 +103,12 @@ class Opening:
         load_ns = time.monotonic_ns() - req.arrival_ns
         engine, errand = lease.engine, services.errand(req)
         named = check_named(call.model, call.named, engine)
-        has_many = len(call.body.logit_bias or ()) > FEW_BIASES
+        is_dear = len(call.body.logit_bias or ()) > FEW_BIASES or constrains(call.body)
         options = await errand.run(
-            has_many, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
+            is_dear, partial(options_of, call.body, engine.info, services.defaults.of(call.model))
         )
-        prepared = await services.prepared(errand, engine, options.sampling)
+        with in_words_of({"constraint": options.constrained_by}):
+            prepared = await services.prepared(errand, engine, options.sampling)
         return cls(services, req, call, lease, errand, named, options, prepared, load_ns)
 
     @property
@@ -119,8 +122,14 @@ class Opening:
         id_prefix: str,
         endpoint: str,
         translate: Callable[[Any], list[int]] | None = None,
+        form: AnswerForm | None = None,
     ) -> Group:
-        """The generations, submitted. The group takes over the lease. Raises what ``Group.submit`` raises."""
+        """The generations, submitted; their answers are of ``form``. The group takes over the lease. Raises what
+        ``Group.submit`` raises."""
+        options = self.options.of_client(self._req.tenant, self._req.key)
+        if form is not None:
+            stops = tuple(dict.fromkeys((*options.sampling.stop, *form.stops)))
+            options = replace(options, sampling=replace(options.sampling, stop=stops, shown=form.shown))
         most = min(self.options.sampling.max_tokens or USUAL_COMPLETION, self.limits.n_ctx)
         n_prompt = sum(map(len, prompts))
         permit: Permit | None = self._req.scope.get(PERMIT)
@@ -133,7 +142,7 @@ class Opening:
             model=SEPARATOR.join((self._call.model, *self._named)),
             endpoint=endpoint,
             prompts=prompts,
-            options=self.options.of_client(self._req.tenant, self._req.key),
+            options=options,
             prepared=self._prepared,
             arrival_ns=self._req.arrival_ns,
             context_shift=self.policy is ContextPolicy.SHIFT,
@@ -141,6 +150,9 @@ class Opening:
             translate=translate,
             reservation=reservation,
         )
+        if form is not None:
+            shows = getattr(self._call.body, "include_reasoning", None) is not False
+            group.answers = [Answer(form.new_parser(), shows) for _ in range(options.n * len(prompts))]
         await group.submit()
         self._services.keep_alive(self._call.model, self._keep_alive_s)  # of a request that was not refused
         return group

@@ -11,23 +11,37 @@ import codecs
 import enum
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from mullama.engine.client import EngineClient, Speaker
+from mullama.engine.client import EngineClient, OpenedChat, Speaker
 from mullama.errors import InvalidRequest
 from mullama.serving.durations import DURATION_SCHEMA, parse_duration
 from mullama.serving.manager import ModelManager
-from mullama.types import ModelInfo, Preempt, SamplingParams
+from mullama.types import ChatAsk, ModelInfo, Preempt, SamplingParams, ToolChoice
+from mullama.web import structured
+from mullama.web.chat.functions import (
+    EFFORTS,
+    FORMATS,
+    MAX_FUNCTIONS,
+    CallBody,
+    CalledBody,
+    Thinking,
+    ToolBody,
+    ask_of,
+    calls_of,
+    spell_call,
+)
 from mullama.web.internal.lora_routes import LoraBody, split_name
 from mullama.web.keys.key_ring import Key
 from mullama.web.openai import sampling
 from mullama.web.openai.context_policy import ContextPolicy, policy_of
 from mullama.web.openai.fields import CHAT, TEXT, field_schemas, refuse_unbuilt
+from mullama.web.structured import ResponseFormat, StructuredOutputs, constrains, constraint_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_SALT = 256  # characters
@@ -48,12 +62,6 @@ class StreamOptions(msgspec.Struct):
     continuous_usage_stats: bool | None = None  # vLLM's; refused
 
     field_schemas: ClassVar = {"continuous_usage_stats": {"enum": [None, False]}}
-
-
-class ResponseFormat(msgspec.Struct):
-    type: str = "text"
-
-    field_schemas: ClassVar = {"type": {"enum": ["text"]}}
 
 
 class GenerationBody(msgspec.Struct, kw_only=True):
@@ -103,6 +111,13 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     lora: list[LoraBody] | None = None
     keep_alive: float | str | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    grammar: str | None = None
+    json_schema: str | dict[str, Any] | bool | None = None
 
     field_schemas: ClassVar[dict[str, Any]] = {
         **sampling.range_schemas(sampling.RANGES.keys() - {"max_completion_tokens"}),
@@ -125,15 +140,16 @@ class ContentPart(msgspec.Struct):
 
 
 class Message(msgspec.Struct, omit_defaults=True):
-    """A message; its other fields go to the chat template as they came."""
+    """A message. ``normalise`` makes one kind of it for the chat template, in the words of ``tool_calls``."""
 
     role: str | UnsetType = UNSET
     content: str | list[ContentPart] | UnsetType | None = UNSET
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[CallBody] | None = None
     tool_call_id: str | None = None
-    function_call: dict[str, Any] | None = None
+    function_call: CalledBody | None = None  # the older word for a call
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the newer word for it
     prefix: bool | None = None  # DeepSeek's and Mistral's: the answer goes on with this message
 
     field_schemas: ClassVar = {"role": {"enum": ROLES}}
@@ -171,9 +187,13 @@ class ChatBody(GenerationBody, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Any] | None = None
+    tools: list[ToolBody] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    functions: list[Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    reasoning_format: str | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[str] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -183,7 +203,10 @@ class ChatBody(GenerationBody, kw_only=True):
         **field_schemas(CHAT),
         **sampling.range_schemas(("max_completion_tokens",)),
         "messages": {"minItems": 1},
+        "tools": {"maxItems": MAX_FUNCTIONS},
         "tool_choice": {"enum": [None, "none", "auto"]},
+        "reasoning_effort": {"enum": [None, *EFFORTS]},
+        "reasoning_format": {"enum": [None, *FORMATS]},
         "modalities": {"items": {"const": "text"}},
     }
     required_fields: ClassVar = ("messages",)
@@ -226,6 +249,7 @@ class Options:
     preempt: Preempt
     cache_salt: str | None
     context_policy: ContextPolicy | None  # None: the server's
+    constrained_by: str = ""  # the field that asked for the constraint of ``sampling``
     with_timings: bool = False
     tenant: str | None = None  # whom the API key names
 
@@ -261,11 +285,22 @@ class ChatCall:
     messages_json: bytes  # the same, encoded
     named: tuple[str, ...] = ()  # adapters in the name of the model
     ending: Ending = Ending.ASKS
+    ask: ChatAsk = field(default_factory=ChatAsk)
+
+    def open(self, speaker: EngineClient | Speaker, messages_json: bytes) -> OpenedChat:
+        """The prompt of these messages, ended as the call wants it, and how answers are read. Raises InvalidRequest."""
+        if self.ending is Ending.CONTINUES:  # in the middle of an answer, which is a text
+            return OpenedChat(speaker.render_chat(messages_json, continue_final_message=True), None)
+        return speaker.open_chat(messages_json, self.ask, add_generation_prompt=self.ending is Ending.ASKS)
 
     def render(self, speaker: EngineClient | Speaker, messages_json: bytes) -> str:
-        """The prompt of these messages, ended as the call wants it. Raises InvalidRequest."""
-        asks, continues = self.ending is Ending.ASKS, self.ending is Ending.CONTINUES
-        return speaker.render_chat(messages_json, add_generation_prompt=asks, continue_final_message=continues)
+        """The prompt alone."""
+        return self.open(speaker, messages_json).prompt
+
+    @property
+    def size(self) -> int:
+        """Bytes of JSON that the template is given."""
+        return len(self.messages_json) + len(self.ask.tools)
 
 
 @dataclass(slots=True, frozen=True)
@@ -286,7 +321,6 @@ def parse_chat(data: bytes, models: ModelManager) -> ChatCall:
     model, named = split_name(body.model, models)
     _refuse_unsupported(body)
     refuse_unbuilt(data, CHAT)
-    _refuse(body.tool_choice not in (None, "none", "auto"), "tool_choice", "tool calls")
     if body.modalities and any(kind != "text" for kind in body.modalities):
         raise unbuilt("modalities", "anything but text")
     return _chat_call(body, model, named)
@@ -300,7 +334,16 @@ def chat_call(body: ChatBody, models: ModelManager) -> ChatCall:
 def _chat_call(body: ChatBody, model: str, named: tuple[str, ...]) -> ChatCall:
     messages = normalise(body.messages)
     ending = _ending(body, messages)
-    return ChatCall(model, body, messages, msgspec.json.encode(messages), named, ending)
+    calls = calls_of(body.tools, body.tool_choice)
+    if calls.choice is ToolChoice.REQUIRED:
+        raise unbuilt("tool_choice", "forcing a call; auto is there")
+    if calls.strict:
+        raise unbuilt("tools", "functions that are strict")
+    thinking = Thinking(body.reasoning_effort, body.chat_template_kwargs, body.reasoning_format)
+    ask = ask_of(calls, thinking, parallel=body.parallel_tool_calls is not False)
+    if ending is Ending.CONTINUES and ask.tools:
+        raise unbuilt("tools", "functions where the answer has begun")
+    return ChatCall(model, body, messages, msgspec.json.encode(messages), named, ending, ask)
 
 
 def _ending(body: ChatBody, messages: list[Message]) -> Ending:
@@ -350,6 +393,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         if (value := getattr(body, name)) is not None:
             sampling.check_range(name, value)
     values = sampling.sampler_values(body, info, defaults)
+    constraint, constrained_by = constraint_of(body) if constrains(body) else (None, "")
     if body.dry_sequence_breakers is not None:
         values["dry_sequence_breakers"] = sampling.breakers(body.dry_sequence_breakers)
     params = SamplingParams(
@@ -358,6 +402,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         seed=sampling.seed_of(body.seed),
         logit_bias=sampling.logit_biases(body.logit_bias, info),
         ignore_eos=bool(body.ignore_eos),
+        constraint=constraint,
     )
     return Options(
         sampling=params,
@@ -371,6 +416,7 @@ def options_of(body: GenerationBody, info: ModelInfo, defaults: Mapping[str, Any
         cache_salt=salt_text("cache_salt", body.cache_salt, MAX_SALT),
         with_timings=bool(body.timings_per_token),
         context_policy=policy_of(body.context_policy, can_shift=info.can_shift),
+        constrained_by=constrained_by,
     )
 
 
@@ -415,14 +461,14 @@ def _refuse_unsupported(body: GenerationBody) -> None:
     """What would change the answer is refused rather than ignored."""
     if body.stream_options is not None and body.stream_options.continuous_usage_stats:
         raise unbuilt("stream_options.continuous_usage_stats", "the usage in every chunk")
-    kind = body.response_format.type if body.response_format else "text"
-    _refuse(kind != "text", "response_format", f"the response format {kind[:40]!r}")
 
 
 def normalise(messages: list[Message] | None) -> list[Message]:
-    """Check every message and join its content parts to one text (with newlines, as llama-server and vLLM do)."""
+    """Check every message; join its content parts to one text (with newlines, as llama-server and vLLM do), and spell
+    calls and thoughts in one way."""
     if not messages:
         raise InvalidRequest("messages: it must be a list with at least one message", param="messages")
+    callers: dict[str, str] = {}  # id of each call -> the function's name
     for i, message in enumerate(messages):
         role, content = message.role, message.content
         if role is UNSET or role not in ROLES:
@@ -436,7 +482,26 @@ def normalise(messages: list[Message] | None) -> list[Message]:
             raise InvalidRequest(f"{field}: it is missing; it must be a text or a list of text parts", param=field)
         elif content is UNSET:
             message.content = None
+        if message.reasoning is not None:
+            message.reasoning_content, message.reasoning = message.reasoning_content or message.reasoning, None
+        if message.tool_calls is not None or message.function_call is not None:
+            _spell_calls(message, callers)
+        if role in ("tool", "function"):
+            message.role = "tool"
+            message.name = message.name or callers.get(message.tool_call_id or "")
     return messages
+
+
+def _spell_calls(message: Message, callers: dict[str, str]) -> None:
+    calls = list(message.tool_calls or ())
+    if message.function_call is not None:
+        calls.append(CallBody(message.function_call))
+        message.function_call = None
+    for call in calls:
+        spell_call(call)
+        if call.id is not None:
+            callers[call.id] = call.function.name
+    message.tool_calls = calls or None
 
 
 def _part(part: ContentPart, field: str) -> str:
@@ -490,7 +555,7 @@ def decode_body(decoder: msgspec.json.Decoder[S], data: bytes) -> S:
 
 
 #: Members that hold what is the client's own, which stays as it came.
-_AS_THEY_CAME = ("messages", "input", "metadata", "tools", "functions", "tool_choice", "response_format")
+_AS_THEY_CAME = ("messages", "input", "metadata", "tools", "functions", "tool_choice", *structured.FIELDS)
 
 
 def _with_whole_numbers(decoder: msgspec.json.Decoder[S], data: bytes, error: msgspec.ValidationError) -> S:

@@ -14,6 +14,7 @@ import msgspec
 
 from mullama.errors import InvalidRequest
 from mullama.serving.manager import ModelManager
+from mullama.web.chat.functions import CallBody, CalledBody
 from mullama.web.openai.context_policy import ContextPolicy
 from mullama.web.openai.fields import CHAT, field_schemas, refuse_unbuilt
 from mullama.web.openai.schemas import (
@@ -239,14 +240,8 @@ def _messages(items: Sequence[Item], field: str) -> list[Message]:
                 message.reasoning_content, thoughts = thoughts, None
             found.append(message)
         elif item.type == "function_call":
-            call = {
-                "id": _needed(item.call_id, f"{where}.call_id"),
-                "type": "function",
-                "function": {
-                    "name": _needed(item.name, f"{where}.name"),
-                    "arguments": _needed(item.arguments, f"{where}.arguments"),
-                },
-            }
+            name, arguments = _needed(item.name, f"{where}.name"), _needed(item.arguments, f"{where}.arguments")
+            call = CallBody(CalledBody(name, arguments), _needed(item.call_id, f"{where}.call_id"))
             if found and found[-1].role == "assistant" and thoughts is None:
                 found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
             else:

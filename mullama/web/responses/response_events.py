@@ -143,7 +143,7 @@ class ResponseEvents(StreamFormat):
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         return self._around
 
-    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
+    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None, *, calls: bool = False) -> bytes:
         text = "".join(self._texts)
         response = self._writer.ended(text, finish)
         self._keep(response)

@@ -88,7 +88,7 @@ class Responses(_Route):
             return
 
         def whole(replies: list[Reply]) -> dict[str, Any]:
-            response = writer.ended(replies[0].text, replies[0].finish)
+            response = writer.ended(replies[0].content, replies[0].finish)
             keep(response)
             return response
 
@@ -99,7 +99,7 @@ class Responses(_Route):
         """Generate for nobody who waits."""
         try:
             (reply,) = await opened.group.collect()
-            response = writer.ended(reply.text, reply.finish)
+            response = writer.ended(reply.content, reply.finish)
         except Exception as error:  # logged by as_mullama_error, and told to who asks for the response
             response = writer.failed(as_mullama_error(error), is_cancelled=one.is_cancelled)
         finally:

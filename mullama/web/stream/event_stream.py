@@ -16,8 +16,10 @@ from typing import Any, Protocol
 import falcon.asgi
 import orjson
 
+from mullama.engine.client import AnswerPart
 from mullama.errors import MullamaError
 from mullama.types import Finish
+from mullama.web.chat.answer import Answer
 from mullama.web.error_responses import as_mullama_error
 from mullama.web.stream.direct import DirectBody, Sink, diverts
 from mullama.web.stream.generations import Event, Group, events_of
@@ -55,6 +57,10 @@ class StreamFormat(Protocol):
 
     def text(self, index: int, text: str) -> bytes: ...
 
+    def parts(self, index: int, parts: Sequence[AnswerPart]) -> bytes:
+        """What is new in an answer that is read (``Answer.read``)."""
+        return b"".join([self.text(index, text) for kind, _, text, _ in parts if kind == "content"])
+
     def around_text(self, index: int) -> tuple[bytes, bytes]:
         """What comes before and after a text's JSON in ``text``."""
 
@@ -66,8 +72,11 @@ class StreamFormat(Protocol):
         """The last ``text_json`` was not sent; the text comes again."""
         return
 
-    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None) -> bytes:
-        """What ends a choice. ``ended``: after the last one those of all choices; then it ends the stream as well."""
+    def finish(self, index: int, finish: Finish, ended: Sequence[Finish] | None, *, calls: bool = False) -> bytes:
+        """What ends a choice; ``calls``: it has called functions.
+
+        ``ended``: after the last one those of all choices; then it ends the stream as well.
+        """
 
     def error(self, error: MullamaError) -> bytes:
         """What a client is told when the stream ends in the middle."""
@@ -194,7 +203,7 @@ class EventStream:
             self._open_direct()
 
     def _open_direct(self) -> None:
-        if self._body is not None:
+        if self._body is not None and self._group.answers is None:
             for index, generation in enumerate(self._group.generations):
                 if diverts(generation):
                     generation.sink = self._sink(index, self._body)
@@ -244,7 +253,11 @@ class EventStream:
                     continue
                 if self._group.disconnected:
                     break
-                data = self._encode(events)
+                data = (
+                    self._encode(events)
+                    if self._group.answers is None
+                    else await self._read(self._group.answers, events)
+                )
                 if data:
                     return data if self._is_begun else self._begin(data)
             except Exception as error:  # logged by as_mullama_error, and the client is told
@@ -270,14 +283,31 @@ class EventStream:
             out.append(self._chunks.text(index, delta.text) if delta is not None else self._finish(index))
         return out[0] if len(out) == 1 else b"".join(out)
 
-    def _finish(self, index: int) -> bytes:
+    async def _read(self, answers: list[Answer], events: list[Event]) -> bytes:
+        """The same of answers that are read. Raises the error of a generation that failed."""
+        out = []
+        for index, delta in events:
+            answer = answers[index]
+            if delta is None:
+                self._group.finished(self._group.generations[index])  # an error comes before what was held back
+            parts = await answer.read(None if delta is None else delta.text)
+            if (parts or delta is None) and not self._opened[index]:
+                self._opened[index] = True
+                out.append(self._chunks.opening(index))
+            if parts:
+                out.append(self._chunks.parts(index, parts))
+            if delta is None:
+                out.append(self._finish(index, calls=bool(answer.calls)))
+        return b"".join(out)
+
+    def _finish(self, index: int, *, calls: bool = False) -> bytes:
         """What ends a choice, and after the last one the stream. Raises the error of a generation that failed."""
         finish = self._group.finished(self._group.generations[index])
         self._finishes[index] = finish
         self._running -= 1
         self._ended = not self._running
         ended = [one for one in self._finishes if one is not None] if self._ended else None
-        return self._chunks.finish(index, finish, ended)
+        return self._chunks.finish(index, finish, ended, calls=calls)
 
     async def close(self) -> None:
         """Stop whatever still runs for this stream. Idempotent."""

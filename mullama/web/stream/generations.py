@@ -17,6 +17,7 @@ from mullama.engine.client import AsyncGeneration
 from mullama.errors import ClientLeft
 from mullama.serving.states import Lease
 from mullama.types import Delta, Finish, FinishReason, LoraUse, Request
+from mullama.web.chat.answer import Answer
 from mullama.web.error_responses import finish_error, internal_error
 from mullama.web.http.request import Receive, until_disconnect
 from mullama.web.keys.rate_limits import Reservation
@@ -39,6 +40,11 @@ class Reply:
 
     text: str
     finish: Finish
+    answer: Answer | None = None  # what was read in the text; None: it is all content
+
+    @property
+    def content(self) -> str:
+        return self.text if self.answer is None else self.answer.content
 
 
 class Group:
@@ -71,6 +77,7 @@ class Group:
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.disconnected = False
         self.generations: list[AsyncGeneration] = []
+        self.answers: list[Answer] | None = None  # one a choice; None: the text of each is its content
         #: What the profile log says of the request beside its profile.
         self.labels: dict[str, Any] = {
             "model": model,
@@ -150,9 +157,14 @@ class Group:
         """Wait for every choice. Raises the first error among them."""
         replies = []
         # Reading one after the other is enough: what the others produce meanwhile piles up and comes merged.
-        for generation in self.generations:
-            parts = [delta.text async for delta in generation]
-            replies.append(Reply("".join(parts), self.finished(generation)))
+        for index, generation in enumerate(self.generations):
+            text = "".join([delta.text async for delta in generation])
+            finish = self.finished(generation)
+            answer = None if self.answers is None else self.answers[index]
+            if answer is not None:
+                await answer.read(text)
+                await answer.read(None)
+            replies.append(Reply(text, finish, answer))
         return replies
 
     def finished(self, generation: AsyncGeneration) -> Finish:

@@ -1,0 +1,1 @@
+"""llama.cpp's chat templates: prompts, and how answers are read."""

@@ -1,0 +1,1 @@
+"""What constrains texts: llguidance's library, grammars, and matchers that hold sequences to them."""
