@@ -120,7 +120,7 @@ def test_repacked_weights_take_columns_that_lie_apart(found: dict[tuple[int, str
         for m in counted:
             for threads in (1, 2):
                 is_finite, _, error = tried.check(plain, m, "strided", threads)
-                assert is_finite and error <= TOLERANCE, (layout, m, threads)
+                assert is_finite and error <= ROUGH.get(kind, TOLERANCE), (layout, m, threads)
 
 
 # -- the table
@@ -256,7 +256,7 @@ def test_weights_lie_where_they_may(wide: Callable[[str], Path], found: dict[tup
             by[name] = by.get(name, 0) + size
         assert by == sizes
     own = set(kernels.layouts())
-    assert not any(buffer in own for _, buffer in seen[False])
+    assert not any(name == "Q4_0" and buffer in own for name, buffer in seen[False])  # AMX takes the output's type too
     if has(found, Q4_0, *LAYOUTS):
         assert any(name == "Q4_0" and buffer in own for name, buffer in seen[True])
 

@@ -98,7 +98,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": ASK, "stop": 5}, "stop"),
     (CHAT, {"messages": ASK, "stop": ["a", ""]}, "stop"),
     (CHAT, {"messages": ASK, "grammar": "root ::= x"}, "grammar"),
-    (COMPLETIONS, {"prompt": "x", "n_predict": 5}, "n_predict"),
+    (COMPLETIONS, {"prompt": "x", "n_indent": 5}, "n_indent"),
     (CHAT, {"messages": ASK, "seed": 2**70}, "seed"),
     (CHAT, {"messages": ASK, "logit_bias": {"sky": 1}}, "logit_bias"),
     (CHAT, {"messages": ASK, "logit_bias": {"-1": 1}}, "logit_bias"),
