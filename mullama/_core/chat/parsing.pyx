@@ -47,10 +47,10 @@ cdef class AnswerParser:
         raise TypeError("AnswerFormat.parser makes parsers")
 
     def feed(self, str text):
-        """What is new with the next piece: tuples of kind, index of the call, text, and the id that the model gave a call.
+        """What is new with the next piece: tuples of kind, index of the call, text, and the id that the model gave it.
 
-        Kinds: ``reasoning``, ``content``, ``call`` (the text is the function's name), ``arguments`` (of the latest call).
-        The GIL is released.
+        Kinds: ``reasoning``, ``content``, ``call`` (the text is the function's name), ``arguments`` (of the latest
+        call). The GIL is released.
         """
         cdef string piece = text.encode("utf-8", "replace")
         cdef vector[Delta] deltas

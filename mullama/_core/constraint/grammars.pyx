@@ -26,7 +26,7 @@ cdef enum:
     MOST_COMPILING = 8       # threads, also of those that nobody waits for any more
     MAX_VOCABULARIES = 4
     MAX_KEPT = 128           # grammars of a vocabulary
-    MAX_KEPT_BYTES = 1 << 20 # of their texts; what is made of them is some dozens of times that
+    MAX_KEPT_BYTES = 1 << 20  # of their texts; what is made of them is some dozens of times that
     KEPT_S = 1800
 
 #: Versions of llguidance whose C functions were tried.

@@ -29,7 +29,7 @@ from mullama._core.core.loop cimport Loop, TokenEntry, TokenHead
 from mullama._core.model.model cimport Model
 from mullama._core.output.output cimport (
     RECORD_FINISH, RECORD_PROMPT, RECORD_TEXT, RECORD_TOKEN, FinishBody, PageBlocks, RecordHeader)
-from mullama._core.output.page cimport Page, page_at
+from mullama._core.output.page cimport page_at
 from mullama._core.core.parking cimport Parked
 from mullama._core.sampling.chain cimport Chain, Sampling, accept_all, begin_matching, build_chain, prepared_for
 from mullama._core.core.slots cimport Slot
@@ -676,8 +676,8 @@ cdef class Core:
         """Know a preempted sequence that another core has let go by ``handle``; ``resume`` goes on with it.
 
         Where the other model's token ids mean something else, ``tokens`` are the sequence's text in this vocabulary
-        (the first ``n_prompt`` of them are the prompt) and ``params`` the request's sampling parameters, of which the sampler is made anew. ``adapters`` are this
-        core's. Raises InvalidRequest when it does not fit; then the sequence is as it was.
+        (the first ``n_prompt`` of them are the prompt) and ``params`` the request's sampling parameters, of which the
+        sampler is made anew. ``adapters`` are this core's. Raises InvalidRequest when it does not fit; then the sequence is as it was.
         """
         parked.adopt(self.model, self.slots.n_ctx, handle, tokens, n_prompt, params, adapters)
         self.out.counters.parked += 1

@@ -1,6 +1,7 @@
 """An embedding context with its threads and its page.
 
-nogil code gets the ``parts``, which are C++ and have the same address until the Embedder goes; the context is freed on the engine thread when nothing runs.
+nogil code gets the ``parts``, which are C++ and have the same address until the Embedder goes; the context is freed
+on the engine thread when nothing runs.
 """
 
 cimport cython

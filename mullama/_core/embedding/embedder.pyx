@@ -12,7 +12,7 @@ from mullama._core.llama cimport *
 from mullama._core.model.context cimport Context
 from mullama._core.model.model cimport Model
 from mullama._core.output.output cimport PageBlocks
-from mullama._core.output.page cimport Page, page_at
+from mullama._core.output.page cimport page_at
 from mullama.abi cimport *
 from mullama._core.compute.arbiter import arbiter as default_arbiter
 from mullama.errors import ComputeFailed, ModelLoadError
@@ -80,7 +80,8 @@ cdef class Embedder:
             raise ModelLoadError("loading was given up")
         if got == Trial.failed:
             raise ModelLoadError(
-                f"the first decode failed with code {self.parts.compute.code} {self.parts.compute.guard.message.decode()}")
+                f"the first decode failed with code {self.parts.compute.code} "
+                f"{self.parts.compute.guard.message.decode()}")
         return 0
 
     def __dealloc__(self):

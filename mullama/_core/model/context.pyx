@@ -151,8 +151,8 @@ cdef class Context:
         """Bytes allocated for this context and its model, by kind of buffer.
 
         {"weights": {name: bytes}, "kv": {...}, "compute": {...}, "output": bytes, "is_host": {name: bool}}. Weights are
-        counted as they lie in memory: those of a mapped file are pages of the file. "output" is the buffer of logits (see
-        Core.memory).
+        counted as they lie in memory: those of a mapped file are pages of the file. "output" is the buffer of logits
+        (see Core.memory).
         """
         if self.ctx is NULL:
             raise RuntimeError("this context was closed")

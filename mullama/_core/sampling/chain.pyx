@@ -174,7 +174,6 @@ cdef class Sampling:
 
     cdef int need_rules(self, object params) except -1:
         cdef vector[llama_token] one
-        cdef size_t n
         for token in params.stop_token_ids:
             self.rules.ends.push_back(self.model.check_token(token, param="stop_token_ids"))
         for token in params.allowed_token_ids or ():

@@ -2,7 +2,7 @@
 scans of a row of logits, how far two rows are apart, the reading of the machine's load, and llama.cpp called
 directly."""
 
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint64_t
 from libcpp cimport bool as cbool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
