@@ -677,7 +677,8 @@ cdef class Core:
 
         Where the other model's token ids mean something else, ``tokens`` are the sequence's text in this vocabulary
         (the first ``n_prompt`` of them are the prompt) and ``params`` the request's sampling parameters, of which the
-        sampler is made anew. ``adapters`` are this core's. Raises InvalidRequest when it does not fit; then the sequence is as it was.
+        sampler is made anew. ``adapters`` are this core's. Raises InvalidRequest when it does not fit; then the
+        sequence is as it was.
         """
         parked.adopt(self.model, self.slots.n_ctx, handle, tokens, n_prompt, params, adapters)
         self.out.counters.parked += 1
