@@ -34,27 +34,27 @@ def said(server: ServerProcess, n_tokens: int) -> str:
 
 
 def test_messages(server: ServerProcess, claude: anthropic.Anthropic) -> None:
-    message = claude.messages.create(model=NAME, max_tokens=12, messages=FRUIT, extra_body=GREEDY)
+    message = claude.messages.create(model=NAME, max_tokens=6, messages=FRUIT, extra_body=GREEDY)
     (block,) = message.content
-    assert isinstance(block, anthropic.types.TextBlock) and block.text == said(server, 12)
+    assert isinstance(block, anthropic.types.TextBlock) and block.text == said(server, 6)
     assert message.stop_reason == "max_tokens" and message.role == "assistant" and message.model == NAME
     counted = claude.messages.count_tokens(model=NAME, messages=FRUIT).input_tokens
     assert message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0) == counted
-    assert message.usage.output_tokens == 12
+    assert message.usage.output_tokens == 6
 
 
 def test_messages_streamed(server: ServerProcess, claude: anthropic.Anthropic) -> None:
-    with claude.messages.stream(model=NAME, max_tokens=12, messages=FRUIT, extra_body=GREEDY) as stream:
+    with claude.messages.stream(model=NAME, max_tokens=6, messages=FRUIT, extra_body=GREEDY) as stream:
         text = "".join(stream.text_stream)
         final = stream.get_final_message()
-    assert text == said(server, 12)
-    assert final.stop_reason == "max_tokens" and final.usage.output_tokens == 12
+    assert text == said(server, 6)
+    assert final.stop_reason == "max_tokens" and final.usage.output_tokens == 6
 
 
 def test_a_stop_sequence(server: ServerProcess, claude: anthropic.Anthropic) -> None:
-    word = said(server, 12).split()[1]
+    word = said(server, 6).split()[1]
     message = claude.messages.create(
-        model=NAME, max_tokens=12, messages=FRUIT, stop_sequences=[word], extra_body=GREEDY
+        model=NAME, max_tokens=6, messages=FRUIT, stop_sequences=[word], extra_body=GREEDY
     )
     assert message.stop_reason == "stop_sequence" and message.stop_sequence == word
 
@@ -67,11 +67,11 @@ def test_errors_are_those_of_the_client(claude: anthropic.Anthropic) -> None:
 
 
 def test_ollama_chat(server: ServerProcess, llama: ollama.Client) -> None:
-    options = {"temperature": 0, "num_predict": 12}
+    options = {"temperature": 0, "num_predict": 6}
     messages = [{"role": "user", "content": "Name a fruit."}]
     whole = llama.chat(model=NAME, messages=messages, options=options)
-    assert whole.message.content == said(server, 12)
-    assert whole.done and whole.done_reason == "length" and whole.eval_count == 12
+    assert whole.message.content == said(server, 6)
+    assert whole.done and whole.done_reason == "length" and whole.eval_count == 6
     assert (whole.total_duration or 0) > (whole.eval_duration or 0) > 0
     parts = list(llama.chat(model=f"{NAME}:latest", messages=messages, options=options, stream=True))
     assert "".join(part.message.content or "" for part in parts) == whole.message.content
@@ -79,11 +79,11 @@ def test_ollama_chat(server: ServerProcess, llama: ollama.Client) -> None:
 
 
 def test_ollama_generate(server: ServerProcess, llama: ollama.Client) -> None:
-    options = {"temperature": 0, "num_predict": 12}
+    options = {"temperature": 0, "num_predict": 6}
     templated = llama.generate(model=NAME, prompt="Name a fruit.", options=options)
-    assert templated.response == said(server, 12)
+    assert templated.response == said(server, 6)
     raw = llama.generate(model=NAME, prompt="Once upon a time", raw=True, options=options)
-    text = server.complete("Once upon a time", max_tokens=12, temperature=0)["choices"][0]["text"]
+    text = server.complete("Once upon a time", max_tokens=6, temperature=0)["choices"][0]["text"]
     assert raw.response == text
     assert llama.generate(model=NAME, prompt="").done_reason == "load"
 
