@@ -53,9 +53,7 @@ def test_messages_streamed(server: ServerProcess, claude: anthropic.Anthropic) -
 
 def test_a_stop_sequence(server: ServerProcess, claude: anthropic.Anthropic) -> None:
     word = said(server, 6).split()[1]
-    message = claude.messages.create(
-        model=NAME, max_tokens=6, messages=FRUIT, stop_sequences=[word], extra_body=GREEDY
-    )
+    message = claude.messages.create(model=NAME, max_tokens=6, messages=FRUIT, stop_sequences=[word], extra_body=GREEDY)
     assert message.stop_reason == "stop_sequence" and message.stop_sequence == word
 
 
